@@ -1,0 +1,93 @@
+"""Stopping a training and going on: the little that must survive a restart."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esd_lora.errors import EsdLoraError
+
+CHECKPOINT_NAME = "checkpoint.pt"
+
+
+@dataclass
+class TrainState:
+    """What must survive a restart. Everything random is drawn from the recipe's seed and the step, so no generator is."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    loss: float = float("nan")
+    seconds: float = 0.0
+    student_samples: int = 0
+    evaluations_before: int = 0
+    """Sample evaluations of earlier runs."""
+    seconds_before: float = 0.0
+    erasure: float | None = None
+    """What the last erasure probe found."""
+    tensors: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self, samples: int, loss: float, seconds: float) -> None:
+        """Counts one step; `seconds` are those of this run."""
+        self.step += 1
+        self.loss = loss
+        self.student_samples += samples
+        self.seconds = self.seconds_before + seconds
+
+    def restore(self, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Puts saved LoRA weights and optimiser moments in place, if there are any."""
+        if not self.tensors:
+            return
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, self.tensors["parameters"], strict=True):
+                parameter.copy_(saved)
+        optimizer.load_state_dict(self.tensors["optimizer"])
+
+    @classmethod
+    def load(cls, directory: Path, recipe: str) -> TrainState:
+        """Reads the checkpoint of a run directory.
+
+        Args:
+            directory: Of the run.
+            recipe: `dump_recipe` of the recipe to go on with; it must be the one the checkpoint was made with.
+
+        Raises:
+            EsdLoraError: If there is no checkpoint, it is damaged, or it belongs to another recipe.
+        """
+        file = directory / CHECKPOINT_NAME
+        if not file.is_file():
+            raise EsdLoraError(f"{directory} has no {CHECKPOINT_NAME} to resume from. Train without --resume.")
+        try:
+            saved = torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises whatever its zip reader meets
+            raise EsdLoraError(f"{file} is damaged ({type(error).__name__}). Train again with --force.") from error
+        if saved.pop("recipe") != recipe:
+            raise EsdLoraError(f"{file} was made with another recipe. Give the same one, or train again with --force.")
+        return cls(**saved)
+
+    def save(
+        self,
+        directory: Path,
+        recipe: str,
+        parameters: list[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        evaluations: int,
+    ) -> None:
+        """Writes the run's checkpoint, whole or not at all; `evaluations` are the teacher's in this run."""
+        content = {
+            "step": self.step,
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "seconds_before": self.seconds,
+            "student_samples": self.student_samples,
+            "evaluations_before": self.evaluations_before + evaluations,
+            "erasure": self.erasure,
+            "tensors": {"parameters": [p.detach().cpu() for p in parameters], "optimizer": optimizer.state_dict()},
+            "recipe": recipe,
+        }
+        beside = directory / f".{CHECKPOINT_NAME}.partial"
+        torch.save(content, beside)
+        os.replace(beside, directory / CHECKPOINT_NAME)

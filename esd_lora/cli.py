@@ -1,0 +1,281 @@
+"""The command line: parses, calls one public function, prints where the result is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from esd_lora import __version__
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_names, recipe_path
+
+if TYPE_CHECKING:
+    from esd_lora.recipe import Recipe
+
+Weighted = tuple[str, float]
+
+
+class _Commands(click.Group):
+    """Turns the faults a user can cause into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # Two threads on a busy machine: spinning at OpenMP barriers costs up to five times the work.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                return super().invoke(ctx)
+        except EsdLoraError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+class _EraserType(click.ParamType):
+    """`PATH` or `PATH:WEIGHT`."""
+
+    name = "ERASER[:W]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:
+        path, colon, weight = str(value).rpartition(":")
+        if colon and not Path(value).exists():
+            try:
+                return path, float(weight)
+            except ValueError:
+                pass
+        return str(value), 1.0
+
+
+ERASER = _EraserType()
+_force = click.option("--force", is_flag=True, help="Write over an existing output.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="esd-lora")
+def main() -> None:
+    """Erase concepts from text-to-image diffusion models with small LoRA files."""
+
+
+def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
+        try:
+            out[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
+    return out
+
+
+@main.command()
+@click.argument("recipe", required=False)
+@click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
+@click.option("--base", help="Built-in base, diffusers directory or Hub id.")
+@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full.")
+@click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field: train.lr=1e-4.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
+@_force
+def train(
+    recipe: str | None,
+    concepts: tuple[str, ...],
+    base: str | None,
+    scope: str | None,
+    settings: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Train an eraser from RECIPE (a built-in name or a YAML file; default: fast).
+
+    \b
+    esd-lora train --concept "a cat" -o no-cat
+    esd-lora train recipes/emoji-twemoji.yaml -s train.steps=300 -o no-twemoji
+    """
+    fields: dict[str, Any] = {"concepts": list(concepts)} if concepts else {}
+    fields |= {key: value for key, value in (("base", base), ("scope", scope)) if value}
+    if recipe is None and not concepts:
+        raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT.")
+    loaded = load_recipe(recipe or "fast", _overrides(settings), **fields)
+    from esd_lora.training import train as run
+
+    try:
+        eraser = run(loaded, out=out, resume=resume, force=force)
+    except KeyboardInterrupt:
+        raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
+    cost = eraser.header.cost
+    click.echo(
+        f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
+        f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
+    )
+
+
+@main.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--base", default="emoji", show_default=True, help="Built-in base, diffusers directory or Hub id.")
+@click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")
+@click.option("--compare", is_flag=True, help="Also write comparison.png: base above, erased below.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the first picture.")
+@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures a prompt.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the pictures.")
+@_force
+def generate(
+    prompts: tuple[str, ...],
+    base: str,
+    erasers: tuple[Weighted, ...],
+    compare: bool,
+    seed: int,
+    count: int,
+    steps: int | None,
+    guidance: float | None,
+    out: Path,
+    force: bool,
+) -> None:
+    """Generate pictures of PROMPTs, with erasers on."""
+    from esd_lora.eraser import Eraser, clear_output
+    from esd_lora.families import load_base
+    from esd_lora.pictures import grid
+    from esd_lora.sampling import generate as run
+
+    loaded, weights = [Eraser.load(path) for path, _ in erasers], [weight for _, weight in erasers]
+    seeds = range(seed, seed + count)
+    names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
+    clear_output(out, force, names)
+    model = load_base(base)
+    asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
+    pictures = run(model, prompts, erasers=loaded, weights=weights, **asked)
+    for picture, name in zip(pictures, names, strict=True):
+        picture.save(out / name)
+    if compare:
+        rows = {"base": run(model, prompts, **asked), "erased": pictures}
+        grid(rows, [prompt for prompt in prompts for _ in seeds]).save(out / "comparison.png")
+    click.echo(f"{len(pictures)} pictures in {out}" + (", comparison.png among them" if compare else ""))
+
+
+@main.command()
+@click.argument("erasers", nargs=-1, required=True, type=ERASER)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the stack.")
+@_force
+def stack(erasers: tuple[Weighted, ...], out: Path, force: bool) -> None:
+    """Stack erasers into one, exactly: rank concatenation, weights folded in."""
+    from esd_lora.eraser import RUN_FILES, Eraser, clear_output
+    from esd_lora.stacking import stack as run
+
+    stacked = run([Eraser.load(path) for path, _ in erasers], [weight for _, weight in erasers])
+    clear_output(out, force, RUN_FILES)
+    stacked.save(out)
+    click.echo(f"stack of {', '.join(stacked.names)}: {out}")
+
+
+@main.command()
+@click.argument("erasers", nargs=-1, required=True, type=ERASER)
+@click.option("--base", required=True, help="Built-in base, diffusers directory or Hub id.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Diffusers directory to make.")
+@_force
+def merge(erasers: tuple[Weighted, ...], base: str, out: Path, force: bool) -> None:
+    """Merge erasers into a base for good, as a new diffusers directory."""
+    from esd_lora.merging import merge as run
+
+    run([path for path, _ in erasers], base, out, weights=[weight for _, weight in erasers], force=force)
+    click.echo(f"merged pipeline: {out}")
+
+
+@main.command()
+@click.argument("eraser", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print the whole header as JSON.")
+def inspect(eraser: str, as_json: bool) -> None:
+    """Show what an eraser removes and where it came from."""
+    from esd_lora.eraser import Eraser
+
+    loaded = Eraser.load(eraser)
+    header = loaded.header
+    if as_json:
+        click.echo(json.dumps(header.model_dump(mode="json"), indent=2))
+        return
+    ranks = sorted({pair.rank for pair in loaded.pairs.values()})
+    size = sum(tensor.numel() * tensor.element_size() for tensor in loaded.state_dict().values())
+    rows = {
+        "erases": ", ".join(f"{c.name} (eta {c.eta:g}, weight {c.weight:g})" for c in header.concepts),
+        "prompts": "; ".join(f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]),
+        "preserves": f"{len(header.preserve)} prompts",
+        "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''}"
+        f" (family {header.family}, {header.prediction_type})",
+        "scope": f"{header.scope}: {len(loaded.pairs)} layers, rank {', '.join(map(str, ranks))}, {size / 1000:.0f} kB",
+        "trained": f"objective {header.objective}, " + ", ".join(f"{k} {v:g}" for k, v in header.cost.items()),
+        "made": f"{header.created}, format {header.format}, "
+        + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:>10}  {value}")
+
+
+@main.group()
+def recipes() -> None:
+    """List, show, copy and check recipes."""
+
+
+@recipes.command("list")
+def recipes_list() -> None:
+    """List the built-in recipes."""
+    for name in recipe_names():
+        first = recipe_path(name).read_text("utf-8").splitlines()[0]
+        click.echo(f"{name:<16}{first.lstrip('# ')}")
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """Print a recipe as it stands in its file."""
+    click.echo(recipe_path(name).read_text("utf-8"), nl=False)
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; NAME.yaml here by default.")
+@_force
+def recipes_copy(name: str, out: Path | None, force: bool) -> None:
+    """Copy a built-in recipe to a file of your own."""
+    source = recipe_path(name)
+    out = out or Path(f"{source.stem}.yaml")
+    if out.exists() and not force:
+        raise EsdLoraError(f"{out} already exists. Choose another with -o, or add --force.")
+    out.write_text(source.read_text("utf-8"), "utf-8")
+    click.echo(f"recipe: {out}")
+
+
+@recipes.command("check")
+@click.argument("names", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field.")
+@click.option("--resolved", is_flag=True, help="Print the recipe with everything it extends.")
+def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: bool) -> None:
+    """Check recipes and report every fault with its line."""
+    for name in names:
+        recipe: Recipe = load_recipe(name, _overrides(settings))
+        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, erases {', '.join(c.name for c in recipe.concepts)}")
+
+
+@main.command()
+@click.option("-o", "--out", default="out/demo", show_default=True, type=click.Path(path_type=Path), help="Directory for everything.")
+@_force
+def demo(out: Path, force: bool) -> None:
+    """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""
+    from esd_lora.demo import demo as run
+
+    click.echo(run(out, force=force))

@@ -1,0 +1,180 @@
+"""Reading recipes from YAML: built-in names, `extends`, overrides, and every fault at once with its file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.recipe import Concept, LoraSpec, PromptPair, Recipe, TrainSpec
+
+Mark: TypeAlias = tuple[str, int]
+"""File and line (from 1) where a value of a recipe stands."""
+
+
+class _Document(NamedTuple):
+    values: dict[str, Any]
+    marks: dict[tuple[str | int, ...], Mark]
+
+
+def recipes_dir() -> Path:
+    """The folder of recipes that ship with the project: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the project; presets are those without concepts."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Finds a recipe by built-in name or by path.
+
+    Raises:
+        EsdLoraError: If there is neither such a file nor such a name.
+    """
+    built_in = recipes_dir() / f"{name}.yaml"
+    if name in recipe_names():
+        return built_in
+    if Path(name).is_file():
+        return Path(name)
+    raise EsdLoraError(
+        f"no recipe {name!r}: neither a file nor a built-in name{did_you_mean(name, recipe_names())}."
+        f" Built-in: {', '.join(recipe_names())}."
+    )
+
+
+def _parse(path: Path) -> _Document:
+    """Reads one YAML file together with the line each value stands on."""
+    try:
+        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise EsdLoraError(f"{path}:{line}: not valid YAML: {error.problem}. Mend that line.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EsdLoraError(f"{path}: cannot be read as a recipe: {error}.") from error
+    if not isinstance(values, dict):
+        raise EsdLoraError(f"{path}: holds {type(values).__name__}, expected a mapping such as 'extends: fast'.")
+    marks: dict[tuple[str | int, ...], Mark] = {}
+
+    def note(node: yaml.Node, loc: tuple[str | int, ...]) -> None:
+        marks[loc] = (str(path), node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                note(value, (*loc, key.value))
+                marks[(*loc, key.value)] = (str(path), key.start_mark.line + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                note(value, (*loc, i))
+
+    if root is not None:
+        note(root, ())
+    return _Document(cast("dict[str, Any]", values), marks)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping; lists are replaced whole."""
+    out = dict(below)
+    for key, value in above.items():
+        under = out.get(key)
+        both = isinstance(under, dict) and isinstance(value, dict)
+        out[key] = _merged(cast("dict[str, Any]", under), cast("dict[str, Any]", value)) if both else value
+    return out
+
+
+def _load(path: Path, seen: tuple[Path, ...] = ()) -> _Document:
+    """Reads a recipe and, below it, what it extends."""
+    if path.resolve() in seen:
+        raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}. Break the circle.")
+    document = _parse(path)
+    parent = document.values.pop("extends", None)
+    if parent is None:
+        return document
+    beside = path.parent / str(parent)
+    below = _load(beside if beside.is_file() else recipe_path(str(parent)), (*seen, path.resolve()))
+    return _Document(_merged(below.values, document.values), {**below.marks, **document.marks})
+
+
+@cache
+def _fields(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Field names at a place in the recipe, for suggestions."""
+    models: dict[tuple[str, ...], type[BaseModel]] = {
+        (): Recipe,
+        ("concepts",): Concept,
+        ("concepts", "prompts"): PromptPair,
+        ("lora",): LoraSpec,
+        ("train",): TrainSpec,
+    }
+    return tuple(models[path].model_fields) if path in models else ()
+
+
+def _faults(error: ValidationError, marks: Mapping[tuple[str | int, ...], Mark], source: str) -> Iterator[str]:
+    """One line a fault: where it stands, what was found, what was expected."""
+    for fault in error.errors():
+        loc = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple")))
+        near = next((marks[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in marks), None)
+        place = f"{near[0]}:{near[1]}" if near else source
+        name = ".".join(str(part) for part in loc)
+        if fault["type"] == "extra_forbidden":
+            keys = _fields(tuple(str(part) for part in loc[:-1] if isinstance(part, str)))
+            yield f"{place}: {name}: unknown key{did_you_mean(str(loc[-1]), keys)}"
+        elif fault["type"] == "missing":
+            yield f"{place}: {name}: missing (a preset gives it: 'extends: fast')"
+        else:
+            yield f"{place}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+
+
+def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> Recipe:
+    """Loads and checks a recipe.
+
+    Args:
+        source: A built-in name (`"fast"`, `"paper"`) or the path of a YAML file.
+        overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
+        **fields: Top-level fields, over both: `base="emoji", concepts=["cat"]`.
+
+    Raises:
+        EsdLoraError: If the file cannot be read, or with every fault of the recipe at once, each as `file:line: field:
+            what is wrong`.
+    """
+    path = recipe_path(str(source))
+    document = _load(path)
+    above: dict[str, Any] = {}
+    for dotted, value in (overrides or {}).items():
+        *parents, last = dotted.split(".")
+        place = above
+        for key in parents:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise EsdLoraError(f"-s {dotted}: {key} was already set to a plain value. Set one or the other.")
+        place[last] = value
+    above = _merged(above, fields)
+    marks = {loc: mark for loc, mark in document.marks.items() if not _overridden(loc, above)}
+    try:
+        return Recipe.model_validate(_merged(document.values, above))
+    except ValidationError as error:
+        faults = list(dict.fromkeys(_faults(error, marks, str(path))))
+        raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(faults)) from error
+
+
+def _overridden(loc: tuple[str | int, ...], above: Mapping[str, Any]) -> bool:
+    """Whether a value given by keyword or `-s` hides what the file says at `loc`: its line is not to blame then."""
+    place: Any = above
+    for key in loc:
+        if not isinstance(place, dict):
+            return True
+        if key not in place:
+            return False
+        place = cast("dict[str | int, Any]", place)[key]
+    return bool(loc) and not isinstance(place, dict)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,132 @@
+"""Where the training points come from: partial denoising of pure noise.
+
+`walk` denoises with guidance and remembers every point it passes; `TrajectoryBuffer` keeps points, each with the target
+the student should predict there, and hands out random batches of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Condition = dict[str, Tensor]
+"""What a denoiser is told beside `x_t` and `t`: named tensors whose first dimension is the prompt."""
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
+"""From `x_t` [N, ...], `t` [N] and a condition of N prompts to a prediction of the shape of `x_t`."""
+
+
+class Scheduler(Protocol):
+    """The part of a diffusers scheduler that a walk uses."""
+
+    timesteps: Any
+    init_noise_sigma: Any
+
+    def set_timesteps(self, num_inference_steps: int, *, device: Any = None) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any: ...
+
+
+class NoisySample(NamedTuple):
+    """Noisy latents on a trajectory, one of each of N prompts, with what guidance predicted there."""
+
+    x_t: Tensor
+    """[N, ...], as the denoiser sees it: already through `scheduler.scale_model_input`."""
+    t: Tensor
+    """[N]."""
+    null: Tensor | None
+    """Prediction for the empty prompt, [N, ...]; `None` where the walk stopped before predicting."""
+    prompted: Tensor | None
+    """Prediction for the walked prompt."""
+
+
+def pick(condition: Condition, index: Tensor) -> Condition:
+    """The condition of the prompts at `index` [N]."""
+    return {name: value[index] for name, value in condition.items()}
+
+
+def concatenate(*conditions: Condition) -> Condition:
+    """The conditions of several groups of prompts, one after the other."""
+    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+
+
+@torch.no_grad()
+def walk(
+    denoiser: Denoiser,
+    scheduler: Scheduler,
+    noise: Tensor,
+    condition: Condition,
+    null: Condition,
+    *,
+    steps: int,
+    guidance: float,
+    stop: int | None = None,
+) -> list[NoisySample]:
+    """Denoises `noise` with classifier-free guidance and returns every point on the way.
+
+    Section 4 of the paper (arXiv:2303.07345): `x_t` is what the model itself makes of the prompt at `t`, so no training
+    images are needed. A point's `t` is that of the scheduler's own grid, the one `x_t` was made for.
+
+    Args:
+        denoiser: The model that walks, student or base.
+        scheduler: Any diffusers scheduler; its state is overwritten.
+        noise: [N, ...] standard normal.
+        condition: Of the N prompts.
+        null: Of the empty prompt, N times.
+        steps: Length of a whole trajectory, typically 20 to 50.
+        guidance: Scale of classifier-free guidance; the paper walks with 3.
+        stop: Index from 0 of the last point, which is reached and not predicted at (the paper's random stop). Without
+            it the walk runs to the end and every point carries its predictions.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * scheduler.init_noise_sigma
+    both = concatenate(null, condition)
+    points: list[NoisySample] = []
+    for i, t in enumerate(scheduler.timesteps):
+        x_t = scheduler.scale_model_input(latents, t)
+        ts = t.expand(len(x_t))
+        if i == stop:
+            points.append(NoisySample(x_t, ts, None, None))
+            break
+        unprompted, prompted = denoiser(torch.cat([x_t, x_t]), torch.cat([ts, ts]), both).chunk(2)
+        points.append(NoisySample(x_t, ts, unprompted, prompted))
+        guided = unprompted + guidance * (prompted - unprompted)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    return points
+
+
+class Points(NamedTuple):
+    """Training points: where the student predicts, for which lesson, and what it should say."""
+
+    x_t: Tensor
+    """[N, ...]."""
+    t: Tensor
+    """[N]."""
+    lesson: Tensor
+    """[N], index of the lesson each point belongs to."""
+    target: Tensor
+    """[N, ...]."""
+
+    @classmethod
+    def join(cls, parts: list[Points]) -> Points:
+        """All points of several groups as one."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class TrajectoryBuffer:
+    """Replay buffer of training points; one walked trajectory of S steps gives S of them instead of one."""
+
+    def __init__(self, points: Points):
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.points.t)
+
+    def sample(self, count: int, generator: torch.Generator) -> Points:
+        """Draws `count` points at random, with repetition only when the buffer holds fewer."""
+        rounds = -(-count // max(len(self), 1))
+        order = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(rounds)])
+        return Points(*(tensor[order[:count].to(tensor.device)] for tensor in self.points))

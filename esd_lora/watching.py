@@ -1,0 +1,183 @@
+"""What happens around a training: progress bar, log, previews, checkpoints, early stop, Ctrl-C.
+
+A watcher is called after every optimiser step; one that returns True ends the training. None of them changes what is
+learned.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from esd_lora.checkpoints import TrainState
+from esd_lora.families import Base
+from esd_lora.lessons import Teacher
+from esd_lora.pictures import grid, paint
+from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe_files import dump_recipe
+from esd_lora.trajectory import Points
+
+
+class StepReport(NamedTuple):
+    """What a watcher sees after a step. The adapter is on."""
+
+    state: TrainState
+    spec: TrainSpec
+    base: Base
+    teacher: Teacher
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    interrupted: bool
+    """The user asked to stop; this is the last step of the run."""
+
+    @property
+    def last(self) -> bool:
+        """Whether no step follows, as far as is known before the watchers have spoken."""
+        return self.interrupted or self.state.step == self.spec.steps
+
+
+Watcher: TypeAlias = Callable[[StepReport], bool | None]
+
+
+class Interruption:
+    """Turns Ctrl-C into a stop at the end of the step in hand; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # only there may a program set handlers
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class ProgressBar:
+    """A bar with the loss and the time left."""
+
+    def __init__(self, recipe: Recipe, first: int = 0):
+        names = ", ".join(concept.name for concept in recipe.concepts)
+        self.bar = tqdm(total=recipe.train.steps, initial=first, desc=f"erasing {names}", unit="step", leave=True)
+
+    def __call__(self, report: StepReport) -> None:
+        shown = {"loss": f"{report.state.loss:.4f}"}
+        if report.state.erasure is not None:
+            shown["erased"] = f"{report.state.erasure:.0%}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if report.last:
+            self.bar.close()
+
+
+class ErasureProbe:
+    """Measures, on trajectories no step trains on, how far the student has come, and stops before it over-trains.
+
+    Erasure is the student's movement along the way from where it started to its target: 0 untouched, 1 on target. It
+    needs neither images nor a judge, so it serves any base.
+    """
+
+    def __init__(self) -> None:
+        self._erased: Points | None = None
+        self._start: Tensor | None = None
+
+    def __call__(self, report: StepReport) -> bool | None:
+        if report.state.step % report.spec.probe_every:
+            return None
+        points, start = self._measuring_points(report)
+        now = report.teacher.predict(points.x_t, points.t, report.teacher.condition(points.lesson))
+        way = points.target - start
+        report.state.erasure = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+        return report.spec.stop_at is not None and report.state.erasure >= report.spec.stop_at
+
+    def _measuring_points(self, report: StepReport) -> tuple[Points, Tensor]:
+        if self._erased is None or self._start is None:
+            teacher, spec = report.teacher, report.spec
+            erased = [i for i, lesson in enumerate(teacher.lessons) if not lesson.preserves][:8]
+            lesson = torch.tensor((erased * 8)[:8], device=report.base.model.device)
+            short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8})
+            chance = torch.Generator().manual_seed(spec.seed + 2**40)
+            self._erased = teacher.fill(lesson, chance, short).points
+            with teacher.speaking():
+                self._start = teacher.predict(self._erased.x_t, self._erased.t, teacher.condition(self._erased.lesson))
+        return self._erased, self._start
+
+
+class JsonLog:
+    """`train_log.jsonl`: one line a step."""
+
+    def __init__(self, directory: Path):
+        self.path = directory / "train_log.jsonl"
+
+    def __call__(self, report: StepReport) -> None:
+        state = report.state
+        line = {"step": state.step, "loss": state.loss, "lr": report.optimizer.param_groups[0]["lr"], "seconds": round(state.seconds, 3)}
+        if state.erasure is not None and state.step % report.spec.probe_every == 0:
+            line["erasure"] = state.erasure
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Previews:
+    """`previews/step_N.png`: the same prompts and seeds, base above, student below."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory / "previews"
+        self._before: list[Any] | None = None
+
+    def __call__(self, report: StepReport) -> None:
+        if report.state.step % report.spec.preview_every and not report.last:
+            return
+        prompts = list(dict.fromkeys(lesson.prompt for lesson in report.teacher.lessons if not lesson.preserves))[:4]
+        prompts += [lesson.prompt for lesson in report.teacher.lessons if lesson.preserves][:4]
+        seeds = list(range(len(prompts)))
+        if self._before is None:
+            with report.teacher.speaking():
+                self._before = paint(report.base, prompts, seeds)
+        self.directory.mkdir(exist_ok=True)
+        rows = {"base": self._before, f"step {report.state.step}": paint(report.base, prompts, seeds)}
+        grid(rows, prompts).save(self.directory / f"step_{report.state.step:05d}.png")
+
+
+class Checkpoints:
+    """`checkpoint.pt`: now and then, and when the user interrupts."""
+
+    def __init__(self, directory: Path, recipe: Recipe):
+        self.directory, self.recipe = directory, dump_recipe(recipe)
+
+    def __call__(self, report: StepReport) -> None:
+        every = report.spec.checkpoint_every
+        if report.interrupted or (every and report.state.step % every == 0):
+            spent = report.teacher.evaluations
+            report.state.save(self.directory, self.recipe, report.parameters, report.optimizer, spent)
+
+
+def watchers_for(recipe: Recipe, out: Path | None, state: TrainState, progress: bool) -> list[Watcher]:
+    """What a recipe asks to have watched; everything that writes needs a run directory."""
+    spec = recipe.train
+    watchers: list[Watcher] = []
+    if spec.probe_every:
+        watchers.append(ErasureProbe())
+    if progress:
+        watchers.append(ProgressBar(recipe, state.step))
+    if out is not None:
+        watchers += [JsonLog(out), Checkpoints(out, recipe)]
+        if spec.preview_every:
+            watchers.append(Previews(out))
+    return watchers
