@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import yaml
@@ -44,7 +45,7 @@ def render_card(header: EraserHeader) -> str:
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", "lora", "concept-erasure", "esd-lora", *_TAGS.get(header.family, [])],
     }
-    if "/" in header.base:  # a Hub id; the built-in base and local folders have no page to point at
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", header.base):  # a Hub id; other bases have no page to point at
         front |= {"base_model": header.base, "base_model_relation": "adapter"}
     shown = [(prompt, anchor) for concept in header.concepts for prompt, anchor in concept.pairs][:12]
     rows = [f"| {prompt} | {anchor or '(empty prompt)'} |" for prompt, anchor in shown]

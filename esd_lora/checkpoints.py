@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,4 +89,4 @@ class TrainState:
         }
         beside = directory / f".{CHECKPOINT_NAME}.partial"
         torch.save(content, beside)
-        os.replace(beside, directory / CHECKPOINT_NAME)
+        beside.replace(directory / CHECKPOINT_NAME)

@@ -49,7 +49,7 @@ class _EraserType(click.ParamType):
 
     name = "ERASER[:W]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:  # noqa: ARG002
         path, colon, weight = str(value).rpartition(":")
         if colon and not Path(value).exists():
             try:
@@ -219,8 +219,7 @@ def inspect(eraser: str, as_json: bool) -> None:
         f" (family {header.family}, {header.prediction_type})",
         "scope": f"{header.scope}: {len(loaded.pairs)} layers, rank {', '.join(map(str, ranks))}, {size / 1000:.0f} kB",
         "trained": f"objective {header.objective}, " + ", ".join(f"{k} {v:g}" for k, v in header.cost.items()),
-        "made": f"{header.created}, format {header.format}, "
-        + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
+        "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
     }
     for name, value in rows.items():
         click.echo(f"{name:>10}  {value}")
@@ -272,7 +271,9 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: b
 
 
 @main.command()
-@click.option("-o", "--out", default="out/demo", show_default=True, type=click.Path(path_type=Path), help="Directory for everything.")
+@click.option(
+    "-o", "--out", default="out/demo", show_default=True, type=click.Path(path_type=Path), help="Directory for everything."
+)
 @_force
 def demo(out: Path, force: bool) -> None:
     """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""

@@ -8,12 +8,11 @@ The keys are diffusers' own (`unet.<module>.lora_A.weight`), `alpha / rank` is f
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -150,9 +149,9 @@ class Eraser:
         if not file.is_file():
             raise EsdLoraError(f"no eraser at {path}: expected a directory with {WEIGHTS_NAME}, or a .safetensors file.")
         try:
-            with safe_open(file, framework="pt") as opened:
-                text = (opened.metadata() or {}).get(HEADER_KEY)
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()} if text else {}  # noqa: SIM118
+            with cast("Any", safe_open)(file, framework="pt") as opened:  # safetensors ships no types
+                text: str | None = (opened.metadata() or {}).get(HEADER_KEY)
+                tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in list(opened.keys())} if text else {}
         except SafetensorError as error:
             raise EsdLoraError(f"{file} is damaged or not a safetensors file ({error}). Fetch or train it again.") from error
         if text is None:
@@ -214,7 +213,7 @@ def write_whole(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.partial")
     try:
         beside.write_bytes(content)
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

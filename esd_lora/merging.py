@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -70,7 +69,9 @@ def merge(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=lambda d, names: [n for n in names if Path(d, n) in files])
-        with tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+        with tqdm(
+            total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="merging", disable=not progress
+        ) as bar:
             left = set(stacked.pairs)
             for file in files:
                 target = partial / family.denoiser / file.name
@@ -83,11 +84,11 @@ def merge(
             raise EsdLoraError(f"base {str(base)!r} has no layer {min(left)}: the eraser was made for another model.")
         partial.chmod(0o755)
         if out.exists():
-            os.replace(out, retired := partial.with_name(f"{partial.name}-replaced"))
-            os.replace(partial, out)
+            retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
+            partial.rename(out)
             shutil.rmtree(retired)
         else:
-            os.replace(partial, out)
+            partial.rename(out)
     except OSError as error:
         raise EsdLoraError(f"merging into {out} failed: {error}. Nothing was written there.") from error
     finally:
@@ -99,7 +100,7 @@ def _files_of(base: str) -> Path:
     """The local diffusers directory of a base; a Hub id is fetched into the cache."""
     folder = base_files(base) if base in BUILT_IN else Path(base)
     if not folder.is_dir() and base.count("/") == 1:
-        from diffusers import DiffusionPipeline
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         try:
             folder = Path(DiffusionPipeline.download(base, use_safetensors=True))

@@ -7,6 +7,7 @@ from textwrap import wrap
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import trange
 
 from esd_lora.families import Base
 
@@ -21,6 +22,7 @@ def paint(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    desc: str | None = None,
 ) -> list[Image.Image]:
     """Paints one picture for each prompt, with the base as it stands (adapters included).
 
@@ -34,9 +36,10 @@ def paint(
         steps: Denoising steps; the base's habit unless given.
         guidance: Classifier-free guidance scale; the base's habit unless given.
         negative_prompt: Takes the place of the empty prompt in guidance.
+        desc: Label of a progress bar; without one there is none.
     """
     pictures: list[Image.Image] = []
-    for first in range(0, len(prompts), _BATCH):
+    for first in trange(0, len(prompts), _BATCH, desc=desc, unit="batch", disable=desc is None):
         part = list(prompts[first : first + _BATCH])
         pictures += base.pipe(
             part,

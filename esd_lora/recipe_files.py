@@ -53,8 +53,9 @@ def recipe_path(name: str) -> Path:
 def _parse(path: Path) -> _Document:
     """Reads one YAML file together with the line each value stands on."""
     try:
-        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        root = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
+        values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise EsdLoraError(f"{path}:{line}: not valid YAML: {error.problem}. Mend that line.") from error
@@ -148,12 +149,10 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, 
     above: dict[str, Any] = {}
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
-        place = above
-        for key in parents:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                raise EsdLoraError(f"-s {dotted}: {key} was already set to a plain value. Set one or the other.")
-        place[last] = value
+        nested: dict[str, Any] = {last: value}
+        for key in reversed(parents):
+            nested = {key: nested}
+        above = _merged(above, nested)
     above = _merged(above, fields)
     marks = {loc: mark for loc, mark in document.marks.items() if not _overridden(loc, above)}
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from esd_lora.eraser import Eraser
-from esd_lora.families import Base, load_base
+from esd_lora.families import Base, load_base, quiet_libraries
 from esd_lora.pictures import paint
 from esd_lora.stacking import stack
 
@@ -59,7 +59,8 @@ def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float] | No
         return
     stacked = stack(erasers, weights)
     base.check(stacked)
-    base.pipe.load_lora_weights(stacked.state_dict(), adapter_name=_ADAPTER)
+    with quiet_libraries():  # diffusers remarks that an eraser has nothing for the text encoder
+        base.pipe.load_lora_weights(stacked.state_dict(), adapter_name=_ADAPTER)
     try:
         yield
     finally:

@@ -53,7 +53,9 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float] | None = None) -> 
 
 
 def _concatenated(module: str, erasers: Sequence[Eraser], weights: Sequence[float]) -> LoraPair:
-    members = [(eraser.pairs[module], weight) for eraser, weight in zip(erasers, weights, strict=True) if module in eraser.pairs]
+    members = [
+        (eraser.pairs[module], weight) for eraser, weight in zip(erasers, weights, strict=True) if module in eraser.pairs
+    ]
     shapes = {pair.shape for pair, _ in members}
     if len(shapes) > 1:
         raise EsdLoraError(f"layer {module} has shapes {sorted(shapes)} in different members: they are not of one model.")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def train(
 
                 # The student's prediction for the erased prompt, against the target the teacher set.
                 prediction = base.predict(points.x_t, points.t, teacher.condition(points.lesson))
-                error = (prediction.float() - points.target.float()).square().flatten(1).mean(1)
+                error = (prediction - points.target).to(parameters[0].dtype).square().flatten(1).mean(1)
                 loss = (weights[points.lesson] * error).sum() / spec.batch_size
 
                 for group in optimizer.param_groups:
@@ -145,13 +145,14 @@ def add_adapter(base: Base, layers: list[str], lora: LoraSpec, seed: int) -> lis
     """Puts a fresh LoRA on the layers and returns its float32 parameters; the update is zero until trained."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers, init_lora_weights=True)
+    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=layers, init_lora_weights=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base.model.add_adapter(config, ADAPTER)
     parameters = [p for p in base.model.parameters() if p.requires_grad]
     for parameter in parameters:
-        parameter.data = parameter.data.float()  # bf16 masters would round small updates away
+        # Masters are at least float32: bf16 ones would round small updates away.
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
 
 

@@ -64,7 +64,7 @@ class Interruption:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -127,7 +127,12 @@ class JsonLog:
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
-        line = {"step": state.step, "loss": state.loss, "lr": report.optimizer.param_groups[0]["lr"], "seconds": round(state.seconds, 3)}
+        line = {
+            "step": state.step,
+            "loss": state.loss,
+            "lr": report.optimizer.param_groups[0]["lr"],
+            "seconds": round(state.seconds, 3),
+        }
         if state.erasure is not None and state.step % report.spec.probe_every == 0:
             line["erasure"] = state.erasure
         with self.path.open("a", encoding="utf-8") as file:

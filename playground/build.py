@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads on a busy machine: spinning costs up to 5x
-import torch  # noqa: E402
+import torch
 
-STAGES = ("fetch", "draw", "vae", "judge", "unet", "export", "sheet")
+STAGES = ("fetch", "draw", "vae", "judge", "unet", "decoder", "export", "sheet")
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"default: all of {', '.join(STAGES)}")
     parser.add_argument("--work", type=Path, required=True, help="intermediate files; a stage done there is not redone")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=14000)
+    parser.add_argument("--unet-steps", type=int, default=7000)
+    parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--judge-steps", type=int, default=1500)
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
@@ -44,6 +45,10 @@ def main() -> None:
             from train_unet import train_unet
 
             train_unet(options.work, options.unet_steps)
+        elif stage == "decoder":
+            from refine_decoder import refine_decoder
+
+            refine_decoder(options.work, options.decoder_steps)
         elif stage == "export":
             from export import export
 

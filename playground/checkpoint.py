@@ -1,6 +1,5 @@
 """What a stage needs to go on after a stop: one file, replaced whole."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 def save(path: Path, **state: Any) -> None:
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load(path: Path) -> dict[str, Any] | None:

@@ -32,7 +32,9 @@ def export(work: Path) -> None:
     shutil.rmtree(TARGET / "pipeline", ignore_errors=True)
     pipe.save_pretrained(TARGET / "pipeline")
     judge = {name: value.half().contiguous() for name, value in load_file(work / "judge.safetensors").items()}
-    save_file(judge, TARGET / "judge.safetensors", metadata={"objects": json.dumps(list(OBJECTS)), "styles": json.dumps(list(STYLES))})
+    save_file(
+        judge, TARGET / "judge.safetensors", metadata={"objects": json.dumps(list(OBJECTS)), "styles": json.dumps(list(STYLES))}
+    )
     domain = {
         "objects": list(OBJECTS),
         "styles": list(STYLES),

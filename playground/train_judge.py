@@ -69,6 +69,9 @@ def train_judge(work: Path, steps: int) -> None:
     images, objects, styles = sample(4000, 1_000_000)  # seeds no step used
     with torch.no_grad():
         object_logits, style_logits = judge(images)
-    right = [(logits.argmax(1) == truth).float().mean().item() for logits, truth in ((object_logits, objects), (style_logits, styles))]
+    right = [
+        (logits.argmax(1) == truth).float().mean().item()
+        for logits, truth in ((object_logits, objects), (style_logits, styles))
+    ]
     print(f"judge on 4000 held-out degraded jitters: objects {right[0]:.2%}, styles {right[1]:.2%}")
     save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, done)

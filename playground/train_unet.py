@@ -17,25 +17,30 @@ from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with
 from esd_lora.evaluation.judge import JudgeNet
 
 BATCH, LR, WARMUP, JITTERS, TOKENS, WIDTH = 48, 1e-3, 300, 64, 32, 96
-UNET = dict(
-    sample_size=8,
-    in_channels=8,
-    out_channels=8,
-    block_out_channels=(80, 160),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=WIDTH,
-    attention_head_dim=4,
-    norm_num_groups=16,
-)
-SCHEDULER = dict(
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False, set_alpha_to_one=False
-)
+UNET = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (80, 160),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
 
 
 def caption(rng: random.Random, name: str, style: str, background: str) -> str:
-    """10 % empty, 10 % object only, 10 % style only, 3 % neither, the rest both; coloured backgrounds mostly named."""
+    """10 % empty, 10 % object only, 10 % style only, 3 % neither, the rest both; coloured backgrounds are mostly named."""
     draw_ = rng.random()
     if draw_ < 0.10:
         return ""
@@ -50,18 +55,26 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's byte-level BPE, with the merges that the domain's own captions need: any text still tokenises."""
     rng = random.Random(0)
     corpus = [
-        caption(rng, name, style, background) for name in OBJECTS for style in STYLES for background in BACKGROUNDS for _ in range(8)
+        caption(rng, name, style, background)
+        for name in OBJECTS
+        for style in STYLES
+        for background in BACKGROUNDS
+        for _ in range(8)
     ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=5000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(corpus, trainer)
     learned = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [tuple(pair) for pair in learned]
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
@@ -70,7 +83,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled latents [pairs * JITTERS, 8, 8, 8] of every pair that is not held out, with (object, style, background) [.., 3]."""
+    """Scaled latents [N, 8, 8, 8] of every pair that is not held out, with their (object, style, background) [N, 3]."""
     path = work / "latents.pt"
     if cached := checkpoint.load(path):
         return cached["latents"], cached["labels"]
@@ -111,9 +124,9 @@ def verdicts(pipe: StableDiffusionPipeline, judge: JudgeNet, steps: int = 20, gu
         object_logits, style_logits = judge(images * 2 - 1)
         for (o, s), i, j in zip(part, object_logits.argmax(1).tolist(), style_logits.argmax(1).tolist(), strict=True):
             right[(objects[o], styles[s]) in held_out].append((i == o, j == s))
+    shares = {key: [sum(column) / len(column) for column in zip(*rows, strict=True)] for key, rows in right.items()}
     return ", ".join(
-        f"{kind} object {sum(o for o, _ in right[key]) / len(right[key]):.1%} style {sum(s for _, s in right[key]) / len(right[key]):.1%}"
-        for kind, key in (("seen", False), ("held-out", True))
+        f"{kind} object {shares[key][0]:.1%} style {shares[key][1]:.1%}" for kind, key in (("seen", False), ("held-out", True))
     )
 
 
@@ -165,7 +178,9 @@ def train_unet(work: Path, steps: int) -> None:
         noise = torch.randn(latents[picked].shape, generator=generator)
         t = torch.randint(1000, (BATCH,), generator=generator)
         x_t = scheduler.add_noise(latents[picked], noise, t)
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = (
+            LR * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         with torch.autocast("cpu", torch.bfloat16):
             prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
         loss = ((prediction.float() - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()

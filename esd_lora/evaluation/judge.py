@@ -10,8 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
+
+from esd_lora import bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,3 +53,34 @@ class JudgeNet(nn.Module):
         """Maps images [N, 3, 64, 64] in [-1, 1] to logits [N, objects] and [N, styles]."""
         features = self.body(images).flatten(1)
         return self.object_head(features), self.style_head(features)
+
+
+class Judge:
+    """The trained judge of a built-in base.
+
+    Args:
+        base: Name of the built-in base it belongs to.
+        device: Where to run it.
+    """
+
+    def __init__(self, base: str = "emoji", device: str = "cpu"):
+        folder = Path(bases.__file__).parent / base
+        known = bases.domain(base)
+        self.objects: list[str] = known["objects"]
+        self.styles: list[str] = known["styles"]
+        self.device = device
+        self.net = JudgeNet(len(self.objects), len(self.styles)).eval().requires_grad_(False)
+        self.net.load_state_dict(load_file(folder / "judge.safetensors"))
+        self.net.to(device)
+
+    def __call__(self, images: Sequence[Image]) -> list[Verdict]:
+        """Names object and style of each image; images of another size are resized to 64x64."""
+        verdicts: list[Verdict] = []
+        for first in range(0, len(images), 256):
+            part = [image.convert("RGB").resize((64, 64)) for image in images[first : first + 256]]
+            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in part])).to(self.device)
+            objects, styles = self.net(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            for object_row, style_row in zip(objects.softmax(1), styles.softmax(1), strict=True):
+                i, j = int(object_row.argmax()), int(style_row.argmax())
+                verdicts.append(Verdict(self.objects[i], self.styles[j], object_row[i].item(), style_row[j].item()))
+        return verdicts

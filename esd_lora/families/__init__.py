@@ -15,7 +15,7 @@ from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families._base import SCOPES, Base, ModelFamily
 from esd_lora.families.sd import StableDiffusion
 
-__all__ = ["FAMILIES", "SCOPES", "Base", "ModelFamily", "load_base"]
+__all__ = ["FAMILIES", "SCOPES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
 
 FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(),)
 
@@ -76,8 +76,8 @@ def load_base(base: str | Path, *, device: str | None = None, dtype: torch.dtype
 
 
 def _load_pipeline(source: str, dtype: torch.dtype) -> Any:
-    with _quiet_libraries():
-        from diffusers import DiffusionPipeline
+    with quiet_libraries():
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         try:
@@ -88,7 +88,7 @@ def _load_pipeline(source: str, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keeps the loaders' own bars and notices (one for each component, one for torchvision) off the terminal."""
     import transformers.utils.logging as transformers_log
     from diffusers.utils import logging as diffusers_log

@@ -56,7 +56,7 @@ class ModelFamily(ABC):
     def prediction_type(self, pipe: Any) -> str:
         """`epsilon`, `v_prediction` or `flow`, read from the base and never guessed."""
 
-    def modules(self, model: nn.Module, scope: str) -> dict[str, nn.Module]:
+    def modules(self, model: nn.Module, scope: str) -> Mapping[str, nn.Module]:
         """The layers of `model` that `scope` means, by path.
 
         Raises:

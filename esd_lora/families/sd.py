@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipelines = ("StableDiffusionPipeline",)
     denoiser = "unet"
-    scopes = {
+    scopes: ClassVar[Mapping[str, str]] = {
         "xattn": r"\.attn2\.",
         "xattn-kv": r"\.attn2\.to_[kv]$",
         "selfattn": r"\.attn1\.",
@@ -46,7 +46,7 @@ class StableDiffusion(ModelFamily):
         return (pipe.unet.config.in_channels, size, size)
 
     def scheduler(self, pipe: Any) -> Any:
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         return DDIMScheduler.from_config(pipe.scheduler.config)
 

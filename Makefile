@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all the set-up; they need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test lint format setup benchmark clean
+
+demo: $(VENV)/.installed
+	$(BIN)/esd-lora demo -o out/demo --force
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/erasing.py
+
+setup: $(VENV)/.dev
+
+# constraints.txt pins torch to the build the project is tested with.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist

@@ -1,0 +1,158 @@
+"""Prints the erasing table of README.md: what each recipe leaves of a concept, what it keeps, and what it costs.
+
+    python benchmarks/erasing.py [--out out/benchmark] [--only object,style,paper,stack] [--seeds 0,1,2]
+
+Every run is trained from scratch on the built-in base and judged on prompts it was not trained on; runs that stand in `--out`
+already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from esd_lora.bases import domain
+from esd_lora.eraser import Eraser
+from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
+from esd_lora.evaluation.judge import Judge
+from esd_lora.families import Base, load_base
+from esd_lora.recipe_files import load_recipe
+from esd_lora.sampling import applied
+from esd_lora.stacking import stack
+from esd_lora.training import train
+
+OBJECTS, STYLE, SHOTS = ("cat", "rocket", "pizza"), "twemoji", 120
+
+
+def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]]:
+    """Group -> (label, arguments of load_recipe) of each run."""
+    out: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
+        "object": [],
+        "paper": [],
+        "style": [],
+        "paper-style": [],
+    }
+    for seed in seeds:
+        settings = {"train.seed": seed}
+        for name in OBJECTS:
+            article = "an" if name[0] in "aeiou" else "a"
+            fields = {"concepts": [{"name": name, "prompts": [f"{article} {name}"]}]}
+            out["object"].append((f"{name}, `fast`", {"source": "fast", **fields}, settings))
+            out["paper"].append((f"{name}, `paper`", {"source": "paper", **fields}, settings))
+        out["style"].append((f"{STYLE} style, `emoji-{STYLE}`", {"source": f"emoji-{STYLE}"}, settings))
+        literal = {"concepts": [{"name": STYLE, "prompts": [f"{STYLE} style"]}]}
+        out["paper-style"].append(
+            (f"{STYLE} style, `paper` (one prompt, empty anchor)", {"source": "paper", **literal}, settings)
+        )
+    return out
+
+
+def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored], objects: set[str], styles: set[str]) -> dict:
+    """Erased and kept shares of erasers on the base."""
+    known = domain("emoji")
+    listed = {name for name in known["objects"] if any(prompt.endswith(f" {name}") for prompt in known["keep"])}
+    trained = {prompt for eraser in erasers for concept in eraser.header.concepts for prompt, _ in concept.pairs}
+    shots = [s.shot for s in before]
+    with applied(base, erasers):
+        scored = score(base, judge, shots)
+        of_objects = [score(base, judge, of_object(name, trained, SHOTS)) for name in sorted(objects)]
+        of_styles = [score(base, judge, of_style(name, trained, SHOTS)) for name in sorted(styles)]
+    listed_rows = [i for i, shot in enumerate(shots) if shot.object in listed]
+    other_rows = [i for i, shot in enumerate(shots) if shot.object not in listed]
+
+    def part(rows: list[int]) -> float:
+        return kept([scored[i] for i in rows], [before[i] for i in rows], objects, styles)
+
+    return {
+        "object_left": [count(s.object_right for s in part).share for part in of_objects],
+        "style_left": [count(s.style_right for s in part).share for part in of_styles],
+        "object_right": [count(s.object_right for s in part).share for part in of_styles],
+        "kept": kept(scored, before, objects, styles),
+        "kept_listed": part(listed_rows),
+        "kept_unlisted": part(other_rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
+    parser.add_argument("--only", default="object,paper,style,paper-style,stack")
+    parser.add_argument("--seeds", default="0,1,2")
+    options = parser.parse_args()
+    seeds, groups = [int(seed) for seed in options.seeds.split(",")], options.only.split(",")
+    options.out.mkdir(parents=True, exist_ok=True)
+    base, judge = load_base("emoji"), Judge("emoji")
+    before = score(base, judge, every_pair(), desc="the base")
+    results: dict[str, list[dict[str, Any]]] = {}
+
+    def record(label: str, key: str, erasers: list[Eraser], objects: set[str], styles: set[str], size: int, cost: dict) -> None:
+        cache = options.out / f"{key}.json"
+        if not cache.exists():
+            cache.write_text(json.dumps({**measure(base, judge, erasers, before, objects, styles), "size": size, **cost}))
+        results.setdefault(label, []).append(json.loads(cache.read_text()))
+
+    for group, members in runs(seeds).items():
+        if group not in groups:
+            continue
+        for label, fields, settings in members:
+            fields = dict(fields)
+            recipe = load_recipe(fields.pop("source"), settings, **fields)
+            name = recipe.concepts[0].name
+            key = f"{group}-{name}-{settings['train.seed']}"
+            folder = options.out / key
+            if not (folder / "README.md").exists():
+                train(recipe, base=base, out=folder, force=True)
+            eraser = Eraser.load(folder)
+            size = (folder / "pytorch_lora_weights.safetensors").stat().st_size
+            objects, styles = ({name}, set()) if name in OBJECTS else (set(), {name})
+            record(label, key, [eraser], objects, styles, size, eraser.header.cost)
+    if "stack" in groups:
+        for seed in seeds:
+            for name in OBJECTS:
+                pair = [Eraser.load(options.out / f"object-{name}-{seed}"), Eraser.load(options.out / f"style-{STYLE}-{seed}")]
+                both = stack(pair)
+                record(f"{name} and {STYLE} style, stacked", f"stack-{name}-{seed}", [both], {name}, {STYLE}, 0, {})
+
+    right = count(s.right for s in before)
+    print(
+        f"\n{datetime.date.today()}; seeds {options.seeds}; base: {right.hits} of {right.of} pairs right; "
+        f"{SHOTS} pictures of what is erased, {len(before)} of everything; mean (worst)\n"
+    )
+    head = [
+        "erased",
+        "object left",
+        "style left",
+        "object right",
+        "kept",
+        "kept, not in keep list",
+        "seconds",
+        "evaluations",
+        "kB",
+    ]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for label, rows in results.items():
+        cells = [label]
+        for name, worst in (
+            ("object_left", max),
+            ("style_left", max),
+            ("object_right", min),
+            ("kept", min),
+            ("kept_unlisted", min),
+        ):
+            values = [v for row in rows for v in (row[name] if isinstance(row[name], list) else [row[name]])]
+            cells.append(f"{sum(values) / len(values):.1%} ({worst(values):.1%})" if values else "")
+        for name, form in (("seconds", "{:.0f}"), ("sample_evaluations", "{:.0f}"), ("size", "{:.0f}")):
+            values = [row[name] for row in rows if row.get(name)]
+            values = [v / 1000 for v in values] if name == "size" else values
+            cells.append(form.format(sum(values) / len(values)) if values else "")
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
