@@ -7,17 +7,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import yaml
 
 from esd_lora import __version__
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_names, recipe_path
-
-if TYPE_CHECKING:
-    from esd_lora.recipe import Recipe
+from esd_lora.recipe_files import dump_recipe, is_preset, load_recipe, recipe_names, recipe_path
 
 Weighted = tuple[str, float]
 
@@ -266,8 +263,10 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
 def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: bool) -> None:
     """Check recipes and report every fault with its line."""
     for name in names:
-        recipe: Recipe = load_recipe(name, _overrides(settings))
-        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, erases {', '.join(c.name for c in recipe.concepts)}")
+        preset = is_preset(name)
+        recipe = load_recipe(name, _overrides(settings), **({"concepts": ["CONCEPT"]} if preset else {}))
+        erased = "a preset, give it a --concept" if preset else f"erases {', '.join(c.name for c in recipe.concepts)}"
+        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {erased}")
 
 
 @main.command()

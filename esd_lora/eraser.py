@@ -150,7 +150,8 @@ class Eraser:
             raise EsdLoraError(f"no eraser at {path}: expected a directory with {WEIGHTS_NAME}, or a .safetensors file.")
         try:
             with cast("Any", safe_open)(file, framework="pt") as opened:  # safetensors ships no types
-                text: str | None = (opened.metadata() or {}).get(HEADER_KEY)
+                metadata: dict[str, str] = opened.metadata() or {}
+                text = metadata.get(HEADER_KEY)
                 tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in list(opened.keys())} if text else {}
         except SafetensorError as error:
             raise EsdLoraError(f"{file} is damaged or not a safetensors file ({error}). Fetch or train it again.") from error

@@ -50,6 +50,11 @@ def recipe_path(name: str) -> Path:
     )
 
 
+def is_preset(name: str) -> bool:
+    """Whether a recipe names no concept: it holds hyper-parameters for others to extend."""
+    return "concepts" not in _load(recipe_path(name)).values
+
+
 def _parse(path: Path) -> _Document:
     """Reads one YAML file together with the line each value stands on."""
     try:
