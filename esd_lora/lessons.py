@@ -52,13 +52,11 @@ def plan(recipe: Recipe, keep: Sequence[str] = ()) -> list[Lesson]:
     for concept in recipe.concepts:
         for prompt, anchor in concept.pairs():
             lessons.append(Lesson(concept.erase_from or prompt, prompt, anchor, recipe.eta))
-    words = {word for concept in recipe.concepts for word in concept.words()}
     preserve = tuple(keep) if recipe.preserve == "default" else recipe.preserve
-    clashes = [prompt for prompt in preserve if any(word in prompt.lower() for word in words)]
+    clashes = {prompt: concept.name for concept in recipe.concepts for prompt in preserve if concept.named_in(prompt)}
     if clashes and recipe.preserve != "default":
-        raise EsdLoraError(
-            f"preserve holds {clashes[0]!r}, which names a concept to erase ({', '.join(sorted(words))}). Take it out."
-        )
+        prompt, name = next(iter(clashes.items()))
+        raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in preserve if prompt not in clashes]
 
 

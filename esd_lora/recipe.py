@@ -6,6 +6,7 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -65,9 +66,10 @@ class Concept(_Frozen):
                 pairs.append((pair.prompt.replace("{x}", word), anchor.replace("{x}", word)))
         return pairs
 
-    def words(self) -> tuple[str, ...]:
-        """The names a preserved prompt must not contain, in lower case."""
-        return tuple(word.lower() for word in (self.name, *self.synonyms))
+    def named_in(self, text: str) -> bool:
+        """Whether a prompt names this concept: by name or synonym, as whole words, singular or plural, without article."""
+        words = [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in (self.name, *self.synonyms)]
+        return any(re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) for word in words)
 
 
 class LoraSpec(_Frozen):
@@ -97,9 +99,9 @@ class TrainSpec(_Frozen):
     points: Literal["one", "all"]
     """Points kept of a trajectory: one at random (paper), or every one (replay buffer)."""
     trajectories: int = Field(ge=1)
-    """Trajectories of erased prompts walked at each refresh, at least."""
+    """Trajectories of erased prompts walked at each refresh; lessons take turns."""
     preserve_trajectories: int = Field(ge=0)
-    """Trajectories of preserved prompts walked at each refresh, at least."""
+    """Trajectories of preserved prompts walked at each refresh."""
     refresh_every: int = Field(ge=1)
     """Optimiser steps between two refreshes of the buffer; 1 with `points: one` is the paper's loop."""
     trajectory_steps: int = Field(ge=2, le=1000)

@@ -122,7 +122,7 @@ def train(
 def refresh(
     teacher: Teacher, lessons: Sequence[Lesson], spec: TrainSpec, number: int
 ) -> tuple[TrajectoryBuffer, TrajectoryBuffer | None]:
-    """Walks new trajectories: at least `spec.trajectories` of erased prompts, `spec.preserve_trajectories` of preserved.
+    """Walks new trajectories: `spec.trajectories` of erased prompts and `spec.preserve_trajectories` of preserved ones.
 
     Every lesson gets its turn: the lists are gone through in a shuffled order, over and over, from refresh to refresh.
     """
