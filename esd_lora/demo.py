@@ -11,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL.Image import Image
+
 from esd_lora.eraser import Eraser, clear_output
 from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
 from esd_lora.evaluation.judge import Judge
@@ -84,6 +87,14 @@ def demo(out: str | Path, *, force: bool = False) -> str:
             name: _summarise(scores[name], scores["base"], objects, styles)
             for name, (_, _, objects, styles) in variants.items()
         },
+        "merged_equals_stack": {
+            "same_verdicts": count(
+                a.verdict[:2] == b.verdict[:2]
+                for suite in suites
+                for a, b in zip(scores["merged"][suite], scores["stack"][suite], strict=True)
+            ).as_json(),
+            "mean_pixel_difference": round(_difference(rows["merged"], rows["stack"]), 4),
+        },
         "training": {"object": object_eraser.header.cost, "style": style_eraser.header.cost},
         "seeds": {"training": 0, "pairs": [0, len(suites["pairs"]) - 1], "object": [0, _SHOTS - 1], "style": [0, _SHOTS - 1]},
         "sampling": {"steps": base.steps, "guidance": base.guidance},
@@ -96,6 +107,12 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     write_report(out / "report.html", out / "grid.png", lines, summary)
     text = "\n".join("  ".join(f"{cell:>14}" for cell in line) for line in lines)
     return f"{text}\n{summary['seconds']:.0f} s. Look at {out / 'report.html'} and {out / 'grid.png'}."
+
+
+def _difference(some: list[Image], others: list[Image]) -> float:
+    """Mean absolute difference of pixels, of 255."""
+    pairs = zip(some, others, strict=True)
+    return float(np.mean([np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() for a, b in pairs]))
 
 
 def _summarise(

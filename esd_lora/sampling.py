@@ -64,4 +64,4 @@ def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float] | No
     try:
         yield
     finally:
-        base.pipe.delete_adapters(_ADAPTER)
+        base.model.unload_lora()  # takes the wrapped layers out too, so that the base is as it came

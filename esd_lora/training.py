@@ -104,15 +104,18 @@ def train(
                         f"the loss became {state.loss} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g})"
                         " or load the base in float32."
                     )
-                report = StepReport(state, spec, base, teacher, parameters, optimizer, interruption.asked)
-                done = [watch(report) for watch in watchers]
+                last = interruption.asked or state.step == spec.steps
+                report = StepReport(state, spec, base, teacher, parameters, optimizer, interruption.asked, last)
+                for watch in watchers:
+                    if watch(report):
+                        report = report._replace(last=True)
                 if report.interrupted:
                     raise KeyboardInterrupt
-                if any(done):
+                if report.last:
                     break
         eraser = collect(base, recipe, lessons, cost(state, teacher))
     finally:
-        base.model.delete_adapters(ADAPTER)
+        base.model.unload_lora()
     if out:
         eraser.save(out)
         (out / CHECKPOINT_NAME).unlink(missing_ok=True)

@@ -38,11 +38,8 @@ class StepReport(NamedTuple):
     optimizer: torch.optim.Optimizer
     interrupted: bool
     """The user asked to stop; this is the last step of the run."""
-
-    @property
-    def last(self) -> bool:
-        """Whether no step follows, as far as is known before the watchers have spoken."""
-        return self.interrupted or self.state.step == self.spec.steps
+    last: bool
+    """No step follows, as far as is known to the watchers before this one."""
 
 
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
@@ -140,10 +137,10 @@ class JsonLog:
 
 
 class Previews:
-    """`previews/step_N.png`: the same prompts and seeds, base above, student below."""
+    """The same prompts and seeds, base above, student below: `previews/step_N.png`, and at the end `samples/`."""
 
     def __init__(self, directory: Path):
-        self.directory = directory / "previews"
+        self.directory = directory
         self._before: list[Any] | None = None
 
     def __call__(self, report: StepReport) -> None:
@@ -155,9 +152,10 @@ class Previews:
         if self._before is None:
             with report.teacher.speaking():
                 self._before = paint(report.base, prompts, seeds)
-        self.directory.mkdir(exist_ok=True)
-        rows = {"base": self._before, f"step {report.state.step}": paint(report.base, prompts, seeds)}
-        grid(rows, prompts).save(self.directory / f"step_{report.state.step:05d}.png")
+        sheet = grid({"base": self._before, "erased": paint(report.base, prompts, seeds)}, prompts)
+        place = "samples/before_after.png" if report.last else f"previews/step_{report.state.step:05d}.png"
+        (self.directory / place).parent.mkdir(exist_ok=True)
+        sheet.save(self.directory / place)
 
 
 class Checkpoints:

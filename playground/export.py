@@ -27,7 +27,7 @@ def keep_list() -> list[str]:
 
 def export(work: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(
-        work / "pipeline", vae=AutoencoderKL.from_pretrained(work / "vae_refined"), torch_dtype=torch.float16
+        work / "pipeline", vae=AutoencoderKL.from_pretrained(work / "vae_refined"), dtype=torch.float16
     )
     shutil.rmtree(TARGET / "pipeline", ignore_errors=True)
     pipe.save_pretrained(TARGET / "pipeline")

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 
 import checkpoint
 import draw
+import parallel
 from domain import BACKGROUNDS
 from train_vae import loss_of_decoded, psnr
 
@@ -18,18 +19,27 @@ def refine_decoder(work: Path, steps: int) -> None:
     done = work / "vae_refined"
     if done.exists():
         return
+    parallel.run(_refine, work, steps)
+    (work / "vae_refined.partial").rename(done)
+
+
+def _refine(rank: int, work: Path, steps: int) -> None:
     domain, others = draw.load(work)
     drawings = domain.flatten(0, 1)
     vae = AutoencoderKL.from_pretrained(work / "vae")
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    gradients = parallel.Gradients(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
     ema, first = checkpoint.Ema([vae.decoder, vae.post_quant_conv], 0.998), 0
     if state := checkpoint.load(work / "decoder.pt"):
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         first = state["step"]
-    print(f"decoder before: {psnr(vae, domain):.2f} dB", flush=True)
+    if rank == 0:
+        print(f"decoder before: {psnr(vae, domain):.2f} dB", flush=True)
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(40_000_000 + step)
         inside = torch.randint(len(drawings), (BATCH * 7 // 8,), generator=generator)
@@ -39,23 +49,26 @@ def refine_decoder(work: Path, steps: int) -> None:
         optimizer.param_groups[0]["lr"] = (
             LR * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         )
+        images = parallel.share(images, rank)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.sample()
             decoded = vae.decode(latents).sample
         loss = loss_of_decoded(decoded.float(), images)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        gradients.average()
+        gradients.clip(1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        gradients.clear()
         ema.update()
-        if (step + 1) % 50 == 0:
+        if rank == 0 and (step + 1) % 50 == 0:
             print(f"decoder {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
-        if (step + 1) % 250 == 0:
+        if rank == 0 and (step + 1) % 250 == 0:
             print(f"decoder {step + 1}/{steps} live psnr {psnr(vae, domain):.2f} dB", flush=True)
             checkpoint.save(
                 work / "decoder.pt", vae=vae.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step + 1
             )
     ema.copy_to_live()
-    vae.save_pretrained(done)
-    print(f"decoder after: {psnr(vae, domain):.2f} dB on the domain")
+    if rank == 0:
+        vae.save_pretrained(work / "vae_refined.partial")
+        print(f"decoder after: {psnr(vae, domain):.2f} dB on the domain")

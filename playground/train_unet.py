@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import checkpoint
 import draw
+import parallel
 from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
 from esd_lora.evaluation.judge import JudgeNet
 
@@ -135,10 +136,15 @@ def train_unet(work: Path, steps: int) -> None:
     if done.exists():
         return
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    latents, labels = make_latents(work, vae)
-    tokenizer = make_tokenizer(work / "tokenizer")
-    judge = JudgeNet(len(OBJECTS), len(STYLES)).eval()
-    judge.load_state_dict(load_file(work / "judge.safetensors"))
+    make_latents(work, vae)
+    make_tokenizer(work / "tokenizer")
+    parallel.run(_train, work, steps)
+    (work / "pipeline.partial").rename(done)
+
+
+def make_pipeline(work: Path) -> StableDiffusionPipeline:
+    """The pipeline with U-Net and text encoder fresh from seed 0."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     torch.manual_seed(0)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -154,13 +160,31 @@ def train_unet(work: Path, steps: int) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet = UNet2DConditionModel(**UNET)
-    scheduler = DDIMScheduler(**SCHEDULER)
+    pipe = StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder,
+        tokenizer,
+        UNet2DConditionModel(**UNET),
+        DDIMScheduler(**SCHEDULER),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _train(rank: int, work: Path, steps: int) -> None:
+    cached = checkpoint.load(work / "latents.pt")
+    latents, labels = cached["latents"], cached["labels"]
+    pipe = make_pipeline(work)
+    unet, text_encoder, tokenizer, scheduler = pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
+    judge = JudgeNet(len(OBJECTS), len(STYLES)).eval()
+    judge.load_state_dict(load_file(work / "judge.safetensors"))
     parameters = [*unet.parameters(), *text_encoder.parameters()]
+    gradients = parallel.Gradients(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     ema, first = checkpoint.Ema([unet, text_encoder], 0.9995), 0
-    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
     if state := checkpoint.load(work / "unet.pt"):
         unet.load_state_dict(state["unet"])
         text_encoder.load_state_dict(state["text_encoder"])
@@ -178,20 +202,21 @@ def train_unet(work: Path, steps: int) -> None:
         noise = torch.randn(latents[picked].shape, generator=generator)
         t = torch.randint(1000, (BATCH,), generator=generator)
         x_t = scheduler.add_noise(latents[picked], noise, t)
+        x_t, noise, t, ids = (parallel.share(each, rank) for each in (x_t, noise, t, ids))
         optimizer.param_groups[0]["lr"] = (
             LR * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
-        loss = ((prediction.float() - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()
+        prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
+        loss = ((prediction - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        gradients.average()
+        gradients.clip(1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        gradients.clear()
         ema.update()
-        if (step + 1) % 100 == 0:
+        if rank == 0 and (step + 1) % 100 == 0:
             print(f"unet {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % 1000 == 0 or step + 1 == steps):
             checkpoint.save(
                 work / "unet.pt",
                 unet=unet.state_dict(),
@@ -206,4 +231,3 @@ def train_unet(work: Path, steps: int) -> None:
             pipe.save_pretrained(work / "pipeline.partial")
             with torch.no_grad():
                 torch._foreach_copy_(parameters, live)
-    (work / "pipeline.partial").rename(done)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from esd_lora.recipe import Recipe
+from esd_lora.recipe_files import load_recipe
 
 
 def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -74,3 +78,13 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 def save_tiny(folder: Path, seed: int = 0) -> Path:
     tiny_pipeline(seed).save_pretrained(folder)
     return folder
+
+
+def tiny_recipe(base: Path | str, preset: str = "fast", concepts: Sequence[object] = ("a cat",), **settings: object) -> Recipe:
+    """A preset cut down to run in a moment; `settings` are fields of `train`, but for those of the recipe itself."""
+    small: dict[str, object] = {"steps": 4, "trajectory_steps": 4, "preview_every": 0, "checkpoint_every": 0, "probe_every": 0}
+    if preset == "fast":
+        small |= {"trajectories": 2, "preserve_trajectories": 2, "preserve_batch": 2}
+    own = {key: settings.pop(key) for key in ("scope", "objective", "eta", "preserve", "lora") if key in settings}
+    overrides = {f"train.{key}": value for key, value in {**small, **settings}.items()}
+    return load_recipe(preset, overrides, base=str(base), concepts=list(concepts), **{"preserve": ["a dog", "a hat"], **own})

@@ -1,0 +1,74 @@
+"""What every test stands on: a toy base on disk, erasers trained on it, and the warnings that are not ours."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from esd_lora.eraser import Eraser
+from esd_lora.families import Base, load_base
+from esd_lora.training import train
+from tiny import save_tiny, tiny_recipe
+
+torch.set_num_threads(2)
+
+# The same examples on every machine and every run, and no verdict that depends on how busy the machine is.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
+# Warnings that others raise about themselves: message start, category, module that is warned about.
+NOT_OURS = (
+    # diffusers' Euler scheduler calls np.array on a tensor, which torch lets numpy 2 warn about.
+    "__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers.schedulers.scheduling_euler_discrete",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in NOT_OURS:
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved toy pipeline. Tests only read it."""
+    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def base(tiny_dir: Path) -> Base:
+    """The toy pipeline, loaded for one test alone."""
+    return load_base(tiny_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def cat_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An eraser of cross-attention, trained hard enough to change pictures. Tests only read it."""
+    out = tmp_path_factory.mktemp("erasers") / "cat"
+    train(tiny_recipe(tiny_dir, lr=0.05), out=out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def car_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An eraser of every other layer, convolutions among them, of another rank. Tests only read it."""
+    out = tmp_path_factory.mktemp("erasers") / "car"
+    recipe = tiny_recipe(tiny_dir, concepts=["a car"], scope="noxattn", lora={"rank": 2, "alpha": 1}, lr=0.05, steps=2)
+    train(recipe, out=out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cat(cat_dir: Path) -> Eraser:
+    return Eraser.load(cat_dir)
+
+
+@pytest.fixture(scope="session")
+def car(car_dir: Path) -> Eraser:
+    return Eraser.load(car_dir)

@@ -1,0 +1,344 @@
+"""The command line at toy size: every command, and every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from esd_lora import __version__, training
+from esd_lora.cli import main
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
+from esd_lora.watching import StepReport
+from tiny import save_tiny, tiny_pipeline, tiny_unet
+
+# A training of a moment: two steps on two short trajectories.
+QUICK = {"steps": 2, "trajectories": 2, "trajectory_steps": 2, "preserve_trajectories": 1, "preview_every": 0}
+SETTINGS = [part for key, value in QUICK.items() for part in ("-s", f"train.{key}={value}")]
+ESD_LORA = str(Path(sys.executable).with_name("esd-lora"))
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def good(*args: object) -> str:
+    """What a command that succeeds prints."""
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def bad(*args: object) -> str:
+    """The error of a command that fails as a user's mistake should."""
+    result = invoke(*args)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("error: ") == 1
+    return result.stderr
+
+
+def bad_sentence(*args: object) -> str:
+    """The same, of one line."""
+    message = bad(*args)
+    assert message.count("\n") == 1
+    assert message.endswith(".\n")
+    assert "?." not in message
+    return message
+
+
+def test_train(tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "no-cat"
+    said = good(
+        "train", "--concept", "a cat", "--concept", "a hat", "--base", tiny_dir, "--scope", "xattn-kv", *SETTINGS, "-o", out
+    )
+    assert said.startswith("erased a cat, a hat in ")
+    assert said.endswith(f"{out}\n")
+    assert said.count("\n") == 1
+    (recipe,) = Eraser.load(out).header.recipes
+    quick = {f"train.{key}": value for key, value in QUICK.items()}
+    assert recipe == load_recipe("fast", quick, base=str(tiny_dir), concepts=["a cat", "a hat"], scope="xattn-kv")
+
+
+def test_train_from_a_file(tiny_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"extends": "paper", "base": str(tiny_dir), "concepts": ["a cat"], "train": {"steps": 9}}))
+    good("train", file, "-s", "train.steps=1", "-s", "train.lr=1e-3", "-s", "train.trajectory_steps=2", "-o", tmp_path / "out")
+    recipe = Eraser.load(tmp_path / "out").header.recipes[0]
+    assert (recipe.train.steps, recipe.train.lr, recipe.train.x_t_from) == (1, 1e-3, "student")
+
+
+def test_interrupted_and_resumed_train(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(out: str, *more: str) -> list[object]:
+        return [
+            "train",
+            "--concept",
+            "a cat",
+            "--base",
+            tiny_dir,
+            *SETTINGS,
+            "-s",
+            "train.steps=3",
+            "-o",
+            tmp_path / out,
+            *more,
+        ]
+
+    def interrupt(report: StepReport) -> None:
+        if report.state.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    as_usual = training.watchers_for
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "watchers_for", lambda *args: [*as_usual(*args), interrupt])
+        result = invoke(*command("run"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: interrupted; go on with the same command and --resume (checkpoint in {tmp_path / 'run'})."
+    )
+    good(*command("run", "--resume"))
+    good(*command("unbroken"))
+    run, unbroken = (Eraser.load(tmp_path / name).state_dict() for name in ("run", "unbroken"))
+    assert all((run[key] == unbroken[key]).all() for key in unbroken)
+
+
+def test_generate_and_compare(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out = tmp_path / "pictures"
+    command = ["generate", "a cat", "a dog", "--base", tiny_dir, "--steps", 2, "-n", 2, "--seed", 5, "--guidance", 3]
+    said = good(*command, "--eraser", f"{cat_dir}:0.5", "--compare", "-o", out)
+    pictures = ["000_seed5.png", "000_seed6.png", "001_seed5.png", "001_seed6.png"]
+    assert sorted(path.name for path in out.iterdir()) == [*pictures, "comparison.png"]
+    assert "4 pictures" in said
+    assert str(out) in said
+    with Image.open(out / "000_seed5.png") as picture, Image.open(out / "comparison.png") as sheet:
+        assert picture.size == (16, 16)
+        assert sheet.width > 4 * 128
+        assert sheet.height > 2 * 128
+    # The weight is that of the adapter: none is the base, and one by default.
+    shown = {}
+    for name, eraser in {"base": [], "none": [f"{cat_dir}:0"], "half": [f"{cat_dir}:0.5"], "one": [cat_dir]}.items():
+        good(*command, *(part for path in eraser for part in ("--eraser", path)), "-o", tmp_path / name)
+        shown[name] = (tmp_path / name / "000_seed5.png").read_bytes()
+    assert shown["none"] == shown["base"]
+    assert shown["half"] == (out / "000_seed5.png").read_bytes()
+    assert len(set(shown.values())) == 3
+
+
+def test_generate_again_leaves_nothing_of_before(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    command = ["generate", "a cat", "--base", tiny_dir, "--steps", 1, "-o", tmp_path]
+    good(*command, "--eraser", cat_dir, "--compare")
+    good(*command, "--force")
+    assert [path.name for path in tmp_path.iterdir()] == ["000_seed0.png"]
+
+
+def test_stack_with_weights(tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    said = good("stack", f"{cat_dir}:0.5", car_dir, "-o", tmp_path / "both")
+    assert said == f"stack of a cat, a car: {tmp_path / 'both'}\n"
+    stacked, cat = Eraser.load(tmp_path / "both"), Eraser.load(cat_dir)
+    assert [(c.name, c.weight) for c in stacked.header.concepts] == [("a cat", 0.5), ("a car", 1)]
+    module = next(iter(cat.pairs))
+    assert stacked.pairs[module].delta().equal(0.5 * cat.pairs[module].delta())
+
+
+def test_path_with_a_colon_is_a_path(tmp_path: Path, cat_dir: Path) -> None:
+    odd = shutil.copytree(cat_dir, tmp_path / "cat:2")
+    good("stack", odd, "-o", tmp_path / "one")
+    good("stack", f"{odd}:3", "-o", tmp_path / "three")
+    weights = [Eraser.load(tmp_path / name).header.concepts[0].weight for name in ("one", "three")]
+    assert weights == [1, 3]
+
+
+def test_merge(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    out = tmp_path / "merged"
+    assert good("merge", cat_dir, f"{car_dir}:0.5", "--base", tiny_dir, "-o", out) == f"merged pipeline: {out}\n"
+    command = ["generate", "a cat", "--steps", 2, "--base"]
+    good(*command, out, "-o", tmp_path / "a")
+    good(*command, tiny_dir, "-o", tmp_path / "b")
+    assert (tmp_path / "a" / "000_seed0.png").read_bytes() != (tmp_path / "b" / "000_seed0.png").read_bytes()
+
+
+def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
+    said = good("inspect", cat_dir)
+    for fact in (
+        "a cat (eta 1, weight 1)",
+        str(tiny_dir),
+        "family sd",
+        "epsilon",
+        "xattn: 16 layers, rank 4",
+        "steps 4",
+        "format 1",
+    ):
+        assert fact in said
+
+
+def test_inspect_as_json(cat_dir: Path) -> None:
+    header = json.loads(good("inspect", cat_dir / WEIGHTS_NAME, "--json"))
+    assert header == Eraser.load(cat_dir).header.model_dump(mode="json")
+
+
+def test_recipes_list_says_what_each_is() -> None:
+    lines = good("recipes", "list").splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    for line in lines:
+        name, described = line.split(maxsplit=1)
+        assert len(described) > 20, name
+        assert recipe_path(name).read_text("utf-8").startswith(f"# {described}\n")
+
+
+def test_recipes_show() -> None:
+    assert good("recipes", "show", "paper") == recipe_path("paper").read_text("utf-8")
+
+
+def test_recipes_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert good("recipes", "copy", "fast") == "recipe: fast.yaml\n"
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("fast").read_text("utf-8")
+    assert "already exists" in bad_sentence("recipes", "copy", "paper", "-o", "fast.yaml")
+    good("recipes", "copy", "paper", "-o", "fast.yaml", "--force")
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("paper").read_text("utf-8")
+
+
+def test_recipes_check(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("extends: fast\nconcepts: [a cat, a hat]\n")
+    said = good("recipes", "check", "fast", file).splitlines()
+    assert said[0].startswith("fast: good")
+    assert said[1] == f"{file}: good, erases a cat, a hat"
+
+
+def test_recipes_check_resolved(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("extends: fast\nconcepts: [a cat]\n")
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(good("recipes", "check", file, "-s", "eta=2", "--resolved"))
+    assert load_recipe(resolved) == load_recipe(file, {"eta": 2})
+
+
+def test_version_and_help() -> None:
+    assert __version__ in good("--version")
+    said = good("-h")
+    for command in ("train", "generate", "stack", "merge", "inspect", "recipes", "demo"):
+        assert f"\n  {command} " in said
+
+
+@pytest.mark.parametrize("command", ["tarin", "recipe"])
+def test_unknown_command(command: str) -> None:
+    result = invoke(command)
+    assert result.exit_code == 2
+    assert "did you mean" in result.stderr
+
+
+# The user's mistakes. {placeholders} are filled in by the test.
+TRAIN = "train --concept cat --base {tiny} -o {out}"
+MISTAKES = {
+    "unknown base": ("train --concept cat --base emojy -o {out}", "did you mean 'emoji'?"),
+    "unknown base to paint with": ("generate cat --base emojy -o {out}", "did you mean 'emoji'?"),
+    "unknown base to merge into": ("merge {cat} --base emojy -o {out}", "'emojy'"),
+    "base that is no pipeline": ("train --concept cat --base {empty} -o {out}", "model_index.json"),
+    "nothing to erase": ("train -o {out}", "--concept"),
+    "unknown scope": (f"{TRAIN} --scope xatn", "did you mean 'xattn'?"),
+    "scope without a layer": ("train --concept cat --base {plain} -o {out}", "Scopes with layers here: noxattn, full."),
+    "unknown objective": (f"{TRAIN} -s objective=edd", "did you mean 'esd'?"),
+    "preserve names the concept": (f"{TRAIN} -s preserve=[cat]", "preserve"),
+    "setting without a value": (f"{TRAIN} -s train.steps", "key=value"),
+    "setting that is no YAML": (f"{TRAIN} -s preserve=[cat", "-s preserve=[cat"),
+    "unknown recipe": ("train fsat -o {out}", "did you mean 'fast'?"),
+    "recipe that is no YAML": ("train {text} -o {out}", "not valid YAML"),
+    "recipe that is binary": ("train {damaged} -o {out}", "cannot be read as a recipe"),
+    "nothing to resume": (f"{TRAIN} --resume", "Train without --resume"),
+    "existing output of train": ("train --concept cat --base {tiny} -o {full}", "--force"),
+    "existing output of generate": ("generate cat --base {tiny} -o {full}", "--force"),
+    "existing output of stack": ("stack {cat} -o {full}", "--force"),
+    "existing output of merge": ("merge {cat} --base {tiny} -o {full}", "--force"),
+    "merge into the base": ("merge {cat} --base {tiny} -o {tiny} --force", "inside the base"),
+    "output that is a file": ("stack {cat} -o {text}", "file"),
+    "output below a file": ("stack {cat} -o {text}/x", "file"),
+    "copy into a missing directory": ("recipes copy fast -o {out}/x.yaml", "{out}"),
+    "unknown recipe to show": ("recipes show fsat", "did you mean 'fast'?"),
+    "unknown recipe to copy": ("recipes copy fsat", "did you mean 'fast'?"),
+    "unknown recipe to check": ("recipes check fsat", "did you mean 'fast'?"),
+    "missing eraser to inspect": ("inspect {out}", "no eraser"),
+    "missing eraser to paint with": ("generate cat --base {tiny} --eraser {out} -o {out}", "no eraser"),
+    "damaged eraser to inspect": ("inspect {damaged}", "damaged"),
+    "damaged eraser to paint with": ("generate cat --base {tiny} --eraser {damaged} -o {out}", "damaged"),
+    "damaged eraser to stack": ("stack {cat} {damaged} -o {out}", "damaged"),
+    "damaged eraser to merge": ("merge {damaged} --base {tiny} -o {out}", "damaged"),
+    "weight that is no number": ("stack {cat}:nan -o {out}", "nan"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the mistakes are made with. Read only."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.tex").write_text("years of work")
+    (folder / "damaged").write_bytes(b"\xff\xfe\x00 half a file")
+    (folder / "text").write_text("concepts: [cat\n")
+    plain = tiny_pipeline()
+    plain.register_modules(
+        unet=tiny_unet(
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            mid_block_type=None,
+            cross_attention_dim=16,
+        )
+    )
+    plain.save_pretrained(folder / "plain")
+    return {"tiny": tiny_dir, "cat": cat_dir, **{path.name: path for path in folder.iterdir()}}
+
+
+@pytest.mark.parametrize(("command", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_told_in_a_sentence(places: dict[str, Path], tmp_path: Path, command: str, said: str) -> None:
+    named = {**places, "out": tmp_path / "out"}
+    before = {path: path.read_bytes() for path in places["full"].iterdir()}
+    message = bad_sentence(*(word.format(**named) for word in command.split()))
+    assert said.format(**named) in message
+    assert {path: path.read_bytes() for path in places["full"].iterdir()} == before
+
+
+def test_faults_of_a_recipe_come_all_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("extends: fast\nconcepts: [cat]\nscop: full\nlora: {rank: 0}\n")
+    for command in (["train", file, "-o", tmp_path / "out"], ["recipes", "check", file]):
+        lines = bad(*command).splitlines()
+        assert [line.strip().rsplit(": ", 1)[0].split(" ")[0] for line in lines[1:]] == [f"{file}:4:", f"{file}:3:"]
+        assert "did you mean 'scope'?" in lines[2]
+
+
+def test_fault_of_a_setting(tiny_dir: Path, tmp_path: Path) -> None:
+    message = bad("train", "--concept", "cat", "--base", tiny_dir, "-s", "lora.rank=0", "-o", tmp_path / "out")
+    assert "lora.rank" in message
+    assert "found 0" in message
+
+
+def test_preset_without_a_concept(tmp_path: Path) -> None:
+    assert "concept" in bad("train", "fast", "-o", tmp_path / "out")
+
+
+def test_installed_command_prints_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run([ESD_LORA, "inspect", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no eraser at")
+    assert done.stderr.count("\n") == 1
+
+
+def test_warning_is_one_line_and_no_failure(tmp_path: Path, cat_dir: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    command = [ESD_LORA, "generate", "a cat", "--base", other, "--eraser", cat_dir, "--steps", "1", "-o", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if "trained on other weights" in line] == done.stderr.splitlines()
+    assert done.stderr.startswith("warning: ")

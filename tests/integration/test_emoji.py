@@ -1,0 +1,67 @@
+"""The built-in base, its judge, and a real erasure on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from esd_lora import load_recipe, train
+from esd_lora.bases import base_files, domain
+from esd_lora.evaluation.domain_suite import count, every_pair, kept, of_object, score
+from esd_lora.evaluation.judge import Judge
+from esd_lora.families import Base, load_base
+from esd_lora.sampling import applied, generate
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Base:
+    return load_base("emoji")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge("emoji")
+
+
+def test_the_base_is_small_enough_for_the_wheel():
+    files = [path for path in base_files("emoji").parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+
+
+def test_the_domain_is_what_was_promised():
+    known = domain("emoji")
+    assert len(known["objects"]) >= 40
+    assert len(known["styles"]) == 5
+    assert len(known["held_out"]) == len(known["objects"]) * 5 // 10
+    # Half of the objects stand in no keep list, so damage beyond the list can be measured.
+    assert sum(any(prompt.endswith(f" {name}") for prompt in known["keep"]) for name in known["objects"]) == 20
+
+
+def test_the_base_paints_what_it_is_asked_for(emoji: Base, judge: Judge):
+    scored = score(emoji, judge, every_pair()[::3])
+    assert count(s.object_right for s in scored).share >= 0.97
+    assert count(s.style_right for s in scored).share >= 0.97
+
+
+def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Judge, tmp_path):
+    recipe = load_recipe("emoji-cat", {"train.preview_every": 0})
+    eraser = train(recipe, base=emoji, out=tmp_path / "no-cat", progress=False)
+    gone, rest = of_object("cat", {"a cat"}, 40), every_pair()[::4]
+    before = score(emoji, judge, gone)
+    before_rest = score(emoji, judge, rest)
+    with applied(emoji, [eraser]):
+        after, after_rest = score(emoji, judge, gone), score(emoji, judge, rest)
+    assert count(s.object_right for s in before).share >= 0.9
+    assert count(s.object_right for s in after).share <= 0.05
+    assert kept(after_rest, before_rest, {"cat"}, set()) >= 0.95
+    assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
+
+    # What a user of plain diffusers gets from the directory is what `generate` shows, bit for bit.
+    plain = StableDiffusionPipeline.from_pretrained(base_files("emoji"), dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(tmp_path / "no-cat")
+    theirs = plain("a cat in ink style", num_inference_steps=8, generator=torch.Generator().manual_seed(3)).images[0]
+    ours = generate(emoji, ["a cat in ink style"], erasers=[tmp_path / "no-cat"], seeds=[3], steps=8, guidance=7.5)[0]
+    assert np.array_equal(np.asarray(theirs), np.asarray(ours))

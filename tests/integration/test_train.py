@@ -1,0 +1,422 @@
+"""Training on the toy pipeline, end to end: what is written, what is learned, what is left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops
+
+from esd_lora.checkpoints import CHECKPOINT_NAME
+from esd_lora.eraser import WEIGHTS_NAME, Eraser, hash_weight
+from esd_lora.errors import EsdLoraError
+from esd_lora.families import SCOPES, Base, load_base
+from esd_lora.recipe import Recipe
+from esd_lora.recipe_files import load_recipe
+from esd_lora.sampling import generate
+from esd_lora.training import learning_rate, train
+from esd_lora.watching import StepReport
+from tiny import tiny_recipe
+
+PRESETS = ["fast", "paper"]
+
+
+def assert_same_eraser(found: Eraser, expected: Eraser) -> None:
+    """Bit for bit, whenever and however long it was trained."""
+    assert found.pairs.keys() == expected.pairs.keys()
+    for module, pair in expected.pairs.items():
+        assert torch.equal(found.pairs[module].down, pair.down), module
+        assert torch.equal(found.pairs[module].up, pair.up), module
+    unmeasured = {"created": "", "cost": {}}
+    assert found.header.model_copy(update=unmeasured) == expected.header.model_copy(update=unmeasured)
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").splitlines()]
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    return {
+        name: value.clone()
+        for part in ("unet", "text_encoder", "vae")
+        for name, value in getattr(base.pipe, part).state_dict().items()
+    }
+
+
+def assert_as_it_came(base: Base, before: dict[str, torch.Tensor]) -> None:
+    after = weights_of(base)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def interrupt_at(step: int) -> Callable[[StepReport], None]:
+    def watch(report: StepReport) -> None:
+        if report.state.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return watch
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_run_directory(tiny_dir: Path, tmp_path: Path, preset: str) -> None:
+    recipe = tiny_recipe(tiny_dir, preset, preview_every=3, checkpoint_every=2)
+    eraser = train(recipe, out=tmp_path / "run", progress=False)
+    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert names == {
+        WEIGHTS_NAME,
+        "recipe.yaml",
+        "README.md",
+        "train_log.jsonl",
+        "previews/step_00003.png",
+        "samples/before_after.png",
+    }
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
+    assert_same_eraser(Eraser.load(tmp_path / "run"), eraser)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_log_has_a_line_a_step(tiny_dir: Path, tmp_path: Path, preset: str) -> None:
+    recipe = tiny_recipe(tiny_dir, preset)
+    seen: list[float] = []
+    train(recipe, out=tmp_path / "run", progress=False, on_step=[lambda report: seen.append(report.state.loss)])
+    log = log_of(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["loss"] for line in log] == seen
+    assert all(math.isfinite(loss) and loss > 0 for loss in seen)
+    assert [line["lr"] for line in log] == [learning_rate(recipe.train, step) for step in range(4)]
+    assert [line["seconds"] for line in log] == sorted(line["seconds"] for line in log)
+
+
+def test_learning_rates() -> None:
+    cosine = load_recipe("fast", {"train.steps": 10, "train.lr": 1.0, "train.lr_schedule": "cosine"}, concepts=["a cat"]).train
+    rates = [learning_rate(cosine, step) for step in range(11)]
+    assert rates[0] == 1
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(0.1)
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(cosine.model_copy(update={"lr_schedule": "constant"}), 7) == 1
+
+
+def test_header_says_where_the_eraser_comes_from(tiny_dir: Path, base: Base) -> None:
+    concepts = [{"name": "a cat", "synonyms": ["kitten"], "anchor": "a dog"}, "a car"]
+    recipe = tiny_recipe(tiny_dir, concepts=concepts, eta=2, preserve="default")
+    header = train(recipe, base=base, progress=False).header
+    assert (header.family, header.prefix, header.prediction_type) == ("sd", "unet", "epsilon")
+    assert header.base == str(tiny_dir)
+    assert header.base_hashes == {name: hash_weight(base.model.get_submodule(name).weight) for name in header.base_hashes}
+    assert [(c.name, c.synonyms, c.pairs, c.eta, c.weight) for c in header.concepts] == [
+        ("a cat", ("kitten",), (("a cat", "a dog"),), 2, 1),
+        ("a car", (), (("a car", ""),), 2, 1),
+    ]
+    assert header.recipes == (recipe,)
+    assert "a photo of a cat" not in header.preserve
+    assert "a photo of a dog" in header.preserve
+    assert set(header.versions) == {"esd-lora", "torch", "diffusers", "peft"}
+    # 2 erased trajectories of which anchors are asked for once, 2 preserved, 4 points each; 4 steps of 4 + 2 points.
+    assert header.cost["steps"] == 4
+    assert header.cost["student_samples"] == 4 * (4 + 2)
+    assert header.cost["sample_evaluations"] == 2 * (2 + 2) * 4 + 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_runs_are_equal_bit_for_bit(tiny_dir: Path, preset: str) -> None:
+    recipe = tiny_recipe(tiny_dir, preset)
+    first = train(recipe, progress=False)
+    torch.rand(3)  # what else a program draws must not matter
+    assert_same_eraser(train(recipe, progress=False), first)
+    other = train(tiny_recipe(tiny_dir, preset, seed=1), progress=False)
+    assert not any(torch.equal(first.pairs[module].up, other.pairs[module].up) for module in first.pairs)
+
+
+def test_random_state_of_the_program_is_left_alone(tiny_dir: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    train(tiny_recipe(tiny_dir), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("step", [1, 3])
+def test_interrupted_and_resumed_run_equals_an_unbroken_one(tiny_dir: Path, tmp_path: Path, preset: str, step: int) -> None:
+    recipe = tiny_recipe(tiny_dir, preset, steps=5, **({"refresh_every": 2} if preset == "fast" else {}))
+    unbroken = train(recipe, out=tmp_path / "unbroken", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", progress=False, on_step=[interrupt_at(step)])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CHECKPOINT_NAME, "train_log.jsonl"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(recipe, out=tmp_path / "run", resume=True, progress=False)
+    assert_same_eraser(resumed, unbroken)
+    assert not (tmp_path / "run" / CHECKPOINT_NAME).exists()
+    without_time = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / n)] for n in ("run", "unbroken")
+    ]
+    assert without_time[0] == without_time[1]
+    assert resumed.header.cost["student_samples"] == unbroken.header.cost["student_samples"]
+
+
+def test_resume_from_a_checkpoint_made_on_the_way(tiny_dir: Path, tmp_path: Path) -> None:
+    """A crash leaves a checkpoint older than the last step that was logged."""
+    recipe = tiny_recipe(tiny_dir, steps=5, checkpoint_every=2)
+
+    def crash(report: StepReport) -> None:
+        if report.state.step == 3:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, out=tmp_path / "run", progress=False, on_step=[crash])
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
+    resumed = train(recipe, out=tmp_path / "run", resume=True, progress=False)
+    assert_same_eraser(resumed, train(recipe, progress=False))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_interruption_without_a_directory(tiny_dir: Path, base: Base) -> None:
+    before = weights_of(base)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_recipe(tiny_dir), base=base, progress=False, on_step=[interrupt_at(1)])
+    assert_as_it_came(base, before)
+
+
+def test_signal_handler_of_the_program_comes_back(tiny_dir: Path) -> None:
+    asked: list[int] = []
+
+    def mine(number: int, _: object) -> None:
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        train(tiny_recipe(tiny_dir, steps=1), progress=False)
+        assert signal.getsignal(signal.SIGINT) is mine
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_recipe(tiny_dir), progress=False, on_step=[interrupt_at(1)])
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not asked
+
+
+@pytest.fixture
+def interrupted(tiny_dir: Path, tmp_path: Path) -> tuple[Recipe, Path]:
+    """A run with a checkpoint."""
+    recipe = tiny_recipe(tiny_dir)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", progress=False, on_step=[interrupt_at(1)])
+    return recipe, tmp_path / "run"
+
+
+def test_resume_with_another_recipe(interrupted: tuple[Recipe, Path]) -> None:
+    recipe, out = interrupted
+    other = recipe.model_copy(update={"eta": 2.0})
+    with pytest.raises(EsdLoraError, match="another recipe"):
+        train(other, out=out, resume=True, progress=False)
+    assert (out / CHECKPOINT_NAME).exists()
+
+
+def test_resume_without_a_checkpoint(tiny_dir: Path, cat_dir: Path, tmp_path: Path) -> None:
+    for out in (tmp_path / "nothing", cat_dir):
+        with pytest.raises(EsdLoraError, match=f"no {CHECKPOINT_NAME} to resume from"):
+            train(tiny_recipe(tiny_dir), out=out, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "not one", "cut short", "a list", "another dict"])
+def test_damaged_checkpoint(interrupted: tuple[Recipe, Path], damage: str) -> None:
+    recipe, out = interrupted
+    file = out / CHECKPOINT_NAME
+    whole = file.read_bytes()
+    if damage in ("a list", "another dict"):
+        torch.save([1] if damage == "a list" else {"step": 3}, file)
+    else:
+        file.write_bytes({"empty": b"", "not one": b"text", "cut short": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(EsdLoraError, match="damaged"):
+        train(recipe, out=out, resume=True, progress=False)
+
+
+def test_loss_that_is_no_number(tiny_dir: Path, tmp_path: Path, base: Base) -> None:
+    before = weights_of(base)
+    with pytest.raises(EsdLoraError, match=r"loss became .* at step \d of 4: lower train.lr \(now 1e\+30\)"):
+        train(tiny_recipe(tiny_dir, lr=1e30), out=tmp_path / "run", base=base, progress=False)
+    assert not (tmp_path / "run" / WEIGHTS_NAME).exists()
+    assert_as_it_came(base, before)
+
+
+def test_base_leaves_as_it_came(tiny_dir: Path, base: Base) -> None:
+    before = weights_of(base)
+    train(tiny_recipe(tiny_dir), base=base, progress=False)
+    assert_as_it_came(base, before)
+
+
+@pytest.mark.parametrize("scope", ["xattn", "xattn-kv", "full"])
+def test_second_training_on_one_base_is_like_the_first(tiny_dir: Path, base: Base, scope: str) -> None:
+    recipe = tiny_recipe(tiny_dir, scope=scope, steps=2)
+    assert_same_eraser(train(recipe, base=base, progress=False), train(recipe, base=base, progress=False))
+
+
+@pytest.mark.parametrize("fault", ["watcher", "scope", "objective"])
+def test_base_leaves_as_it_came_from_a_failure(tiny_dir: Path, base: Base, fault: str) -> None:
+    def fail(_: StepReport) -> None:
+        raise RuntimeError("a watcher's own fault")
+
+    before = weights_of(base)
+    recipe = tiny_recipe(tiny_dir, **{fault: "nonsense"} if fault != "watcher" else {})
+    with pytest.raises((RuntimeError, EsdLoraError)):
+        train(recipe, base=base, progress=False, on_step=[fail])
+    assert_as_it_came(base, before)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scope_trains_its_layers_and_no_other(tiny_dir: Path, base: Base, scope: str) -> None:
+    layers = base.family.modules(base.model, scope)
+    eraser = train(tiny_recipe(tiny_dir, scope=scope, steps=2), progress=False)
+    assert eraser.pairs.keys() == layers.keys()
+    assert eraser.header.base_hashes.keys() == layers.keys()
+    assert all(pair.up.any() for pair in eraser.pairs.values())
+
+
+def test_student_reaches_its_target(tiny_dir: Path) -> None:
+    recipe = tiny_recipe(tiny_dir, steps=30, lr=0.03, probe_every=30, scope="full", preserve=[])
+    losses: list[float] = []
+    erasures: list[float | None] = []
+
+    def watch(report: StepReport) -> None:
+        losses.append(report.state.loss)
+        erasures.append(report.state.erasure)
+
+    train(recipe, progress=False, on_step=[watch])
+    assert sum(losses[-5:]) < sum(losses[:5]) / 5
+    assert erasures[-1] == pytest.approx(1, abs=0.3)  # 0 before training, 1 on target
+
+
+def test_stops_once_enough_is_erased(tiny_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_dir, steps=40, lr=0.01, probe_every=2, stop_at=0.5, preserve=[])
+    eraser = train(recipe, out=tmp_path / "run", progress=False)
+    log = log_of(tmp_path / "run")
+    probed = [(line["step"], line["erasure"]) for line in log if "erasure" in line]
+    assert [step for step, _ in probed] == list(range(2, len(log) + 1, 2))
+    assert len(probed) > 1
+    assert all(erasure < 0.5 for _, erasure in probed[:-1])
+    assert probed[-1][1] >= 0.5
+    assert eraser.header.cost["steps"] == len(log) < 40
+
+
+def test_probe_changes_nothing_that_is_learned(tiny_dir: Path) -> None:
+    plain, probed = (train(tiny_recipe(tiny_dir, probe_every=every), progress=False) for every in (0, 1))
+    for module, pair in plain.pairs.items():
+        assert torch.equal(probed.pairs[module].up, pair.up)
+
+
+def test_watcher_ends_the_training(tiny_dir: Path) -> None:
+    eraser = train(tiny_recipe(tiny_dir), progress=False, on_step=[lambda report: report.state.step == 2])
+    assert eraser.header.cost["steps"] == 2
+
+
+def test_existing_output_needs_force(tiny_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_dir)
+    first = train(recipe, out=tmp_path / "run", progress=False)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    other = tiny_recipe(tiny_dir, seed=1)
+    with pytest.raises(EsdLoraError, match="--force"):
+        train(other, out=tmp_path / "run", progress=False)
+    assert_same_eraser(Eraser.load(tmp_path / "run"), first)
+    second = train(other, out=tmp_path / "run", force=True, progress=False)
+    assert_same_eraser(Eraser.load(tmp_path / "run"), second)
+    assert len(log_of(tmp_path / "run")) == 4
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "fault", [{"scope": "nonsense"}, {"objective": "nonsense"}, {"preserve": ["a cat"]}], ids=lambda f: next(iter(f))
+)
+def test_fault_of_the_recipe_costs_no_earlier_eraser(tiny_dir: Path, tmp_path: Path, fault: dict[str, Any]) -> None:
+    train(tiny_recipe(tiny_dir, steps=1), out=tmp_path / "run", progress=False)
+    with pytest.raises(EsdLoraError):
+        train(tiny_recipe(tiny_dir, **fault), out=tmp_path / "run", force=True, progress=False)
+    assert (tmp_path / "run" / WEIGHTS_NAME).exists()
+
+
+def test_unknown_base_costs_no_earlier_eraser(tiny_dir: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(tiny_dir, steps=1), out=tmp_path / "run", progress=False)
+    with pytest.raises(EsdLoraError):
+        train(tiny_recipe("nothing"), out=tmp_path / "run", force=True, progress=False)
+    assert (tmp_path / "run" / WEIGHTS_NAME).exists()
+
+
+def test_plain_diffusers_paints_the_same_pictures(tiny_dir: Path, cat_dir: Path) -> None:
+    ours = generate(tiny_dir, ["a cat", "a dog"], erasers=[cat_dir], seeds=[3], steps=4, guidance=5.0)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_dir, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(cat_dir)
+    noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    theirs = pipe(["a cat", "a dog"], num_inference_steps=4, guidance_scale=5.0, generator=noise).images
+    untouched = generate(tiny_dir, ["a cat", "a dog"], seeds=[3], steps=4, guidance=5.0)
+    for mine, other, before in zip(ours, theirs, untouched, strict=True):
+        assert ImageChops.difference(mine, other).getbbox() is None
+        assert ImageChops.difference(mine, before).getbbox() is not None
+
+
+@pytest.mark.parametrize("scope", ["xattn", "full"])
+def test_loaded_eraser_predicts_what_the_student_did(tiny_dir: Path, tmp_path: Path, scope: str) -> None:
+    x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([700, 30])
+    said: list[torch.Tensor] = []
+
+    def ask(report: StepReport) -> None:
+        if report.state.step == 4:
+            with torch.no_grad():
+                said.append(report.base.predict(x_t, t, report.base.encode(["a cat", "a dog"])))
+
+    recipe = tiny_recipe(tiny_dir, scope=scope, lora={"rank": 3, "alpha": 6}, lr=0.05)
+    train(recipe, out=tmp_path / "run", progress=False, on_step=[ask])
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_dir, use_safetensors=True)
+    pipe.load_lora_weights(tmp_path / "run")
+    fresh = load_base(tiny_dir)
+    with torch.no_grad():
+        text = fresh.encode(["a cat", "a dog"])
+        found = pipe.unet(x_t, t, encoder_hidden_states=text["text"]).sample
+        assert not torch.allclose(found, fresh.predict(x_t, t, text), atol=1e-3)
+    assert torch.equal(found, said[0])
+
+
+def test_generate_leaves_the_base_as_it_came(base: Base, cat: Eraser) -> None:
+    before = weights_of(base)
+    plain = generate(base, ["a cat"], steps=3)[0]
+    changed = generate(base, ["a cat"], erasers=[cat], steps=3)[0]
+    half = generate(base, ["a cat"], erasers=[cat], weights=[0.5], steps=3)[0]
+    assert len({picture.tobytes() for picture in (plain, changed, half)}) == 3
+    assert generate(base, ["a cat"], erasers=[cat], weights=[0.0], steps=3)[0] == plain
+    assert generate(base, ["a cat"], steps=3)[0] == plain
+    assert_as_it_came(base, before)
+
+
+def test_generated_pictures_come_prompt_by_prompt(base: Base, cat: Eraser) -> None:
+    together = generate(base, ["a cat", "a dog"], seeds=[0, 7], erasers=[cat], steps=2)
+    apart = [generate(base, [p], seeds=[s], erasers=[cat], steps=2)[0] for p in ("a cat", "a dog") for s in (0, 7)]
+    assert len(together) == 4
+    for picture, alone in zip(together, apart, strict=True):
+        # A batch of four is summed in another order than one of one.
+        assert max(high for _, high in ImageChops.difference(picture, alone).getextrema()) <= 1
+
+
+def test_samples_show_base_above_and_student_below(tiny_dir: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(tiny_dir, lr=0.05, preview_every=2), out=tmp_path, progress=False)
+    sheets = []
+    for name in ("previews/step_00002.png", "samples/before_after.png"):
+        with Image.open(tmp_path / name) as sheet:
+            sheets.append(sheet.copy())
+    (width, height), middle = sheets[0].size, sheets[0].height // 2 + 20
+    upper, lower = ([sheet.crop(box) for sheet in sheets] for box in ((0, 0, width, middle - 20), (0, middle, width, height)))
+    assert ImageChops.difference(*upper).getbbox() is None
+    assert ImageChops.difference(*lower).getbbox() is not None
+
+
+def test_new_run_leaves_no_samples_of_an_old_one(tiny_dir: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(tiny_dir, steps=1, preview_every=1), out=tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "samples" / "before_after.png").exists()
+    train(tiny_recipe(tiny_dir, steps=1, seed=1), out=tmp_path / "run", force=True, progress=False)
+    assert not (tmp_path / "run" / "samples" / "before_after.png").exists()

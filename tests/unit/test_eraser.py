@@ -1,0 +1,252 @@
+"""The eraser file: what is in it, what is refused, and that it is never half there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from esd_lora.cards import render_card
+from esd_lora.eraser import FORMAT, HEADER_KEY, WEIGHTS_NAME, Eraser, LoraPair, clear_output, hash_weight, write_whole
+from esd_lora.errors import EsdLoraError
+from esd_lora.recipe_files import load_recipe
+from made import SHAPES, made_eraser, made_header
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """An eraser's directory."""
+    return made_eraser({"conv": 2, "mid.attn2.to_k": 3}).save(tmp_path / "eraser")
+
+
+def refusal(path: Path) -> str:
+    """The one sentence that loading `path` is refused with."""
+    with pytest.raises(EsdLoraError) as caught:
+        Eraser.load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def rewrite(directory: Path, tensors: dict[str, torch.Tensor] | None = None, header: str | None = None) -> Path:
+    """The file with other tensors or another header text."""
+    file = directory / WEIGHTS_NAME
+    with safe_open(file, framework="pt") as opened:
+        old = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    save_file(old if tensors is None else tensors, file, metadata if header is None else {HEADER_KEY: header})
+    return file
+
+
+def test_keys_are_those_of_diffusers(saved: Path) -> None:
+    with safe_open(saved / WEIGHTS_NAME, framework="pt") as opened:
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    assert shapes == {
+        "unet.conv.lora_A.weight": (2, 2, 3, 3),
+        "unet.conv.lora_B.weight": (3, 2, 1, 1),
+        "unet.mid.attn2.to_k.lora_A.weight": (3, 3),
+        "unet.mid.attn2.to_k.lora_B.weight": (4, 3),
+    }
+
+
+def test_header_is_json_under_one_key(saved: Path) -> None:
+    with safe_open(saved / WEIGHTS_NAME, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert set(metadata) == {"format", HEADER_KEY}
+    header = json.loads(metadata[HEADER_KEY])
+    assert header["format"] == FORMAT
+    assert header["concepts"][0]["pairs"] == [["a cat", ""]]
+    assert header["recipes"][0]["train"]["steps"] == 4
+
+
+def test_directory_holds_recipe_and_card(saved: Path) -> None:
+    eraser = Eraser.load(saved)
+    assert load_recipe(saved / "recipe.yaml") == eraser.header.recipes[0]
+    assert (saved / "README.md").read_text("utf-8") == render_card(eraser.header)
+    assert {path.name for path in saved.iterdir()} == {WEIGHTS_NAME, "recipe.yaml", "README.md"}
+
+
+def test_file_loads_as_its_directory_does(saved: Path) -> None:
+    assert Eraser.load(saved / WEIGHTS_NAME).header == Eraser.load(saved).header
+
+
+def test_other_files_of_the_directory_stay(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    Eraser.load(saved).save(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", sorted(SHAPES))
+def test_delta_is_the_product_in_the_weights_shape(module: str) -> None:
+    pair = made_eraser({module: 2}).pairs[module]
+    assert pair.rank == 2
+    assert pair.shape == SHAPES[module]
+    x = torch.randn(1, SHAPES[module][1], *([6, 6] if len(pair.shape) == 4 else []), dtype=torch.float64)
+    if len(pair.shape) == 4:
+        convolve = torch.nn.functional.conv2d
+        expected, found = convolve(convolve(x, pair.down), pair.up), convolve(x, pair.delta())
+    else:
+        expected, found = x @ pair.down.T @ pair.up.T, x @ pair.delta().T
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_delta_of_half_precision_is_summed_in_float32() -> None:
+    pair = made_eraser({"conv": 3}, dtype=torch.float16).pairs["conv"]
+    assert torch.equal(pair.delta(), LoraPair(pair.down.float(), pair.up.float()).delta())
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    assert "no eraser" in refusal(tmp_path / "nothing")
+    assert WEIGHTS_NAME in refusal(tmp_path)
+
+
+def test_file_that_is_not_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    for content in (b"", b"PK\x03\x04 not one", b"\xff" * 64):
+        file.write_bytes(content)
+        assert "damaged" in refusal(file)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_truncated_file(saved: Path, share: float) -> None:
+    file = saved / WEIGHTS_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    assert "damaged" in refusal(file)
+
+
+def test_lora_of_another_tool(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        save_file({"unet.a.lora_A.weight": torch.zeros(1, 1)}, file, metadata)
+        assert "not an eraser" in refusal(file)
+
+
+def test_newer_format(saved: Path) -> None:
+    newer = made_header().model_dump(mode="json") | {"format": FORMAT + 1, "concepts": "told otherwise"}
+    message = refusal(rewrite(saved, header=json.dumps(newer)))
+    assert f"format {FORMAT + 1}" in message
+    assert "Upgrade" in message
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "not json", '{"format": 1, "family": 3}'])
+def test_damaged_header(saved: Path, text: str) -> None:
+    assert "damaged header" in refusal(rewrite(saved, header=text))
+
+
+WHOLE = made_eraser({"conv": 2}).state_dict()
+DOWN, UP = "unet.conv.lora_A.weight", "unet.conv.lora_B.weight"
+NO_PAIRS = {
+    "without up": {DOWN: WHOLE[DOWN]},
+    "without down": {UP: WHOLE[UP]},
+    "another rank": {DOWN: WHOLE[DOWN], UP: WHOLE[UP][:, :1].contiguous()},
+    "flat": {DOWN: WHOLE[DOWN], UP: WHOLE[UP].flatten()},
+    "another prefix": {key.replace("unet", "transformer"): value for key, value in WHOLE.items()},
+    "a stranger": {**WHOLE, "unet.conv.alpha": torch.ones(())},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("tensors", NO_PAIRS.values(), ids=NO_PAIRS)
+def test_keys_that_are_no_pairs(saved: Path, tensors: dict[str, torch.Tensor]) -> None:
+    assert "Fetch or train it again" in refusal(rewrite(saved, tensors=tensors))
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    write_whole(file, b"old")
+    write_bytes = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(file, b"new content")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+    with file.open("rb") as reader:
+        write_whole(file, b"new content")
+        assert reader.read() == b"old"  # who reads meanwhile reads the old one to its end
+    assert file.read_bytes() == b"new content"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_card_says_what_and_from_where() -> None:
+    header = made_header("Van Gogh", base="owner/model", base_revision="abc123", preserve=("a dog", "a hat"))
+    card = render_card(header)
+    _, front, text = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "diffusers"
+    assert front["base_model"] == "owner/model"
+    assert front["base_model_relation"] == "adapter"
+    assert {"lora", "esd-lora", "stable-diffusion"} <= set(front["tags"])
+    assert "# Eraser: Van Gogh" in text
+    assert "| Van Gogh | (empty prompt) |" in text
+    assert "`owner/model` at `abc123`" in text
+    assert "Prompts held in place during training: 2" in text
+    assert "instance_prompt" not in front  # an eraser has no trigger word
+
+
+def test_card_of_a_local_base_points_to_no_page() -> None:
+    front = yaml.safe_load(render_card(made_header(base="/some/where")).split("---\n")[1])
+    assert "base_model" not in front
+
+
+def test_card_cuts_a_long_pool_short() -> None:
+    concept = made_header().concepts[0].model_copy(update={"pairs": tuple((f"cat {i}", "dog") for i in range(20))})
+    card = render_card(made_header(concepts=(concept,)))
+    assert "| cat 11 | dog |" in card
+    assert "cat 12" not in card
+    assert "and 8 more" in card
+
+
+def test_card_keeps_its_table_whatever_the_prompt_holds() -> None:
+    concept = made_header().concepts[0].model_copy(update={"pairs": (("[cat|dog]\nsitting", "a | b"),)})
+    card = render_card(made_header(concepts=(concept,)))
+    row = next(line for line in card.splitlines() if "[cat" in line)
+    assert row.endswith("|")
+    assert row.replace("\\|", "").count("|") == 3
+
+
+def test_output_that_is_new_or_empty(tmp_path: Path) -> None:
+    clear_output(tmp_path / "a" / "b", False, [])
+    clear_output(tmp_path / "a" / "b", False, [])
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_output_that_holds_something(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(EsdLoraError, match="--force"):
+        clear_output(tmp_path, False, ["ours", "other"])
+    assert (tmp_path / "ours").exists()
+    clear_output(tmp_path, True, ["ours", "other"])
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("mine")
+    for path in (file, file / "below"):
+        with pytest.raises(EsdLoraError, match="file"):
+            clear_output(path, True, [])
+    assert file.read_text() == "mine"
+
+
+def test_hash_is_the_same_for_a_base_and_its_float16_variant() -> None:
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert hash_weight(weight) == hash_weight(weight.half()) == hash_weight(weight.T.contiguous().T)
+    changed = weight.clone()
+    changed[3, 2] += 0.01
+    assert hash_weight(changed) != hash_weight(weight)
+    assert len(hash_weight(weight)) == 16

@@ -1,0 +1,229 @@
+"""Scopes on the real architectures, and what a base that cannot be used is refused with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
+
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.families import SCOPES, Base, load_base
+from esd_lora.families.sd import StableDiffusion
+from tiny import tiny_pipeline
+
+# unet/config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, where they are not defaults.
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+COUNTS = {"sd15": {"xattn": 64, "xattn-kv": 32, "selfattn": 64}, "sdxl": {"xattn": 280, "xattn-kv": 140, "selfattn": 280}}
+INSIDE = {"sd15": 192, "sdxl": 722}
+FAMILY = StableDiffusion()
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def real(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    """A U-Net of full size without weights."""
+    with torch.device("meta"):
+        return request.param, UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL}[request.param])
+
+
+def test_attention_scopes_hold_what_the_literature_counts(real: tuple[str, nn.Module]) -> None:
+    name, model = real
+    for scope, count in COUNTS[name].items():
+        assert len(FAMILY.modules(model, scope)) == count
+    assert sum(".attentions." in path for path in FAMILY.modules(model, "full")) == INSIDE[name]
+    assert FAMILY.modules(model, "xattn-kv").keys() < FAMILY.modules(model, "xattn").keys()
+    assert {tuple(path.split(".")[-2:]) for path in FAMILY.modules(model, "xattn-kv")} == {("attn2", "to_k"), ("attn2", "to_v")}
+
+
+def test_xattn_and_noxattn_part_full_between_them(real: tuple[str, nn.Module]) -> None:
+    _, model = real
+    full, xattn, noxattn = (FAMILY.modules(model, scope).keys() for scope in ("full", "xattn", "noxattn"))
+    assert not xattn & noxattn
+    assert xattn | noxattn == full
+    assert FAMILY.modules(model, "selfattn").keys() < noxattn
+
+
+def test_layers_that_no_loader_knows_are_in_no_scope(real: tuple[str, nn.Module]) -> None:
+    name, model = real
+    layers = {path for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    outside = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    if name == "sdxl":
+        outside |= {"add_embedding.linear_1", "add_embedding.linear_2"}
+    assert layers - FAMILY.modules(model, "full").keys() == outside
+    for scope in SCOPES:
+        assert all(isinstance(m, nn.Linear | nn.Conv2d) for m in FAMILY.modules(model, scope).values())
+        assert not FAMILY.modules(model, scope).keys() & outside
+
+
+def test_every_scope_is_known_to_the_family() -> None:
+    assert tuple(FAMILY.scopes) == SCOPES
+
+
+@pytest.mark.parametrize(("scope", "meant"), [("xatn", "xattn"), ("xattn_kv", "xattn-kv"), ("ESD", None)])
+def test_unknown_scope(base: Base, scope: str, meant: str | None) -> None:
+    with pytest.raises(EsdLoraError) as caught:
+        FAMILY.modules(base.model, scope)
+    message = str(caught.value)
+    assert f"unknown scope {scope!r}" in message
+    assert (f"did you mean {meant!r}?" in message) == (meant is not None)
+    assert all(name in message for name in SCOPES)
+    assert "' Known" not in message  # a full stop or a question mark stands between
+
+
+def test_scope_without_a_layer_names_those_with_some() -> None:
+    with torch.device("meta"):
+        model = UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            mid_block_type=None,
+            norm_num_groups=4,
+        )
+    with pytest.raises(EsdLoraError, match="matches none") as caught:
+        FAMILY.modules(model, "xattn")
+    assert str(caught.value).endswith("Scopes with layers here: noxattn, full.")
+
+
+def test_base_is_frozen_and_knows_itself(base: Base, tiny_dir: Path) -> None:
+    assert base.id == str(tiny_dir)
+    assert base.family.name == "sd"
+    assert base.family.prediction_type(base.pipe) == "epsilon"
+    assert base.family.latent_shape(base.pipe) == (4, 8, 8)
+    for component in (base.model, base.pipe.text_encoder, base.pipe.vae):
+        assert not component.training
+        assert not any(p.requires_grad for p in component.parameters())
+
+
+def test_prediction_type_is_read_from_the_base(base: Base) -> None:
+    base.pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    assert base.family.prediction_type(base.pipe) == "v_prediction"
+    assert base.family.scheduler(base.pipe).config.prediction_type == "v_prediction"
+
+
+def test_condition_of_a_prompt_is_the_pipeline_s(base: Base) -> None:
+    expected, negative = base.pipe.encode_prompt("a cat", "cpu", 1, True, "")
+    condition = base.encode(["", "a cat"])
+    assert torch.equal(condition["text"], torch.cat([negative, expected]))
+
+
+def test_walk_does_not_clip_latents_whatever_sampler_the_base_has() -> None:
+    # Only pixels lie in [-1, 1]. Euler's config has no clip_sample, and DDIM's default is to clip.
+    pipe = tiny_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    scheduler = FAMILY.scheduler(pipe)
+    assert not scheduler.config.clip_sample
+    assert not scheduler.config.thresholding
+
+
+def refusal(base: str | Path) -> str:
+    with pytest.raises(EsdLoraError) as caught:
+        load_base(base)
+    message = str(caught.value)
+    assert "?." not in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["emojy", "./nothing/here", "a/b/c", "nothing"])
+def test_unknown_base(name: str) -> None:
+    message = refusal(name)
+    assert f"no base {name!r}" in message
+    assert "Hub id" in message
+    assert ("did you mean 'emoji'?" in message) == (name == "emojy")
+
+
+def test_hub_id_out_of_reach() -> None:
+    assert "owner/no-such-model" in refusal("owner/no-such-model")
+
+
+def test_base_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    assert "expected" in refusal(file)
+
+
+def test_directory_without_an_index(tmp_path: Path) -> None:
+    assert "model_index.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"StableDiffusionPipeline"'])
+def test_damaged_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    assert "damaged" in refusal(tmp_path)
+
+
+def test_pipeline_that_no_family_covers(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    message = refusal(tmp_path)
+    assert "FluxPipeline" in message
+    assert "StableDiffusionPipeline" in message
+
+
+def test_base_with_a_part_missing(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "base")
+    shutil.rmtree(folder / "unet")
+    assert str(folder) in refusal(folder)
+
+
+def test_base_with_damaged_weights(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "base")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    assert str(folder) in refusal(folder)
+
+
+def test_eraser_fits_the_base_it_was_trained_on(base: Base, cat: Eraser, car: Eraser) -> None:
+    base.check(cat)
+    base.check(car)
+
+
+@pytest.mark.parametrize(("field", "value"), [("family", "sdxl"), ("prediction_type", "v_prediction")])
+def test_eraser_of_another_kind(base: Base, cat: Eraser, field: str, value: str) -> None:
+    other = Eraser(cat.pairs, cat.header.model_copy(update={field: value}))
+    with pytest.raises(EsdLoraError, match=field.replace("_", " ")) as caught:
+        base.check(other)
+    assert repr(value) in str(caught.value)
+
+
+def test_eraser_of_another_shape(base: Base, cat: Eraser) -> None:
+    (module, pair), *_ = cat.pairs.items()
+    grown = pair._replace(down=torch.cat([pair.down, pair.down], 1))
+    with pytest.raises(EsdLoraError, match="of shape") as caught:
+        base.check(Eraser({module: grown}, cat.header))
+    assert module in str(caught.value)
+    with pytest.raises(EsdLoraError, match="has no layer elsewhere"):
+        base.check(Eraser({"elsewhere": pair}, cat.header))
+
+
+def test_eraser_of_other_weights_is_warned_about(cat: Eraser, base: Base) -> None:
+    module = next(iter(cat.pairs))
+    base.model.get_submodule(module).weight.data[0, 0] += 1
+    with pytest.warns(UserWarning, match=f"1 of {len(cat.pairs)} layers differ"):
+        base.check(cat)

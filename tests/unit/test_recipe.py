@@ -1,0 +1,214 @@
+"""Recipes: what may be written, what it comes to, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.recipe import Concept, Recipe
+from esd_lora.recipe_files import is_preset, load_recipe, recipe_names, recipes_dir
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
+
+
+def faults(source: object, *args: object, **fields: object) -> list[str]:
+    """The message of the error that loading raises, one entry a line."""
+    with pytest.raises(EsdLoraError) as caught:
+        load_recipe(source, *args, **fields)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_dir().glob("*.yaml")))
+def test_every_shipped_recipe_loads(name: str) -> None:
+    recipe = load_recipe(name, **({"concepts": ["a cat"]} if is_preset(name) else {}))
+    assert all(concept.pairs() for concept in recipe.concepts)
+
+
+def test_presets_are_the_recipes_without_concepts() -> None:
+    assert [name for name in recipe_names() if is_preset(name)] == ["fast", "paper"]
+
+
+def test_preset_with_base_and_concepts() -> None:
+    recipe = load_recipe("paper", base="owner/model", concepts=["Van Gogh", "a cat"])
+    assert recipe.base == "owner/model"
+    assert [concept.name for concept in recipe.concepts] == ["Van Gogh", "a cat"]
+    assert recipe.train.x_t_from == "student"
+    assert recipe.eta == 1
+
+
+def test_plain_string_stands_for_concept_and_for_prompt() -> None:
+    assert Concept.model_validate({"name": "cat"}).pairs() == [("cat", "")]
+    assert load_recipe("fast", concepts=["cat"]).concepts == (Concept(name="cat"),)
+    pool = Concept.model_validate(
+        {"name": "cat", "prompts": ["a cat", {"prompt": "two cats", "anchor": "two dogs"}], "anchor": "a dog"}
+    )
+    assert pool.pairs() == [("a cat", "a dog"), ("two cats", "two dogs")]
+
+
+def test_empty_anchor_of_a_prompt_is_not_a_missing_one() -> None:
+    pool = Concept.model_validate({"name": "cat", "prompts": [{"prompt": "a cat", "anchor": ""}], "anchor": "a dog"})
+    assert pool.pairs() == [("a cat", "")]
+
+
+def test_fill_expands_prompt_and_anchor_together() -> None:
+    pool = Concept.model_validate(
+        {
+            "name": "ink",
+            "prompts": [{"prompt": "{x} in ink, {x}", "anchor": "{x}"}, "ink"],
+            "fill": ["a cat", "a car"],
+            "anchor": "paper",
+        }
+    )
+    assert pool.pairs() == [("a cat in ink, a cat", "a cat"), ("a car in ink, a car", "a car"), ("ink", "paper")]
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        {"name": "ink", "prompts": ["{x} in ink"]},
+        {"name": "ink", "prompts": [{"prompt": "ink", "anchor": "{x}"}]},
+        {"name": "ink", "anchor": "{x}"},
+        {"name": "{x} in ink"},
+    ],
+    ids=["prompt", "anchor of a prompt", "anchor", "name"],
+)
+def test_placeholder_without_fill_is_a_fault(concept: dict[str, object]) -> None:
+    # Expanded over no words, such a concept would have no prompt at all.
+    assert any("fill" in line for line in faults("fast", concepts=[concept])[1:])
+
+
+def test_extends_built_in_and_sibling(tmp_path: Path) -> None:
+    write(tmp_path / "mine.yaml", "extends: fast\neta: 2\ntrain: {steps: 7}\n")
+    child = write(tmp_path / "child.yaml", "extends: mine.yaml\nconcepts: [cat]\ntrain:\n  batch_size: 5\n")
+    recipe, fast = load_recipe(child), load_recipe("fast", concepts=["cat"])
+    assert recipe == fast.model_copy(update={"eta": 2.0, "train": fast.train.model_copy(update={"steps": 7, "batch_size": 5})})
+
+
+def test_extends_in_a_circle(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    (line,) = faults(tmp_path / "a.yaml")
+    assert "extends itself" in line
+    assert "a.yaml -> b.yaml" in line
+
+
+def test_lists_are_replaced_whole(tmp_path: Path) -> None:
+    write(tmp_path / "below.yaml", "extends: fast\nconcepts: [a, b]\npreserve: [c, d]\n")
+    above = write(tmp_path / "above.yaml", "extends: below.yaml\nconcepts: [e]\npreserve: []\n")
+    assert load_recipe(above).concepts == (Concept(name="e"),)
+    assert load_recipe(above).preserve == ()
+
+
+def test_overrides_win_over_the_file_and_keywords_over_both(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "extends: fast\nconcepts: [cat]\neta: 2\ntrain: {steps: 7}\n")
+    recipe = load_recipe(file, {"train.steps": 9, "eta": 3, "lora.rank": 2}, eta=4.0)
+    assert (recipe.train.steps, recipe.eta, recipe.lora.rank) == (9, 4.0, 2)
+    assert recipe.train.batch_size == load_recipe("fast", concepts=["cat"]).train.batch_size
+
+
+def test_later_override_wins() -> None:
+    recipe = load_recipe("fast", {"lora.rank": 2, "lora": {"rank": 3, "alpha": 5}, "lora.alpha": 6}, concepts=["cat"])
+    assert (recipe.lora.rank, recipe.lora.alpha) == (3, 6)
+
+
+def test_number_without_a_point_is_a_number() -> None:
+    # PyYAML reads 1e-4 as a string.
+    assert load_recipe("fast", {"train.lr": "1e-4"}, concepts=["cat"]).train.lr == 1e-4
+
+
+def test_every_fault_at_once_each_with_its_line(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "bad.yaml",
+        "extends: fast\nscop: xattn\neta: strong\nconcepts:\n  - cat\n  - 3\n  - {name: hat, anchr: dog}\n"
+        "lora: {rank: 0}\ntrain:\n  step: 5\n  points: some\n",
+    )
+    head, *lines = faults(file)
+    assert "faults" in head
+    places = {line.split(": ")[1]: line for line in lines}
+    for line, key, meant in ((2, "scop", "scope"), (7, "concepts.2.anchr", "anchor"), (10, "train.step", "steps")):
+        assert places[key].startswith(f"{file}:{line}: {key}: unknown key")
+        assert f"did you mean {meant!r}?" in places[key]
+    # What pydantic says, with the line and the value found.
+    assert re.fullmatch(rf"{re.escape(str(file))}:3: eta: .*number.*, found 'strong'", places["eta"])
+    assert re.fullmatch(rf"{re.escape(str(file))}:6: concepts\.1: .*, found 3", places["concepts.1"])
+    assert re.fullmatch(rf"{re.escape(str(file))}:8: lora\.rank: .*, found 0", places["lora.rank"])
+    assert re.fullmatch(rf"{re.escape(str(file))}:11: train\.points: .*'one'.*'all'.*, found 'some'", places["train.points"])
+    assert len(lines) == 7
+
+
+def test_fault_of_an_extended_file_names_that_file(tmp_path: Path) -> None:
+    below = write(tmp_path / "below.yaml", "extends: fast\n\neta: strong\n")
+    above = write(tmp_path / "above.yaml", "extends: below.yaml\nconcepts: [cat]\n")
+    (line,) = faults(above)[1:]
+    assert line.startswith(f"{below}:3: eta: ")
+
+
+@pytest.mark.parametrize("override", [{"eta": "strong"}, {"lora.rank": 0}])
+def test_fault_of_an_override_blames_no_line_of_the_file(override: dict[str, object]) -> None:
+    (line,) = faults("fast", override, concepts=["cat"])[1:]
+    assert next(iter(override)) in line
+    assert not re.search(r"\.yaml:\d+", line)
+
+
+@pytest.mark.parametrize("eta", [".nan", ".inf", "-.inf"])
+def test_eta_is_a_finite_number(tmp_path: Path, eta: str) -> None:
+    file = write(tmp_path / "r.yaml", f"extends: fast\nconcepts: [cat]\neta: {eta}\n")
+    (line,) = faults(file)[1:]
+    assert line.startswith(f"{file}:3: eta: ")
+
+
+def test_missing_concepts_are_not_blamed_on_the_preset() -> None:
+    # No preset gives concepts, so "a preset gives it" would send the user the wrong way.
+    (line,) = faults("fast")[1:]
+    assert "concepts: missing" in line
+    assert "extends" not in line
+
+
+def test_missing_field_points_to_a_preset(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "base: emoji\nconcepts: [cat]\nscope: xattn\nobjective: esd\nlora: {rank: 1, alpha: 1}\n")
+    lines = faults(file)[1:]
+    assert [line.split(": ")[1] for line in lines] == ["eta", "train"]
+    assert all("extends: fast" in line for line in lines)
+
+
+def test_text_that_is_not_yaml(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "extends: fast\nconcepts: [cat\neta: 1\n")
+    (line,) = faults(file)
+    assert line.startswith(f"{file}:3: not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "cat\n", ""])
+def test_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    (line,) = faults(write(tmp_path / "r.yaml", text))
+    assert "expected a mapping" in line
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"\x80\x02\xff\x00\xfe")
+    (line,) = faults(file)
+    assert line.startswith(f"{file}: cannot be read as a recipe")
+
+
+def test_value_that_contains_itself(tmp_path: Path) -> None:
+    assert faults(write(tmp_path / "r.yaml", "extends: fast\nconcepts: &c [*c]\n"))
+
+
+def test_missing_file_suggests_a_name() -> None:
+    (line,) = faults("fsat")
+    assert "did you mean 'fast'?" in line
+    assert "?." not in line
+    assert all(name in line for name in recipe_names())
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = load_recipe("fast", concepts=["cat"])
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.eta = 2.0  # type: ignore[misc]
