@@ -48,7 +48,8 @@ def render_card(header: EraserHeader) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", header.base):  # a Hub id; other bases have no page to point at
         front |= {"base_model": header.base, "base_model_relation": "adapter"}
     shown = [(prompt, anchor) for concept in header.concepts for prompt, anchor in concept.pairs][:12]
-    rows = [f"| {prompt} | {anchor or '(empty prompt)'} |" for prompt, anchor in shown]
+    cells = [[" ".join(text.replace("|", "\\|").split()) for text in pair] for pair in shown]
+    rows = [f"| {prompt} | {anchor or '(empty prompt)'} |" for prompt, anchor in cells]
     total = sum(len(concept.pairs) for concept in header.concepts)
     if total > len(rows):
         rows.append(f"| and {total - len(rows)} more, in `recipe.yaml` | |")

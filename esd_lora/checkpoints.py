@@ -61,11 +61,13 @@ class TrainState:
             raise EsdLoraError(f"{directory} has no {CHECKPOINT_NAME} to resume from. Train without --resume.")
         try:
             saved = torch.load(file, weights_only=True, map_location="cpu")
+            found = saved.pop("recipe")
+            state = cls(**saved)
         except Exception as error:  # torch raises whatever its zip reader meets
             raise EsdLoraError(f"{file} is damaged ({type(error).__name__}). Train again with --force.") from error
-        if saved.pop("recipe") != recipe:
+        if found != recipe:
             raise EsdLoraError(f"{file} was made with another recipe. Give the same one, or train again with --force.")
-        return cls(**saved)
+        return state
 
     def save(
         self,

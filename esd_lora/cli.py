@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -50,9 +51,12 @@ class _EraserType(click.ParamType):
         path, colon, weight = str(value).rpartition(":")
         if colon and not Path(value).exists():
             try:
-                return path, float(weight)
+                strength = float(weight)
             except ValueError:
-                pass
+                return str(value), 1.0
+            if not math.isfinite(strength):
+                raise EsdLoraError(f"weight {weight!r} of eraser {path} is not a finite number.")
+            return path, strength
         return str(value), 1.0
 
 
@@ -154,8 +158,8 @@ def generate(
     loaded, weights = [Eraser.load(path) for path, _ in erasers], [weight for _, weight in erasers]
     seeds = range(seed, seed + count)
     names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
-    clear_output(out, force, names)
     model = load_base(base)
+    clear_output(out, force, [*names, "comparison.png"])
     asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
     pictures = run(model, prompts, erasers=loaded, weights=weights, **asked)
     for picture, name in zip(pictures, names, strict=True):
@@ -252,6 +256,8 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     out = out or Path(f"{source.stem}.yaml")
     if out.exists() and not force:
         raise EsdLoraError(f"{out} already exists. Choose another with -o, or add --force.")
+    if not out.parent.is_dir():
+        raise EsdLoraError(f"no directory {out.parent} to copy {out} into. Make it first.")
     out.write_text(source.read_text("utf-8"), "utf-8")
     click.echo(f"recipe: {out}")
 

@@ -29,7 +29,7 @@ FORMAT = 1
 """Number of the file format, apart from the package's version. A reader accepts this and every older one."""
 HEADER_KEY = "esd_lora"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-RUN_FILES = (WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt")
+RUN_FILES = (WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png")
 """What a run writes into its directory, previews aside."""
 
 
@@ -180,7 +180,7 @@ def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[
         module = key.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
         up = tensors.get(f"{prefix}.{module}.lora_B.weight")
         down = tensors[key]
-        if up is None or up.shape[1] != down.shape[0]:
+        if up is None or min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0]:
             raise EsdLoraError(f"{file}: layer {module} has no lora_B that fits its lora_A. Fetch or train it again.")
         pairs[module] = LoraPair(down, up)
     if not pairs or len(tensors) != 2 * len(pairs):
@@ -199,8 +199,9 @@ def clear_output(directory: Path, force: bool, names: Sequence[str]) -> None:
     Raises:
         EsdLoraError: If the directory is not empty and `force` is not set, or it is a file.
     """
-    if directory.exists() and not directory.is_dir():
-        raise EsdLoraError(f"output {directory} is a file, expected a directory. Choose another.")
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise EsdLoraError(f"output {directory}: {place} is a file, expected a directory. Choose another.")
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
             raise EsdLoraError(f"output {directory} already exists and is not empty. Choose another, or add --force.")

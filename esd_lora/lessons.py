@@ -52,6 +52,8 @@ def plan(recipe: Recipe, keep: Sequence[str] = ()) -> list[Lesson]:
     for concept in recipe.concepts:
         for prompt, anchor in concept.pairs():
             lessons.append(Lesson(concept.erase_from or prompt, prompt, anchor, recipe.eta))
+    if all(lesson.preserves for lesson in lessons):
+        raise EsdLoraError("nothing to erase: with eta 0, every prompt is its own anchor. Raise eta or give another anchor.")
     preserve = tuple(keep) if recipe.preserve == "default" else recipe.preserve
     clashes = {prompt: concept.name for concept in recipe.concepts for prompt in preserve if concept.named_in(prompt)}
     if clashes and recipe.preserve != "default":

@@ -6,20 +6,23 @@ import json
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from esd_lora.bases import BUILT_IN, base_files
-from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import family_of
+from esd_lora.families import family_of, read_pipeline
 from esd_lora.stacking import stack
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
 _CHUNK = 16 * 2**20
 
 
@@ -53,13 +56,15 @@ def merge(
     """
     source, out = _files_of(str(base)), Path(out)
     stacked = stack([eraser if isinstance(eraser, Eraser) else Eraser.load(eraser) for eraser in erasers], weights)
-    family = family_of(json.loads((source / "model_index.json").read_text("utf-8"))["_class_name"])
+    family = family_of(read_pipeline(source / "model_index.json"))
     if stacked.header.family != family.name:
         raise EsdLoraError(f"erasers are of family {stacked.header.family!r}, base {str(base)!r} of {family.name!r}.")
+    _check_prediction_type(source, stacked)
     _check_out(source, out, force)
     files = sorted((source / family.denoiser).glob("*.safetensors"))
     if not files:
         raise EsdLoraError(f"{source / family.denoiser} has no .safetensors weights. Save the base as safetensors first.")
+    _check_weights(files, stacked, str(base))
     provenance = {
         "base": str(base),
         "concepts": [concept.model_dump() for concept in stacked.header.concepts],
@@ -68,7 +73,12 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=lambda d, names: [n for n in names if Path(d, n) in files])
+
+        def left_out(folder: str, names: list[str]) -> list[str]:
+            # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
+            return [n for n in names if Path(folder) == source / family.denoiser and Path(n).suffix in _WEIGHTS]
+
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=left_out)
         with tqdm(
             total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="merging", disable=not progress
         ) as bar:
@@ -85,7 +95,11 @@ def merge(
         partial.chmod(0o755)
         if out.exists():
             retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
-            partial.rename(out)
+            try:
+                partial.rename(out)
+            except OSError:
+                retired.rename(out)
+                raise
             shutil.rmtree(retired)
         else:
             partial.rename(out)
@@ -109,6 +123,33 @@ def _files_of(base: str) -> Path:
     if not (folder / "model_index.json").is_file():
         raise EsdLoraError(f"no base {base!r}: expected {', '.join(BUILT_IN)}, a diffusers directory, or a Hub id.")
     return folder
+
+
+def _check_prediction_type(source: Path, stacked: Eraser) -> None:
+    config = source / "scheduler" / "scheduler_config.json"
+    found = json.loads(config.read_text("utf-8")).get("prediction_type", "epsilon")
+    if found != stacked.header.prediction_type:
+        raise EsdLoraError(f"erasers have prediction type {stacked.header.prediction_type!r}, the base {found!r}.")
+
+
+def _check_weights(files: Sequence[Path], stacked: Eraser, base: str) -> None:
+    """Refuses damaged files, and warns when the layers to change are not those the erasers were trained on."""
+    changed = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    module = name.removesuffix(".weight")
+                    if name.endswith(".weight") and module in stacked.pairs:
+                        changed += stacked.header.base_hashes.get(module, "") != hash_weight(opened.get_tensor(name))
+        except SafetensorError as error:
+            raise EsdLoraError(f"{file} is damaged ({error}). Fetch the base again.") from error
+    if changed:
+        warnings.warn(
+            f"erasers of {stacked.names} were trained on other weights ({stacked.header.base!r}): {changed} of"
+            f" {len(stacked.pairs)} layers differ in {base!r}. Measure what the merged model erases.",
+            stacklevel=3,
+        )
 
 
 def _check_out(source: Path, out: Path, force: bool) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PromptPair(_Frozen):
@@ -38,7 +38,7 @@ def _concept(value: object) -> object:
 class Concept(_Frozen):
     """One thing to erase. A plain string stands for a concept of that name and nothing else."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, pattern=r"\S")
     """What the eraser removes, in words: `"cat"`, `"Van Gogh"`."""
     prompts: tuple[Annotated[PromptPair, BeforeValidator(_pair)], ...] = ()
     """The pool of prompts to erase; empty means the name itself. `{x}` stands for each word of `fill`."""
@@ -53,7 +53,8 @@ class Concept(_Frozen):
 
     @model_validator(mode="after")
     def _placeholders(self) -> Concept:
-        if any("{x}" in pair.prompt for pair in self.prompts) and not self.fill:
+        texts = [self.anchor, *(pair.prompt + (pair.anchor or "") for pair in self.prompts or (PromptPair(prompt=self.name),))]
+        if any("{x}" in text for text in texts) and not self.fill:
             raise ValueError("prompts contain {x}, but fill lists no words to put there")
         return self
 

@@ -58,7 +58,7 @@ def is_preset(name: str) -> bool:
 def _parse(path: Path) -> _Document:
     """Reads one YAML file together with the line each value stands on."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")
         root = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -71,6 +71,8 @@ def _parse(path: Path) -> _Document:
     marks: dict[tuple[str | int, ...], Mark] = {}
 
     def note(node: yaml.Node, loc: tuple[str | int, ...]) -> None:
+        if len(loc) > 20:
+            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: nested too deep for a recipe.")
         marks[loc] = (str(path), node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
@@ -104,7 +106,11 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> _Document:
     if parent is None:
         return document
     beside = path.parent / str(parent)
-    below = _load(beside if beside.is_file() else recipe_path(str(parent)), (*seen, path.resolve()))
+    try:
+        source = beside if beside.is_file() else recipe_path(str(parent))
+    except EsdLoraError as error:
+        raise EsdLoraError(f"{path}:{document.marks[('extends',)][1]}: extends {error}") from error
+    below = _load(source, (*seen, path.resolve()))
     return _Document(_merged(below.values, document.values), {**below.marks, **document.marks})
 
 
@@ -121,18 +127,23 @@ def _fields(path: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(models[path].model_fields) if path in models else ()
 
 
-def _faults(error: ValidationError, marks: Mapping[tuple[str | int, ...], Mark], source: str) -> Iterator[str]:
+def _faults(
+    error: ValidationError, marks: Mapping[tuple[str | int, ...], Mark], source: str, above: Mapping[str, Any]
+) -> Iterator[str]:
     """One line a fault: where it stands, what was found, what was expected."""
     for fault in error.errors():
         loc = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple")))
         near = next((marks[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in marks), None)
+        if fault["type"] != "missing" and _overridden(loc, above):
+            near = None
         place = f"{near[0]}:{near[1]}" if near else source
         name = ".".join(str(part) for part in loc)
         if fault["type"] == "extra_forbidden":
             keys = _fields(tuple(str(part) for part in loc[:-1] if isinstance(part, str)))
             yield f"{place}: {name}: unknown key{did_you_mean(str(loc[-1]), keys)}"
         elif fault["type"] == "missing":
-            yield f"{place}: {name}: missing (a preset gives it: 'extends: fast')"
+            given = name.partition(".")[0] == "concepts"
+            yield f"{place}: {name}: missing" + ("" if given else " (a preset gives it: 'extends: fast')")
         else:
             yield f"{place}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
 
@@ -159,11 +170,10 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, 
             nested = {key: nested}
         above = _merged(above, nested)
     above = _merged(above, fields)
-    marks = {loc: mark for loc, mark in document.marks.items() if not _overridden(loc, above)}
     try:
         return Recipe.model_validate(_merged(document.values, above))
     except ValidationError as error:
-        faults = list(dict.fromkeys(_faults(error, marks, str(path))))
+        faults = list(dict.fromkeys(_faults(error, document.marks, str(path), above)))
         raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(faults)) from error
 
 
@@ -181,4 +191,7 @@ def _overridden(loc: tuple[str | int, ...], above: Mapping[str, Any]) -> bool:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every field written out; `load_recipe` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    if any(odd in text for odd in "\x85\u2028\u2029"):  # PyYAML writes these line breaks bare and reads them as spaces
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return text

@@ -38,7 +38,7 @@ class Registry(Generic[T]):
         module, colon, attribute = target.partition(":")
         if not colon:
             raise EsdLoraError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self.entries)}"
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self.entries)}."
                 f" Known: {', '.join(self.entries)}, or your own as 'module:attribute'."
             )
         try:

@@ -23,6 +23,7 @@ from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader, Lora
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.lessons import Lesson, Teacher, plan
+from esd_lora.objectives import OBJECTIVES
 from esd_lora.recipe import LoraSpec, Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.trajectory import Points, TrajectoryBuffer
@@ -60,13 +61,14 @@ def train(
     """
     spec = recipe.train
     out = Path(out) if out is not None else None
-    if out and not resume:
-        clear_output(out, force, RUN_FILES)
     state = TrainState.load(out, dump_recipe(recipe)) if out and resume else TrainState()
     base = base or load_base(recipe.base)
     lessons = plan(recipe, base.keep)
-    watchers = [*watchers_for(recipe, out, state, progress), *on_step]
     layers = base.family.modules(base.model, recipe.scope)
+    OBJECTIVES.get(recipe.objective)  # like the scope, checked before an earlier result is touched
+    if out and not resume:
+        clear_output(out, force, RUN_FILES)
+    watchers = [*watchers_for(recipe, out, state, progress), *on_step]
     parameters = add_adapter(base, list(layers), recipe.lora, spec.seed)
     try:
         teacher = Teacher(base, recipe, lessons)

@@ -119,8 +119,11 @@ class ErasureProbe:
 class JsonLog:
     """`train_log.jsonl`: one line a step."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, done: int = 0):
         self.path = directory / "train_log.jsonl"
+        if self.path.exists():  # a crash may have logged steps after the checkpoint
+            lines = self.path.read_text("utf-8").splitlines(keepends=True)[:done]
+            self.path.write_text("".join(lines), "utf-8")
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
@@ -144,7 +147,7 @@ class Previews:
         self._before: list[Any] | None = None
 
     def __call__(self, report: StepReport) -> None:
-        if report.state.step % report.spec.preview_every and not report.last:
+        if report.interrupted or (report.state.step % report.spec.preview_every and not report.last):
             return
         prompts = list(dict.fromkeys(lesson.prompt for lesson in report.teacher.lessons if not lesson.preserves))[:4]
         prompts += [lesson.prompt for lesson in report.teacher.lessons if lesson.preserves][:4]
@@ -180,7 +183,7 @@ def watchers_for(recipe: Recipe, out: Path | None, state: TrainState, progress: 
     if progress:
         watchers.append(ProgressBar(recipe, state.step))
     if out is not None:
-        watchers += [JsonLog(out), Checkpoints(out, recipe)]
+        watchers += [JsonLog(out, state.step), Checkpoints(out, recipe)]
         if spec.preview_every:
             watchers.append(Previews(out))
     return watchers

@@ -15,8 +15,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"default: all of {', '.join(STAGES)}")
     parser.add_argument("--work", type=Path, required=True, help="intermediate files; a stage done there is not redone")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=4500)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--judge-steps", type=int, default=700)
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):

@@ -33,6 +33,18 @@ def family_of(pipeline: str) -> ModelFamily:
     raise EsdLoraError(f"the base is a {pipeline}, which no family covers. Supported: {supported}.")
 
 
+def read_pipeline(index: Path) -> str:
+    """The pipeline class that a model_index.json names.
+
+    Raises:
+        EsdLoraError: If it is damaged.
+    """
+    try:
+        return json.loads(index.read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.") from error
+
+
 def load_base(base: str | Path, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Base:
     """Loads a base model and tells its family.
 
@@ -51,11 +63,7 @@ def load_base(base: str | Path, *, device: str | None = None, dtype: torch.dtype
         index = folder / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
-        try:
-            pipeline = json.loads(index.read_text("utf-8"))["_class_name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.") from error
-        family = family_of(pipeline)
+        family = family_of(read_pipeline(index))
     elif folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise EsdLoraError(
             f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, or a Hub id"

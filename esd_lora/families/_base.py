@@ -63,7 +63,7 @@ class ModelFamily(ABC):
             EsdLoraError: If the scope is unknown, or matches no layer of this model.
         """
         if scope not in self.scopes:
-            raise EsdLoraError(f"unknown scope {scope!r}{did_you_mean(scope, self.scopes)} Known: {', '.join(self.scopes)}.")
+            raise EsdLoraError(f"unknown scope {scope!r}{did_you_mean(scope, self.scopes)}. Known: {', '.join(self.scopes)}.")
         layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         chosen = {path: m for path, m in layers.items() if re.search(self.scopes[scope], path)}
         if not chosen:

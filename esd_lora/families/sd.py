@@ -48,7 +48,7 @@ class StableDiffusion(ModelFamily):
     def scheduler(self, pipe: Any) -> Any:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        return DDIMScheduler.from_config(pipe.scheduler.config)
+        return DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
 
     def prediction_type(self, pipe: Any) -> str:
         return pipe.scheduler.config.prediction_type

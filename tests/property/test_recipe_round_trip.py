@@ -44,7 +44,7 @@ def tuples(items: st.SearchStrategy, max_size: int = 3) -> st.SearchStrategy:
 pairs = st.builds(PromptPair, prompt=texts, anchor=st.none() | texts)
 concepts = st.builds(
     Concept,
-    name=texts.filter(bool),
+    name=texts.filter(str.strip),
     prompts=tuples(pairs),
     fill=tuples(texts).map(lambda fill: (*fill, "cat")),  # never empty, so that {x} may stand anywhere
     anchor=texts | st.just("{x}"),

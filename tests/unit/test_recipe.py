@@ -212,3 +212,15 @@ def test_recipe_is_frozen() -> None:
     assert isinstance(recipe, Recipe)
     with pytest.raises(ValueError, match="frozen"):
         recipe.eta = 2.0  # type: ignore[misc]
+
+
+def test_unknown_parent_is_named_with_its_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("# mine\nextends: fsat\nconcepts: [cat]\n")
+    with pytest.raises(EsdLoraError, match=r"mine\.yaml:2: extends no recipe 'fsat'.*did you mean 'fast'"):
+        load_recipe(file)
+
+
+def test_blank_name_is_no_concept():
+    with pytest.raises(EsdLoraError, match="concepts"):
+        load_recipe("fast", concepts=[" "])
