@@ -46,4 +46,23 @@ def esd(teacher: Predictions, eta: Tensor) -> Tensor:
     return teacher.anchor - eta * (teacher.concept - teacher.null)
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", {"esd": "esd_lora.objectives:esd"})
+def contrast(teacher: Predictions, eta: Tensor) -> Tensor:
+    """Pushes away from what sets the concept apart from its anchor, and from nothing else.
+
+        target = anchor - eta * (concept - anchor)
+
+    For a style, where concept is "a cat in ink style" and anchor "a cat", the direction `concept - null` of `esd` holds the
+    cat as well as the style; the difference of the two prompts holds the style alone. It is the disentangled direction of
+    Gandikota et al., *Concept Sliders*, ECCV 2024 (arXiv:2311.12092), walked backwards from the anchor. With the empty
+    prompt as anchor it is `esd`.
+
+    Args:
+        teacher: Predictions of the frozen base model; `null` is not used.
+        eta: Strength of the push, typically 0.5 to 2.
+    """
+    return teacher.anchor - eta * (teacher.concept - teacher.anchor)
+
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", {"esd": "esd_lora.objectives:esd", "contrast": "esd_lora.objectives:contrast"}
+)

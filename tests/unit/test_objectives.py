@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.objectives import OBJECTIVES, Objective, Predictions, esd
+from esd_lora.objectives import OBJECTIVES, Objective, Predictions, contrast, esd
 
 
 def teacher(seed: int = 0) -> Predictions:
@@ -37,6 +37,13 @@ def test_eta_is_that_of_each_point() -> None:
     target = esd(said, ETA)
     assert torch.equal(target[0], esd(said, ETA[:1])[0])
     assert torch.equal(target[1], esd(said, ETA[1:])[1])
+
+
+def test_contrast_pushes_along_the_difference_of_the_two_prompts() -> None:
+    said = teacher()
+    torch.testing.assert_close(contrast(said, ETA), (1 + ETA) * said.anchor - ETA * said.concept, rtol=1e-12, atol=1e-12)
+    nulls = said._replace(anchor=said.null)
+    torch.testing.assert_close(contrast(nulls, ETA), esd(nulls, ETA), rtol=1e-12, atol=1e-12)
 
 
 def test_own_objective_by_module_and_attribute() -> None:
