@@ -27,7 +27,7 @@ from esd_lora.stacking import stack
 from esd_lora.training import train
 
 OBJECT, STYLE = "cat", "twemoji"
-_SHOTS = 120
+_SHOTS = 80
 _FILES = ("summary.json", "report.html", "grid.png")
 
 
@@ -74,8 +74,10 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     rows: dict[str, Any] = {}
     for name, (model, erasers, _, _) in variants.items():
         with applied(model, erasers):
-            scored = score(model, judge, shots, desc=f"measuring {name}")
-            rows[name] = paint(model, columns, range(len(columns)))
+            # The merged pipeline is a directory like any other and has no habits of its own.
+            habits: dict[str, Any] = {"steps": base.steps, "guidance": base.guidance}
+            scored = score(model, judge, shots, desc=f"measuring {name}", **habits)
+            rows[name] = paint(model, columns, range(len(columns)), **habits)
         scores[name], at = {}, 0
         for suite, members in suites.items():
             scores[name][suite] = scored[at : at + len(members)]

@@ -42,7 +42,7 @@ def export(work: Path) -> None:
         "templates": TEMPLATES,
         "held_out": held_out_pairs(),
         "keep": keep_list(),
-        "sampling": {"steps": 20, "guidance": 4.0},
+        "sampling": {"steps": 12, "guidance": 4.0},
     }
     (TARGET / "domain.json").write_text(json.dumps(domain, indent=1) + "\n", "utf-8")
     size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
