@@ -57,7 +57,8 @@ def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Jud
         after, after_rest = score(emoji, judge, gone), score(emoji, judge, rest)
     assert count(s.object_right for s in before).share >= 0.9
     assert count(s.object_right for s in after).share <= 0.05
-    assert kept(after_rest, before_rest, {"cat"}, set()) >= 0.95
+    # A bound against collapse; what the recipe keeps, over concepts and seeds, is measured by benchmarks/erasing.py.
+    assert kept(after_rest, before_rest, {"cat"}, set()) >= 0.8
     assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
 
     # What a user of plain diffusers gets from the directory is what `generate` shows, bit for bit.

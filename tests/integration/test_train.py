@@ -120,9 +120,9 @@ def test_header_says_where_the_eraser_comes_from(tiny_dir: Path, base: Base) -> 
     assert "a photo of a cat" not in header.preserve
     assert "a photo of a dog" in header.preserve
     assert set(header.versions) == {"esd-lora", "torch", "diffusers", "peft"}
-    # 2 erased trajectories of which anchors are asked for once, 2 preserved, 4 points each; 4 steps of 4 + 2 points.
+    # 2 erased trajectories of which anchors are asked for once, 2 preserved, 4 points each.
     assert header.cost["steps"] == 4
-    assert header.cost["student_samples"] == 4 * (4 + 2)
+    assert header.cost["student_samples"] == 4 * (recipe.train.batch_size + recipe.train.preserve_batch)
     assert header.cost["sample_evaluations"] == 2 * (2 + 2) * 4 + 4
 
 
