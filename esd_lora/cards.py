@@ -1,4 +1,4 @@
-"""The model card of an eraser: the `README.md` that the Hub shows, written from the header alone."""
+"""An eraser in words: the model card that the Hub shows, and the few lines that `inspect` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from esd_lora.eraser import EraserHeader
+    from esd_lora.eraser import Eraser, EraserHeader
 
 _TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
@@ -69,3 +69,20 @@ def render_card(header: EraserHeader) -> str:
         created=header.created,
         versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
     )
+
+
+def describe(eraser: Eraser) -> dict[str, str]:
+    """What an eraser removes and where it came from, a line a topic."""
+    header = eraser.header
+    ranks = sorted({pair.rank for pair in eraser.pairs.values()})
+    size = sum(tensor.numel() * tensor.element_size() for tensor in eraser.state_dict().values())
+    return {
+        "erases": ", ".join(f"{c.name} (eta {c.eta:g}, weight {c.weight:g})" for c in header.concepts),
+        "prompts": "; ".join(f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]),
+        "preserves": f"{len(header.preserve)} prompts",
+        "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''}"
+        f" (family {header.family}, {header.prediction_type})",
+        "scope": f"{header.scope}: {len(eraser.pairs)} layers, rank {', '.join(map(str, ranks))}, {size / 1000:.0f} kB",
+        "trained": f"objective {header.objective}, " + ", ".join(f"{k} {v:g}" for k, v in header.cost.items()),
+        "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
+    }

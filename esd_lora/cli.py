@@ -3,84 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from esd_lora import __version__
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import dump_recipe, is_preset, load_recipe, recipe_names, recipe_path
-
-Weighted = tuple[str, float]
-
-
-class _Commands(click.Group):
-    """Turns the faults a user can cause into one sentence and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        # Two threads on a busy machine: spinning at OpenMP barriers costs up to five times the work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
-                return super().invoke(ctx)
-        except EsdLoraError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(1)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
-        return super().resolve_command(ctx, args)
+from esd_lora.shell import ERASER, Commands, Weighted, force_option, overrides
 
 
-class _EraserType(click.ParamType):
-    """`PATH` or `PATH:WEIGHT`."""
-
-    name = "ERASER[:W]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:  # noqa: ARG002
-        path, colon, weight = str(value).rpartition(":")
-        if colon and not Path(value).exists():
-            try:
-                strength = float(weight)
-            except ValueError:
-                return str(value), 1.0
-            if not math.isfinite(strength):
-                raise EsdLoraError(f"weight {weight!r} of eraser {path} is not a finite number.")
-            return path, strength
-        return str(value), 1.0
-
-
-ERASER = _EraserType()
-_force = click.option("--force", is_flag=True, help="Write over an existing output.")
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="esd-lora")
 def main() -> None:
     """Erase concepts from text-to-image diffusion models with small LoRA files."""
-
-
-def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
-        try:
-            out[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
-    return out
 
 
 @main.command()
@@ -91,7 +28,7 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:
 @click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field: train.lr=1e-4.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
-@_force
+@force_option
 def train(
     recipe: str | None,
     concepts: tuple[str, ...],
@@ -112,7 +49,7 @@ def train(
     fields |= {key: value for key, value in (("base", base), ("scope", scope)) if value}
     if recipe is None and not concepts:
         raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT.")
-    loaded = load_recipe(recipe or "fast", _overrides(settings), **fields)
+    loaded = load_recipe(recipe or "fast", overrides(settings), **fields)
     from esd_lora.training import train as run
 
     try:
@@ -136,7 +73,7 @@ def train(
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the pictures.")
-@_force
+@force_option
 def generate(
     prompts: tuple[str, ...],
     base: str,
@@ -173,7 +110,7 @@ def generate(
 @main.command()
 @click.argument("erasers", nargs=-1, required=True, type=ERASER)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the stack.")
-@_force
+@force_option
 def stack(erasers: tuple[Weighted, ...], out: Path, force: bool) -> None:
     """Stack erasers into one, exactly: rank concatenation, weights folded in."""
     from esd_lora.eraser import RUN_FILES, Eraser, clear_output
@@ -189,7 +126,7 @@ def stack(erasers: tuple[Weighted, ...], out: Path, force: bool) -> None:
 @click.argument("erasers", nargs=-1, required=True, type=ERASER)
 @click.option("--base", required=True, help="Built-in base, diffusers directory or Hub id.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Diffusers directory to make.")
-@_force
+@force_option
 def merge(erasers: tuple[Weighted, ...], base: str, out: Path, force: bool) -> None:
     """Merge erasers into a base for good, as a new diffusers directory."""
     from esd_lora.merging import merge as run
@@ -203,26 +140,14 @@ def merge(erasers: tuple[Weighted, ...], base: str, out: Path, force: bool) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print the whole header as JSON.")
 def inspect(eraser: str, as_json: bool) -> None:
     """Show what an eraser removes and where it came from."""
+    from esd_lora.cards import describe
     from esd_lora.eraser import Eraser
 
     loaded = Eraser.load(eraser)
-    header = loaded.header
     if as_json:
-        click.echo(json.dumps(header.model_dump(mode="json"), indent=2))
+        click.echo(json.dumps(loaded.header.model_dump(mode="json"), indent=2))
         return
-    ranks = sorted({pair.rank for pair in loaded.pairs.values()})
-    size = sum(tensor.numel() * tensor.element_size() for tensor in loaded.state_dict().values())
-    rows = {
-        "erases": ", ".join(f"{c.name} (eta {c.eta:g}, weight {c.weight:g})" for c in header.concepts),
-        "prompts": "; ".join(f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]),
-        "preserves": f"{len(header.preserve)} prompts",
-        "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''}"
-        f" (family {header.family}, {header.prediction_type})",
-        "scope": f"{header.scope}: {len(loaded.pairs)} layers, rank {', '.join(map(str, ranks))}, {size / 1000:.0f} kB",
-        "trained": f"objective {header.objective}, " + ", ".join(f"{k} {v:g}" for k, v in header.cost.items()),
-        "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
-    }
-    for name, value in rows.items():
+    for name, value in describe(loaded).items():
         click.echo(f"{name:>10}  {value}")
 
 
@@ -249,7 +174,7 @@ def recipes_show(name: str) -> None:
 @recipes.command("copy")
 @click.argument("name")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; NAME.yaml here by default.")
-@_force
+@force_option
 def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     """Copy a built-in recipe to a file of your own."""
     source = recipe_path(name)
@@ -270,7 +195,7 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: b
     """Check recipes and report every fault with its line."""
     for name in names:
         preset = is_preset(name)
-        recipe = load_recipe(name, _overrides(settings), **({"concepts": ["CONCEPT"]} if preset else {}))
+        recipe = load_recipe(name, overrides(settings), **({"concepts": ["CONCEPT"]} if preset else {}))
         erased = "a preset, give it a --concept" if preset else f"erases {', '.join(c.name for c in recipe.concepts)}"
         click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {erased}")
 
@@ -279,7 +204,7 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: b
 @click.option(
     "-o", "--out", default="out/demo", show_default=True, type=click.Path(path_type=Path), help="Directory for everything."
 )
-@_force
+@force_option
 def demo(out: Path, force: bool) -> None:
     """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""
     from esd_lora.demo import demo as run

@@ -1,18 +1,17 @@
 """Stage 6: sharpen the VAE's decoder with the encoder frozen, so that the U-Net's latents keep their meaning."""
 
-import math
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-import checkpoint
 import draw
 import parallel
 from domain import BACKGROUNDS
+from progress import Ema, Progress
 from train_vae import loss_of_decoded, psnr
 
-BATCH, LR = 32, 1.5e-3
+BATCH, LR, WARMUP = 32, 1.5e-3, 100
 
 
 def refine_decoder(work: Path, steps: int) -> None:
@@ -32,12 +31,9 @@ def _refine(rank: int, work: Path, steps: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    ema, first = checkpoint.Ema([vae.decoder, vae.post_quant_conv], 0.998), 0
-    if state := checkpoint.load(work / "decoder.pt"):
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        first = state["step"]
+    ema = Ema([vae.decoder, vae.post_quant_conv], 0.998)
+    progress = Progress(work / "decoder.pt", {"vae": vae}, optimizer, ema)
+    first = progress.restore()
     if rank == 0:
         print(f"decoder before: {psnr(vae, domain):.2f} dB", flush=True)
     for step in range(first, steps):
@@ -46,9 +42,7 @@ def _refine(rank: int, work: Path, steps: int) -> None:
         outside = torch.randint(len(others), (BATCH - len(inside),), generator=generator)
         batch = torch.cat([drawings[inside], others[outside]])
         images = draw.jitter(batch, torch.randint(len(BACKGROUNDS), (BATCH,), generator=generator), generator)
-        optimizer.param_groups[0]["lr"] = (
-            LR * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        progress.rate(step, steps, WARMUP)
         images = parallel.share(images, rank)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -65,9 +59,7 @@ def _refine(rank: int, work: Path, steps: int) -> None:
             print(f"decoder {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         if rank == 0 and (step + 1) % 250 == 0:
             print(f"decoder {step + 1}/{steps} live psnr {psnr(vae, domain):.2f} dB", flush=True)
-            checkpoint.save(
-                work / "decoder.pt", vae=vae.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step + 1
-            )
+            progress.save(step + 1)
     ema.copy_to_live()
     if rank == 0:
         vae.save_pretrained(work / "vae_refined.partial")

@@ -1,7 +1,6 @@
 """Stage 5: tokenizer, text encoder and U-Net, trained together on cached latents."""
 
 import json
-import math
 import random
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import checkpoint
 import draw
 import parallel
+import progress
 from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
 from esd_lora.evaluation.judge import JudgeNet
 
@@ -86,7 +85,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled latents [N, 8, 8, 8] of every pair that is not held out, with their (object, style, background) [N, 3]."""
     path = work / "latents.pt"
-    if cached := checkpoint.load(path):
+    if cached := progress.load(path):
         return cached["latents"], cached["labels"]
     domain, _ = draw.load(work)
     held_out = set(held_out_pairs())
@@ -100,7 +99,7 @@ def make_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Te
         with torch.no_grad():
             latents.append(vae.encode(images).latent_dist.mean * vae.config.scaling_factor)
         labels.append(torch.stack([torch.full_like(backgrounds, o), torch.full_like(backgrounds, s), backgrounds], 1))
-    checkpoint.save(path, latents=torch.cat(latents), labels=torch.cat(labels))
+    progress.save(path, latents=torch.cat(latents), labels=torch.cat(labels))
     return torch.cat(latents), torch.cat(labels)
 
 
@@ -175,7 +174,7 @@ def make_pipeline(work: Path) -> StableDiffusionPipeline:
 
 
 def _train(rank: int, work: Path, steps: int) -> None:
-    cached = checkpoint.load(work / "latents.pt")
+    cached = progress.load(work / "latents.pt")
     latents, labels = cached["latents"], cached["labels"]
     pipe = make_pipeline(work)
     unet, text_encoder, tokenizer, scheduler = pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
@@ -184,17 +183,12 @@ def _train(rank: int, work: Path, steps: int) -> None:
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     gradients = parallel.Gradients(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-    ema, first = checkpoint.Ema([unet, text_encoder], 0.9995), 0
-    if state := checkpoint.load(work / "unet.pt"):
-        unet.load_state_dict(state["unet"])
-        text_encoder.load_state_dict(state["text_encoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        first = state["step"]
+    ema = progress.Ema([unet, text_encoder], 0.9995)
+    reached = progress.Progress(work / "unet.pt", {"unet": unet, "text_encoder": text_encoder}, optimizer, ema)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight_of_t = snr.clamp(max=5) / snr  # min-SNR-5 for noise predictions, arXiv:2303.09556
     objects, styles, backgrounds = list(OBJECTS), list(STYLES), list(BACKGROUNDS)
-    for step in range(first, steps):
+    for step in range(reached.restore(), steps):
         generator, rng = torch.Generator().manual_seed(step), random.Random(step)
         picked = torch.randint(len(latents), (BATCH,), generator=generator)
         captions = [caption(rng, objects[o], styles[s], backgrounds[b]) for o, s, b in labels[picked].tolist()]
@@ -203,9 +197,7 @@ def _train(rank: int, work: Path, steps: int) -> None:
         t = torch.randint(1000, (BATCH,), generator=generator)
         x_t = scheduler.add_noise(latents[picked], noise, t)
         x_t, noise, t, ids = (parallel.share(each, rank) for each in (x_t, noise, t, ids))
-        optimizer.param_groups[0]["lr"] = (
-            LR * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        reached.rate(step, steps, WARMUP)
         prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
         loss = ((prediction - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()
         loss.backward()
@@ -217,14 +209,7 @@ def _train(rank: int, work: Path, steps: int) -> None:
         if rank == 0 and (step + 1) % 100 == 0:
             print(f"unet {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         if rank == 0 and ((step + 1) % 1000 == 0 or step + 1 == steps):
-            checkpoint.save(
-                work / "unet.pt",
-                unet=unet.state_dict(),
-                text_encoder=text_encoder.state_dict(),
-                optimizer=optimizer.state_dict(),
-                ema=ema.state_dict(),
-                step=step + 1,
-            )
+            reached.save(step + 1)
             live = [p.detach().clone() for p in parameters]
             ema.copy_to_live()
             print(f"unet {step + 1}/{steps} {verdicts(pipe, judge)}", flush=True)

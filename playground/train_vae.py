@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-import checkpoint
 import draw
 from domain import BACKGROUNDS
+from progress import Ema, Progress
 
 BATCH, LR, WARMUP = 32, 2e-3, 100
 CONFIG = {
@@ -61,21 +61,15 @@ def train_vae(work: Path, steps: int) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    ema, first = checkpoint.Ema([vae], 0.998), 0
-    if state := checkpoint.load(work / "vae.pt"):
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        first = state["step"]
-    for step in range(first, steps):
+    ema = Ema([vae], 0.998)
+    progress = Progress(work / "vae.pt", {"vae": vae}, optimizer, ema)
+    for step in range(progress.restore(), steps):
         generator = torch.Generator().manual_seed(step)
         inside = torch.randint(len(drawings), (BATCH * 3 // 4,), generator=generator)
         outside = torch.randint(len(others), (BATCH - len(inside),), generator=generator)
         batch = torch.cat([drawings[inside], others[outside]])
         images = draw.jitter(batch, torch.randint(len(BACKGROUNDS), (BATCH,), generator=generator), generator)
-        optimizer.param_groups[0]["lr"] = (
-            LR * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        progress.rate(step, steps, WARMUP)
         loss = loss_of(vae, images)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -86,9 +80,7 @@ def train_vae(work: Path, steps: int) -> None:
             print(f"vae {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         if (step + 1) % 250 == 0:
             print(f"vae {step + 1}/{steps} live psnr {psnr(vae, domain):.2f} dB", flush=True)
-            checkpoint.save(
-                work / "vae.pt", vae=vae.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step + 1
-            )
+            progress.save(step + 1)
     ema.copy_to_live()
     # Stable Diffusion's convention: scaled latents have unit variance.
     generator = torch.Generator().manual_seed(20_000)

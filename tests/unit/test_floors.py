@@ -19,7 +19,7 @@ FLOORS: dict[int, set[str]] = {
     1: {"cards", "objectives", "trajectory", "eraser", "stacking"},
     2: {"families", "pictures"},
     3: {"lessons", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"},
-    4: {"cli", "demo", "__init__", "__main__"},
+    4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
 BROUGHT: dict[int, set[str]] = {
