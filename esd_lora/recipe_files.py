@@ -76,6 +76,9 @@ def _parse(path: Path) -> _Document:
         marks[loc] = (str(path), node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if (*loc, key.value) in marks:
+                    line, first = key.start_mark.line + 1, marks[(*loc, key.value)][1]
+                    raise EsdLoraError(f"{path}:{line}: {key.value}: already given in line {first}. Keep one of the two.")
                 note(value, (*loc, key.value))
                 marks[(*loc, key.value)] = (str(path), key.start_mark.line + 1)
         elif isinstance(node, yaml.SequenceNode):

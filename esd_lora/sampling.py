@@ -52,11 +52,12 @@ def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float] | No
     """Has erasers on the base, as one adapter loaded by diffusers itself, for the length of a `with` block.
 
     Raises:
-        EsdLoraError: If an eraser is of another family or has layers the base lacks.
+        EsdLoraError: If an eraser is of another family or has layers the base lacks, or the base carries an adapter.
     """
     if not erasers:
         yield
         return
+    base.require_bare()
     stacked = stack(erasers, weights)
     base.check(stacked)
     with quiet_libraries():  # diffusers remarks that an eraser has nothing for the text encoder

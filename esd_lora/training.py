@@ -56,13 +56,15 @@ def train(
         progress: Whether to show a progress bar.
 
     Raises:
-        EsdLoraError: If the base cannot be loaded, the scope matches no layer, or the loss stops being finite.
+        EsdLoraError: If the base cannot be loaded or carries an adapter, the scope matches no layer, or the loss stops
+            being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
     spec = recipe.train
     out = Path(out) if out is not None else None
     state = TrainState.load(out, dump_recipe(recipe)) if out and resume else TrainState()
     base = base or load_base(recipe.base)
+    base.require_bare()
     lessons = plan(recipe, base.keep)
     layers = base.family.modules(base.model, recipe.scope)
     OBJECTIVES.get(recipe.objective)  # like the scope, checked before an earlier result is touched

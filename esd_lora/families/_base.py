@@ -103,6 +103,18 @@ class Base:
         """The condition of N prompts."""
         return self.family.encode(self.pipe, prompts)
 
+    def require_bare(self) -> None:
+        """Refuses a denoiser that carries adapters: they would speak with the teacher, and be taken off with ours.
+
+        Raises:
+            EsdLoraError: With their names.
+        """
+        if carried := getattr(self.model, "peft_config", None):
+            raise EsdLoraError(
+                f"base {self.id!r} already carries adapter {', '.join(map(repr, carried))}. Unload it first"
+                " (pipe.unload_lora_weights()), or merge it into a base of its own (esd-lora merge)."
+            )
+
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Path and base weight of every module that `modules` names."""
         layers = dict(self.model.named_modules())

@@ -383,6 +383,16 @@ def test_loaded_eraser_predicts_what_the_student_did(tiny_dir: Path, tmp_path: P
     assert torch.equal(found, said[0])
 
 
+def test_base_that_carries_an_adapter_is_refused_and_keeps_it(tiny_dir: Path, cat_dir: Path, cat: Eraser) -> None:
+    base = load_base(tiny_dir)
+    base.pipe.load_lora_weights(str(cat_dir), adapter_name="somebody")
+    with pytest.raises(EsdLoraError, match="already carries adapter 'somebody'"):
+        train(tiny_recipe(tiny_dir), base=base, progress=False)
+    with pytest.raises(EsdLoraError, match="already carries adapter 'somebody'"):
+        generate(base, ["a cat"], erasers=[cat])
+    assert list(base.model.peft_config) == ["somebody"]
+
+
 def test_generate_leaves_the_base_as_it_came(base: Base, cat: Eraser) -> None:
     before = weights_of(base)
     plain = generate(base, ["a cat"], steps=3)[0]

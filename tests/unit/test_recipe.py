@@ -224,3 +224,10 @@ def test_unknown_parent_is_named_with_its_line(tmp_path):
 def test_blank_name_is_no_concept():
     with pytest.raises(EsdLoraError, match="concepts"):
         load_recipe("fast", concepts=[" "])
+
+
+def test_key_given_twice_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("extends: fast\nconcepts: [cat]\ntrain:\n  steps: 3\n  lr: 1e-3\n  steps: 4\n", "utf-8")
+    with pytest.raises(EsdLoraError, match=r"twice\.yaml:6: steps: already given in line 4"):
+        load_recipe(path)
