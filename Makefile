@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
-export OMP_WAIT_POLICY = PASSIVE
+export GOMP_SPINCOUNT = 1000
 
 .PHONY: demo test lint format setup benchmark clean
 

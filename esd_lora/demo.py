@@ -120,9 +120,12 @@ def _difference(some: list[Image], others: list[Image]) -> float:
 def _summarise(
     scored: dict[str, list[Scored]], before: dict[str, list[Scored]], objects: set[str], styles: set[str]
 ) -> dict[str, Any]:
-    """One model's numbers: what is left of the erased, what is kept of the rest, and every concept's accuracy."""
+    """One model's numbers: accuracy on what it erased and on the rest, and on every concept."""
     pairs = scored["pairs"]
+    left = [count(s.object_right for s in scored["object"])] * len(objects)
+    left += [count(s.style_right for s in scored["style"])] * len(styles)
     return {
+        "erased": round(sum(c.share for c in left) / len(left), 4) if left else None,  # mean of what is left
         "object_left": count(s.object_right for s in scored["object"]).as_json(),
         "style_left": count(s.style_right for s in scored["style"]).as_json(),
         "object_right_on_style_prompts": count(s.object_right for s in scored["style"]).as_json(),

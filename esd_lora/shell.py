@@ -21,8 +21,10 @@ class Commands(click.Group):
     """Turns the faults a user can cause into one sentence and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        # Two threads on a busy machine: spinning at OpenMP barriers costs up to five times the work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if "OMP_WAIT_POLICY" not in os.environ:
+            # OpenMP threads that wait long at barriers are slow on a busy machine, threads that sleep at once are slow on
+            # a quiet one; benchmarks/sample_evaluation.py compares.
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
