@@ -1,6 +1,6 @@
 """Prints the erasing table of README.md: what each recipe leaves of a concept, what it keeps, and what it costs.
 
-    python benchmarks/erasing.py [--out out/benchmark] [--only object,alone,paper,style,paper-style,stack] [--seeds 0,1,2]
+    python benchmarks/erasing.py [--out out/benchmark] [--only object,paper,style,paper-style,stack] [--seeds 0,1,2]
 
 Every run is trained from scratch on the built-in base and judged on prompts it was not trained on; runs that stand in `--out`
 already are not repeated.
@@ -28,31 +28,28 @@ from esd_lora.stacking import stack
 from esd_lora.training import train
 
 OBJECTS, STYLE, SHOTS = ("cat", "rocket", "pizza"), "twemoji", 120
-GROUPS = ("object", "alone", "paper", "style", "paper-style", "stack")
+GROUPS = ("object", "paper", "style", "paper-style", "stack")
 
 
 def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]]:
     """Group -> (label, arguments of load_recipe) of each run."""
     out: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {group: [] for group in GROUPS[:-1]}
-    pool = load_recipe("emoji-cat").concepts[0].model_dump_json()
     for seed in seeds:
         settings = {"train.seed": seed}
         for name in OBJECTS:
-            alike = json.loads(pool.replace("cat", name))  # the recipe of the cat with another object's name in it
-            out["object"].append((f"{name}, `emoji-cat`'s recipe", {"source": "emoji-cat", "concepts": [alike]}, settings))
             fields = {"concepts": [{"name": name, "prompts": [f"a {name}"]}]}
-            out["alone"].append((f"{name}, `fast`, one prompt", {"source": "fast", **fields}, settings))
-            out["paper"].append((f"{name}, `paper`, one prompt", {"source": "paper", **fields}, settings))
-        out["style"].append((f"{STYLE} style, `emoji-{STYLE}`", {"source": f"emoji-{STYLE}"}, settings))
+            out["object"].append((f"{name}, `fast`", {"source": "fast", **fields}, settings))
+            out["paper"].append((f"{name}, `paper`", {"source": "paper", **fields}, settings))
+        out["style"].append((f"{STYLE} style, `emoji-{STYLE}` (on `fast`)", {"source": f"emoji-{STYLE}"}, settings))
         literal = {"concepts": [{"name": STYLE, "prompts": [f"{STYLE} style"]}]}
-        out["paper-style"].append((f"{STYLE} style, `paper`, one prompt", {"source": "paper", **literal}, settings))
+        out["paper-style"].append((f"{STYLE} style, `paper`", {"source": "paper", **literal}, settings))
     return out
 
 
 def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored], objects: set[str], styles: set[str]) -> dict:
     """Erased and kept shares of erasers on the base."""
     known = domain("emoji")
-    listed = {name for name in known["objects"] if any(prompt.endswith(f" {name}") for prompt in known["keep"])}
+    listed = {name for name in known["objects"] if f"a {name}" in known["keep"] or f"an {name}" in known["keep"]}
     trained = {prompt for eraser in erasers for concept in eraser.header.concepts for prompt, _ in concept.pairs}
     shots = [s.shot for s in before]
     with applied(base, erasers):

@@ -14,14 +14,18 @@ TARGET = Path(__file__).parent.parent / "esd_lora" / "bases" / "emoji"
 
 
 def keep_list() -> list[str]:
-    """What an eraser is asked to leave alone by default: every second object, alone and in one style, and the styles.
+    """What an eraser is asked to leave alone by default: four objects in five, alone and in three styles, and the styles.
 
-    The other objects stand in no list, so that damage beyond the list can be measured.
+    Every fifth object stands in no list, so that damage beyond the list can be measured; so do the held-out pairs.
     """
-    styles = list(STYLES)
-    listed = list(OBJECTS)[::2]
+    styles, held_out = list(STYLES), set(held_out_pairs())
+    listed = [name for i, name in enumerate(OBJECTS) if i % 5 != 4]
+    pairs = [(name, styles[(i + shift) % len(styles)]) for shift in (0, 2, 4) for i, name in enumerate(listed)]
+    styled = [
+        TEMPLATES["both"][i % 6].format(a=with_article(name), object=name, style=style)
+        for i, (name, style) in enumerate(pair for pair in pairs if pair not in held_out)
+    ]
     alone = [with_article(name) for name in listed]
-    styled = [TEMPLATES["both"][i % 6].format(a=with_article(n), object=n, style=styles[i % 5]) for i, n in enumerate(listed)]
     return alone + styled + [f"{style} style" for style in styles] + TEMPLATES["any"]
 
 
@@ -35,7 +39,14 @@ def export(work: Path) -> None:
     save_file(
         judge, TARGET / "judge.safetensors", metadata={"objects": json.dumps(list(OBJECTS)), "styles": json.dumps(list(STYLES))}
     )
-    domain = {
+    (TARGET / "domain.json").write_text(json.dumps(domain(), indent=1) + "\n", "utf-8")
+    size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
+    print(f"exported {size / 1e6:.1f} MB to {TARGET}")
+
+
+def domain() -> dict[str, object]:
+    """What the package knows about the base: names, wordings, and how it is sampled."""
+    return {
         "objects": list(OBJECTS),
         "styles": list(STYLES),
         "backgrounds": list(BACKGROUNDS),
@@ -44,6 +55,3 @@ def export(work: Path) -> None:
         "keep": keep_list(),
         "sampling": {"steps": 12, "guidance": 4.0},
     }
-    (TARGET / "domain.json").write_text(json.dumps(domain, indent=1) + "\n", "utf-8")
-    size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
-    print(f"exported {size / 1e6:.1f} MB to {TARGET}")

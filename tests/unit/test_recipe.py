@@ -84,10 +84,10 @@ def test_placeholder_without_fill_is_a_fault(concept: dict[str, object]) -> None
 
 
 def test_extends_built_in_and_sibling(tmp_path: Path) -> None:
-    write(tmp_path / "mine.yaml", "extends: fast\neta: 2\ntrain: {steps: 7}\n")
+    write(tmp_path / "mine.yaml", "extends: fast\neta: 0.5\ntrain: {steps: 7}\n")
     child = write(tmp_path / "child.yaml", "extends: mine.yaml\nconcepts: [cat]\ntrain:\n  batch_size: 5\n")
     recipe, fast = load_recipe(child), load_recipe("fast", concepts=["cat"])
-    assert recipe == fast.model_copy(update={"eta": 2.0, "train": fast.train.model_copy(update={"steps": 7, "batch_size": 5})})
+    assert recipe == fast.model_copy(update={"eta": 0.5, "train": fast.train.model_copy(update={"steps": 7, "batch_size": 5})})
 
 
 def test_extends_in_a_circle(tmp_path: Path) -> None:
