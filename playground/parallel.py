@@ -37,14 +37,12 @@ class Gradients:
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def average(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, norm: float = 1.0) -> None:
+        """Averages the gradients over the processes, clips their norm, steps, and clears them."""
         dist.all_reduce(self.flat)
         self.flat /= PROCESSES
-
-    def clip(self, norm: float) -> None:
         self.flat *= min(1.0, norm / (self.flat.norm().item() + 1e-6))
-
-    def clear(self) -> None:
+        optimizer.step()
         self.flat.zero_()
 
 

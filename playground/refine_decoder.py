@@ -50,10 +50,7 @@ def _refine(rank: int, work: Path, steps: int) -> None:
             decoded = vae.decode(latents).sample
         loss = loss_of_decoded(decoded.float(), images)
         loss.backward()
-        gradients.average()
-        gradients.clip(1.0)
-        optimizer.step()
-        gradients.clear()
+        gradients.step(optimizer)
         ema.update()
         if rank == 0 and (step + 1) % 50 == 0:
             print(f"decoder {step + 1}/{steps} loss {loss.item():.4f}", flush=True)

@@ -201,10 +201,7 @@ def _train(rank: int, work: Path, steps: int) -> None:
         prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
         loss = ((prediction - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()
         loss.backward()
-        gradients.average()
-        gradients.clip(1.0)
-        optimizer.step()
-        gradients.clear()
+        gradients.step(optimizer)
         ema.update()
         if rank == 0 and (step + 1) % 100 == 0:
             print(f"unet {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
