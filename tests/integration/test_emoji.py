@@ -52,15 +52,15 @@ def test_the_base_paints_what_it_is_asked_for(emoji: Base, judge: Judge):
 def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Judge, tmp_path):
     recipe = load_recipe("emoji-cat", {"train.preview_every": 0})
     eraser = train(recipe, base=emoji, out=tmp_path / "no-cat", progress=False)
-    gone, rest = of_object("cat", {"a cat"}, 40), every_pair()[::4]
+    gone, rest = of_object("cat", {"a cat"}, 60), every_pair()[::2]
     before = score(emoji, judge, gone)
     before_rest = score(emoji, judge, rest)
     with applied(emoji, [eraser]):
         after, after_rest = score(emoji, judge, gone), score(emoji, judge, rest)
-    assert count(s.object_right for s in before).share >= 0.9
+    assert count(s.object_right for s in before).share >= 0.95
     assert count(s.object_right for s in after).share <= 0.05
-    # A bound against collapse; what the recipe keeps, over concepts and seeds, is measured by benchmarks/erasing.py.
-    assert kept(after_rest, before_rest, {"cat"}, set()) >= 0.8
+    # Of 87 pictures; more of them, over concepts and seeds, are counted by benchmarks/erasing.py.
+    assert kept(after_rest, before_rest, {"cat"}, set()) >= 0.97
     assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
 
     # What a user of plain diffusers gets from the directory is what `generate` shows, bit for bit.
