@@ -27,7 +27,7 @@ from esd_lora.stacking import stack
 from esd_lora.training import train
 
 OBJECT, STYLE = "cat", "twemoji"
-_SHOTS = 80
+_SHOTS = 60
 _FILES = ("summary.json", "report.html", "grid.png")
 
 
