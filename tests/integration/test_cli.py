@@ -171,7 +171,7 @@ def test_merge(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> 
 def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
     said = good("inspect", cat_dir)
     for fact in (
-        "a cat (eta 1, weight 1)",
+        f"a cat (eta {Eraser.load(cat_dir).header.concepts[0].eta:g}, weight 1)",
         str(tiny_dir),
         "family sd",
         "epsilon",
