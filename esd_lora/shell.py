@@ -22,7 +22,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         if "OMP_WAIT_POLICY" not in os.environ:
-            # OpenMP threads that wait long at barriers are slow on a busy machine, threads that sleep at once are slow on
+            # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
             # a quiet one; benchmarks/sample_evaluation.py compares.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
