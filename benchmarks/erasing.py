@@ -56,19 +56,13 @@ def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored
         scored = score(base, judge, shots)
         of_objects = [score(base, judge, of_object(name, trained, SHOTS)) for name in sorted(objects)]
         of_styles = [score(base, judge, of_style(name, trained, SHOTS)) for name in sorted(styles)]
-    listed_rows = [i for i, shot in enumerate(shots) if shot.object in listed]
-    other_rows = [i for i, shot in enumerate(shots) if shot.object not in listed]
-
-    def part(rows: list[int]) -> float:
-        return kept([scored[i] for i in rows], [before[i] for i in rows], objects, styles)
-
+    unlisted = [i for i, shot in enumerate(shots) if shot.object not in listed]
     return {
         "object_left": [count(s.object_right for s in part).share for part in of_objects],
         "style_left": [count(s.style_right for s in part).share for part in of_styles],
         "object_right": [count(s.object_right for s in part).share for part in of_styles],
         "kept": kept(scored, before, objects, styles),
-        "kept_listed": part(listed_rows),
-        "kept_unlisted": part(other_rows),
+        "kept_unlisted": kept([scored[i] for i in unlisted], [before[i] for i in unlisted], objects, styles),
     }
 
 

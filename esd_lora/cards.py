@@ -75,7 +75,7 @@ def describe(eraser: Eraser) -> dict[str, str]:
     """What an eraser removes and where it came from, a line a topic."""
     header = eraser.header
     ranks = sorted({pair.rank for pair in eraser.pairs.values()})
-    size = sum(tensor.numel() * tensor.element_size() for tensor in eraser.state_dict().values())
+    size = sum(tensor.nbytes for tensor in eraser.state_dict().values())
     return {
         "erases": ", ".join(f"{c.name} (eta {c.eta:g}, weight {c.weight:g})" for c in header.concepts),
         "prompts": "; ".join(f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]),

@@ -122,12 +122,12 @@ def _summarise(
 ) -> dict[str, Any]:
     """One model's numbers: accuracy on what it erased and on the rest, and on every concept."""
     pairs = scored["pairs"]
-    left = [count(s.object_right for s in scored["object"])] * len(objects)
-    left += [count(s.style_right for s in scored["style"])] * len(styles)
+    object_left, style_left = count(s.object_right for s in scored["object"]), count(s.style_right for s in scored["style"])
+    left = [part.share for part, erased in ((object_left, objects), (style_left, styles)) if erased]
     return {
-        "erased": round(sum(c.share for c in left) / len(left), 4) if left else None,  # mean of what is left
-        "object_left": count(s.object_right for s in scored["object"]).as_json(),
-        "style_left": count(s.style_right for s in scored["style"]).as_json(),
+        "erased": round(sum(left) / len(left), 4) if left else None,
+        "object_left": object_left.as_json(),
+        "style_left": style_left.as_json(),
         "object_right_on_style_prompts": count(s.object_right for s in scored["style"]).as_json(),
         "kept": round(kept(pairs, before["pairs"], objects, styles), 4),
         "objects": {

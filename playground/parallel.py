@@ -37,11 +37,11 @@ class Gradients:
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def step(self, optimizer: torch.optim.Optimizer, norm: float = 1.0) -> None:
-        """Averages the gradients over the processes, clips their norm, steps, and clears them."""
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Averages the gradients over the processes, clips their norm to 1, steps, and clears them."""
         dist.all_reduce(self.flat)
         self.flat /= PROCESSES
-        self.flat *= min(1.0, norm / (self.flat.norm().item() + 1e-6))
+        self.flat *= min(1.0, 1 / (self.flat.norm().item() + 1e-6))
         optimizer.step()
         self.flat.zero_()
 

@@ -48,7 +48,7 @@ class Progress:
     Args:
         path: The checkpoint.
         modules: What is trained, by the name it has in the file.
-        optimizer: Of their parameters; its learning rate is set by `rate`.
+        optimizer: Of their parameters; its learning rate is set by `set_rate`.
         ema: Of their parameters.
     """
 
@@ -71,7 +71,7 @@ class Progress:
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         save(self.path, **modules, optimizer=self.optimizer.state_dict(), ema=self.ema.state_dict(), step=step)
 
-    def rate(self, step: int, steps: int, warmup: int) -> None:
+    def set_rate(self, step: int, steps: int, warmup: int) -> None:
         """Sets the learning rate: a linear warm-up to the optimiser's own, then a cosine down to a hundredth of it."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         self.optimizer.param_groups[0]["lr"] = self.peak * min(1, (step + 1) / warmup) * (0.01 + 0.99 * cosine)

@@ -42,7 +42,7 @@ def _refine(rank: int, work: Path, steps: int) -> None:
         outside = torch.randint(len(others), (BATCH - len(inside),), generator=generator)
         batch = torch.cat([drawings[inside], others[outside]])
         images = draw.jitter(batch, torch.randint(len(BACKGROUNDS), (BATCH,), generator=generator), generator)
-        progress.rate(step, steps, WARMUP)
+        progress.set_rate(step, steps, WARMUP)
         images = parallel.share(images, rank)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():

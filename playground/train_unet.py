@@ -197,7 +197,7 @@ def _train(rank: int, work: Path, steps: int) -> None:
         t = torch.randint(1000, (BATCH,), generator=generator)
         x_t = scheduler.add_noise(latents[picked], noise, t)
         x_t, noise, t, ids = (parallel.share(each, rank) for each in (x_t, noise, t, ids))
-        reached.rate(step, steps, WARMUP)
+        reached.set_rate(step, steps, WARMUP)
         prediction = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
         loss = ((prediction - noise).square().mean((1, 2, 3)) * weight_of_t[t]).mean()
         loss.backward()

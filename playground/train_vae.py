@@ -69,7 +69,7 @@ def train_vae(work: Path, steps: int) -> None:
         outside = torch.randint(len(others), (BATCH - len(inside),), generator=generator)
         batch = torch.cat([drawings[inside], others[outside]])
         images = draw.jitter(batch, torch.randint(len(BACKGROUNDS), (BATCH,), generator=generator), generator)
-        progress.rate(step, steps, WARMUP)
+        progress.set_rate(step, steps, WARMUP)
         loss = loss_of(vae, images)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
