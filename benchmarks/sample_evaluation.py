@@ -28,9 +28,9 @@ def measure() -> dict[str, list[float]]:
     """Milliseconds a sample of each kind of work, `REPEATS` times."""
     import torch
 
+    from esd_lora.adapters import add_adapter
     from esd_lora.families import load_base
     from esd_lora.recipe_files import load_recipe
-    from esd_lora.training import add_adapter
 
     torch.set_num_threads(THREADS)
     base = load_base("emoji")
@@ -51,7 +51,7 @@ def measure() -> dict[str, list[float]]:
             "decoded picture": times(lambda: base.pipe.vae.decode(x_t).sample),
         }
     layers = base.family.modules(base.model, "xattn")
-    add_adapter(base, list(layers), load_recipe("fast", concepts=["a cat"]).lora, seed=0)
+    add_adapter(base, layers, load_recipe("fast", concepts=["a cat"]).lora, seed=0)
     found["training sample"] = times(lambda: base.predict(x_t, t, condition).square().mean().backward())
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ class TrainState:
     seconds_before: float = 0.0
     erasure: float | None = None
     """What the last erasure probe found."""
+    best_erasure: float = float("-inf")
+    stale_probes: int = 0
+    """Probes since erasure last rose."""
+    drawn_with: list[torch.Tensor] = field(default_factory=list)
+    """The LoRA weights that walked the trajectories in the buffer."""
     tensors: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, samples: int, loss: float, seconds: float) -> None:
@@ -36,14 +43,31 @@ class TrainState:
         self.student_samples += samples
         self.seconds = self.seconds_before + seconds
 
-    def restore(self, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Puts saved LoRA weights and optimiser moments in place, if there are any."""
+    def restore(
+        self, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """Puts saved LoRA weights, optimiser moments and loss scale in place, if there are any."""
         if not self.tensors:
             return
-        with torch.no_grad():
-            for parameter, saved in zip(parameters, self.tensors["parameters"], strict=True):
-                parameter.copy_(saved)
+        _copy(self.tensors["parameters"], parameters)
         optimizer.load_state_dict(self.tensors["optimizer"])
+        scaler.load_state_dict(self.tensors["scaler"])
+
+    @contextmanager
+    def as_drawn(self, parameters: list[torch.nn.Parameter], *, fresh: bool) -> Iterator[None]:
+        """Within, the student is the one that walks the trajectories of this refresh.
+
+        Args:
+            parameters: Of the student.
+            fresh: It is the one of this moment, to be remembered; else the remembered one, so that a training resumed
+                between two refreshes trains on the trajectories it was trained on before.
+        """
+        now = [parameter.detach().clone() for parameter in parameters]
+        if fresh:
+            self.drawn_with = now
+        _copy(self.drawn_with, parameters)
+        yield
+        _copy(now, parameters)
 
     @classmethod
     def load(cls, directory: Path, recipe: str) -> TrainState:
@@ -75,6 +99,7 @@ class TrainState:
         recipe: str,
         parameters: list[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         evaluations: int,
     ) -> None:
         """Writes the run's checkpoint, whole or not at all; `evaluations` are the teacher's in this run."""
@@ -86,9 +111,22 @@ class TrainState:
             "student_samples": self.student_samples,
             "evaluations_before": self.evaluations_before + evaluations,
             "erasure": self.erasure,
-            "tensors": {"parameters": [p.detach().cpu() for p in parameters], "optimizer": optimizer.state_dict()},
+            "best_erasure": self.best_erasure,
+            "stale_probes": self.stale_probes,
+            "drawn_with": [tensor.cpu() for tensor in self.drawn_with],
+            "tensors": {
+                "parameters": [p.detach().cpu() for p in parameters],
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            },
             "recipe": recipe,
         }
         beside = directory / f".{CHECKPOINT_NAME}.partial"
         torch.save(content, beside)
         beside.replace(directory / CHECKPOINT_NAME)
+
+
+@torch.no_grad()
+def _copy(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

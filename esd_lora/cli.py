@@ -10,8 +10,8 @@ import click
 
 from esd_lora import __version__
 from esd_lora.errors import EsdLoraError
-from esd_lora.recipe_files import dump_recipe, is_preset, load_recipe, recipe_names, recipe_path
-from esd_lora.shell import ERASER, Commands, Weighted, force_option, overrides
+from esd_lora.recipe_files import dump_recipe, kind_of, load_recipe, recipe_names, recipe_path, recipe_schema
+from esd_lora.shell import ERASER, Commands, Weighted, base_option, device_options, force_option, overrides
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,39 +21,59 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recipe", required=False)
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
-@click.option("--base", help="Built-in base, diffusers directory or Hub id.")
-@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full.")
+@click.option("--anchor", metavar="TEXT", help="What should appear instead; default: nothing in particular.")
+@click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
+@base_option()
+@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX.")
+@click.option("--negative-guidance", type=float, metavar="X", help="eta in the convention of ESD's 2025 scripts: eta + 1.")
 @click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field: train.lr=1e-4.")
+@device_options
+@click.option("--track", multiple=True, metavar="TRACKER", help="Report to tensorboard, wandb or trackio.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
 @force_option
 def train(
-    recipe: str | None,
+    recipes: tuple[str, ...],
     concepts: tuple[str, ...],
+    anchor: str | None,
+    erase_from: str | None,
     base: str | None,
+    base_config: str | None,
     scope: str | None,
+    negative_guidance: float | None,
     settings: tuple[str, ...],
+    device: str,
+    dtype: str | None,
+    track: tuple[str, ...],
     out: Path,
     resume: bool,
     force: bool,
 ) -> None:
-    """Train an eraser from RECIPE (a built-in name or a YAML file; default: fast).
+    """Train an eraser from RECIPE: built-in names or YAML files, each over those before it; default: fast.
 
     \b
     esd-lora train --concept "a cat" -o no-cat
-    esd-lora train recipes/emoji-twemoji.yaml -s train.steps=300 -o no-twemoji
+    esd-lora train emoji-twemoji -s train.steps=300 -o no-twemoji
+    esd-lora train sdxl/fast concepts/van-gogh -o no-van-gogh
     """
-    fields: dict[str, Any] = {"concepts": list(concepts)} if concepts else {}
-    fields |= {key: value for key, value in (("base", base), ("scope", scope)) if value}
-    if recipe is None and not concepts:
-        raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT.")
-    loaded = load_recipe(recipe or "fast", overrides(settings), **fields)
+    if not concepts and (not recipes or anchor is not None or erase_from is not None):
+        raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
+    fields: dict[str, Any] = {"base": base, "base_config": base_config, "scope": scope}
+    fields = {key: value for key, value in fields.items() if value}
+    if concepts:
+        fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
+    if negative_guidance is not None:
+        # concept - g (concept - null) is anchor - (g - 1) (concept - null) for the empty anchor; erase_from is its own anchor.
+        fields["eta"] = negative_guidance - (erase_from is None)
+        measured = "the concept" if erase_from is None else "the prompt it is erased from"
+        click.echo(f"negative guidance {negative_guidance:g}, measured from {measured}, is eta {fields['eta']:g}")
+    loaded = load_recipe(recipes or "fast", overrides(settings), **fields)
     from esd_lora.training import train as run
 
     try:
-        eraser = run(loaded, out=out, resume=resume, force=force)
+        eraser = run(loaded, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track)
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     cost = eraser.header.cost
@@ -65,24 +85,28 @@ def train(
 
 @main.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--base", default="emoji", show_default=True, help="Built-in base, diffusers directory or Hub id.")
+@base_option("emoji")
 @click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")
 @click.option("--compare", is_flag=True, help="Also write comparison.png: base above, erased below.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the first picture.")
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures a prompt.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.")
+@device_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the pictures.")
 @force_option
 def generate(
     prompts: tuple[str, ...],
     base: str,
+    base_config: str | None,
     erasers: tuple[Weighted, ...],
     compare: bool,
     seed: int,
     count: int,
     steps: int | None,
     guidance: float | None,
+    device: str,
+    dtype: str | None,
     out: Path,
     force: bool,
 ) -> None:
@@ -95,7 +119,7 @@ def generate(
     loaded, weights = [Eraser.load(path) for path, _ in erasers], [weight for _, weight in erasers]
     seeds = range(seed, seed + count)
     names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
-    model = load_base(base)
+    model = load_base(base, device=device, dtype=dtype, config=base_config)
     clear_output(out, force, [*names, "comparison.png"])
     asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
     pictures = run(model, prompts, erasers=loaded, weights=weights, **asked)
@@ -159,9 +183,10 @@ def recipes() -> None:
 @recipes.command("list")
 def recipes_list() -> None:
     """List the built-in recipes."""
+    width = max(map(len, recipe_names())) + 2
     for name in recipe_names():
         first = recipe_path(name).read_text("utf-8").splitlines()[0]
-        click.echo(f"{name:<16}{first.lstrip('# ')}")
+        click.echo(f"{name:<{width}}{first.lstrip('# ')}")
 
 
 @recipes.command("show")
@@ -194,10 +219,18 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
 def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: bool) -> None:
     """Check recipes and report every fault with its line."""
     for name in names:
-        preset = is_preset(name)
-        recipe = load_recipe(name, overrides(settings), **({"concepts": ["CONCEPT"]} if preset else {}))
-        erased = "a preset, give it a --concept" if preset else f"erases {', '.join(c.name for c in recipe.concepts)}"
+        kind = kind_of(name)
+        sources = ["fast", name] if kind == "concept" else [name]
+        recipe = load_recipe(sources, overrides(settings), **({"concepts": ["CONCEPT"]} if kind == "preset" else {}))
+        use = {"preset": "a preset, give it a --concept", "concept": "a concept, give it a preset"}
+        erased = use.get(kind, f"erases {', '.join(concept.name for concept in recipe.concepts)}")
         click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {erased}")
+
+
+@recipes.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of recipe files, for editors that check YAML."""
+    click.echo(recipe_schema(), nl=False)
 
 
 @main.command()

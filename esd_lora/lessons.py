@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,8 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base
 from esd_lora.objectives import OBJECTIVES, Predictions
-from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe import Concept, Neighbours, Recipe, TrainSpec
 from esd_lora.trajectory import Condition, NoisySample, Points, TrajectoryBuffer, pick, walk
-
-_WALK_BATCH = 32  # trajectories walked side by side; bounds memory, changes no result
 
 
 class Lesson(NamedTuple):
@@ -38,28 +37,59 @@ class Lesson(NamedTuple):
         return self.eta == 0 and self.anchor == self.prompt
 
 
-def plan(recipe: Recipe, keep: Sequence[str] = ()) -> list[Lesson]:
+def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> list[Lesson]:
     """The lessons of a recipe, erased prompts first.
 
     Args:
-        recipe: Its pools, and its `preserve` list.
+        recipe: Its pools and its `preserve` list.
         keep: The base's keep list, used by `preserve: default`; prompts that name a concept are dropped from it.
+        near: From `nearest`, preserved too.
 
     Raises:
-        EsdLoraError: If the user's own preserve list names a concept that is to be erased.
+        EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
     """
-    lessons: list[Lesson] = []
-    for concept in recipe.concepts:
-        for prompt, anchor in concept.pairs():
-            lessons.append(Lesson(concept.erase_from or prompt, prompt, anchor, recipe.eta))
+    lessons = [Lesson(*texts, recipe.eta) for concept in recipe.concepts for texts in concept.lessons()]
     if all(lesson.preserves for lesson in lessons):
         raise EsdLoraError("nothing to erase: with eta 0, every prompt is its own anchor. Raise eta or give another anchor.")
-    preserve = tuple(keep) if recipe.preserve == "default" else recipe.preserve
-    clashes = {prompt: concept.name for concept in recipe.concepts for prompt in preserve if concept.named_in(prompt)}
+    erased = {lesson.prompt for lesson in lessons}
+    listed = keep if recipe.preserve == "default" else recipe.preserve
+    clashes = {prompt: concept.name for concept in recipe.concepts for prompt in listed if concept.named_in(prompt)}
+    clashes |= {prompt: prompt for prompt in listed if prompt in erased}
     if clashes and recipe.preserve != "default":
         prompt, name = next(iter(clashes.items()))
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
-    return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in preserve if prompt not in clashes]
+    kept = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
+    return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(kept)]
+
+
+@torch.no_grad()
+def nearest(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:
+    """Prompts of a vocabulary that the text encoder puts nearest to the concepts: what erasing them hurts first.
+
+    Nearness is the cosine between the encoder's outputs, each less its output for the empty prompt. Prompts that name a
+    concept are no neighbours of it.
+
+    Raises:
+        EsdLoraError: If the vocabulary's file cannot be read, or holds nothing else.
+    """
+    words = neighbours.vocabulary
+    if isinstance(words, str):
+        try:
+            lines = Path(words).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsdLoraError(
+                f"neighbours: vocabulary {words} cannot be read ({error}). Give a text file or a list."
+            ) from error
+        words = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    words = [word for word in dict.fromkeys(words) if not any(concept.named_in(word) for concept in concepts)]
+    if not words:
+        raise EsdLoraError("neighbours: the vocabulary holds no prompt that names no erased concept. Give a longer one.")
+    asked = [concept.pairs()[0][0] for concept in concepts]
+    encoded = base.encode(["", *asked, *words])["prompt_embeds"].float()
+    directions = torch.nn.functional.normalize((encoded[1:] - encoded[:1]).flatten(1), dim=1)
+    likeness = directions[: len(asked)] @ directions[len(asked) :].T
+    order = likeness.argsort(dim=1, descending=True)[:, : neighbours.count]
+    return [words[i] for i in dict.fromkeys(order.T.flatten().tolist())]
 
 
 class Teacher:
@@ -76,16 +106,20 @@ class Teacher:
         self.objective = OBJECTIVES.get(recipe.objective)
         prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3])])
         places = {prompt: i for i, prompt in enumerate(prompts)}
-        self.conditions = base.encode(list(prompts))
+        self.prompts = places
+        self.conditions = base.encode(list(prompts), self.spec.distilled_guidance)
         self.places = torch.tensor([[places[text] for text in lesson[:3]] for lesson in lessons], device=base.model.device)
         self.eta = torch.tensor([lesson.eta for lesson in lessons], device=base.model.device)
-        self.scheduler = base.family.scheduler(base.pipe)
         self.evaluations = 0
         """Latents through the denoiser without gradients so far; a guided pair counts 2."""
 
     def condition(self, lesson: Tensor) -> Condition:
         """What the student is told in each of `lesson` [N]."""
         return pick(self.conditions, self.places[lesson, 0])
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of prompts that occur in the lessons, for which no text encoder is needed any more."""
+        return pick(self.conditions, torch.tensor([self.prompts[prompt] for prompt in prompts], device=self.places.device))
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser as it stands, without gradients, counted."""
@@ -102,29 +136,37 @@ class Teacher:
         finally:
             self.base.model.enable_adapters()
 
-    def fill(self, lesson: Tensor, generator: torch.Generator, spec: TrainSpec | None = None) -> TrajectoryBuffer:
+    def fill(
+        self,
+        lesson: Tensor,
+        generator: torch.Generator,
+        spec: TrainSpec | None = None,
+        shape: tuple[int, int, int] | None = None,
+    ) -> TrajectoryBuffer:
         """Walks one trajectory for each of `lesson` [N] and sets the targets on it.
 
         Args:
             lesson: Indices into the lessons; repeated ones get different noise.
             generator: Source of noise and of random stops, on the CPU so that results do not depend on the device.
             spec: Shape of the trajectories, the recipe's own unless given.
+            shape: Of one image's latents, the model's native one unless given.
         """
         spec = spec or self.spec
         device = self.base.model.device
-        shape = self.base.family.latent_shape(self.base.pipe)
+        shape = shape or self.base.latent_shape()
+        # Latents are float32 or better whatever the model's dtype: a walk adds up many small steps.
+        dtype = torch.promote_types(self.base.model.dtype, torch.float32)
         parts: list[Points] = []
-        for rows in lesson.split(_WALK_BATCH):
-            noise = torch.randn(len(rows), *shape, generator=generator).to(device, self.base.model.dtype)
+        for rows in lesson.split(spec.walk_batch):
+            noise = torch.randn(len(rows), *shape, generator=generator).to(device, dtype)
             stop = int(torch.randint(spec.trajectory_steps, (), generator=generator)) if spec.points == "one" else None
             with self.speaking() if spec.x_t_from == "base" else nullcontext():
                 visited = walk(
                     self.predict,
-                    self.scheduler,
+                    self.base.family.scheduler(self.base.pipe, spec.trajectory_steps, shape, device),
                     noise,
                     self.condition(rows),
                     pick(self.conditions, torch.zeros_like(rows)),
-                    steps=spec.trajectory_steps,
                     guidance=spec.guidance,
                     stop=stop,
                 )

@@ -19,6 +19,7 @@ from esd_lora.bases import BUILT_IN, base_files
 from esd_lora.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_of, read_pipeline
+from esd_lora.families._base import prediction_type
 from esd_lora.stacking import stack
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -127,7 +128,7 @@ def _files_of(base: str) -> Path:
 
 def _check_prediction_type(source: Path, stacked: Eraser) -> None:
     config = source / "scheduler" / "scheduler_config.json"
-    found = json.loads(config.read_text("utf-8")).get("prediction_type", "epsilon")
+    found = prediction_type(json.loads(config.read_text("utf-8")))
     if found != stacked.header.prediction_type:
         raise EsdLoraError(f"erasers have prediction type {stacked.header.prediction_type!r}, the base {found!r}.")
 

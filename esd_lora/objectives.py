@@ -8,11 +8,12 @@ paper, and register it in `OBJECTIVES`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from esd_lora.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Predictions(NamedTuple):
@@ -26,7 +27,7 @@ class Predictions(NamedTuple):
     """For the prompt of what should appear instead; the same tensor as `null` when that is the empty prompt."""
 
 
-Objective: TypeAlias = Callable[[Predictions, Tensor], Tensor]
+Objective: TypeAlias = "Callable[[Predictions, Tensor], Tensor]"
 """From predictions and `eta` (broadcastable against them) to the target, of the predictions' shape."""
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from textwrap import wrap
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from tqdm.auto import trange
 
 from esd_lora.families import Base
+from esd_lora.trajectory import Condition
 
 _BATCH = 32
 
@@ -22,6 +26,7 @@ def paint(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    encode: Callable[[Sequence[str]], Condition] | None = None,
     desc: str | None = None,
 ) -> list[Image.Image]:
     """Paints one picture for each prompt, with the base as it stands (adapters included).
@@ -36,19 +41,39 @@ def paint(
         steps: Denoising steps; the base's habit unless given.
         guidance: Classifier-free guidance scale; the base's habit unless given.
         negative_prompt: Takes the place of the empty prompt in guidance.
+        encode: Gives the condition of prompts where the base's text encoders are gone.
         desc: Label of a progress bar; without one there is none.
     """
     pictures: list[Image.Image] = []
-    for first in trange(0, len(prompts), _BATCH, desc=desc, unit="batch", disable=desc is None):
-        part = list(prompts[first : first + _BATCH])
+    _, height, width = base.latent_shape()
+    size = max(1, min(_BATCH, _BATCH * 64 * 64 // (height * width)))
+    native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
+    for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
+        part = list(prompts[first : first + size])
+        asked: dict[str, Any] = {"prompt": part}
+        if negative_prompt:
+            asked["negative_prompt"] = [negative_prompt] * len(part)
+        if encode:
+            asked = _told(base, encode([*part, *[""] * len(part)]))
         pictures += base.pipe(
-            part,
-            negative_prompt=[negative_prompt] * len(part) if negative_prompt else None,
+            **asked,
+            **native,
+            **base.family.asks(base.pipe),
             num_inference_steps=steps or base.steps,
             guidance_scale=base.guidance if guidance is None else guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + _BATCH]],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
         ).images
     return pictures
+
+
+def _told(base: Base, condition: Condition) -> dict[str, Tensor | None]:
+    """What the pipeline's call takes instead of N prompts and N negative ones, the halves of `condition`."""
+    asked: dict[str, Tensor | None] = {"negative_prompt": None}
+    for name, value in condition.items():
+        prompted, null = value.chunk(2)
+        asked |= {name: prompted, f"negative_{name}": null}
+    known = signature(base.pipe.__call__).parameters
+    return {name: value for name, value in asked.items() if name in known}
 
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], *, tile: int = 128) -> Image.Image:

@@ -7,9 +7,18 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from esd_lora.errors import did_you_mean
+from esd_lora.objectives import OBJECTIVES
+from esd_lora.optimizing import OPTIMIZERS
+
+SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
+"""Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
+REGEX_SCOPE = "re:"
+"""Marks a scope that is a regular expression, searched for in every layer's path: `re:mid_block.*to_v$`."""
 
 
 class _Frozen(BaseModel):
@@ -35,6 +44,39 @@ def _concept(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _scope(value: str) -> str:
+    if value.startswith(REGEX_SCOPE):
+        try:
+            re.compile(value.removeprefix(REGEX_SCOPE))
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from error
+    elif value not in SCOPES:
+        raise ValueError(
+            f"unknown scope{did_you_mean(value, SCOPES)}; known: {', '.join(SCOPES)}, or {REGEX_SCOPE} and a regular expression"
+        )
+    return value
+
+
+def _aspect(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value):
+        raise ValueError("expected width:height, such as 3:2")
+    return value
+
+
+def _named(names: list[str], kind: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names and ":" not in value:
+            near = did_you_mean(value, names)
+            raise ValueError(f"unknown {kind}{near}; known: {', '.join(names)}, or your own as module:attribute")
+        return value
+
+    return AfterValidator(check)
+
+
+Scope = Annotated[str, AfterValidator(_scope)]
+Aspect = Annotated[str, AfterValidator(_aspect)]
+
+
 class Concept(_Frozen):
     """One thing to erase. A plain string stands for a concept of that name and nothing else."""
 
@@ -43,29 +85,36 @@ class Concept(_Frozen):
     prompts: tuple[Annotated[PromptPair, BeforeValidator(_pair)], ...] = ()
     """The pool of prompts to erase; empty means the name itself. `{x}` stands for each word of `fill`."""
     fill: tuple[str, ...] = ()
-    anchor: str = ""
-    """Anchor of every prompt without its own. The empty prompt is the paper's."""
+    anchor: str | None = None
+    """Anchor of every prompt without its own. `None` takes `erase_from` if there is one, else the paper's empty prompt."""
     erase_from: str | None = None
-    """Prompt the student is trained on and `x_t` is drawn under, when it is not the erased prompt itself:
-    erase "hat" from "cowboy"."""
+    """Prompt the student is trained on and `x_t` is drawn under, when it is not the erased prompt itself: erase "hat" from
+    "cowboy" and a cowboy without a hat is left."""
     synonyms: tuple[str, ...] = ()
     """Other names of the concept; preserved prompts that contain one of them are dropped."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> Concept:
-        texts = [self.anchor, *(pair.prompt + (pair.anchor or "") for pair in self.prompts or (PromptPair(prompt=self.name),))]
+        pairs = self.prompts or (PromptPair(prompt=self.name),)
+        texts = [self.anchor or "", self.erase_from or "", *(pair.prompt + (pair.anchor or "") for pair in pairs)]
         if any("{x}" in text for text in texts) and not self.fill:
             raise ValueError("prompts contain {x}, but fill lists no words to put there")
         return self
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """The pool as (prompt, anchor), templates filled in."""
-        pairs: list[tuple[str, str]] = []
+    def lessons(self) -> list[tuple[str, str, str]]:
+        """The pool as (prompt to erase from, erased prompt, anchor), templates filled in."""
+        lessons: list[tuple[str, str, str]] = []
         for pair in self.prompts or (PromptPair(prompt=self.name),):
-            anchor = self.anchor if pair.anchor is None else pair.anchor
-            for word in self.fill if "{x}" in pair.prompt + anchor else ("",):
-                pairs.append((pair.prompt.replace("{x}", word), anchor.replace("{x}", word)))
-        return pairs
+            anchor = next(text for text in (pair.anchor, self.anchor, self.erase_from, "") if text is not None)
+            texts = (self.erase_from or pair.prompt, pair.prompt, anchor)
+            for word in self.fill if any("{x}" in text for text in texts) else ("",):
+                a, b, c = (text.replace("{x}", word) for text in texts)
+                lessons.append((a, b, c))
+        return lessons
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pool as (erased prompt, anchor)."""
+        return [(prompt, anchor) for _, prompt, anchor in self.lessons()]
 
     def named_in(self, text: str) -> bool:
         """Whether a prompt names this concept: by name or synonym, as whole words, singular or plural, without article."""
@@ -74,11 +123,35 @@ class Concept(_Frozen):
 
 
 class LoraSpec(_Frozen):
-    """Shape of the low-rank update."""
+    """Shape of the low-rank update, `alpha / rank * up @ down`."""
 
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0)
-    """The update is `alpha / rank * up @ down`."""
+    """Layers of another rank get an alpha in proportion, so that one learning rate suits all."""
+    conv_rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank of convolutions; `rank` unless given."""
+    ranks: dict[Scope, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Scope to the rank of its layers, where they are part of the recipe's scope; the last that matches a layer counts."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance of an input of `down` to be zeroed in a training step; typically 0 to 0.1."""
+    rslora: bool = False
+    """Scale by `alpha / sqrt(rank)` (Kalajdzievski, arXiv:2312.03732), which keeps high ranks learning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_dora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"dora", "use_dora"} & set(values):  # pyright: ignore[reportUnknownArgumentType]
+            raise ValueError("DoRA rescales whole weights, so its updates neither stack nor fit a plain LoRA; use rslora")
+        return values  # pyright: ignore[reportUnknownVariableType]
+
+
+class Neighbours(_Frozen):
+    """Preserved prompts picked from a vocabulary: those the text encoder puts nearest to what is erased."""
+
+    vocabulary: tuple[str, ...] | str
+    """Prompts to pick from, or a text file with one a line."""
+    count: int = Field(ge=1)
+    """How many for each concept; typically 10 to 50."""
 
 
 class TrainSpec(_Frozen):
@@ -87,12 +160,22 @@ class TrainSpec(_Frozen):
     steps: int = Field(ge=1)
     """Optimiser steps."""
     lr: float = Field(gt=0)
-    lr_schedule: Literal["constant", "cosine"]
-    """`cosine` falls to a tenth of `lr`."""
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    """`linear` and `cosine` fall to a tenth of `lr`."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps in which the rate climbs to `lr`, evenly."""
+    optimizer: Annotated[str, _named(OPTIMIZERS.names(), "optimizer")] = "adam"
+    """`adam`, `adamw` or another of torch's by name, `adam8bit`, `adamw8bit` (bitsandbytes), or your own `module:Class`."""
+    optimizer_args: dict[str, Any] = {}
+    """Further arguments of the optimiser: `{weight_decay: 0.01}`."""
     batch_size: int = Field(ge=1)
-    """Noisy latents of erased prompts a step."""
+    """Noisy latents of erased prompts at a time."""
     preserve_batch: int = Field(ge=0)
-    """Noisy latents of preserved prompts a step."""
+    """Noisy latents of preserved prompts beside them."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches a step, their gradients averaged: the same as batches larger by this factor, in less memory."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about a third more time."""
     preserve_weight: float = Field(ge=0)
     """Weight of a preserved point in the loss; an erased one has weight 1."""
     x_t_from: Literal["student", "base"]
@@ -108,12 +191,22 @@ class TrainSpec(_Frozen):
     trajectory_steps: int = Field(ge=2, le=1000)
     """DDIM steps of a whole trajectory (paper: 50)."""
     guidance: float = Field(ge=0)
-    """Classifier-free guidance of the trajectories (paper: 3)."""
+    """Classifier-free guidance of the trajectories (paper: 3); 1 for models distilled to a few steps."""
+    distilled_guidance: float = Field(default=1.0, ge=0)
+    """Scale that guidance-distilled models (Flux dev, LCM) are told, teacher and student alike; others take none."""
+    walk_batch: int = Field(default=32, ge=1)
+    """Trajectories walked side by side. Bounds memory; each counts twice, for guidance."""
+    resolution: int | None = Field(default=None, ge=8)
+    """Side of a square picture in pixels; the model's native one unless given."""
+    aspects: tuple[Aspect, ...] = ()
+    """Aspect buckets as width:height, all of the area of `resolution`; steps take turns among them."""
     seed: int = Field(default=0, ge=0)
     probe_every: int = Field(default=0, ge=0)
     """Steps between two erasure probes; 0 never probes."""
     stop_at: float | None = Field(default=None, gt=0)
     """Stop once the probe's erasure (0 untouched, 1 on target) reaches this."""
+    patience: int = Field(default=0, ge=0)
+    """Stop when this many probes in a row found erasure risen by less than 0.01 over the best; 0 never does."""
     preview_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=0, ge=0)
 
@@ -122,12 +215,16 @@ class Recipe(_Frozen):
     """Everything that decides what an eraser becomes. `load_recipe` builds one from a name, a file or keywords."""
 
     base: str = Field(min_length=1)
-    """A built-in base (`emoji`), a local diffusers directory, or a Hub id."""
+    """A built-in base (`emoji`), a diffusers directory, a `.safetensors` checkpoint, or a Hub id (`owner/name@revision`)."""
+    base_config: str | None = None
+    """For a single-file base, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none."""
     concepts: tuple[Annotated[Concept, BeforeValidator(_concept)], ...] = Field(min_length=1)
-    scope: str
-    objective: str
+    scope: Scope
+    objective: Annotated[str, _named(OBJECTIVES.names(), "objective")]
     eta: float
     preserve: Literal["default"] | tuple[str, ...] = ()
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
+    neighbours: Neighbours | None = None
+    """More of them, found in the text encoder's own space."""
     lora: LoraSpec
     train: TrainSpec

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.recipe import Concept, LoraSpec, PromptPair, Recipe, TrainSpec
+from esd_lora.recipe import Concept, LoraSpec, Neighbours, PromptPair, Recipe, TrainSpec
 
 Mark: TypeAlias = tuple[str, int]
 """File and line (from 1) where a value of a recipe stands."""
@@ -29,8 +30,9 @@ def recipes_dir() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project; presets are those without concepts."""
-    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+    """Names of the recipes that ship with the project, presets and concepts among them (`kind_of`)."""
+    folder = recipes_dir()
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
@@ -50,9 +52,13 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def is_preset(name: str) -> bool:
-    """Whether a recipe names no concept: it holds hyper-parameters for others to extend."""
-    return "concepts" not in _load(recipe_path(name)).values
+def kind_of(name: str) -> Literal["recipe", "preset", "concept"]:
+    """What a file is: a whole recipe; a preset, which names no concept; or a concept, which has no hyper-parameters.
+
+    The latter two are there for others to extend: `extends: [sdxl/fast, concepts/van-gogh]`.
+    """
+    values = _load(recipe_path(name)).values
+    return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
 
 
 def _parse(path: Path) -> _Document:
@@ -105,16 +111,26 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> _Document:
     if path.resolve() in seen:
         raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}. Break the circle.")
     document = _parse(path)
-    parent = document.values.pop("extends", None)
-    if parent is None:
+    parents = document.values.pop("extends", None)
+    if parents is None:
         return document
-    beside = path.parent / str(parent)
-    try:
-        source = beside if beside.is_file() else recipe_path(str(parent))
-    except EsdLoraError as error:
-        raise EsdLoraError(f"{path}:{document.marks[('extends',)][1]}: extends {error}") from error
-    below = _load(source, (*seen, path.resolve()))
-    return _Document(_merged(below.values, document.values), {**below.marks, **document.marks})
+    layers: list[_Document] = []
+    for parent in cast("list[object]", parents if isinstance(parents, list) else [parents]):
+        beside = path.parent / str(parent)
+        try:
+            source = beside if beside.is_file() else recipe_path(str(parent))
+        except EsdLoraError as error:
+            raise EsdLoraError(f"{path}:{document.marks[('extends',)][1]}: extends {error}") from error
+        layers.append(_load(source, (*seen, path.resolve())))
+    return _laid([*layers, document])
+
+
+def _laid(layers: Sequence[_Document]) -> _Document:
+    """Documents over one another, the last on top."""
+    whole = _Document({}, {})
+    for layer in layers:
+        whole = _Document(_merged(whole.values, layer.values), {**whole.marks, **layer.marks})
+    return whole
 
 
 @cache
@@ -124,6 +140,7 @@ def _fields(path: tuple[str, ...]) -> tuple[str, ...]:
         (): Recipe,
         ("concepts",): Concept,
         ("concepts", "prompts"): PromptPair,
+        ("neighbours",): Neighbours,
         ("lora",): LoraSpec,
         ("train",): TrainSpec,
     }
@@ -131,31 +148,38 @@ def _fields(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _faults(
-    error: ValidationError, marks: Mapping[tuple[str | int, ...], Mark], source: str, above: Mapping[str, Any]
+    error: ValidationError,
+    marks: Mapping[tuple[str | int, ...], Mark],
+    source: str,
+    above: Mapping[str, Any],
+    fields: Mapping[str, Any],
 ) -> Iterator[str]:
     """One line a fault: where it stands, what was found, what was expected."""
     for fault in error.errors():
-        loc = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple")))
+        loc = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
         near = next((marks[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in marks), None)
-        if fault["type"] != "missing" and _overridden(loc, above):
-            near = None
         place = f"{near[0]}:{near[1]}" if near else source
+        if fault["type"] != "missing" and _overridden(loc, above):
+            place = "given" if loc[0] in fields else "--set"
         name = ".".join(str(part) for part in loc)
         if fault["type"] == "extra_forbidden":
             keys = _fields(tuple(str(part) for part in loc[:-1] if isinstance(part, str)))
             yield f"{place}: {name}: unknown key{did_you_mean(str(loc[-1]), keys)}"
         elif fault["type"] == "missing":
-            given = name.partition(".")[0] == "concepts"
-            yield f"{place}: {name}: missing" + ("" if given else " (a preset gives it: 'extends: fast')")
+            within = name.partition(".")[0] == "concepts"
+            yield f"{place}: {name}: missing" + ("" if within else " (a preset gives it: 'extends: fast')")
         else:
             yield f"{place}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
 
 
-def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> Recipe:
+def load_recipe(
+    source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | None = None, /, **fields: Any
+) -> Recipe:
     """Loads and checks a recipe.
 
     Args:
-        source: A built-in name (`"fast"`, `"paper"`) or the path of a YAML file.
+        source: A built-in name (`"fast"`, `"sd/van-gogh"`) or the path of a YAML file; or several, each over those before
+            it: `["sdxl/fast", "concepts/van-gogh"]`.
         overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
         **fields: Top-level fields, over both: `base="emoji", concepts=["cat"]`.
 
@@ -163,8 +187,8 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, 
         EsdLoraError: If the file cannot be read, or with every fault of the recipe at once, each as `file:line: field:
             what is wrong`.
     """
-    path = recipe_path(str(source))
-    document = _load(path)
+    paths = [recipe_path(str(name)) for name in ([source] if isinstance(source, str | Path) else source)]
+    document = _laid([_load(path) for path in paths])
     above: dict[str, Any] = {}
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
@@ -176,7 +200,7 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None, 
     try:
         return Recipe.model_validate(_merged(document.values, above))
     except ValidationError as error:
-        faults = list(dict.fromkeys(_faults(error, document.marks, str(path), above)))
+        faults = list(dict.fromkeys(_faults(error, document.marks, " ".join(map(str, paths)), above, fields)))
         raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(faults)) from error
 
 
@@ -198,3 +222,17 @@ def dump_recipe(recipe: Recipe) -> str:
     if any(odd in text for odd in "\x85\u2028\u2029"):  # PyYAML writes these line breaks bare and reads them as spaces
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
     return text
+
+
+def recipe_schema() -> str:
+    """The JSON schema of recipe files: a recipe's, but that a file may extend others and leave out what they say."""
+    schema = Recipe.model_json_schema()
+    for name, part in {"": schema, **schema["$defs"]}.items():
+        if name in ("", "TrainSpec", "LoraSpec"):
+            part.pop("required", None)
+    names: dict[str, Any] = {"type": "string", "description": "A built-in recipe, or a file beside this one."}
+    extends = {"anyOf": [names, {"type": "array", "items": names}]}
+    for short in ("Concept", "PromptPair"):  # a plain string stands for one of these
+        schema["$defs"][short] = {"anyOf": [{"type": "string"}, schema["$defs"][short]]}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"

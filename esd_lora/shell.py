@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from esd_lora.errors import EsdLoraError, did_you_mean
 
 Weighted = tuple[str, float]
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class Commands(click.Group):
@@ -60,6 +62,27 @@ class EraserType(click.ParamType):
 
 
 ERASER = EraserType()
+
+
+def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
+    """`--base` and what a single-file base may need."""
+
+    def add(command: _Command) -> _Command:
+        known = "Built-in base, diffusers directory, .safetensors checkpoint, or Hub id[@revision]."
+        config = "Diffusers directory of a single-file base's architecture."
+        command = click.option("--base-config", metavar="DIR", help=config)(command)
+        return click.option("--base", default=default, show_default=default is not None, help=known)(command)
+
+    return add
+
+
+def device_options(command: _Command) -> _Command:
+    """`--device` and `--dtype`."""
+    dtype = "Of the frozen base: float32, bfloat16, float16; default: what suits the device."
+    command = click.option("--dtype", help=dtype)(command)
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")(command)
+
+
 force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
 
 

@@ -20,13 +20,13 @@ Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class Scheduler(Protocol):
-    """The part of a diffusers scheduler that a walk uses."""
+    """The part that every diffusers scheduler has and a walk uses.
+
+    Those of noise and v models may also have `init_noise_sigma` and `scale_model_input`; those of flow models have neither.
+    """
 
     timesteps: Any
-    init_noise_sigma: Any
 
-    def set_timesteps(self, num_inference_steps: int, *, device: Any = None) -> None: ...
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any: ...
 
 
@@ -61,7 +61,6 @@ def walk(
     condition: Condition,
     null: Condition,
     *,
-    steps: int,
     guidance: float,
     stop: int | None = None,
 ) -> list[NoisySample]:
@@ -72,21 +71,21 @@ def walk(
 
     Args:
         denoiser: The model that walks, student or base.
-        scheduler: Any diffusers scheduler; its state is overwritten.
+        scheduler: Any diffusers scheduler whose timesteps are set, 20 to 50 of them typically. It must not have walked
+            before.
         noise: [N, ...] standard normal.
         condition: Of the N prompts.
         null: Of the empty prompt, N times.
-        steps: Length of a whole trajectory, typically 20 to 50.
         guidance: Scale of classifier-free guidance; the paper walks with 3.
         stop: Index from 0 of the last point, which is reached and not predicted at (the paper's random stop). Without
             it the walk runs to the end and every point carries its predictions.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
+    scale: Callable[[Tensor, Any], Tensor] | None = getattr(scheduler, "scale_model_input", None)
+    latents: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     both = concatenate(null, condition)
     points: list[NoisySample] = []
     for i, t in enumerate(scheduler.timesteps):
-        x_t = scheduler.scale_model_input(latents, t)
+        x_t = scale(latents, t) if scale else latents
         ts = t.expand(len(x_t))
         if i == stop:
             points.append(NoisySample(x_t, ts, None, None))
@@ -114,6 +113,11 @@ class Points(NamedTuple):
     def join(cls, parts: list[Points]) -> Points:
         """All points of several groups as one."""
         return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def split(self, size: int) -> list[Points]:
+        """The points in groups of `size`."""
+        begins = range(0, len(self.t), size)
+        return [Points(*(tensor[begin : begin + size] for tensor in self)) for begin in begins]
 
 
 class TrajectoryBuffer:

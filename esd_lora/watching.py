@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from esd_lora.checkpoints import TrainState
+from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import Base
 from esd_lora.lessons import Teacher
 from esd_lora.pictures import grid, paint
@@ -33,14 +34,18 @@ class StepReport(NamedTuple):
     state: TrainState
     spec: TrainSpec
     base: Base
+    """Without text encoders, where `train` loaded it: `teacher.encode` knows the lessons' prompts."""
     teacher: Teacher
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     interrupted: bool
     """The user asked to stop; this is the last step of the run."""
     last: bool
     """No step follows, as far as is known to the watchers before this one."""
 
+
+_RISE = 0.01  # of erasure, between two probes: less is a plateau
 
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
@@ -100,8 +105,12 @@ class ErasureProbe:
         points, start = self._measuring_points(report)
         now = report.teacher.predict(points.x_t, points.t, report.teacher.condition(points.lesson))
         way = points.target - start
-        report.state.erasure = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
-        return report.spec.stop_at is not None and report.state.erasure >= report.spec.stop_at
+        state, spec = report.state, report.spec
+        state.erasure = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+        state.stale_probes = 0 if state.erasure > state.best_erasure + _RISE else state.stale_probes + 1
+        state.best_erasure = max(state.best_erasure, state.erasure)
+        met = spec.stop_at is not None and state.erasure >= spec.stop_at
+        return met or (spec.patience > 0 and state.stale_probes >= spec.patience)
 
     def _measuring_points(self, report: StepReport) -> tuple[Points, Tensor]:
         if self._erased is None or self._start is None:
@@ -154,8 +163,9 @@ class Previews:
         seeds = list(range(len(prompts)))
         if self._before is None:
             with report.teacher.speaking():
-                self._before = paint(report.base, prompts, seeds)
-        sheet = grid({"base": self._before, "erased": paint(report.base, prompts, seeds)}, prompts)
+                self._before = paint(report.base, prompts, seeds, encode=report.teacher.encode)
+        erased = paint(report.base, prompts, seeds, encode=report.teacher.encode)
+        sheet = grid({"base": self._before, "erased": erased}, prompts)
         place = "samples/before_after.png" if report.last else f"previews/step_{report.state.step:05d}.png"
         (self.directory / place).parent.mkdir(exist_ok=True)
         sheet.save(self.directory / place)
@@ -171,15 +181,54 @@ class Checkpoints:
         every = report.spec.checkpoint_every
         if report.interrupted or (every and report.state.step % every == 0):
             spent = report.teacher.evaluations
-            report.state.save(self.directory, self.recipe, report.parameters, report.optimizer, spent)
+            report.state.save(self.directory, self.recipe, report.parameters, report.optimizer, report.scaler, spent)
 
 
-def watchers_for(recipe: Recipe, out: Path | None, state: TrainState, progress: bool) -> list[Watcher]:
+class Tracking:
+    """Loss, learning rate and erasure to experiment trackers, through accelerate.
+
+    Raises:
+        EsdLoraError: If a tracker is unknown or not installed.
+    """
+
+    def __init__(self, names: Sequence[str], recipe: Recipe, directory: Path | None):
+        from accelerate import Accelerator
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        known = sorted(LOGGER_TYPE_TO_CLASS)
+        there = [str(tracker) for tracker in get_available_trackers()]
+        for name in names:
+            if name not in known:
+                raise EsdLoraError(f"unknown tracker {name!r}{did_you_mean(name, known)}. Known: {', '.join(known)}.")
+            if name not in there:
+                raise EsdLoraError(f"tracker {name!r} is not installed. Run: pip install {name}.")
+        folder = directory / "tracking" if directory else Path("tracking")
+        self.accelerator = Accelerator(log_with=list(names), project_dir=folder)
+        settings = {
+            key: value if isinstance(value, int | float | str | bool) else str(value)
+            for key, value in recipe.train.model_dump().items()
+            if value is not None
+        }
+        self.accelerator.init_trackers("esd-lora", config=settings)
+
+    def __call__(self, report: StepReport) -> None:
+        state = report.state
+        values = {"loss": state.loss, "lr": report.optimizer.param_groups[0]["lr"]}
+        if state.erasure is not None:
+            values["erasure"] = state.erasure
+        self.accelerator.log(values, step=state.step)
+        if report.last:
+            self.accelerator.end_training()
+
+
+def watchers_for(recipe: Recipe, out: Path | None, state: TrainState, track: Sequence[str], progress: bool) -> list[Watcher]:
     """What a recipe asks to have watched; everything that writes needs a run directory."""
     spec = recipe.train
     watchers: list[Watcher] = []
     if spec.probe_every:
         watchers.append(ErasureProbe())
+    if track:
+        watchers.append(Tracking(track, recipe, out))
     if progress:
         watchers.append(ProgressBar(recipe, state.step))
     if out is not None:

@@ -25,8 +25,9 @@ settings.load_profile("repeatable")
 
 # Warnings that others raise about themselves: message start, category, module that is warned about.
 NOT_OURS = (
-    # diffusers' Euler scheduler calls np.array on a tensor, which torch lets numpy 2 warn about.
+    # diffusers' Euler and DPM schedulers call np.array on a tensor, which torch lets numpy 2 warn about.
     "__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers.schedulers.scheduling_euler_discrete",
+    "__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers.schedulers.scheduling_dpmsolver_multistep",
 )
 
 

@@ -12,12 +12,17 @@ import torch
 
 from esd_lora.bases import BUILT_IN, base_files, domain, keep_prompts
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families._base import SCOPES, Base, ModelFamily
+from esd_lora.families._base import Base, ModelFamily
+from esd_lora.families.flux import Flux
+from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
+from esd_lora.families.sd3 import StableDiffusion3
+from esd_lora.families.sdxl import StableDiffusionXL
 
-__all__ = ["FAMILIES", "SCOPES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
+__all__ = ["FAMILIES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
 
-FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(),)
+FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana())
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def family_of(pipeline: str) -> ModelFamily:
@@ -45,51 +50,123 @@ def read_pipeline(index: Path) -> str:
         raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.") from error
 
 
-def load_base(base: str | Path, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(
+    base: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    config: str | Path | None = None,
+    vae: bool = True,
+) -> Base:
     """Loads a base model and tells its family.
 
     Args:
-        base: A built-in name (`emoji`), a local diffusers directory, or a Hub id (`owner/name`).
-        device: Where to put it; the GPU if there is one.
-        dtype: Of the frozen weights.
+        base: A built-in name (`emoji`), a local diffusers directory, a single-file `.safetensors` checkpoint, or a Hub id
+            (`owner/name`, `owner/name@revision`).
+        device: `auto` takes the GPU if there is one; or `cpu`, `cuda`, `mps`.
+        dtype: Of the frozen weights, a torch dtype or its name; float32 on the CPU, and on a GPU bfloat16, or float16 where
+            bfloat16 is not supported, unless given.
+        config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
+        vae: Whether to load the VAE; only pictures need it.
 
     Raises:
-        EsdLoraError: If there is no such base, it is not a diffusers pipeline, or no family covers it.
+        EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
+            device.
     """
     name = str(base)
+    place = choose_device(device)
+    dtype = choose_dtype(place, dtype)
     folder = base_files(name) if name in BUILT_IN else Path(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source, _, revision = name.partition("@")
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
         family = family_of(read_pipeline(index))
-    elif folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        pipe = _load_pipeline(str(folder), None, dtype, vae)
+    elif folder.is_file() or folder.suffix in (".safetensors", *_PICKLES):
+        from esd_lora.families.single_file import open_single_file
+
+        with quiet_libraries():
+            pipe = open_single_file(folder, config=config, dtype=dtype)
+        family = family_of(type(pipe).__name__)
+    elif source.count("/") != 1 or name.startswith((".", "/", "~")):
         raise EsdLoraError(
-            f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, or a Hub id"
-            f" 'owner/name'{did_you_mean(name, BUILT_IN)}."
+            f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
+            f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
         )
     else:
-        family = None
-    pipe = _load_pipeline(str(folder) if folder.is_dir() else name, dtype)
-    family = family or family_of(type(pipe).__name__)
+        family = family_of(_pipeline_on_hub(source, revision or None))  # before gigabytes of weights come
+        pipe = _load_pipeline(source, revision or None, dtype, vae)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
+    if not vae:
+        pipe.vae = None
+    pipe.to(place)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    revision = getattr(pipe.config, "_commit_hash", None)
-    habits = domain(name)["sampling"] if name in BUILT_IN else {}
-    return Base(pipe, family, name, revision, keep_prompts(name), **habits)
+    found = getattr(pipe.config, "_commit_hash", None) or revision or None
+    steps, guidance = family.habits(pipe)
+    habits = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
+    return Base(pipe, family, name, found, keep_prompts(name), **habits)
 
 
-def _load_pipeline(source: str, dtype: torch.dtype) -> Any:
+def choose_device(device: str) -> torch.device:
+    """The device of a name; `auto` asks accelerate for the best there is.
+
+    Raises:
+        EsdLoraError: If it is unknown or not there.
+    """
+    known = ("auto", "cpu", "cuda", "mps")
+    if device.partition(":")[0] not in known:
+        raise EsdLoraError(f"unknown device {device!r}{did_you_mean(device, known)}. Known: {', '.join(known)}.")
+    if device == "auto":
+        from accelerate import PartialState
+
+        return PartialState().device or torch.device("cpu")
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not there.get(device.partition(":")[0], lambda: True)():
+        raise EsdLoraError(f"device {device!r} is not available here. Use --device auto or cpu.")
+    return torch.device(device)
+
+
+def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of frozen weights: as asked, or what suits the device.
+
+    Raises:
+        EsdLoraError: If it is no floating dtype that models come in.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None and dtype not in known:
+        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, known)}. Known: {', '.join(known)}.")
+    if dtype is not None:
+        return known[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _pipeline_on_hub(source: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with quiet_libraries():
+            return read_pipeline(Path(hf_hub_download(source, "model_index.json", revision=revision)))
+    except (OSError, ValueError) as error:
+        raise EsdLoraError(f"base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: bool) -> Any:
     with quiet_libraries():
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-        optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        left_out: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        if not vae:
+            left_out["vae"] = None
         try:
-            return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **optional)
+            return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **left_out)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise EsdLoraError(f"base {source!r} cannot be loaded: {first}") from error

@@ -12,17 +12,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from esd_lora.eraser import Eraser, hash_weight
-from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.trajectory import Condition
+from esd_lora.errors import EsdLoraError
+from esd_lora.recipe import REGEX_SCOPE
+from esd_lora.trajectory import Condition, Scheduler, concatenate
 
-SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
-"""Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
+_ENCODED_AT_ONCE = 16  # prompts; bounds memory, changes no result
 
 
 class ModelFamily(ABC):
@@ -36,43 +37,111 @@ class ModelFamily(ABC):
     scopes: ClassVar[Mapping[str, str]]
     """Scope to a regular expression searched for in the path of every linear and convolution."""
 
+    multiple: ClassVar[int] = 8
+    """Sides of latents must be multiples of this: what down-sampling or patches ask for."""
+
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        """The condition of N prompts: every tensor's first dimension is N."""
+        """The condition of N prompts, under the names the pipeline's call gives them (`prompt_embeds`, ...).
+
+        The empty prompt stands for whatever the pipeline puts opposite the prompt in classifier-free guidance.
+        """
 
     @abstractmethod
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's own prediction (noise, v or flow) at `x_t` [N, ...] and `t` [N]."""
+    def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
 
-    @abstractmethod
-    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
-        """Shape of one image's latents at the model's native size, such as (4, 64, 64)."""
+    def channels(self, pipe: Any) -> int:
+        """Channels of latents."""
+        return getattr(pipe, self.denoiser).config.in_channels
 
-    @abstractmethod
-    def scheduler(self, pipe: Any) -> Any:
-        """A fresh scheduler for walking trajectories, with the base's own noise schedule and prediction type."""
+    def side(self, pipe: Any) -> int:
+        """Height and width of latents at the model's native size."""
+        return getattr(pipe, self.denoiser).config.sample_size
 
-    @abstractmethod
+    def takes_guidance(self, pipe: Any) -> bool:
+        """Whether the denoiser reads a guidance scale as an input: guidance-distilled models."""
+        return getattr(getattr(pipe, self.denoiser).config, "time_cond_proj_dim", None) is not None
+
+    def habits(self, pipe: Any) -> tuple[int, float]:
+        """Denoising steps and guidance of a picture unless asked otherwise: the pipeline's own defaults."""
+        defaults = signature(pipe.__call__).parameters
+        return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
+
+    def asks(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
+        """What the pipeline's call is told beside prompt, size, steps and guidance."""
+        return {}
+
+    def sigmas(self, steps: int) -> list[float] | None:  # noqa: ARG002
+        """Noise levels that the pipeline hands to a flow scheduler before shifting; `None` leaves them to the scheduler."""
+        return None
+
     def prediction_type(self, pipe: Any) -> str:
         """`epsilon`, `v_prediction` or `flow`, read from the base and never guessed."""
+        return prediction_type({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+
+    def scheduler(self, pipe: Any, steps: int, shape: Sequence[int], device: Any = None) -> Scheduler:
+        """A fresh first-order deterministic scheduler with the base's own noise schedule and grid, its timesteps set.
+
+        DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own).
+
+        Args:
+            pipe: The pipeline whose scheduler's configuration is taken over: spacing, offset, shift, prediction type.
+            steps: Length of a whole trajectory.
+            shape: Of one image's latents; models with dynamic shifting shift by the number of patches.
+            device: Of the latents.
+        """
+        config = pipe.scheduler.config
+        if self.prediction_type(pipe) != "flow":
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
+            ddim: Any = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+            ddim.set_timesteps(steps, device=device)
+            return ddim
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(
+            config, shift=config.get("shift", config.get("flow_shift", 1.0))
+        )
+        own = euler.config
+        patches = shape[-2] * shape[-1] // 4
+        lengths = own["base_image_seq_len"], own["max_image_seq_len"]
+        mu = calculate_shift(patches, *lengths, own["base_shift"], own["max_shift"]) if own["use_dynamic_shifting"] else None
+        euler.set_timesteps(steps, device=device, sigmas=self.sigmas(steps), mu=mu)
+        return euler
 
     def modules(self, model: nn.Module, scope: str) -> Mapping[str, nn.Module]:
         """The layers of `model` that `scope` means, by path.
 
         Raises:
-            EsdLoraError: If the scope is unknown, or matches no layer of this model.
+            EsdLoraError: If the scope matches no layer of this model.
         """
-        if scope not in self.scopes:
-            raise EsdLoraError(f"unknown scope {scope!r}{did_you_mean(scope, self.scopes)}. Known: {', '.join(self.scopes)}.")
-        layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        chosen = {path: m for path, m in layers.items() if re.search(self.scopes[scope], path)}
+        # The update of a grouped convolution is no product of two factors, so there is no LoRA for it.
+        layers = {
+            path: m
+            for path, m in model.named_modules()
+            if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+        }
+        rule = scope.removeprefix(REGEX_SCOPE) if scope.startswith(REGEX_SCOPE) else self.scopes[scope]
+        chosen = {path: m for path, m in layers.items() if re.search(rule, path)}
         if not chosen:
             usable = [name for name, rule in self.scopes.items() if any(re.search(rule, path) for path in layers)]
+            patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".N", path) for path in layers))
+            shown = ", ".join(patterns[:30]) + (", ..." if len(patterns) > 30 else "")
             raise EsdLoraError(
                 f"scope {scope!r} matches none of the {len(layers)} linear and convolution layers of this {self.name} model."
-                f" Scopes with layers here: {', '.join(usable) or 'none'}."
+                f" Scopes with layers here: {', '.join(usable) or 'none'}. Layers (N any number): {shown}."
             )
         return chosen
+
+
+def prediction_type(scheduler: Mapping[str, Any]) -> str:
+    """`epsilon`, `v_prediction` or `flow`, from a scheduler's configuration with its `_class_name`."""
+    kind = scheduler.get("prediction_type", "epsilon")
+    flow = kind == "flow_prediction" or str(scheduler.get("_class_name", "")).startswith("FlowMatch")
+    return "flow" if flow else kind
 
 
 @dataclass
@@ -94,14 +163,51 @@ class Base:
         """The denoiser: a diffusers U-Net or transformer."""
         return getattr(self.pipe, self.family.denoiser)
 
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon`, `v_prediction` or `flow`."""
+        return self.family.prediction_type(self.pipe)
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of one image's latents.
+
+        Args:
+            size: Height and width in pixels, rounded to what the model takes; its native size unless given.
+        """
+        if size is None:
+            side = self.family.side(self.pipe)
+            return self.family.channels(self.pipe), side, side
+        multiple = self.family.multiple
+        height, width = (max(1, round(s / self.pipe.vae_scale_factor / multiple)) * multiple for s in size)
+        return self.family.channels(self.pipe), height, width
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's prediction, as a `trajectory.Denoiser`."""
-        return self.family.predict(self.model, x_t, t, condition)
+        """The denoiser's prediction, as a `trajectory.Denoiser`: asked in the model's dtype, answered in float32 or better."""
+        answer = self.family.predict(self.pipe, x_t.to(self.model.dtype), t, condition)
+        return answer.to(torch.promote_types(answer.dtype, torch.float32))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The condition of N prompts."""
-        return self.family.encode(self.pipe, prompts)
+    def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        """The condition of N prompts.
+
+        Args:
+            prompts: The empty one stands for the other side of classifier-free guidance.
+            guidance: What a guidance-distilled model is told its scale is; others are told nothing.
+        """
+        parts = [
+            self.family.encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)
+        ]
+        told = concatenate(*parts)
+        dtype = self.model.dtype  # text encoders may have another
+        condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
+        if self.family.takes_guidance(self.pipe):
+            condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
+        return condition
+
+    def free_text_encoders(self) -> None:
+        """Drops the text encoders, once everything that will be asked for is encoded."""
+        for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            setattr(self.pipe, name, None)
 
     def require_bare(self) -> None:
         """Refuses a denoiser that carries adapters: they would speak with the teacher, and be taken off with ours.
@@ -134,7 +240,7 @@ class Base:
         header = eraser.header
         for what, found, expected in (
             ("family", header.family, self.family.name),
-            ("prediction type", header.prediction_type, self.family.prediction_type(self.pipe)),
+            ("prediction type", header.prediction_type, self.prediction_type),
         ):
             if found != expected:
                 raise EsdLoraError(

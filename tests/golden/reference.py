@@ -1,6 +1,7 @@
 """The method written out a second time, from the papers alone: torch, float64, no code of the package.
 
 ESD: Gandikota et al., *Erasing Concepts from Diffusion Models*, ICCV 2023, arXiv:2303.07345.
+Flow matching: Esser et al., *Scaling Rectified Flow Transformers*, ICML 2024, arXiv:2403.03206.
 DDIM: Song et al., *Denoising Diffusion Implicit Models*, ICLR 2021, arXiv:2010.02502.
 LoRA: Hu et al., arXiv:2106.09685. Adam: Kingma and Ba, arXiv:1412.6980.
 """
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Predict = Callable[[Mapping[str, Tensor], Tensor, int, Tensor], Tensor]
-"""From weights that replace the model's own (by name), x_t [N, ...], t and a prompt's embedding [N, ...] to the noise."""
+Text = Any  # what a prompt is told as; the reference only hands it on
+Predict = Callable[[Mapping[str, Tensor], Tensor, float, Text], Tensor]
+"""From weights that replace the model's own (by name), x_t [N, ...], t and a prompt to the prediction."""
 
 
 def esd_target(null: Tensor, concept: Tensor, anchor: Tensor, eta: float) -> Tensor:
@@ -22,36 +25,97 @@ def esd_target(null: Tensor, concept: Tensor, anchor: Tensor, eta: float) -> Ten
     return anchor - eta * concept + eta * null
 
 
-def ddim_timesteps(steps: int, trained: int = 1000, offset: int = 1) -> list[int]:
-    """Stable Diffusion's "leading" grid: multiples of trained // steps, shifted by the offset, from the noisiest down."""
-    return [i * (trained // steps) + offset for i in reversed(range(steps))]
+def ddpm_grid(steps: int, spacing: str, trained: int = 1000, offset: int = 1) -> list[int]:
+    """The timesteps of noise and v models, noisiest first (table 2 of Lin et al., arXiv:2305.08891).
+
+    "leading" are multiples of trained // steps, shifted by the offset; "trailing" count down from the last timestep.
+    """
+    if spacing == "leading":
+        return [i * (trained // steps) + offset for i in reversed(range(steps))]
+    return [round(trained - i * trained / steps) - 1 for i in range(steps)]
 
 
-def ddim_step(x_t: Tensor, noise: Tensor, t: int, earlier: int, alphas_cumprod: Tensor) -> Tensor:
-    """Equation 12 of DDIM with sigma = 0. Its alpha is the cumulative product; before t = 0 it stays that of t = 0."""
-    now = alphas_cumprod[t]
-    then = alphas_cumprod[max(earlier, 0)]
-    x_0 = (x_t - (1 - now).sqrt() * noise) / now.sqrt()
+def scaled_linear(start: float = 0.00085, end: float = 0.012, trained: int = 1000) -> Tensor:
+    """Stable Diffusion's cumulative alphas: betas are the square of a line between two square roots."""
+    betas = torch.linspace(start**0.5, end**0.5, trained, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def ddim_step(x_t: Tensor, prediction: Tensor, t: int, earlier: int, alphas_cumprod: Tensor, kind: str) -> Tensor:
+    """Equation 12 of DDIM with sigma = 0. Its alpha is the cumulative product; before t = 0 it stays that of t = 0.
+
+    A v prediction is sqrt(alpha) noise - sqrt(1 - alpha) x_0 (Salimans and Ho, arXiv:2202.00512, appendix D).
+    """
+    now, then = alphas_cumprod[t], alphas_cumprod[max(earlier, 0)]
+    if kind == "v_prediction":
+        x_0 = now.sqrt() * x_t - (1 - now).sqrt() * prediction
+        noise = now.sqrt() * prediction + (1 - now).sqrt() * x_t
+    else:
+        noise = prediction
+        x_0 = (x_t - (1 - now).sqrt() * noise) / now.sqrt()
     return then.sqrt() * x_0 + (1 - then).sqrt() * noise
 
 
+def shifted(sigma: float, shift: float) -> float:
+    """Noise level moved towards noise for larger pictures: equation 23 of Esser et al., arXiv:2403.03206."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_grid(steps: int, shift: float, *, trained: int = 1000, from_one: bool) -> list[float]:
+    """Noise levels of a flow model, noisiest first, 0 at the end.
+
+    Flux and Sana shift 1, 1 - 1/steps, ... Stable Diffusion 3's scheduler shifts a line between the trained levels, which
+    it had shifted once already.
+    """
+    if from_one:
+        plain = [1 - i / steps for i in range(steps)]
+    else:
+        high, low = shifted(1.0, shift), shifted(1 / trained, shift)
+        plain = [high + (low - high) * i / (steps - 1) for i in range(steps)]
+    return [*(shifted(sigma, shift) for sigma in plain), 0.0]
+
+
+def flux_shift(patches: int) -> float:
+    """Flux dev's shift: exp of a line through (256 patches, 0.5) and (4096, 1.15)."""
+    return math.exp(0.5 + (patches - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+class Sampler(NamedTuple):
+    """A grid of times and the step between two of them."""
+
+    times: list[float]
+    step: Callable[[Tensor, Tensor, int], Tensor]
+    """From x_t, the guided prediction and the number of the step to the next x_t."""
+
+
+def ddim(steps: int, spacing: str, kind: str) -> Sampler:
+    """The paper's sampler for noise and v models."""
+    alphas, grid = scaled_linear(), ddpm_grid(steps, spacing)
+    return Sampler(
+        [float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], grid[i] - 1000 // steps, alphas, kind)
+    )
+
+
+def euler(sigmas: list[float]) -> Sampler:
+    """Euler's method down the flow, dx / dsigma = noise - x_0, which is what flow models predict."""
+    return Sampler([1000 * s for s in sigmas[:-1]], lambda x, said, i: x + (sigmas[i + 1] - sigmas[i]) * said)
+
+
 def guided_walk(
-    predict: Callable[[Tensor, int, Tensor], Tensor],
+    predict: Callable[[Tensor, float, Text], Tensor],
     noise: Tensor,
-    prompt: Tensor,
-    null: Tensor,
-    alphas_cumprod: Tensor,
+    prompt: Text,
+    null: Text,
+    sampler: Sampler,
     *,
-    steps: int,
     guidance: float,
-) -> list[tuple[Tensor, int]]:
+) -> list[tuple[Tensor, float]]:
     """Every (x_t, t) of a trajectory from pure noise under classifier-free guidance."""
     x_t, points = noise, []
-    for t in ddim_timesteps(steps):
+    for i, t in enumerate(sampler.times):
         points.append((x_t, t))
         unprompted, prompted = predict(x_t, t, null), predict(x_t, t, prompt)
-        guided = (1 - guidance) * unprompted + guidance * prompted
-        x_t = ddim_step(x_t, guided, t, t - 1000 // steps, alphas_cumprod)
+        x_t = sampler.step(x_t, (1 - guidance) * unprompted + guidance * prompted, i)
     return points
 
 
@@ -75,7 +139,7 @@ class Student:
         """What training has added to each weight."""
         return {name: self.scale * self.b[name] @ self.a[name] for name in self.frozen}
 
-    def __call__(self, x_t: Tensor, t: int, text: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: float, text: Text) -> Tensor:
         own = {name: self.frozen[name] + delta for name, delta in self.deltas().items()}
         return self.predict(own, x_t, t, text)
 
@@ -99,11 +163,10 @@ class Student:
 def esd(
     student: Student,
     draws: Sequence[tuple[Tensor, int]],
-    concept: Tensor,
-    null: Tensor,
-    alphas_cumprod: Tensor,
+    concept: Text,
+    null: Text,
+    sampler: Sampler,
     *,
-    trajectory_steps: int,
     guidance: float,
     eta: float,
     lr: float,
@@ -112,12 +175,12 @@ def esd(
     losses = []
     for noise, stop in draws:
         with torch.no_grad():
-            walked = guided_walk(student, noise, concept, null, alphas_cumprod, steps=trajectory_steps, guidance=guidance)
+            walked = guided_walk(student, noise, concept, null, sampler, guidance=guidance)
             x_t, t = walked[stop]
             unprompted = student.predict(student.frozen, x_t, t, null)
             target = esd_target(unprompted, student.predict(student.frozen, x_t, t, concept), unprompted, eta)
 
-        def loss(x_t: Tensor = x_t, t: int = t, target: Tensor = target) -> Tensor:
+        def loss(x_t: Tensor = x_t, t: float = t, target: Tensor = target) -> Tensor:
             return ((student(x_t, t, concept) - target) ** 2).mean()
 
         losses.append(student.learn(loss, lr))

@@ -247,9 +247,15 @@ MISTAKES = {
     "unknown base to merge into": ("merge {cat} --base emojy -o {out}", "'emojy'"),
     "base that is no pipeline": ("train --concept cat --base {empty} -o {out}", "model_index.json"),
     "nothing to erase": ("train -o {out}", "--concept"),
-    "unknown scope": (f"{TRAIN} --scope xatn", "did you mean 'xattn'?"),
     "scope without a layer": ("train --concept cat --base {plain} -o {out}", "Scopes with layers here: noxattn, full."),
-    "unknown objective": (f"{TRAIN} -s objective=edd", "did you mean 'esd'?"),
+    "own objective that is not there": (f"{TRAIN} -s objective=os:nothing", "cannot be imported"),
+    "unknown device": (f"{TRAIN} --device cude", "did you mean 'cuda'?"),
+    "unknown dtype": (f"{TRAIN} --dtype float17", "did you mean 'float16'?"),
+    "unknown tracker": (f"{TRAIN} --track tensorbord", "did you mean 'tensorboard'?"),
+    "regular expression without a layer": (f"{TRAIN} --scope re:nothing$", "down_blocks.N.resnets.N.conv1"),
+    "optimizer that is not installed": (f"{TRAIN} -s train.optimizer=adamw8bit", "esd-lora[8bit]"),
+    "optimizer's argument": (f"{TRAIN} -s train.optimizer_args={{{{momentum:1}}}}", "does not take"),
+    "anchor without a concept": ("train fast --anchor dog -o {out}", "--concept"),
     "preserve names the concept": (f"{TRAIN} -s preserve=[cat]", "preserve"),
     "setting without a value": (f"{TRAIN} -s train.steps", "key=value"),
     "setting that is no YAML": (f"{TRAIN} -s preserve=[cat", "-s preserve=[cat"),
@@ -316,6 +322,23 @@ def test_faults_of_a_recipe_come_all_at_once(tmp_path: Path) -> None:
         lines = bad(*command).splitlines()
         assert [line.strip().rsplit(": ", 1)[0].split(" ")[0] for line in lines[1:]] == [f"{file}:4:", f"{file}:3:"]
         assert "did you mean 'scope'?" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scope", "xatn"], "given: scope: unknown scope (did you mean 'xattn'?)"),
+        (["-s", "scope=xatn"], "--set: scope: unknown scope (did you mean 'xattn'?)"),
+        (["--scope", "re:("], "scope: not a regular expression"),
+        (["-s", "objective=edd"], "--set: objective: unknown objective (did you mean 'esd'?)"),
+        (["-s", "train.optimizer=adm"], "--set: train.optimizer: unknown optimizer (did you mean 'adam'?)"),
+        (["-s", "train.aspects=[wide]"], "--set: train.aspects.0: expected width:height"),
+        (["-s", "lora.use_dora=true"], "lora: DoRA rescales whole weights"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_fault_of_an_option(tiny_dir: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    assert said in bad("train", "--concept", "cat", "--base", tiny_dir, *options, "-o", tmp_path / "out")
 
 
 def test_fault_of_a_setting(tiny_dir: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from PIL import Image, ImageChops
 from esd_lora.checkpoints import CHECKPOINT_NAME
 from esd_lora.eraser import WEIGHTS_NAME, Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import SCOPES, Base, load_base
-from esd_lora.recipe import Recipe
+from esd_lora.families import Base, load_base
+from esd_lora.optimizing import learning_rate
+from esd_lora.recipe import SCOPES, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
-from esd_lora.training import learning_rate, train
+from esd_lora.training import train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe
 
@@ -260,13 +261,14 @@ def test_second_training_on_one_base_is_like_the_first(tiny_dir: Path, base: Bas
     assert_same_eraser(train(recipe, base=base, progress=False), train(recipe, base=base, progress=False))
 
 
-@pytest.mark.parametrize("fault", ["watcher", "scope", "objective"])
+@pytest.mark.parametrize("fault", ["watcher", "scope", "objective", "optimizer"])
 def test_base_leaves_as_it_came_from_a_failure(tiny_dir: Path, base: Base, fault: str) -> None:
     def fail(_: StepReport) -> None:
         raise RuntimeError("a watcher's own fault")
 
     before = weights_of(base)
-    recipe = tiny_recipe(tiny_dir, **{fault: "nonsense"} if fault != "watcher" else {})
+    faults = {"scope": "re:nothing", "objective": "os:nothing", "optimizer": "os:nothing"}
+    recipe = tiny_recipe(tiny_dir, **{fault: faults[fault]} if fault in faults else {})
     with pytest.raises((RuntimeError, EsdLoraError)):
         train(recipe, base=base, progress=False, on_step=[fail])
     assert_as_it_came(base, before)
@@ -370,7 +372,7 @@ def test_loaded_eraser_predicts_what_the_student_did(tiny_dir: Path, tmp_path: P
     def ask(report: StepReport) -> None:
         if report.state.step == 4:
             with torch.no_grad():
-                said.append(report.base.predict(x_t, t, report.base.encode(["a cat", "a dog"])))
+                said.append(report.base.predict(x_t, t, report.teacher.encode(["a cat", "a dog"])))
 
     recipe = tiny_recipe(tiny_dir, scope=scope, lora={"rank": 3, "alpha": 6}, lr=0.05)
     train(recipe, out=tmp_path / "run", progress=False, on_step=[ask])
@@ -379,7 +381,7 @@ def test_loaded_eraser_predicts_what_the_student_did(tiny_dir: Path, tmp_path: P
     fresh = load_base(tiny_dir)
     with torch.no_grad():
         text = fresh.encode(["a cat", "a dog"])
-        found = pipe.unet(x_t, t, encoder_hidden_states=text["text"]).sample
+        found = pipe.unet(x_t, t, encoder_hidden_states=text["prompt_embeds"]).sample
         assert not torch.allclose(found, fresh.predict(x_t, t, text), atol=1e-3)
     assert torch.equal(found, said[0])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd_lora.recipe import Concept, LoraSpec, PromptPair, Recipe, TrainSpec
+from esd_lora.recipe import SCOPES, Concept, LoraSpec, Neighbours, PromptPair, Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe, load_recipe
 
 # Line breaks of other alphabets, what YAML reads as something else, and a byte order mark, beside whatever turns up.
@@ -34,6 +34,7 @@ texts = st.text(max_size=12) | st.sampled_from(ODD)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 above_zero = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 not_negative = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+ranks = st.integers(1, 1024)
 counts = st.integers(min_value=0, max_value=2**62)
 
 
@@ -47,7 +48,7 @@ concepts = st.builds(
     name=texts.filter(str.strip),
     prompts=tuples(pairs),
     fill=tuples(texts).map(lambda fill: (*fill, "cat")),  # never empty, so that {x} may stand anywhere
-    anchor=texts | st.just("{x}"),
+    anchor=st.none() | texts | st.just("{x}"),
     erase_from=st.none() | texts,
     synonyms=tuples(texts),
 )
@@ -55,10 +56,17 @@ specs = st.builds(
     TrainSpec,
     steps=counts.map(lambda n: n + 1),
     lr=above_zero,
-    lr_schedule=st.sampled_from(["constant", "cosine"]),
+    lr_schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    warmup=counts,
+    optimizer=st.sampled_from(["adam", "adamw8bit", "my_module:Mine"]),
+    optimizer_args=st.dictionaries(st.sampled_from(["weight_decay", "eps"]), not_negative),
     batch_size=counts.map(lambda n: n + 1),
     preserve_batch=counts,
     preserve_weight=not_negative,
+    accumulate=counts.map(lambda n: n + 1),
+    aspects=tuples(st.sampled_from(["1:1", "3:2", "16:9"])),
+    resolution=st.none() | st.integers(8, 4096),
+    patience=counts,
     x_t_from=st.sampled_from(["student", "base"]),
     points=st.sampled_from(["one", "all"]),
     trajectories=counts.map(lambda n: n + 1),
@@ -76,11 +84,20 @@ recipes = st.builds(
     Recipe,
     base=texts.filter(bool),
     concepts=st.lists(concepts, min_size=1, max_size=2).map(tuple),
-    scope=texts,
-    objective=texts,
+    scope=st.sampled_from([*SCOPES, r"re:to_[kv]$"]),
+    objective=st.sampled_from(["esd", "my_module:mine"]),
     eta=numbers,
     preserve=st.just("default") | tuples(texts),
-    lora=st.builds(LoraSpec, rank=st.integers(1, 1024), alpha=above_zero),
+    neighbours=st.none() | st.builds(Neighbours, vocabulary=texts | tuples(texts), count=counts.map(lambda n: n + 1)),
+    lora=st.builds(
+        LoraSpec,
+        rank=ranks,
+        alpha=above_zero,
+        conv_rank=st.none() | ranks,
+        ranks=st.dictionaries(st.sampled_from(SCOPES), ranks),
+        dropout=st.floats(0, 0.5),
+        rslora=st.booleans(),
+    ),
     train=specs,
 )
 

@@ -15,17 +15,17 @@ import esd_lora
 
 PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
-    0: {"errors", "registry", "recipe", "recipe_files", "bases"},
-    1: {"cards", "objectives", "trajectory", "eraser", "stacking"},
+    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "bases"},
+    1: {"cards", "trajectory", "eraser", "stacking"},
     2: {"families", "pictures"},
-    3: {"lessons", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"},
+    3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"},
     4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
 BROUGHT: dict[int, set[str]] = {
     0: {"pydantic", "yaml"},
     1: {"torch", "safetensors", "numpy"},
-    2: {"diffusers", "peft", "transformers", "PIL", "tqdm"},
+    2: {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers", "PIL", "tqdm"},
     3: {"jinja2"},
     4: {"click"},
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from esd_lora.adapters import add_adapter
 from esd_lora.bases import keep_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.lessons import Lesson, Teacher, plan
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.training import add_adapter, refresh
+from esd_lora.replay import refresh
 from esd_lora.trajectory import Points
 from tiny import tiny_recipe
 
@@ -20,7 +21,7 @@ TEMPLATE = {"name": "ink", "prompts": [{"prompt": "{x} in ink", "anchor": "{x}"}
 
 def teacher_of(base: Base, recipe: Recipe, noise: float = 0.0) -> Teacher:
     """A teacher on a base that carries a LoRA with weights of size `noise`."""
-    parameters = add_adapter(base, list(base.family.modules(base.model, "xattn")), recipe.lora, 0)
+    parameters = add_adapter(base, base.family.modules(base.model, "xattn"), recipe.lora, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
@@ -116,17 +117,16 @@ def test_one_point_a_trajectory(base: Base) -> None:
         before, generator = teacher.evaluations, torch.Generator().manual_seed(seed)
         buffer = teacher.fill(torch.zeros(1, dtype=torch.long), generator)
         assert len(buffer) == 1
-        teacher.scheduler.set_timesteps(STEPS)
-        stop = teacher.scheduler.timesteps.tolist().index(buffer.points.t.item())
+        grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps.tolist()
+        stop = grid.index(buffer.points.t.item())
         assert teacher.evaluations - before == 2 * stop + 2
 
 
-def test_number_of_trajectories_walked_side_by_side_changes_nothing(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_recipe(base.id, preserve=["a dog"], trajectory_steps=2)
-    teacher, lesson = teacher_of(base, recipe), torch.tensor([0, 1, 0, 1, 1])
+def test_number_of_trajectories_walked_side_by_side_changes_nothing(base: Base) -> None:
     fills = []
     for batch in (32, 2):
-        monkeypatch.setattr("esd_lora.lessons._WALK_BATCH", batch)
+        recipe = tiny_recipe(base.id, preserve=["a dog"], trajectory_steps=2, walk_batch=batch)
+        teacher, lesson = teacher_of(load_base(base.id), recipe), torch.tensor([0, 1, 0, 1, 1])
         points = teacher.fill(lesson, torch.Generator().manual_seed(0)).points
         order = (points.lesson * 1000 + points.t).sort(stable=True).indices  # trajectories of a lesson stay in their order
         fills.append([tensor[order] for tensor in points])
@@ -177,12 +177,13 @@ def test_student_s_points_do(base: Base) -> None:
 
 def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     concepts, kept = [f"concept {i}" for i in range(5)], [f"kept {i}" for i in range(3)]
-    recipe = tiny_recipe(base.id, concepts=concepts, preserve=kept, trajectories=2, preserve_trajectories=1)
+    settings = {"trajectories": 2, "preserve_trajectories": 1, "refresh_every": 1}
+    recipe = tiny_recipe(base.id, concepts=concepts, preserve=kept, **settings)
     lessons, asked = plan(recipe), []
     teacher = Teacher(base, recipe, lessons)
-    monkeypatch.setattr(teacher, "fill", lambda lesson, chance: asked.append((lesson.tolist(), chance.initial_seed())))
+    monkeypatch.setattr(teacher, "fill", lambda lesson, chance, **_: asked.append((lesson.tolist(), chance.initial_seed())))
     for number in range(15):
-        refresh(teacher, lessons, recipe.train, number)
+        refresh(teacher, number, [(4, 8, 8)])
     erased, preserved = ([row for rows, _ in asked[i::2] for row in rows] for i in (0, 1))
     assert [erased.count(row) for row in range(8)] == [6] * 5 + [0] * 3
     assert [preserved.count(row) for row in range(8)] == [0] * 5 + [5] * 3
@@ -196,7 +197,7 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str, object]) -> None:
     recipe = tiny_recipe(base.id, **setting)
     teacher = teacher_of(base, recipe)
-    erasing, preserving = refresh(teacher, teacher.lessons, recipe.train, 0)
+    erasing, preserving = refresh(teacher, 0, [(4, 8, 8)])[0]
     assert len(erasing) == 2 * STEPS
     assert preserving is None
     assert teacher.evaluations == 2 * 2 * STEPS

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.recipe_files import is_preset, load_recipe, recipe_names, recipes_dir
+from esd_lora.recipe_files import kind_of, load_recipe, recipe_names, recipe_path, recipe_schema, recipes_dir
 
 
 def write(path: Path, text: str) -> Path:
@@ -24,14 +27,57 @@ def faults(source: object, *args: object, **fields: object) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_dir().glob("*.yaml")))
-def test_every_shipped_recipe_loads(name: str) -> None:
-    recipe = load_recipe(name, **({"concepts": ["a cat"]} if is_preset(name) else {}))
-    assert all(concept.pairs() for concept in recipe.concepts)
+PRESETS = ["esd2025", "fast", "flux/fast", "flux/schnell", "leco", "paper", "replace", "sd/fast", "sdxl/fast", "slider"]
 
 
-def test_presets_are_the_recipes_without_concepts() -> None:
-    assert [name for name in recipe_names() if is_preset(name)] == ["fast", "paper"]
+def test_kinds_of_files() -> None:
+    names = recipe_names()
+    assert len(names) == len(list(recipes_dir().rglob("*.yaml"))) == 99
+    kinds = {name: kind_of(name) for name in names}
+    assert sorted(name for name, kind in kinds.items() if kind == "preset") == PRESETS
+    assert {name for name, kind in kinds.items() if kind == "concept"} == {n for n in names if n.startswith("concepts/")}
+    assert sum(kind == "concept" for kind in kinds.values()) == 27
+
+
+def test_several_recipes_over_one_another() -> None:
+    both = load_recipe(["sdxl/fast", "concepts/van-gogh"])
+    assert both == load_recipe("sdxl/van-gogh")
+    assert both.base == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert (both.objective, both.eta, both.scope) == ("contrast", 1.0, "xattn")
+    assert both.train.accumulate == 2
+    assert both.train.steps == load_recipe("sd/van-gogh").train.steps
+
+
+def test_later_parent_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: fast\neta: 1\nscope: full\n")
+    (tmp_path / "b.yaml").write_text("eta: 2\nlora: {rank: 7}\n")
+    (tmp_path / "c.yaml").write_text("extends: [a.yaml, b.yaml]\nconcepts: [cat]\n")
+    recipe = load_recipe(tmp_path / "c.yaml")
+    assert (recipe.eta, recipe.scope, recipe.lora.rank, recipe.lora.alpha) == (2, "full", 7, 4)
+
+
+def test_concept_alone_lacks_what_a_preset_gives() -> None:
+    assert any("lora: missing (a preset gives it" in line for line in faults("concepts/van-gogh"))
+
+
+def test_schema_is_fresh() -> None:
+    """`esd-lora recipes schema > recipes/schema.json` makes it anew."""
+    assert (recipes_dir() / "schema.json").read_text("utf-8") == recipe_schema()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_files_fit_the_schema(name: str) -> None:
+    validator = Draft202012Validator(json.loads(recipe_schema()))
+    # Editors read 1e-4 as a number, as YAML 1.2 says; PyYAML wants 1.0e-4.
+    text = re.sub(r"\b(\d+)e-(\d)", r"\1.0e-\2", recipe_path(name).read_text("utf-8"))
+    assert not list(validator.iter_errors(yaml.safe_load(text)))
+
+
+def test_schema_tells_a_wrong_key() -> None:
+    validator = Draft202012Validator(json.loads(recipe_schema()))
+    assert list(validator.iter_errors({"extends": "fast", "concpts": ["cat"]}))
+    assert list(validator.iter_errors({"extends": "fast", "train": {"step": 3}}))
+    assert list(validator.iter_errors({"extends": "fast", "lora": {"rank": 0}}))
 
 
 def test_preset_with_base_and_concepts() -> None:

@@ -1,0 +1,73 @@
+"""The student's LoRA on the denoiser: put on, dropped out in training steps, read off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from esd_lora.eraser import LoraPair
+from esd_lora.families import Base
+from esd_lora.recipe import LoraSpec
+
+ADAPTER = "esd"
+
+
+def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpec, seed: int) -> list[torch.nn.Parameter]:
+    """Puts a fresh LoRA on the layers and returns its float32 parameters; the update is zero until trained."""
+    from peft import LoraConfig
+
+    ranks = {path: lora.conv_rank for path, layer in layers.items() if lora.conv_rank and isinstance(layer, torch.nn.Conv2d)}
+    for scope, rank in lora.ranks.items():
+        ranks |= {path: rank for path in base.family.modules(base.model, scope) if path in layers}
+    patterns = {f"^{re.escape(path)}$": rank for path, rank in ranks.items()}
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        target_modules=list(layers),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in patterns.items()},
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        init_lora_weights=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base.model.add_adapter(config, ADAPTER)
+    base.model.eval()  # the new layers too: dropout is for training steps alone
+    parameters = [p for p in base.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        # Masters are at least float32: bf16 ones would round small updates away.
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return parameters
+
+
+@contextmanager
+def dropping(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
+    """Has the LoRA's dropout on, its chance drawn from `seed`."""
+    if not lora.dropout:
+        yield
+        return
+    layers: list[Any] = [layer.lora_dropout for layer in base.model.modules() if ADAPTER in getattr(layer, "lora_dropout", ())]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.train()
+        yield
+    for layer in layers:
+        layer.eval()
+
+
+def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
+    """The trained LoRA by module path, its scale folded into `up`."""
+    pairs: dict[str, LoraPair] = {}
+    layer: Any
+    for path, layer in model.named_modules():
+        if ADAPTER in getattr(layer, "lora_A", ()):
+            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            scaled = up.detach() * layer.scaling[ADAPTER]
+            pairs[path] = LoraPair(down.detach().to("cpu", copy=True), scaled.to("cpu", copy=True))
+    return pairs

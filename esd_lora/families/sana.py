@@ -1,0 +1,58 @@
+"""Sana: a linear-attention DiT that predicts the flow, with true cross-attention on Gemma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from esd_lora.families._base import ModelFamily
+from esd_lora.trajectory import Condition, concatenate
+
+
+class Sana(ModelFamily):
+    """Sana 1.6B: 20 blocks with four cross-attention linears each; depth-wise convolutions have no LoRA."""
+
+    name = "sana"
+    pipelines = ("SanaPipeline",)
+    denoiser = "transformer"
+    scopes: ClassVar[Mapping[str, str]] = {
+        "xattn": r"\.attn2\.",
+        "xattn-kv": r"\.attn2\.to_[kv]$",
+        "selfattn": r"\.attn1\.",
+        "noxattn": r"^transformer_blocks\.(?!.*\.attn2\.)",
+        "full": r"^transformer_blocks\.",
+    }
+    multiple = 1
+
+    def asks(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {"use_resolution_binning": False}  # pictures are asked for at sizes the model takes
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        return [1 - i / steps for i in range(steps)]
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        # The pipeline puts a long instruction to the language model before every prompt, but not before the negative one.
+        instruction = signature(pipe.__call__).parameters["complex_human_instruction"].default
+        parts: list[Condition] = []
+        for prompt in prompts:
+            text, mask, _, _ = pipe.encode_prompt(
+                prompt,
+                do_classifier_free_guidance=False,
+                device=pipe.transformer.device,
+                complex_human_instruction=instruction if prompt else None,
+            )
+            parts.append({"prompt_embeds": text, "prompt_attention_mask": mask})
+        return concatenate(*parts)
+
+    def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        flow = pipe.transformer(
+            x_t,
+            encoder_hidden_states=condition["prompt_embeds"],
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=t * pipe.transformer.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return flow[:, : x_t.shape[1]]  # some variants predict a variance beside the flow

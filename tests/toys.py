@@ -1,0 +1,244 @@
+"""Toy-size pipelines of every model family: the real diffusers and transformers classes, random weights, latents of 8 x 8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from esd_lora.families import Base, load_base
+from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
+
+WIDTH = 16  # of every text encoder
+_LDM_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def _clip(projected: bool = False) -> Any:
+    tokenizer = tiny_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, for T5 and Gemma."""
+    tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **specials)
+
+
+def _t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+    sizes = {"d_model": WIDTH, "d_ff": 2 * WIDTH, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
+
+
+def _vae(channels: int = 4) -> AutoencoderKL:
+    """Eight pixels to a latent, as in every family of these."""
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=64,
+        shift_factor=0.1,
+        use_quant_conv=channels == 4,
+        use_post_quant_conv=channels == 4,
+    )
+
+
+def _alive(model: nn.Module) -> nn.Module:
+    """Fills what starts at zero or nearly so, that text, time and latents all matter to the prediction."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.5 / fan_in) ** 0.5)
+    return model
+
+
+def _sd2_v() -> StableDiffusionPipeline:
+    pipe = tiny_pipeline()
+    unet = tiny_unet(attention_head_dim=[2, 4], use_linear_projection=True)
+    scheduler = DDIMScheduler(
+        **_LDM_BETAS,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    parts = {**pipe.components, "unet": unet, "vae": _vae(), "scheduler": scheduler}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    unet = tiny_unet(
+        attention_head_dim=[2, 4],
+        use_linear_projection=True,
+        transformer_layers_per_block=[1, 2],
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )
+    scheduler = EulerDiscreteScheduler(**_LDM_BETAS, timestep_spacing="leading", steps_offset=1)
+    texts = (_clip(), _clip(projected=True), tiny_tokenizer(), tiny_tokenizer())
+    return StableDiffusionXLPipeline(_vae(), *texts, unet, scheduler, add_watermarker=False)
+
+
+def _sd3(**changes: Any) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=32,
+        **changes,
+    )
+    t5, scheduler = _byte_tokenizer(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    long = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=2 * WIDTH, d_ff=WIDTH, d_kv=8, num_heads=2, num_layers=1))
+    texts = (_clip(True), tiny_tokenizer(), _clip(True), tiny_tokenizer(), long, t5)
+    return StableDiffusion3Pipeline(_alive(transformer), scheduler, _vae(8), *texts)
+
+
+def _flux(dev: bool) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 6, 6),
+    )
+    shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0} if dev else {"shift": 1.0}
+    scheduler, t5 = FlowMatchEulerDiscreteScheduler(**shifting), _byte_tokenizer()
+    return FluxPipeline(scheduler, _vae(), _clip(), tiny_tokenizer(), _t5(t5), t5, _alive(transformer))
+
+
+def _sana() -> SanaPipeline:
+    tokenizer = _byte_tokenizer()
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=8,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 4,
+        decoder_block_types=("ResBlock",) * 4,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+        encoder_layers_per_block=(1,) * 4,
+        decoder_layers_per_block=(1,) * 4,
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(tokenizer, _alive(Gemma2Model(gemma)), vae, _alive(transformer), scheduler)
+
+
+_BUILDERS: dict[str, Callable[[], Any]] = {
+    "sd": tiny_pipeline,
+    "sd2-v": _sd2_v,
+    "sdxl": _sdxl,
+    "sd3": _sd3,
+    "sd35": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "flux-dev": lambda: _flux(dev=True),
+    "flux-schnell": lambda: _flux(dev=False),
+    "sana": _sana,
+}
+TOYS = tuple(_BUILDERS)
+
+
+def make_toy(name: str, seed: int = 0) -> Any:
+    """The toy pipeline of one family; the seed decides its weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _BUILDERS[name]()
+
+
+def load_toy(folder: Path, **how: Any) -> Base:
+    """A saved toy as a base. Flux has its native size in the pipeline's code, not in a config: here it is the toy's."""
+    base = load_base(folder, device="cpu", **how)
+    if base.family.name == "flux":
+        base.pipe.default_sample_size = 8
+    return base
+
+
+def save_toy(name: str, folder: Path) -> Path:
+    make_toy(name).save_pretrained(folder)
+    return folder
