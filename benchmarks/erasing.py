@@ -1,6 +1,7 @@
-"""Prints the erasing table of README.md: what each recipe leaves of a concept, what it keeps, and what it costs.
+"""Prints the tables of README.md and docs/choosing.md: what each recipe leaves of a concept, what it keeps, what it costs.
 
     python benchmarks/erasing.py [--out out/benchmark] [--only object,paper,style,paper-style,stack] [--seeds 0,1,2]
+    python benchmarks/erasing.py --only scope,objective,eta,rank,steps --seeds 0
 
 Every run is trained from scratch on the built-in base and judged on prompts it was not trained on; runs that stand in `--out`
 already are not repeated.
@@ -22,6 +23,7 @@ from esd_lora.eraser import Eraser
 from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
 from esd_lora.evaluation.judge import Judge
 from esd_lora.families import Base, load_base
+from esd_lora.recipe import SCOPES
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import applied
 from esd_lora.stacking import stack
@@ -29,11 +31,20 @@ from esd_lora.training import train
 
 OBJECTS, STYLE, SHOTS = ("cat", "rocket", "pizza"), "twemoji", 120
 GROUPS = ("object", "paper", "style", "paper-style", "stack")
+CHOICES = ("scope", "objective", "eta", "rank", "steps")
+HELD_OUT = {tuple(pair) for pair in domain("emoji")["held_out"]}
+CAT = {"name": "cat", "prompts": ["a cat"]}
+INK = {"name": "ink", "prompts": ["ink style"], "erase_from": "{x} in ink style"}
+
+
+OF_INK = [
+    f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in domain("emoji")["objects"] if (name, "ink") not in HELD_OUT
+][::2]
 
 
 def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]]:
     """Group -> (label, arguments of load_recipe) of each run."""
-    out: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {group: [] for group in GROUPS[:-1]}
+    out: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {group: [] for group in (*GROUPS[:-1], *CHOICES)}
     for seed in seeds:
         settings = {"train.seed": seed}
         for name in OBJECTS:
@@ -43,6 +54,23 @@ def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str
         out["style"].append((f"{STYLE} style, `emoji-{STYLE}` (on `fast`)", {"source": f"emoji-{STYLE}"}, settings))
         literal = {"concepts": [{"name": STYLE, "prompts": [f"{STYLE} style"]}]}
         out["paper-style"].append((f"{STYLE} style, `paper`", {"source": "paper", **literal}, settings))
+        cat = {"source": "fast", "concepts": [CAT]}
+        for scope in SCOPES:
+            out["scope"].append((f"cat, scope {scope}", cat, {**settings, "scope": scope}))
+        for eta in (0, 1, 2, 5):
+            out["eta"].append((f"cat, eta {eta}", cat, {**settings, "eta": eta}))
+        for rank in (1, 16):
+            out["rank"].append((f"cat, rank {rank}", cat, {**settings, "lora.rank": rank, "lora.alpha": rank}))
+        for steps in (60, 120, 360):
+            out["steps"].append((f"cat, {steps} steps", cat, {**settings, "train.steps": steps}))
+        dog = {**cat, "concepts": [{**CAT, "anchor": "a dog"}]}
+        ink = {**cat, "concepts": [{**INK, "fill": OF_INK}]}
+        out["objective"] += [
+            ("cat, nothing preserved", cat, {**settings, "preserve": []}),
+            ("cat, replaced by a dog, `replace`", {**dog, "source": "replace"}, settings),
+            ("cat, anchored on a dog, eta 3", dog, settings),
+            ("ink style, erased from 20 prompts", ink, settings),
+        ]
     return out
 
 
@@ -57,7 +85,12 @@ def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored
         of_objects = [score(base, judge, of_object(name, trained, SHOTS)) for name in sorted(objects)]
         of_styles = [score(base, judge, of_style(name, trained, SHOTS)) for name in sorted(styles)]
     unlisted = [i for i, shot in enumerate(shots) if shot.object not in listed]
+    anchors = {
+        anchor.rpartition(" ")[2] for eraser in erasers for concept in eraser.header.concepts for _, anchor in concept.pairs
+    }
+    shown = anchors & set(known["objects"]) if objects else set()
     return {
+        "anchor_shown": [count(s.verdict.object in shown for s in part).share for part in of_objects] if shown else [],
         "object_left": [count(s.object_right for s in part).share for part in of_objects],
         "style_left": [count(s.style_right for s in part).share for part in of_styles],
         "object_right": [count(s.object_right for s in part).share for part in of_styles],
@@ -91,7 +124,9 @@ def main() -> None:
             fields = dict(fields)
             recipe = load_recipe(fields.pop("source"), settings, **fields)
             name = recipe.concepts[0].name
-            key = f"{group}-{name}-{settings['train.seed']}"
+            changed = "".join(f"-{key}-{value}" for key, value in settings.items() if key != "train.seed")
+            anchored = f"-{recipe.concepts[0].anchor}-{recipe.eta:g}" if recipe.concepts[0].anchor else ""
+            key = f"{group}-{name}{changed}{anchored}-{settings['train.seed']}".replace(" ", "_")
             folder = options.out / key
             if not (folder / "README.md").exists():
                 train(recipe, base=base, out=folder, force=True)
@@ -118,6 +153,7 @@ def main() -> None:
         "object left",
         "style left",
         "object right",
+        "anchor shown",
         "kept",
         "kept, not in keep list",
         "seconds",
@@ -131,10 +167,12 @@ def main() -> None:
             ("object_left", max),
             ("style_left", max),
             ("object_right", min),
+            ("anchor_shown", min),
             ("kept", min),
             ("kept_unlisted", min),
         ):
-            values = [v for row in rows for v in (row[name] if isinstance(row[name], list) else [row[name]])]
+            cell = [row.get(name, []) for row in rows]  # runs of an older table lack a column
+            values = [v for found in cell for v in (found if isinstance(found, list) else [found])]
             cells.append(f"{sum(values) / len(values):.1%} ({worst(values):.1%})" if values else "")
         mean = {
             name: sum(row[name] for row in rows) / len(rows)
