@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-_SD = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-}
+from esd_lora.families.single_file import _CONFIGS
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """The U-Net configuration that ships for single files; its parameters are counted in test_single_file.py."""
+    return json.loads((_CONFIGS / f"{name}.json").read_text("utf-8"))["unet"]
+
+
 _SD3 = {
     "sample_size": 128,
     "num_layers": 24,
@@ -27,39 +29,9 @@ _SD3 = {
     "out_channels": 16,
 }
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
-    # unet/config.json of stable-diffusion-v1-5/stable-diffusion-v1-5
-    "sd15": ("sd", UNet2DConditionModel, {**_SD, "cross_attention_dim": 768, "attention_head_dim": 8}),
-    # stabilityai/stable-diffusion-2-1
-    "sd21": (
-        "sd",
-        UNet2DConditionModel,
-        {
-            **_SD,
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-    ),
-    # stabilityai/stable-diffusion-xl-base-1.0
-    "sdxl": (
-        "sdxl",
-        UNet2DConditionModel,
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-            "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-            "layers_per_block": 2,
-            "transformer_layers_per_block": [1, 2, 10],
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    ),
+    "sd15": ("sd", UNet2DConditionModel, _shipped("sd1")),
+    "sd21": ("sd", UNet2DConditionModel, {**_shipped("sd2"), "sample_size": 96}),
+    "sdxl": ("sdxl", UNet2DConditionModel, _shipped("sdxl")),
     # stabilityai/stable-diffusion-3-medium-diffusers
     "sd3": ("sd3", SD3Transformer2DModel, {**_SD3, "pos_embed_max_size": 192}),
     # stabilityai/stable-diffusion-3.5-medium
@@ -74,6 +46,16 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "sana": ("sana", SanaTransformer2DModel, {}),
 }
 """Model to (family, class, configuration)."""
+SCOPE_COUNTS = {
+    "sd15": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
+    "sd21": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
+    "sdxl": {"xattn": 280, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 788},
+    "sd3": {"xattn": 95, "xattn-kv": 48, "selfattn": 96, "noxattn": 238, "full": 333},
+    "sd35-medium": {"xattn": 95, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 385},
+    "flux": {"xattn": 76, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 494},
+    "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
+}
+"""Layers that each scope holds on the real architectures."""
 
 
 def denoiser(name: str) -> nn.Module:

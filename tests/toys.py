@@ -39,17 +39,17 @@ from transformers import (
 from esd_lora.families import Base, load_base
 from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
 
-WIDTH = 16  # of every text encoder
+WIDTH = 16  # of every text encoder but SDXL's second
 _LDM_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def _clip(projected: bool = False) -> Any:
+def _clip(projected: bool = False, width: int = WIDTH) -> Any:
     tokenizer = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
@@ -120,13 +120,13 @@ def _sdxl() -> StableDiffusionXLPipeline:
         attention_head_dim=[2, 4],
         use_linear_projection=True,
         transformer_layers_per_block=[1, 2],
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=3 * WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + 2 * WIDTH,
     )
     scheduler = EulerDiscreteScheduler(**_LDM_BETAS, timestep_spacing="leading", steps_offset=1)
-    texts = (_clip(), _clip(projected=True), tiny_tokenizer(), tiny_tokenizer())
+    texts = (_clip(), _clip(projected=True, width=2 * WIDTH), tiny_tokenizer(), tiny_tokenizer())
     return StableDiffusionXLPipeline(_vae(), *texts, unet, scheduler, add_watermarker=False)
 
 

@@ -18,11 +18,11 @@ from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
+from esd_lora.families.single_file import PICKLES, open_single_file
 
 __all__ = ["FAMILIES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
 
 FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana())
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def family_of(pipeline: str) -> ModelFamily:
@@ -73,31 +73,31 @@ def load_base(
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
             device.
     """
-    name = str(base)
+    name, commit = str(base), None
     place = choose_device(device)
     dtype = choose_dtype(place, dtype)
     folder = base_files(name) if name in BUILT_IN else Path(name)
-    source, _, revision = name.partition("@")
+    hub_id, _, revision = name.partition("@")
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
         family = family_of(read_pipeline(index))
         pipe = _load_pipeline(str(folder), None, dtype, vae)
-    elif folder.is_file() or folder.suffix in (".safetensors", *_PICKLES):
-        from esd_lora.families.single_file import open_single_file
-
+    elif folder.is_file() or folder.suffix in (".safetensors", *PICKLES):
         with quiet_libraries():
-            pipe = open_single_file(folder, config=config, dtype=dtype)
-        family = family_of(type(pipe).__name__)
-    elif source.count("/") != 1 or name.startswith((".", "/", "~")):
+            pipe, kind = open_single_file(folder, config=config, device=place, dtype=dtype, vae=vae)
+        family = next(family for family in FAMILIES if family.name == kind)
+    elif hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
         raise EsdLoraError(
             f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
             f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
         )
     else:
-        family = family_of(_pipeline_on_hub(source, revision or None))  # before gigabytes of weights come
-        pipe = _load_pipeline(source, revision or None, dtype, vae)
+        name = hub_id
+        pipeline, commit = _look_up(hub_id, revision or None)
+        family = family_of(pipeline)  # before gigabytes of weights come
+        pipe = _load_pipeline(hub_id, commit, dtype, vae)
     pipe.set_progress_bar_config(disable=True)
     if not vae:
         pipe.vae = None
@@ -105,10 +105,9 @@ def load_base(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    found = getattr(pipe.config, "_commit_hash", None) or revision or None
     steps, guidance = family.habits(pipe)
     habits = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, found, keep_prompts(name), **habits)
+    return Base(pipe, family, name, commit, keep_prompts(name), **habits)
 
 
 def choose_device(device: str) -> torch.device:
@@ -148,14 +147,16 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _pipeline_on_hub(source: str, revision: str | None) -> str:
+def _look_up(hub_id: str, revision: str | None) -> tuple[str, str]:
+    """The pipeline class of a model on the Hub, and the commit that a branch or tag stands for now."""
     from huggingface_hub import hf_hub_download
 
     try:
         with quiet_libraries():
-            return read_pipeline(Path(hf_hub_download(source, "model_index.json", revision=revision)))
+            index = Path(hf_hub_download(hub_id, "model_index.json", revision=revision))
     except (OSError, ValueError) as error:
-        raise EsdLoraError(f"base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise EsdLoraError(f"base {hub_id!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return read_pipeline(index), index.parent.name  # the cache keeps files under snapshots/COMMIT
 
 
 def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: bool) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,66 +13,71 @@ from torch import nn
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
+from esd_lora.families import FAMILIES, Base, ModelFamily, load_base
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.recipe import SCOPES
+from real import DENOISERS, SCOPE_COUNTS, denoiser
 from tiny import tiny_pipeline
 
-# unet/config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, where they are not defaults.
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
+PARAMETERS = {
+    "sd15": 859_520_964,
+    "sd21": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "sd3": 2_028_328_000,
+    "sd35-medium": 2_243_171_520,
+    "flux": 11_901_408_320,
+    "sana": 1_604_462_752,
 }
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-COUNTS = {"sd15": {"xattn": 64, "xattn-kv": 32, "selfattn": 64}, "sdxl": {"xattn": 280, "xattn-kv": 140, "selfattn": 280}}
-INSIDE = {"sd15": 192, "sdxl": 722}
+INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def family(name: str) -> ModelFamily:
+    return next(family for family in FAMILIES if family.name == DENOISERS[name][0])
+
+
+@pytest.fixture(scope="module", params=DENOISERS)
 def real(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
-    """A U-Net of full size without weights."""
-    with torch.device("meta"):
-        return request.param, UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL}[request.param])
+    """A published denoiser of full size without weights."""
+    return request.param, denoiser(request.param)
 
 
-def test_attention_scopes_hold_what_the_literature_counts(real: tuple[str, nn.Module]) -> None:
+def test_configurations_have_the_published_sizes(real: tuple[str, nn.Module]) -> None:
     name, model = real
-    for scope, count in COUNTS[name].items():
-        assert len(FAMILY.modules(model, scope)) == count
-    assert sum(".attentions." in path for path in FAMILY.modules(model, "full")) == INSIDE[name]
-    assert FAMILY.modules(model, "xattn-kv").keys() < FAMILY.modules(model, "xattn").keys()
-    assert {tuple(path.split(".")[-2:]) for path in FAMILY.modules(model, "xattn-kv")} == {("attn2", "to_k"), ("attn2", "to_v")}
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_scopes_hold_what_they_should(real: tuple[str, nn.Module]) -> None:
+    name, model = real
+    assert {scope: len(family(name).modules(model, scope)) for scope in SCOPES} == SCOPE_COUNTS[name]
 
 
 def test_xattn_and_noxattn_part_full_between_them(real: tuple[str, nn.Module]) -> None:
-    _, model = real
-    full, xattn, noxattn = (FAMILY.modules(model, scope).keys() for scope in ("full", "xattn", "noxattn"))
+    name, model = real
+    full, xattn, noxattn = (family(name).modules(model, scope).keys() for scope in ("full", "xattn", "noxattn"))
     assert not xattn & noxattn
     assert xattn | noxattn == full
-    assert FAMILY.modules(model, "selfattn").keys() < noxattn
+    assert family(name).modules(model, "xattn-kv").keys() < xattn
+    assert family(name).modules(model, "selfattn").keys() <= noxattn
 
 
-def test_layers_that_no_loader_knows_are_in_no_scope(real: tuple[str, nn.Module]) -> None:
-    name, model = real
+@pytest.mark.parametrize("name", INSIDE)
+def test_unet_scopes_hold_what_the_literature_counts(name: str) -> None:
+    model = denoiser(name)
+    assert sum(".attentions." in path for path in family(name).modules(model, "full")) == INSIDE[name]
+    keys_and_values = family(name).modules(model, "xattn-kv")
+    assert {tuple(path.split(".")[-2:]) for path in keys_and_values} == {("attn2", "to_k"), ("attn2", "to_v")}
+
+
+def test_regular_expression_is_a_scope_for_experts() -> None:
+    model = denoiser("sd15")
+    chosen = FAMILY.modules(model, r"re:^mid_block\..*\.attn2\.to_[qk]$")
+    assert list(chosen) == [f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{which}" for which in "qk"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_layers_that_no_loader_knows_are_in_no_scope(name: str) -> None:
+    model = denoiser(name)
     layers = {path for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     outside = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
     if name == "sdxl":
@@ -84,8 +88,9 @@ def test_layers_that_no_loader_knows_are_in_no_scope(real: tuple[str, nn.Module]
         assert not FAMILY.modules(model, scope).keys() & outside
 
 
-def test_every_scope_is_known_to_the_family() -> None:
-    assert tuple(FAMILY.scopes) == SCOPES
+def test_every_scope_is_known_to_every_family() -> None:
+    for each in FAMILIES:
+        assert tuple(each.scopes) == SCOPES
 
 
 def test_scope_without_a_layer_names_those_with_some() -> None:
@@ -156,10 +161,21 @@ def test_hub_id_out_of_reach() -> None:
     assert "owner/no-such-model" in refusal("owner/no-such-model")
 
 
-def test_base_that_is_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"x")
-    assert "expected" in refusal(file)
+def test_hub_id_with_a_revision(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache as huggingface_hub lays it out: tag v1 is the first commit, main the second.
+    repo = tmp_path / "models--owner--name"
+    commits = {"v1": "1" * 40, "main": "2" * 40}
+    (repo / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (repo / "refs" / name).write_text(commit)
+        shutil.copytree(tiny_dir, repo / "snapshots" / commit)
+    index = repo / "snapshots" / commits["main"] / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtSigmaPipeline"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = load_base("owner/name@v1")
+    assert (base.id, base.family.name, base.revision) == ("owner/name", "sd", commits["v1"])
+    assert "PixArtSigmaPipeline" in refusal("owner/name")
+    assert "owner/name" in refusal("owner/name@v2")
 
 
 def test_directory_without_an_index(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Writes diffusers pipelines as single-file checkpoints, under the names of the original latent-diffusion code.
+
+The map is our own, from the names in CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip, so
+that reading such a file is not tested against the converter that reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if name == old or name.startswith(old + "."):
+            return new + name[len(old) :]
+    return name
+
+
+def unet(model: Any) -> dict[str, Tensor]:
+    """The U-Net's weights as `model.diffusion_model.*`."""
+    each = model.config.layers_per_block
+    attends = ["CrossAttn" in kind for kind in model.config.up_block_types]
+
+    def place(name: str) -> str:
+        if found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
+            side, block, part, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+            if side == "down" and part == "downsamplers":
+                return f"input_blocks.{(each + 1) * (block + 1)}.0.op{rest.removeprefix('conv')}"
+            if part == "upsamplers":
+                return f"output_blocks.{(each + 1) * block + each}.{2 if attends[block] else 1}.{rest}"
+            at = (each + 1) * block + layer + (side == "down")
+            name = f"{'input' if side == 'down' else 'output'}_blocks.{at}.{int(part == 'attentions')}.{rest}"
+        name = _renamed(name, _UNET)
+        head = re.match(r"((?:input|output)_blocks\.\d+\.0|middle_block\.[02])\.(.*)", name)
+        return f"{head[1]}.{_renamed(head[2], _RESNET)}" if head else name
+
+    return {f"model.diffusion_model.{place(name)}": tensor for name, tensor in model.state_dict().items()}
+
+
+def vae(model: Any) -> dict[str, Tensor]:
+    """The VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
+    last = len(model.config.block_out_channels) - 1
+    heads = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    out = {}
+    for name, tensor in model.state_dict().items():
+        value, place = tensor, name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        place = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", place)
+        place = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", place)
+        place = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{last - int(m[1])}.block", place)
+        place = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", place)
+        place = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", place)
+        if found := re.match(r"(.*)mid_block\.attentions\.0\.(.*)", place):
+            place = f"{found[1]}mid.attn_1.{_renamed(found[2], heads)}"
+            value = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+        out[f"first_stage_model.{place}"] = value.contiguous()
+    return out
+
+
+def clip(model: Any, prefix: str) -> dict[str, Tensor]:
+    """A text encoder under the names of OpenAI's CLIP in transformers."""
+    return {f"{prefix}text_model.{n.removeprefix('text_model.')}": t for n, t in model.state_dict().items()}
+
+
+def open_clip(model: Any, prefix: str, spare_layers: int = 0) -> dict[str, Tensor]:
+    """A text encoder under the names of OpenCLIP: queries, keys and values of a layer are one tensor.
+
+    Args:
+        model: The text encoder.
+        prefix: Of every name.
+        spare_layers: Layers beyond those of the model, as SD 2.x checkpoints have one that is not read.
+    """
+    state = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
+    out = {
+        "positional_embedding": state.pop("embeddings.position_embedding.weight"),
+        "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
+        "ln_final.weight": state.pop("final_layer_norm.weight"),
+        "ln_final.bias": state.pop("final_layer_norm.bias"),
+    }
+    if "text_projection.weight" in state:
+        out["text_projection"] = state.pop("text_projection.weight").T.contiguous()
+    layers = model.config.num_hidden_layers
+    for layer in range(layers):
+        at = f"encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [state.pop(f"{at}self_attn.{which}_proj.{kind}") for which in "qkv"]
+            out[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+    for name, tensor in state.items():
+        found = re.match(r"encoder\.layers\.(\d+)\.(.*)", name)
+        assert found, name
+        out[f"transformer.resblocks.{found[1]}.{_renamed(found[2], _OPEN_CLIP)}"] = tensor
+    for extra in range(layers, layers + spare_layers):
+        out |= {k.replace("resblocks.0.", f"resblocks.{extra}."): t.clone() for k, t in out.items() if "resblocks.0." in k}
+    return {prefix + name: tensor for name, tensor in out.items()}
+
+
+def checkpoint(pipe: Any) -> dict[str, Tensor]:
+    """All weights of an SD 1.x, SD 2.x or SDXL pipeline under their names in a single file."""
+    state = {**unet(pipe.unet), **vae(pipe.vae)}
+    if hasattr(pipe, "text_encoder_2"):
+        state |= clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+        return state | open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    if pipe.unet.config.use_linear_projection:
+        return state | open_clip(pipe.text_encoder, "cond_stage_model.model.", spare_layers=1)
+    return state | clip(pipe.text_encoder, "cond_stage_model.transformer.")
+
+
+def save_checkpoint(pipe: Any, file: Path, metadata: dict[str, str] | None = None, **extra: Tensor) -> Path:
+    """Writes a pipeline as one `.safetensors` file, with marker tensors beside its weights if any are given."""
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint(pipe).items()}
+    save_file({**state, **extra}, file, metadata)
+    return file
