@@ -187,11 +187,11 @@ class Teacher:
         row, place = keys // count, keys % count
         values = sample.x_t.new_empty(len(keys), *sample.x_t.shape[1:])
         missing = torch.ones_like(place, dtype=torch.bool)
-        if by_teacher and sample.null is not None and sample.prompted is not None:
-            values[place == 0] = sample.null[row[place == 0]]
-            walked = place == prompt[row]
-            values[walked] = sample.prompted[row[walked]]
-            missing = (place != 0) & ~walked
+        for answer, asked in ((sample.null, torch.zeros_like(place)), (sample.prompted, prompt[row])):
+            if by_teacher and answer is not None:
+                walked = place == asked
+                values[walked] = answer[row[walked]]
+                missing &= ~walked
         if missing.any():
             at, told = row[missing], pick(self.conditions, place[missing])
             with self.speaking():

@@ -38,7 +38,7 @@ class NoisySample(NamedTuple):
     t: Tensor
     """[N]."""
     null: Tensor | None
-    """Prediction for the empty prompt, [N, ...]; `None` where the walk stopped before predicting."""
+    """Prediction for the empty prompt, [N, ...]; `None` where the walk is not guided, or stopped before predicting."""
     prompted: Tensor | None
     """Prediction for the walked prompt."""
 
@@ -76,7 +76,8 @@ def walk(
         noise: [N, ...] standard normal.
         condition: Of the N prompts.
         null: Of the empty prompt, N times.
-        guidance: Scale of classifier-free guidance; the paper walks with 3.
+        guidance: Scale of classifier-free guidance; the paper walks with 3. At 1 the empty prompt is not asked for, which
+            suits models distilled to few steps.
         stop: Index from 0 of the last point, which is reached and not predicted at (the paper's random stop). Without
             it the walk runs to the end and every point carries its predictions.
     """
@@ -90,9 +91,13 @@ def walk(
         if i == stop:
             points.append(NoisySample(x_t, ts, None, None))
             break
-        unprompted, prompted = denoiser(torch.cat([x_t, x_t]), torch.cat([ts, ts]), both).chunk(2)
-        points.append(NoisySample(x_t, ts, unprompted, prompted))
-        guided = unprompted + guidance * (prompted - unprompted)
+        if guidance == 1:
+            guided = denoiser(x_t, ts, condition)
+            points.append(NoisySample(x_t, ts, None, guided))
+        else:
+            unprompted, prompted = denoiser(torch.cat([x_t, x_t]), torch.cat([ts, ts]), both).chunk(2)
+            points.append(NoisySample(x_t, ts, unprompted, prompted))
+            guided = unprompted + guidance * (prompted - unprompted)
         latents = scheduler.step(guided, t, latents).prev_sample
     return points
 

@@ -105,6 +105,12 @@ def test_preserved_prompt_costs_nothing_beside_its_walk(base: Base) -> None:
     assert cost_of_filling(base, recipe) == 2 * 3 * STEPS
 
 
+def test_walk_that_is_not_guided_asks_for_no_empty_prompt(base: Base) -> None:
+    steps = {"trajectory_steps": STEPS, "guidance": 1.0}
+    assert cost_of_filling(base, tiny_recipe(base.id, preserve=["a dog"], **steps)) == (1 + 1 + 1) * STEPS
+    assert cost_of_filling(base, tiny_recipe(base.id, preserve=["a dog"], eta=0.0, **steps)) == (1 + 1 + 1) * STEPS
+
+
 def test_student_s_walk_tells_the_teacher_nothing(base: Base) -> None:
     recipe = tiny_recipe(base.id, preserve=["a dog"], trajectory_steps=STEPS, x_t_from="student")
     assert cost_of_filling(base, recipe) == (2 * 2 + 2 + 1) * STEPS

@@ -1,0 +1,110 @@
+"""Guidance-distilled and few-step models: Flux.1 dev and LCM read a guidance scale, schnell and turbo models know none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from torch import Tensor
+
+from esd_lora.families import Base, load_base
+from esd_lora.lessons import Teacher, plan
+from esd_lora.sampling import generate
+from esd_lora.training import train
+from esd_lora.trajectory import Condition, walk
+from tiny import tiny_pipeline, tiny_recipe, tiny_unet
+from toys import load_toy, save_toy
+
+
+def save_lcm(folder: Path) -> Path:
+    """SD's toy with a U-Net that embeds a guidance scale, as in SimianLuo/LCM_Dreamshaper_v7."""
+    parts = tiny_pipeline().components
+    scheduler = LCMScheduler.from_config(parts["scheduler"].config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = tiny_unet(time_cond_proj_dim=8)
+    LatentConsistencyModelPipeline(
+        **{**parts, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["lcm", "flux-dev"])
+def distilled_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distilled") / request.param
+    return save_lcm(folder) if request.param == "lcm" else save_toy(request.param, folder)
+
+
+@pytest.fixture
+def distilled(distilled_dir: Path) -> Base:
+    return load_toy(distilled_dir)
+
+
+@torch.no_grad()
+def test_scale_reaches_the_denoiser_as_in_its_pipeline(distilled: Base) -> None:
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        calls.append((x, t.expand(1), output[0]))
+
+    hook = distilled.model.register_forward_hook(record, with_kwargs=True)
+    asked = {**distilled.family.asks(distilled.pipe), "height": 64, "width": 64}
+    if distilled.family.name == "sd":
+        asked = {}  # its pixels are two to a latent
+    distilled.pipe("a cat", num_inference_steps=2, guidance_scale=6.0, output_type="latent", **asked)
+    hook.remove()
+    assert len(calls) == 2  # one prediction a step: no classifier-free guidance
+    told, other = (distilled.encode(["a cat"], guidance=scale) for scale in (6.0, 1.0))
+    for (x, _, expected), t in zip(calls, distilled.pipe.scheduler.timesteps, strict=True):
+        if distilled.family.name == "flux":
+            x, expected = (distilled.pipe._unpack_latents(y, 64, 64, 8) for y in (x, expected))
+        torch.testing.assert_close(distilled.predict(x, t.expand(1), told), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(distilled.predict(x, t.expand(1), other), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.5])
+def test_teacher_and_student_are_told_the_recipe_s_scale(distilled: Base, scale: float) -> None:
+    recipe = tiny_recipe(distilled.id, distilled_guidance=scale)
+    teacher = Teacher(distilled, recipe, plan(recipe))
+    assert set(teacher.encode(["a cat", ""])["guidance"].tolist()) == {scale}
+    assert set(teacher.condition(torch.tensor([0]))["guidance"].tolist()) == {scale}
+
+
+def test_distilled_model_trains_and_paints(distilled: Base, tmp_path: Path) -> None:
+    steps = {"trajectory_steps": 4, "guidance": 1.0, "steps": 2, "resolution": 64 if distilled.family.name == "flux" else None}
+    recipe = tiny_recipe(distilled.id, lr=0.05, **steps)
+    train(recipe, base=distilled, out=tmp_path / "eraser", progress=False)
+    before, after = (generate(distilled, ["a cat"], erasers=erasers) for erasers in ([], [tmp_path / "eraser"]))
+    assert before[0].tobytes() != after[0].tobytes()
+
+
+def test_plain_models_are_told_no_scale(base: Base, tmp_path: Path) -> None:
+    schnell = load_toy(save_toy("flux-schnell", tmp_path / "schnell"))
+    for plain in (base, schnell):
+        assert not plain.family.takes_guidance(plain.pipe)
+        assert "guidance" not in plain.encode(["a cat"], guidance=6.0)
+
+
+@pytest.mark.parametrize(("guidance", "asked"), [(1.0, 1), (3.0, 2)])
+def test_walk_without_guidance_asks_once_a_step(base: Base, guidance: float, asked: int) -> None:
+    """Few-step models are walked at guidance 1: what they were distilled for, at half the cost."""
+    latents: list[int] = []
+
+    def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        latents.append(len(x_t))
+        return base.predict(x_t, t, condition)
+
+    scheduler, noise = base.family.scheduler(base.pipe, 4, base.latent_shape()), torch.zeros(1, *base.latent_shape())
+    list(walk(predict, scheduler, noise, base.encode(["a cat"]), base.encode([""]), guidance=guidance))
+    assert sum(latents) == 4 * asked
+
+
+def test_lcm_is_of_the_sd_family(tmp_path: Path) -> None:
+    base = load_base(save_lcm(tmp_path / "lcm"), device="cpu")
+    assert base.family.name == "sd"
+    assert base.steps == 4
