@@ -34,6 +34,12 @@ NOT_OURS = (
 def pytest_configure(config: pytest.Config) -> None:
     for warning in NOT_OURS:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from esd_lora.cli import main
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
 from esd_lora.watching import StepReport
+from ldm import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
 
 # A training of a moment: two steps on two short trajectories.
@@ -77,6 +78,42 @@ def test_train_from_a_file(tiny_dir: Path, tmp_path: Path) -> None:
     good("train", file, "-s", "train.steps=1", "-s", "train.lr=1e-3", "-s", "train.trajectory_steps=2", "-o", tmp_path / "out")
     recipe = Eraser.load(tmp_path / "out").header.recipes[0]
     assert (recipe.train.steps, recipe.train.lr, recipe.train.x_t_from) == (1, 1e-3, "student")
+
+
+@pytest.mark.parametrize(
+    ("options", "eta", "said"),
+    [
+        ([], 1.0, "negative guidance 2, measured from the concept, is eta 1"),
+        (["--erase-from", "a man with a cat"], 2.0, "measured from the prompt it is erased from, is eta 2"),
+    ],
+)
+def test_negative_guidance_is_converted_and_says_so(
+    tiny_dir: Path, tmp_path: Path, options: list[str], eta: float, said: str
+) -> None:
+    """concept - 2 (concept - null) of the authors' scripts is null - 1 (concept - null)."""
+    out = tmp_path / "out"
+    train = ["train", "--concept", "a cat", "--base", tiny_dir, *SETTINGS, "-o", out]
+    assert said in good(*train, "--negative-guidance", "2", *options)
+    (recipe,) = Eraser.load(out).header.recipes
+    assert recipe.eta == eta
+
+
+def test_concept_replaced_by_another(tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    good("train", "replace", "--concept", "a cat", "--anchor", "a dog", "--base", tiny_dir, *SETTINGS, "-o", out)
+    header = Eraser.load(out).header
+    assert header.concepts[0].pairs == (("a cat", "a dog"),)
+    assert header.recipes[0].eta == 0
+
+
+def test_single_file_base(tmp_path: Path) -> None:
+    folder, out = save_tiny(tmp_path / "tiny"), tmp_path / "out"
+    file = save_checkpoint(tiny_pipeline(), tmp_path / "model.safetensors")
+    base = ["--base", file, "--base-config", folder]
+    good("train", "--concept", "a cat", *base, *SETTINGS, "-s", "preserve=[]", "-o", out)
+    assert Eraser.load(out).header.base == str(file)
+    good("generate", "a cat", *base, "--eraser", out, "-o", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "000_seed0.png").is_file()
 
 
 def test_interrupted_and_resumed_train(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +282,9 @@ MISTAKES = {
     "unknown base": ("train --concept cat --base emojy -o {out}", "did you mean 'emoji'?"),
     "unknown base to paint with": ("generate cat --base emojy -o {out}", "did you mean 'emoji'?"),
     "unknown base to merge into": ("merge {cat} --base emojy -o {out}", "'emojy'"),
+    "base that is a pickle": ("train --concept cat --base {pickle} -o {out}", ".safetensors"),
+    "base that is a damaged file": ("train --concept cat --base {cut} -o {out}", "damaged"),
+    "base that is a pickle, to paint with": ("generate cat --base {pickle} -o {out}", ".safetensors"),
     "base that is no pipeline": ("train --concept cat --base {empty} -o {out}", "model_index.json"),
     "nothing to erase": ("train -o {out}", "--concept"),
     "scope without a layer": ("train --concept cat --base {plain} -o {out}", "Scopes with layers here: noxattn, full."),
@@ -293,6 +333,8 @@ def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFacto
     (folder / "full" / "thesis.tex").write_text("years of work")
     (folder / "damaged").write_bytes(b"\xff\xfe\x00 half a file")
     (folder / "text").write_text("concepts: [cat\n")
+    (folder / "model.ckpt").write_bytes(b"PK")
+    (folder / "cut.safetensors").write_bytes(b"\xff" * 20)
     plain = tiny_pipeline()
     plain.register_modules(
         unet=tiny_unet(
@@ -303,7 +345,9 @@ def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFacto
         )
     )
     plain.save_pretrained(folder / "plain")
-    return {"tiny": tiny_dir, "cat": cat_dir, **{path.name: path for path in folder.iterdir()}}
+    places = {path.name: path for path in folder.iterdir()}
+    files = {"pickle": folder / "model.ckpt", "cut": folder / "cut.safetensors"}
+    return {"tiny": tiny_dir, "cat": cat_dir, **places, **files}
 
 
 @pytest.mark.parametrize(("command", "said"), MISTAKES.values(), ids=MISTAKES)

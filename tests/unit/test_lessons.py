@@ -105,10 +105,10 @@ def test_preserved_prompt_costs_nothing_beside_its_walk(base: Base) -> None:
     assert cost_of_filling(base, recipe) == 2 * 3 * STEPS
 
 
-def test_walk_that_is_not_guided_asks_for_no_empty_prompt(base: Base) -> None:
-    steps = {"trajectory_steps": STEPS, "guidance": 1.0}
-    assert cost_of_filling(base, tiny_recipe(base.id, preserve=["a dog"], **steps)) == (1 + 1 + 1) * STEPS
-    assert cost_of_filling(base, tiny_recipe(base.id, preserve=["a dog"], eta=0.0, **steps)) == (1 + 1 + 1) * STEPS
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_walk_that_is_not_guided_asks_for_no_empty_prompt(base: Base, eta: float) -> None:
+    recipe = tiny_recipe(base.id, preserve=["a dog"], eta=eta, trajectory_steps=STEPS, guidance=1.0)
+    assert cost_of_filling(base, recipe) == (1 + 1 + 1) * STEPS  # the empty prompt only where the target has it
 
 
 def test_student_s_walk_tells_the_teacher_nothing(base: Base) -> None:
