@@ -1,10 +1,10 @@
 """Prints the tables of README.md and docs/choosing.md: what each recipe leaves of a concept, what it keeps, what it costs.
 
     python benchmarks/erasing.py [--out out/benchmark] [--only object,paper,style,paper-style,stack] [--seeds 0,1,2]
-    python benchmarks/erasing.py --only scope,objective,eta,rank,steps --seeds 0
+    python benchmarks/erasing.py --only scope,objective,eta,rank,steps --seeds 0 --sheets docs
 
 Every run is trained from scratch on the built-in base and judged on prompts it was not trained on; runs that stand in `--out`
-already are not repeated.
+already are not repeated. `--sheets` also paints each choice side by side, as docs/choosing.md shows them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from esd_lora.eraser import Eraser
 from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
 from esd_lora.evaluation.judge import Judge
 from esd_lora.families import Base, load_base
+from esd_lora.pictures import grid, paint
 from esd_lora.recipe import SCOPES
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import applied
@@ -34,9 +35,16 @@ GROUPS = ("object", "paper", "style", "paper-style", "stack")
 CHOICES = ("scope", "objective", "eta", "rank", "steps")
 HELD_OUT = {tuple(pair) for pair in domain("emoji")["held_out"]}
 CAT = {"name": "cat", "prompts": ["a cat"]}
+SHEET = (
+    "a cat",
+    "a cat in ink style",
+    "an emoji of a cat, drawn by noto",
+    "a dog",
+    "a fox in blob style",
+    "a pizza in fluent style",
+    "a house",
+)
 INK = {"name": "ink", "prompts": ["ink style"], "erase_from": "{x} in ink style"}
-
-
 OF_INK = [
     f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in domain("emoji")["objects"] if (name, "ink") not in HELD_OUT
 ][::2]
@@ -57,15 +65,16 @@ def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str
         cat = {"source": "fast", "concepts": [CAT]}
         for scope in SCOPES:
             out["scope"].append((f"cat, scope {scope}", cat, {**settings, "scope": scope}))
-        for eta in (0, 1, 2, 5):
+        for eta in (0, 1, 2, 3, 5):
             out["eta"].append((f"cat, eta {eta}", cat, {**settings, "eta": eta}))
-        for rank in (1, 16):
+        for rank in (1, 4, 16):
             out["rank"].append((f"cat, rank {rank}", cat, {**settings, "lora.rank": rank, "lora.alpha": rank}))
-        for steps in (60, 120, 360):
+        for steps in (60, 120, 180, 360):
             out["steps"].append((f"cat, {steps} steps", cat, {**settings, "train.steps": steps}))
         dog = {**cat, "concepts": [{**CAT, "anchor": "a dog"}]}
         ink = {**cat, "concepts": [{**INK, "fill": OF_INK}]}
         out["objective"] += [
+            ("cat, `fast`", cat, settings),
             ("cat, nothing preserved", cat, {**settings, "preserve": []}),
             ("cat, replaced by a dog, `replace`", {**dog, "source": "replace"}, settings),
             ("cat, anchored on a dog, eta 3", dog, settings),
@@ -104,6 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--only", default=",".join(GROUPS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--sheets", type=Path, help="directory for a sheet of pictures of each choice")
     options = parser.parse_args()
     seeds, groups = [int(seed) for seed in options.seeds.split(",")], options.only.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +130,9 @@ def main() -> None:
     for group, members in runs(seeds).items():
         if group not in groups:
             continue
+        seeds_shown = [7] * len(SHEET)
+        drawn = options.sheets if group in CHOICES else None
+        rows = {"base": paint(base, SHEET, seeds_shown)} if drawn else {}
         for label, fields, settings in members:
             fields = dict(fields)
             recipe = load_recipe(fields.pop("source"), settings, **fields)
@@ -134,6 +147,11 @@ def main() -> None:
             size = (folder / "pytorch_lora_weights.safetensors").stat().st_size
             objects, styles = ({name}, set()) if name in OBJECTS else (set(), {name})
             record(label, key, [eraser], objects, styles, size, eraser.header.cost)
+            if drawn:
+                with applied(base, [eraser]):
+                    rows[label.replace("cat, ", "").replace("`", "")] = paint(base, SHEET, seeds_shown)
+        if drawn:
+            grid(rows, SHEET, tile=96).save(drawn / f"choosing-{group}.png", optimize=True)
     if "stack" in groups:
         for seed in seeds:
             for name in OBJECTS:

@@ -34,7 +34,7 @@ def measure() -> dict[str, list[float]]:
 
     torch.set_num_threads(THREADS)
     base = load_base("emoji")
-    x_t, t = torch.randn(BATCH, *base.family.latent_shape(base.pipe)), torch.full((BATCH,), 500)
+    x_t, t = torch.randn(BATCH, *base.latent_shape()), torch.full((BATCH,), 500)
     condition = base.encode(["a cat in noto style"] * BATCH)
 
     def times(call: Callable[[], object]) -> list[float]:

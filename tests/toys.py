@@ -43,7 +43,8 @@ WIDTH = 16  # of every text encoder but SDXL's second
 _LDM_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def _clip(projected: bool = False, width: int = WIDTH) -> Any:
+def clip(projected: bool = False, width: int = WIDTH) -> Any:
+    """A text encoder of CLIP's kind for `tiny_tokenizer`."""
     tokenizer = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -60,7 +61,7 @@ def _clip(projected: bool = False, width: int = WIDTH) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte, for T5 and Gemma."""
     tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
@@ -126,7 +127,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=6 * 8 + 2 * WIDTH,
     )
     scheduler = EulerDiscreteScheduler(**_LDM_BETAS, timestep_spacing="leading", steps_offset=1)
-    texts = (_clip(), _clip(projected=True, width=2 * WIDTH), tiny_tokenizer(), tiny_tokenizer())
+    texts = (clip(), clip(projected=True, width=2 * WIDTH), tiny_tokenizer(), tiny_tokenizer())
     return StableDiffusionXLPipeline(_vae(), *texts, unet, scheduler, add_watermarker=False)
 
 
@@ -144,9 +145,9 @@ def _sd3(**changes: Any) -> StableDiffusion3Pipeline:
         pos_embed_max_size=32,
         **changes,
     )
-    t5, scheduler = _byte_tokenizer(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    t5, scheduler = byte_tokenizer(), FlowMatchEulerDiscreteScheduler(shift=3.0)
     long = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=2 * WIDTH, d_ff=WIDTH, d_kv=8, num_heads=2, num_layers=1))
-    texts = (_clip(True), tiny_tokenizer(), _clip(True), tiny_tokenizer(), long, t5)
+    texts = (clip(True), tiny_tokenizer(), clip(True), tiny_tokenizer(), long, t5)
     return StableDiffusion3Pipeline(_alive(transformer), scheduler, _vae(8), *texts)
 
 
@@ -163,12 +164,12 @@ def _flux(dev: bool) -> FluxPipeline:
         axes_dims_rope=(4, 6, 6),
     )
     shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0} if dev else {"shift": 1.0}
-    scheduler, t5 = FlowMatchEulerDiscreteScheduler(**shifting), _byte_tokenizer()
-    return FluxPipeline(scheduler, _vae(), _clip(), tiny_tokenizer(), _t5(t5), t5, _alive(transformer))
+    scheduler, t5 = FlowMatchEulerDiscreteScheduler(**shifting), byte_tokenizer()
+    return FluxPipeline(scheduler, _vae(), clip(), tiny_tokenizer(), _t5(t5), t5, _alive(transformer))
 
 
 def _sana() -> SanaPipeline:
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     gemma = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

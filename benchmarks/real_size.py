@@ -1,0 +1,167 @@
+"""Trains on denoisers of published size with random weights: reading them, a training step, memory and the eraser's size.
+
+    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana] [--out out/real_size]
+
+SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
+diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
+nothing is said about erasure: what is checked is that every shape fits, from the file to the eraser in plain diffusers.
+Each model runs in a process of its own, in bfloat16, on latents of 256 x 256 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+
+import torch
+from torch import nn
+
+SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
+"""Models that are whole, and the configuration that ships for them."""
+OTHERS = ("sd3", "sd35-medium", "sana")
+"""Models with shallow text encoders and no VAE."""
+SETTINGS = {
+    "train.steps": 3,
+    "train.trajectories": 1,
+    "train.preserve_trajectories": 1,
+    "train.trajectory_steps": 2,
+    "train.resolution": 256,
+    "train.preview_every": 0,
+    "train.checkpoint_every": 0,
+    "train.lr": 1e-3,
+}
+
+
+def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model from the meta device, with small random weights and plain normalisation."""
+    model = model.to(dtype).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, (1 / parameter[0].numel()) ** 0.5, generator=generator)
+        else:
+            parameter.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    for name, buffer in model.named_buffers():  # positions, and what else the class computes for itself
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1])[None])
+    return model
+
+
+def write_single_file(name: str, folder: Path) -> Path:
+    """A whole SD model as one float16 checkpoint."""
+    from types import SimpleNamespace
+
+    from test_single_file import build  # how the shipped configurations become models
+
+    import ldm
+    from esd_lora.families import single_file
+
+    parts = json.loads((single_file._CONFIGS / f"{SINGLE[name]}.json").read_text("utf-8"))
+    with torch.device("meta"):
+        models = {part: build(parts, part) for part in parts if part.startswith(("unet", "vae", "text_encoder"))}
+    pipe = SimpleNamespace(**{part: fill(model, torch.float16) for part, model in models.items()})
+    predicts = {"modelspec.prediction_type": "v" if name == "sd21" else "epsilon"}
+    return ldm.save_checkpoint(pipe, folder / f"{name}.safetensors", predicts)
+
+
+def write_directory(name: str, folder: Path) -> Path:
+    """A diffusers directory with the real denoiser, and text encoders of the width it reads."""
+    import diffusers
+    from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+
+    import toys
+    from real import denoiser
+
+    transformer, tokenizer = fill(denoiser(name), torch.bfloat16), toys.byte_tokenizer()
+    if name == "sana":
+        sizes = {"hidden_size": 2304, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads))
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        pipe = diffusers.SanaPipeline(tokenizer, gemma, None, transformer, scheduler)
+    else:
+        t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=4096, d_ff=64, d_kv=8, num_heads=2, num_layers=1))
+        clips = (toys.clip(True, 1024), toys.tiny_tokenizer()) * 2
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe = diffusers.StableDiffusion3Pipeline(transformer, scheduler, None, *clips, t5, tokenizer)
+    pipe.to(torch.bfloat16).save_pretrained(folder / name)
+    return folder / name
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Reads, trains, saves, and loads the eraser with plain diffusers."""
+    from esd_lora.eraser import Eraser
+    from esd_lora.families import load_base
+    from esd_lora.recipe_files import load_recipe
+    from esd_lora.training import train
+
+    file = folder / f"{name}.safetensors" if name in SINGLE else folder / name
+    started = time.monotonic()
+    base = load_base(file, device="cpu", dtype=torch.bfloat16)
+    read = time.monotonic() - started
+    recipe = load_recipe("sd/fast", SETTINGS, concepts=["a cat"], preserve=["a dog"], base=str(file))
+    ticks: list[float] = []
+    train(recipe, base=base, out=folder / f"{name}-eraser", force=True, on_step=[lambda _: ticks.append(time.monotonic())])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    eraser = Eraser.load(folder / f"{name}-eraser")
+    assert all(pair.up.abs().max() > 0 for pair in eraser.pairs.values() if pair.up.isfinite().all())
+    base.pipe.load_lora_weights(folder / f"{name}-eraser")
+    loaded = sum(hasattr(module, "lora_A") for module in base.model.modules())
+    return {
+        "family": base.family.name,
+        "parameters": sum(p.numel() for n, p in base.model.named_parameters() if "lora_" not in n),
+        "prediction": base.prediction_type,
+        "read": read,
+        "step": min(b - a for a, b in itertools.pairwise(ticks)),
+        "peak": peak,
+        "layers": [len(eraser.pairs), loaded],
+        "size": (folder / f"{name}-eraser" / "pytorch_lora_weights.safetensors").stat().st_size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join([*SINGLE, *OTHERS]))
+    parser.add_argument("--out", type=Path, default=Path("out/real_size"))
+    parser.add_argument("--stage", choices=["write", "measure"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = options.only.split(",")
+    if options.stage == "write":
+        (write_single_file if names[0] in SINGLE else write_directory)(names[0], options.out)
+        return
+    if options.stage == "measure":
+        print(json.dumps(measure(names[0], options.out)))
+        return
+    print(f"{datetime.date.today()}; random weights, bfloat16, 256 x 256 pixels, batch 2 + 2, gradient checkpointing\n")
+    print("| model | family, prediction | parameters | layers, in diffusers | read s | step s | peak GiB | eraser MB |")
+    print("|---" * 8 + "|")
+    for name in names:
+        command = [sys.executable, __file__, "--only", name, "--out", str(options.out), "--stage"]
+        subprocess.run([*command, "write"], check=True)
+        said = subprocess.run([*command, "measure"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(said.splitlines()[-1])
+        layers = ", ".join(map(str, found["layers"]))
+        cells = [name, f"{found['family']}, {found['prediction']}", f"{found['parameters']:,}", layers]
+        cells += [f"{found[key]:.1f}" for key in ("read", "step", "peak")] + [f"{found['size'] / 1e6:.1f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
