@@ -48,7 +48,7 @@ SETTINGS = {
 
 def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model from the meta device, with small random weights and plain normalisation."""
-    model = model.to(dtype).to_empty(device="cpu")
+    model = nn.Module.to(model, dtype).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -65,12 +65,10 @@ def write_single_file(name: str, folder: Path) -> Path:
     """A whole SD model as one float16 checkpoint."""
     from types import SimpleNamespace
 
-    from test_single_file import build  # how the shipped configurations become models
-
     import ldm
-    from esd_lora.families import single_file
+    from real import build, shipped
 
-    parts = json.loads((single_file._CONFIGS / f"{SINGLE[name]}.json").read_text("utf-8"))
+    parts = shipped(SINGLE[name])
     with torch.device("meta"):
         models = {part: build(parts, part) for part in parts if part.startswith(("unet", "vae", "text_encoder"))}
     pipe = SimpleNamespace(**{part: fill(model, torch.float16) for part, model in models.items()})

@@ -72,6 +72,63 @@ def unet(model: Any) -> dict[str, Tensor]:
     return {f"model.diffusion_model.{place(name)}": tensor for name, tensor in model.state_dict().items()}
 
 
+def sd3(model: Any) -> dict[str, Tensor]:
+    """A Stable Diffusion 3 transformer's weights as in Stability-AI/sd3-ref: queries, keys and values joined."""
+    state, last = dict(model.state_dict()), model.config.num_layers - 1
+
+    def joined(names: list[str], kind: str) -> Tensor:
+        return torch.cat([state.pop(f"{name}.{kind}") for name in names])
+
+    def swapped(name: str) -> Tensor:  # scale and shift stand the other way round
+        return torch.cat(state.pop(name).chunk(2)[::-1])
+
+    out = {"pos_embed": state.pop("pos_embed.pos_embed")}
+    for kind in ("weight", "bias"):
+        for i in range(last + 1):
+            ours, theirs = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+            streams = {
+                "x_block.attn": ["to_q", "to_k", "to_v"],
+                "context_block.attn": ["add_q_proj", "add_k_proj", "add_v_proj"],
+            }
+            for stream, names in streams.items():
+                out[f"{theirs}.{stream}.qkv.{kind}"] = joined([f"{ours}.attn.{name}" for name in names], kind)
+            if i in model.config.dual_attention_layers:
+                out[f"{theirs}.x_block.attn2.qkv.{kind}"] = joined([f"{ours}.attn2.to_{which}" for which in "qkv"], kind)
+        out[f"final_layer.adaLN_modulation.1.{kind}"] = swapped(f"norm_out.linear.{kind}")
+        end = f"transformer_blocks.{last}.norm1_context.linear.{kind}"
+        out[f"joint_blocks.{last}.context_block.adaLN_modulation.1.{kind}"] = swapped(end)
+    table = {
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "proj_out": "final_layer.linear",
+    }
+    inside = {
+        "attn.norm_q": "x_block.attn.ln_q",
+        "attn.norm_k": "x_block.attn.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q",
+        "attn.norm_added_k": "context_block.attn.ln_k",
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "attn2.norm_q": "x_block.attn2.ln_q",
+        "attn2.norm_k": "x_block.attn2.ln_k",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    }
+    for name, tensor in state.items():
+        found = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
+        place = f"joint_blocks.{found[1]}.{_renamed(found[2], inside)}" if found else _renamed(name, table)
+        out[place] = tensor
+    return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """The VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

@@ -6,16 +6,27 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from esd_lora.families.single_file import _CONFIGS
 
 
-def _shipped(name: str) -> dict[str, Any]:
-    """The U-Net configuration that ships for single files; its parameters are counted in test_single_file.py."""
-    return json.loads((_CONFIGS / f"{name}.json").read_text("utf-8"))["unet"]
+def shipped(name: str) -> dict[str, Any]:
+    """The configurations that ship for single files, by component; their parameters are counted in test_single_file.py."""
+    return json.loads((_CONFIGS / f"{name}.json").read_text("utf-8"))
+
+
+def build(parts: dict[str, Any], part: str) -> Any:
+    """A component from its configuration, wherever torch's default device is."""
+    config = {key: value for key, value in parts[part].items() if key != "_class_name"}
+    library, name = parts["model_index"][part]
+    if library == "diffusers":
+        return getattr(diffusers, name)(**config)
+    return getattr(transformers, name)(transformers.CLIPTextConfig(**config))
 
 
 _SD3 = {
@@ -29,9 +40,9 @@ _SD3 = {
     "out_channels": 16,
 }
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
-    "sd15": ("sd", UNet2DConditionModel, _shipped("sd1")),
-    "sd21": ("sd", UNet2DConditionModel, {**_shipped("sd2"), "sample_size": 96}),
-    "sdxl": ("sdxl", UNet2DConditionModel, _shipped("sdxl")),
+    "sd15": ("sd", UNet2DConditionModel, shipped("sd1")["unet"]),
+    "sd21": ("sd", UNet2DConditionModel, {**shipped("sd2")["unet"], "sample_size": 96}),
+    "sdxl": ("sdxl", UNet2DConditionModel, shipped("sdxl")["unet"]),
     # stabilityai/stable-diffusion-3-medium-diffusers
     "sd3": ("sd3", SD3Transformer2DModel, {**_SD3, "pos_embed_max_size": 192}),
     # stabilityai/stable-diffusion-3.5-medium

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ _CONFIGS = Path(__file__).parent.parent / "bases" / "single_file"
 _UNET = "model.diffusion_model."
 _CLIP_L = "cond_stage_model.transformer."
 _OPEN_CLIP = "cond_stage_model.model."
+_VAE = ("first_stage_model.", "vae.")
+_CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
+_T5 = ("text_encoders.t5xxl.",)
 _SUPPORTED = "SD 1.x, SD 2.x and SDXL on their own; Stable Diffusion 3 and Flux.1 with --base-config"
 
 
@@ -65,11 +69,11 @@ def open_single_file(
     kind = kind_of(file, shapes)
     if config is None and kind.config is None:
         raise EsdLoraError(
-            f"{file} is a {kind.title} checkpoint, whose configurations and vocabularies do not come with esd-lora: give"
-            " --base-config a diffusers directory of the same architecture."
+            f"{file} holds {kind.title}, and not all else that it needs (text encoders, vocabularies, configurations) is in the"
+            " file or comes with esd-lora: give --base-config a diffusers directory of the same architecture."
         )
     with _bundled(kind.config) if config is None else _given(Path(config), kind, file) as folder:
-        pipe = _convert(file, folder, dtype, vae)
+        pipe = _convert(file, folder, shapes, dtype, vae)
     pipe.to(device)
     if config is None:
         _set_prediction_type(pipe, kind, shapes, metadata)
@@ -100,7 +104,6 @@ def kind_of(file: Path, shapes: Mapping[str, Sequence[int]]) -> Kind:
         EsdLoraError: With what was found instead, if no family can be read from it.
     """
     if stem := shapes.get(f"{_UNET}input_blocks.0.0.weight"):
-        widths = {shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")}
         labelled = f"{_UNET}label_emb.0.0.weight" in shapes
         if stem[1] != 4:
             found = f"an inpainting, depth or editing model, its U-Net taking {stem[1]} channels instead of 4"
@@ -114,14 +117,14 @@ def kind_of(file: Path, shapes: Mapping[str, Sequence[int]]) -> Kind:
             return Kind("SD 2.x", "sd", "sd2")
         elif labelled and any(name.startswith("conditioner.embedders.1.") for name in shapes):
             return Kind("SDXL", "sdxl", "sdxl")
-        elif labelled and any(name.startswith("conditioner.embedders.0.") for name in shapes):
-            found = "the SDXL refiner, which draws no picture of its own"
+        elif labelled and any(name.startswith(("conditioner.", _OPEN_CLIP)) for name in shapes):
+            found = "the SDXL refiner or an unCLIP model, which do not draw from text alone"
         else:
-            found = f"a U-Net (text width {', '.join(map(str, sorted(widths))) or 'none'}) without the text encoders it reads"
+            return Kind("a U-Net alone", "sdxl" if labelled else "sd", None)
+    elif any(name.removeprefix(_UNET) == "joint_blocks.0.x_block.attn.qkv.weight" for name in shapes):
+        return Kind("Stable Diffusion 3", "sd3", None)
     else:
         found = _told_by_diffusers(shapes)
-        if found in ("sd3", "sd35_medium", "sd35_large"):
-            return Kind("Stable Diffusion 3", "sd3", None)
         if found in ("flux-dev", "flux-schnell"):
             return Kind("Flux.1", "flux", None)
         found = f"a checkpoint that diffusers calls {found!r}" if found else _told_by_names(shapes)
@@ -198,26 +201,36 @@ def _given(config: Path, kind: Kind, file: Path) -> Iterator[Path]:
     family = family_of(read_pipeline(index)).name
     if family != kind.family:
         raise EsdLoraError(
-            f"{file} is a {kind.title} checkpoint (family {kind.family!r}), --base-config {config} is of family {family!r}."
+            f"{file} holds {kind.title} (family {kind.family!r}), --base-config {config} is of family {family!r}."
             " Give a directory of the same architecture."
         )
     yield config
 
 
-def _convert(file: Path, folder: Path, dtype: torch.dtype, vae: bool) -> Any:
+def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
+    """The pipeline, from the file's weights and, for what it lacks, those that the directory has."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
-    left_out = {} if vae else {"vae": None}
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    apart: dict[str, Any] = {} if vae else {"vae": None}
     try:
-        pipe = getattr(diffusers, name).from_single_file(
-            str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **left_out
+        for part, found in index.items():
+            if part in apart or not part.startswith(("vae", "text_encoder")) or not any((folder / part).glob("*.safetensors*")):
+                continue
+            library, name = found
+            places = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
+            if not any(key.startswith(places) for key in shapes):
+                kind = getattr(import_module(library), name)
+                apart[part] = kind.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
+        pipe = getattr(diffusers, index["_class_name"]).from_single_file(
+            str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
         )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise EsdLoraError(
-            f"{file} does not fit the configuration of a {name}: {first}. Is it whole, and of that architecture?"
+            f"{file} does not fit the configuration of a {index['_class_name']}: {first}."
+            " Is it whole, and of that architecture, and has --base-config what it lacks?"
         ) from error
     for part, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):

@@ -18,6 +18,7 @@ import ldm
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, load_base, single_file
 from esd_lora.families.single_file import kind_of, measured_prediction_type, read_header, write_clip_tokenizer
+from real import build, shipped
 from toys import make_toy, save_toy
 
 SIZES = {
@@ -35,22 +36,13 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
-def build(parts: dict[str, Any], part: str) -> Any:
-    """A model with the configuration that ships for it, wherever torch's default device is."""
-    config = {key: value for key, value in parts[part].items() if key != "_class_name"}
-    library, name = parts["model_index"][part]
-    if library == "diffusers":
-        return getattr(diffusers, name)(**config)
-    return getattr(transformers, name)(transformers.CLIPTextConfig(**config))
-
-
 @pytest.fixture
 def small_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The configurations that ship, with every width cut down, in the place of the real ones."""
     folder = tmp_path / "configs"
     folder.mkdir()
     for name in ("sd1", "sd2"):
-        parts = json.loads((single_file._CONFIGS / f"{name}.json").read_text())
+        parts = shipped(name)
         for part, changes in SMALL.items():
             parts[part] |= changes
         for part, kinds in (("unet", ("down_block_types", "up_block_types")), ("vae", ("down_block_types", "up_block_types"))):
@@ -106,6 +98,27 @@ def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, conditions[1][key]) for key, value in conditions[0].items())
 
 
+@pytest.mark.parametrize(("name", "part"), [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer")])
+def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, tmp_path: Path) -> None:
+    folder, other = save_toy(name, tmp_path / "base"), make_toy(name, seed=1)
+    with torch.no_grad():
+        for parameter in getattr(other, part).parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
+    file = tmp_path / "model.safetensors"
+    state = ldm.unet(other.unet) if part == "unet" else ldm.sd3(other.transformer)
+    save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
+    with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
+        load_base(file)
+    expected, found = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
+    assert found.family is expected.family
+    for key, component in expected.pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            wanted = getattr(other, part) if key == part else component
+            states = wanted.state_dict(), getattr(found.pipe, key).state_dict()
+            assert states[0].keys() == states[1].keys()
+            assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), key
+
+
 def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
     folder = save_toy("sd", tmp_path / "base")
     file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
@@ -114,7 +127,7 @@ def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_configurations_that_ship_have_the_published_sizes(name: str) -> None:
-    parts = json.loads((single_file._CONFIGS / f"{name}.json").read_text())
+    parts = shipped(name)
     with torch.device("meta"):
         found = {part: sum(p.numel() for p in build(parts, part).parameters()) for part in SIZES[name]}
     assert found == SIZES[name]
@@ -202,7 +215,10 @@ CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj
         (SD1, "sd"),
         ({FIRST: (320, 4, 3, 3), TEXT: (320, 1024), "cond_stage_model.model.ln_final.bias": (1024,)}, "sd"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,)}, "sdxl"),
-        ({"model.diffusion_model.joint_blocks.37.x_block.mlp.fc1.weight": (1, 1)}, "sd3"),
+        ({FIRST: (320, 4, 3, 3), TEXT: (320, 768)}, "sd"),
+        ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816)}, "sdxl"),
+        ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (1, 1)}, "sd3"),
+        ({"joint_blocks.0.x_block.attn.qkv.weight": (1, 1)}, "sd3"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
     ],
@@ -220,7 +236,7 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
         ({**SD1, "control_model.time_embed.0.weight": (1, 1)}, "ControlNet"),
         ({FIRST: (384, 4, 3, 3), LABEL: (1280, 2560), CONDITIONER.format(0): (1280,)}, "refiner"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,), "edm_mean": (1,)}, "Playground"),
-        ({FIRST: (320, 4, 3, 3), TEXT: (320, 768)}, "a U-Net (text width 768) without the text encoders"),
+        ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2048), "cond_stage_model.model.ln_final.bias": (1024,)}, "unCLIP"),
         ({"lora_unet_down_blocks_0.lora_down.weight": (4, 320)}, "a LoRA"),
         ({"unet.down_blocks.0.attn2.to_k.lora_A.weight": (4, 320)}, "a LoRA"),
         ({"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)}, "a VAE alone"),
@@ -272,14 +288,14 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 def test_family_without_configurations_asks_for_them(tmp_path: Path) -> None:
     file = tmp_path / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(128)}, file)
-    with pytest.raises(EsdLoraError, match=r"Flux\.1 checkpoint.*--base-config"):
+    with pytest.raises(EsdLoraError, match=r"holds Flux\.1, .*--base-config"):
         load_base(file)
 
 
 def test_configuration_of_another_family(tmp_path: Path) -> None:
     folder = save_toy("sdxl", tmp_path / "sdxl")
     file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
-    with pytest.raises(EsdLoraError, match=r"SD 1\.x checkpoint .*'sdxl'"):
+    with pytest.raises(EsdLoraError, match=r"holds SD 1\.x .*'sdxl'"):
         load_base(file, config=folder)
     with pytest.raises(EsdLoraError, match=r"has no model_index\.json"):
         load_base(file, config=tmp_path)
