@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 from esd_lora.bases import domain
 from esd_lora.eraser import Eraser
-from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
+from esd_lora.evaluation.domain_suite import Scored, Shot, count, every_pair, kept, of_object, of_style, score, wording
 from esd_lora.evaluation.judge import Judge
 from esd_lora.families import Base, load_base
 from esd_lora.pictures import grid, paint
@@ -83,14 +83,28 @@ def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str
     return out
 
 
-def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored], objects: set[str], styles: set[str]) -> dict:
+def every_object() -> list[Shot]:
+    """Three shots of every object, no style named: a neighbour has least to hold on to there."""
+    names = domain("emoji")["objects"]
+    return [Shot(wording("{a}", name), seed, name, None) for name in names for seed in (7, 8, 9)]
+
+
+def measure(
+    base: Base,
+    judge: Judge,
+    erasers: list[Eraser],
+    before: list[Scored],
+    bare: list[Scored],
+    objects: set[str],
+    styles: set[str],
+) -> dict[str, Any]:
     """Erased and kept shares of erasers on the base."""
     known = domain("emoji")
     listed = {name for name in known["objects"] if f"a {name}" in known["keep"] or f"an {name}" in known["keep"]}
     trained = {prompt for eraser in erasers for concept in eraser.header.concepts for prompt, _ in concept.pairs}
     shots = [s.shot for s in before]
     with applied(base, erasers):
-        scored = score(base, judge, shots)
+        scored, scored_bare = score(base, judge, shots), score(base, judge, [s.shot for s in bare])
         of_objects = [score(base, judge, of_object(name, trained, SHOTS)) for name in sorted(objects)]
         of_styles = [score(base, judge, of_style(name, trained, SHOTS)) for name in sorted(styles)]
     unlisted = [i for i, shot in enumerate(shots) if shot.object not in listed]
@@ -104,6 +118,7 @@ def measure(base: Base, judge: Judge, erasers: list[Eraser], before: list[Scored
         "style_left": [count(s.style_right for s in part).share for part in of_styles],
         "object_right": [count(s.object_right for s in part).share for part in of_styles],
         "kept": kept(scored, before, objects, styles),
+        "kept_bare": kept(scored_bare, bare, objects, styles),
         "kept_unlisted": kept([scored[i] for i in unlisted], [before[i] for i in unlisted], objects, styles),
     }
 
@@ -118,13 +133,13 @@ def main() -> None:
     seeds, groups = [int(seed) for seed in options.seeds.split(",")], options.only.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
     base, judge = load_base("emoji"), Judge("emoji")
-    before = score(base, judge, every_pair(), desc="the base")
+    before, bare = score(base, judge, every_pair(), desc="the base"), score(base, judge, every_object())
     results: dict[str, list[dict[str, Any]]] = {}
 
     def record(label: str, key: str, erasers: list[Eraser], objects: set[str], styles: set[str], size: int, cost: dict) -> None:
         cache = options.out / f"{key}.json"
         if not cache.exists():
-            cache.write_text(json.dumps({**measure(base, judge, erasers, before, objects, styles), "size": size, **cost}))
+            cache.write_text(json.dumps({**measure(base, judge, erasers, before, bare, objects, styles), "size": size, **cost}))
         results.setdefault(label, []).append(json.loads(cache.read_text()))
 
     for group, members in runs(seeds).items():
@@ -174,6 +189,7 @@ def main() -> None:
         "anchor shown",
         "kept",
         "kept, not in keep list",
+        "kept, no style named",
         "seconds",
         "evaluations",
         "kB",
@@ -188,17 +204,20 @@ def main() -> None:
             ("anchor_shown", min),
             ("kept", min),
             ("kept_unlisted", min),
+            ("kept_bare", min),
         ):
-            cell = [row.get(name, []) for row in rows]  # runs of an older table lack a column
+            cell = [row[name] for row in rows]
             values = [v for found in cell for v in (found if isinstance(found, list) else [found])]
-            cells.append(f"{sum(values) / len(values):.1%} ({worst(values):.1%})" if values else "")
+            spread = f" ({worst(values):.1%})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1%}{spread}" if values else "")
         mean = {
             name: sum(row[name] for row in rows) / len(rows)
             for name in ("seconds", "sample_evaluations", "student_samples", "size")
             if name in rows[0]
         }
         trained = "seconds" in mean
-        cells.append(f"{mean['seconds']:.0f} ({max(row['seconds'] for row in rows):.0f})" if trained else "")
+        slowest = f" ({max(row['seconds'] for row in rows):.0f})" if trained and len(rows) > 1 else ""
+        cells.append(f"{mean['seconds']:.0f}{slowest}" if trained else "")
         cells.append(f"{mean['sample_evaluations']:.0f} + {mean['student_samples']:.0f}" if trained else "")
         cells.append(f"{mean['size'] / 1000:.0f}")
         print("| " + " | ".join(cells) + " |")

@@ -129,6 +129,62 @@ def sd3(model: Any) -> dict[str, Tensor]:
     return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
 
 
+def flux(model: Any) -> dict[str, Tensor]:
+    """A Flux transformer's weights as in black-forest-labs/flux: queries, keys, values and the single blocks' MLP joined."""
+    state = dict(model.state_dict())
+    out: dict[str, Tensor] = {}
+
+    def join(names: list[str], place: str) -> None:
+        for kind in ("weight", "bias"):
+            out[f"{place}.{kind}"] = torch.cat([state.pop(f"{name}.{kind}") for name in names])
+
+    for i in range(model.config.num_layers):
+        at = f"transformer_blocks.{i}.attn"
+        join([f"{at}.to_{which}" for which in "qkv"], f"double_blocks.{i}.img_attn.qkv")
+        join([f"{at}.add_{which}_proj" for which in "qkv"], f"double_blocks.{i}.txt_attn.qkv")
+    for i in range(model.config.num_single_layers):
+        at = f"single_transformer_blocks.{i}"
+        join([*(f"{at}.attn.to_{which}" for which in "qkv"), f"{at}.proj_mlp"], f"single_blocks.{i}.linear1")
+    for kind in ("weight", "bias"):  # scale and shift stand the other way round
+        swapped = torch.cat(state.pop(f"norm_out.linear.{kind}").chunk(2)[::-1])
+        out[f"final_layer.adaLN_modulation.1.{kind}"] = swapped
+    embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
+    table = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
+    for ours, theirs in embedders.items():
+        table |= {
+            f"time_text_embed.{ours}.linear_1": f"{theirs}.in_layer",
+            f"time_text_embed.{ours}.linear_2": f"{theirs}.out_layer",
+        }
+    double = {
+        "norm1.linear": "img_mod.lin",
+        "norm1_context.linear": "txt_mod.lin",
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff.net.0.proj": "img_mlp.0",
+        "ff.net.2": "img_mlp.2",
+        "ff_context.net.0.proj": "txt_mlp.0",
+        "ff_context.net.2": "txt_mlp.2",
+    }
+    single = {
+        "norm.linear": "modulation.lin",
+        "attn.norm_q.weight": "norm.query_norm.scale",
+        "attn.norm_k.weight": "norm.key_norm.scale",
+        "proj_out": "linear2",
+    }
+    for name, tensor in state.items():
+        found = re.match(r"(single_)?transformer_blocks\.(\d+)\.(.*)", name)
+        if found:
+            kind, inside = ("single", single) if found[1] else ("double", double)
+            out[f"{kind}_blocks.{found[2]}.{_renamed(found[3], inside)}"] = tensor
+        else:
+            out[_renamed(name, table)] = tensor
+    return out
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """The VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

@@ -78,13 +78,16 @@ def load_base(
     dtype = choose_dtype(place, dtype)
     folder = base_files(name) if name in BUILT_IN else Path(name)
     hub_id, _, revision = name.partition("@")
+    in_one_file = not folder.is_dir() and (folder.is_file() or folder.suffix in (".safetensors", *PICKLES))
+    if config is not None and not in_one_file:
+        raise EsdLoraError(f"base config {config} goes with a single-file checkpoint, and base {name!r} is none. Leave it out.")
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
         family = family_of(read_pipeline(index))
         pipe = _load_pipeline(str(folder), None, dtype, vae)
-    elif folder.is_file() or folder.suffix in (".safetensors", *PICKLES):
+    elif in_one_file:
         with quiet_libraries():
             pipe, kind = open_single_file(folder, config=config, device=place, dtype=dtype, vae=vae)
         family = next(family for family in FAMILIES if family.name == kind)

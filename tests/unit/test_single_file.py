@@ -119,6 +119,29 @@ def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, 
             assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), key
 
 
+def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> None:
+    """Two blocks at Flux's real width, which the converter takes for granted."""
+    config = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 16, "pooled_projection_dim": 16}
+    with torch.device("meta"):
+        wide = diffusers.FluxTransformer2DModel(**config, guidance_embeds=True)
+    wide = torch.nn.Module.to(wide, torch.bfloat16).to_empty(device="cpu")
+    for number, parameter in enumerate(wide.parameters()):
+        # Cheap, and different wherever two rows or two tensors could be mixed up.
+        parameter.data.copy_((torch.arange(len(parameter)) % 251 + number).view(-1, *[1] * (parameter.dim() - 1)))
+    pipe = make_toy("flux-dev")
+    save_file({name: tensor.contiguous() for name, tensor in ldm.flux(wide).items()}, tmp_path / "flux.safetensors")
+    folder = save_toy("flux-dev", tmp_path / "base")
+    settings = {key: value for key, value in wide.config.items() if not key.startswith("_")}
+    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **settings}))
+    found = load_base(tmp_path / "flux.safetensors", config=folder, device="cpu", dtype=torch.bfloat16)
+    assert found.family.name == "flux"
+    read = found.model.state_dict()
+    assert read.keys() == wide.state_dict().keys()
+    assert all(torch.equal(tensor, read[name]) for name, tensor in wide.state_dict().items())
+    encoder = pipe.text_encoder_2.state_dict()
+    assert all(torch.equal(tensor.bfloat16(), found.pipe.text_encoder_2.state_dict()[n]) for n, tensor in encoder.items())
+
+
 def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
     folder = save_toy("sd", tmp_path / "base")
     file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
@@ -299,6 +322,12 @@ def test_configuration_of_another_family(tmp_path: Path) -> None:
         load_base(file, config=folder)
     with pytest.raises(EsdLoraError, match=r"has no model_index\.json"):
         load_base(file, config=tmp_path)
+
+
+@pytest.mark.parametrize("base", ["emoji", "owner/name"])
+def test_configuration_for_a_base_that_is_no_file(base: str, tmp_path: Path) -> None:
+    with pytest.raises(EsdLoraError, match="goes with a single-file checkpoint"):
+        load_base(base, config=tmp_path)
 
 
 def test_configuration_of_another_size(tmp_path: Path) -> None:
