@@ -227,7 +227,8 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
             str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
         )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        said = str(error).strip() or type(error).__name__
+        first = said.splitlines()[0].partition(". ")[0].rstrip(".")  # what follows is advice on other calls
         raise EsdLoraError(
             f"{file} does not fit the configuration of a {index['_class_name']}: {first}."
             " Is it whole, and of that architecture, and has --base-config what it lacks?"
