@@ -22,7 +22,8 @@ REGEX_SCOPE = "re:"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # The docstrings below the fields are what editors show: recipes/schema.json holds them.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class PromptPair(_Frozen):
@@ -32,6 +33,7 @@ class PromptPair(_Frozen):
     """
 
     prompt: str
+    """To erase."""
     anchor: str | None = None
     """What should appear instead; `None` takes the concept's anchor."""
 
@@ -85,6 +87,7 @@ class Concept(_Frozen):
     prompts: tuple[Annotated[PromptPair, BeforeValidator(_pair)], ...] = ()
     """The pool of prompts to erase; empty means the name itself. `{x}` stands for each word of `fill`."""
     fill: tuple[str, ...] = ()
+    """Words that take the place of `{x}`, one after the other."""
     anchor: str | None = None
     """Anchor of every prompt without its own. `None` takes `erase_from` if there is one, else the paper's empty prompt."""
     erase_from: str | None = None
@@ -126,6 +129,7 @@ class LoraSpec(_Frozen):
     """Shape of the low-rank update, `alpha / rank * up @ down`."""
 
     rank: int = Field(ge=1, le=1024)
+    """Of the update of one layer; typically 1 to 32."""
     alpha: float = Field(gt=0)
     """Layers of another rank get an alpha in proportion, so that one learning rate suits all."""
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
@@ -160,6 +164,7 @@ class TrainSpec(_Frozen):
     steps: int = Field(ge=1)
     """Optimiser steps."""
     lr: float = Field(gt=0)
+    """Learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"]
     """`linear` and `cosine` fall to a tenth of `lr`."""
     warmup: int = Field(default=0, ge=0)
@@ -201,6 +206,7 @@ class TrainSpec(_Frozen):
     aspects: tuple[Aspect, ...] = ()
     """Aspect buckets as width:height, all of the area of `resolution`; steps take turns among them."""
     seed: int = Field(default=0, ge=0)
+    """Of everything random: start of the LoRA, noise, stops, batches."""
     probe_every: int = Field(default=0, ge=0)
     """Steps between two erasure probes; 0 never probes."""
     stop_at: float | None = Field(default=None, gt=0)
@@ -208,7 +214,9 @@ class TrainSpec(_Frozen):
     patience: int = Field(default=0, ge=0)
     """Stop when this many probes in a row found erasure risen by less than 0.01 over the best; 0 never does."""
     preview_every: int = Field(default=0, ge=0)
+    """Steps between two previews, base above and student below on the same seeds; 0 paints none."""
     checkpoint_every: int = Field(default=0, ge=0)
+    """Steps between two checkpoints to resume from; 0 leaves one only on Ctrl-C."""
 
 
 class Recipe(_Frozen):
@@ -219,12 +227,18 @@ class Recipe(_Frozen):
     base_config: str | None = None
     """For a single-file base, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none."""
     concepts: tuple[Annotated[Concept, BeforeValidator(_concept)], ...] = Field(min_length=1)
+    """What to erase, one or several."""
     scope: Scope
+    """Layers that get an adapter: `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, or `re:` and a regular expression."""
     objective: Annotated[str, _named(OBJECTIVES.names(), "objective")]
+    """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`."""
     eta: float
+    """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone."""
     preserve: Literal["default"] | tuple[str, ...] = ()
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
     neighbours: Neighbours | None = None
     """More of them, found in the text encoder's own space."""
     lora: LoraSpec
+    """Shape of the update."""
     train: TrainSpec
+    """How the student meets the teacher."""
