@@ -78,7 +78,7 @@ def load_base(
     dtype = choose_dtype(place, dtype)
     folder = base_files(name) if name in BUILT_IN else Path(name)
     hub_id, _, revision = name.partition("@")
-    in_one_file = not folder.is_dir() and (folder.is_file() or folder.suffix in (".safetensors", *PICKLES))
+    in_one_file = not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in (".safetensors", *PICKLES))
     if config is not None and not in_one_file:
         raise EsdLoraError(f"base config {config} goes with a single-file checkpoint, and base {name!r} is none. Leave it out.")
     if folder.is_dir():

@@ -60,7 +60,7 @@ def open_single_file(
         EsdLoraError: If the file is a pickle, damaged, no model of a family that can be read from one file, or does not fit
             the configuration.
     """
-    if file.suffix in PICKLES:
+    if file.suffix.lower() in PICKLES:
         raise EsdLoraError(
             f"{file} is a pickle, and opening one runs whatever code was put into it. Take the model's .safetensors file, or"
             " convert it on a machine you can spare."

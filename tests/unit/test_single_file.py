@@ -278,7 +278,7 @@ def test_what_no_family_reads_is_named(shapes: dict[str, tuple[int, ...]], found
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("suffix", single_file.PICKLES)
+@pytest.mark.parametrize("suffix", [*single_file.PICKLES, ".CKPT"])
 @pytest.mark.parametrize("there", [True, False])
 def test_pickles_are_never_opened(tmp_path: Path, suffix: str, there: bool) -> None:
     file = tmp_path / f"model{suffix}"
