@@ -190,6 +190,7 @@ def main() -> None:
         "kept",
         "kept, not in keep list",
         "kept, no style named",
+        "steps",
         "seconds",
         "evaluations",
         "kB",
@@ -212,10 +213,11 @@ def main() -> None:
             cells.append(f"{sum(values) / len(values):.1%}{spread}" if values else "")
         mean = {
             name: sum(row[name] for row in rows) / len(rows)
-            for name in ("seconds", "sample_evaluations", "student_samples", "size")
+            for name in ("steps", "seconds", "sample_evaluations", "student_samples", "size")
             if name in rows[0]
         }
         trained = "seconds" in mean
+        cells.append(f"{mean['steps']:.0f}" if trained else "")
         slowest = f" ({max(row['seconds'] for row in rows):.0f})" if trained and len(rows) > 1 else ""
         cells.append(f"{mean['seconds']:.0f}{slowest}" if trained else "")
         cells.append(f"{mean['sample_evaluations']:.0f} + {mean['student_samples']:.0f}" if trained else "")
