@@ -111,7 +111,7 @@ def measure(
     anchors = {
         anchor.rpartition(" ")[2] for eraser in erasers for concept in eraser.header.concepts for _, anchor in concept.pairs
     }
-    shown = anchors & set(known["objects"]) if objects else set()
+    shown = anchors & set(known["objects"]) if objects and not styles else set()  # a style's prompts are anchored on objects
     return {
         "anchor_shown": [count(s.verdict.object in shown for s in part).share for part in of_objects] if shown else [],
         "object_left": [count(s.object_right for s in part).share for part in of_objects],
@@ -195,7 +195,7 @@ def main() -> None:
         "evaluations",
         "kB",
     ]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    table = [head]
     for label, rows in results.items():
         cells = [label]
         for name, worst in (
@@ -222,7 +222,10 @@ def main() -> None:
         cells.append(f"{mean['seconds']:.0f}{slowest}" if trained else "")
         cells.append(f"{mean['sample_evaluations']:.0f} + {mean['student_samples']:.0f}" if trained else "")
         cells.append(f"{mean['size'] / 1000:.0f}")
-        print("| " + " | ".join(cells) + " |")
+        table.append(cells)
+    told = [column for column in zip(*table, strict=True) if any(column[1:])]
+    for number, cells in enumerate(zip(*told, strict=True)):
+        print("| " + " | ".join(cells) + " |" + ("\n|" + "---|" * len(told) if number == 0 else ""))
 
 
 if __name__ == "__main__":
