@@ -12,12 +12,12 @@ import transformers
 from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from esd_lora.families.single_file import _CONFIGS
+from esd_lora.bases import CONFIGS
 
 
 def shipped(name: str) -> dict[str, Any]:
     """The configurations that ship for single files, by component; their parameters are counted in test_single_file.py."""
-    return json.loads((_CONFIGS / f"{name}.json").read_text("utf-8"))
+    return json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
 
 
 def build(parts: dict[str, Any], part: str) -> Any:

@@ -1,13 +1,19 @@
-"""Base models that ship inside the package, and the prompts an eraser should leave alone."""
+"""What ships inside the package: base models, configurations of single-file checkpoints, prompts to leave alone."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 BUILT_IN = ("emoji",)
+CONFIGS = Path(__file__).parent / "single_file"
+"""Configurations and vocabulary of checkpoints in one file: `sd1`, `sd2`, `sdxl`."""
 
 
 def base_files(name: str) -> Path:
@@ -27,3 +33,39 @@ def keep_prompts(base: str) -> tuple[str, ...]:
         return tuple(domain(base)["keep"])
     lines = (Path(__file__).parent.parent / "prompts" / "keep.txt").read_text("utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+@contextmanager
+def unpacked_config(name: str) -> Generator[Path]:
+    """A diffusers directory without weights, unpacked from `CONFIGS` for as long as the block runs."""
+    parts: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    with tempfile.TemporaryDirectory(prefix="esd-lora-") as folder:
+        for part, values in parts.items():
+            if part == "model_index":
+                (Path(folder) / "model_index.json").write_text(json.dumps(values))
+                continue
+            place = Path(folder) / part
+            place.mkdir()
+            if part.startswith("tokenizer"):
+                write_clip_tokenizer(place, **values)
+            else:
+                (place / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(values))
+        yield Path(folder)
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
+    """Writes the files of CLIP's tokenizer. OpenAI's and OpenCLIP's differ in the padding alone.
+
+    The vocabulary follows from the list of merges as in openai/CLIP, clip/simple_tokenizer.py: 256 bytes, the same at the end
+    of a word, one token for each merge, start and end.
+    """
+    merges = gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), start, end]
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token}
+    settings |= {"bos_token": start, "eos_token": end, "unk_token": end}
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")

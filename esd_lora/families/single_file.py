@@ -6,11 +6,9 @@ diffusers converts the weights; what it would fetch from the Hub for that (confi
 
 from __future__ import annotations
 
-import gzip
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from esd_lora.bases import unpacked_config
 from esd_lora.errors import EsdLoraError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_CONFIGS = Path(__file__).parent.parent / "bases" / "single_file"
 _UNET = "model.diffusion_model."
 _CLIP_L = "cond_stage_model.transformer."
 _OPEN_CLIP = "cond_stage_model.model."
@@ -67,12 +65,16 @@ def open_single_file(
         )
     shapes, metadata = read_header(file)
     kind = kind_of(file, shapes)
-    if config is None and kind.config is None:
+    if config is not None:
+        directory = nullcontext(_checked(Path(config), kind, file))
+    elif kind.config is not None:
+        directory = unpacked_config(kind.config)
+    else:
         raise EsdLoraError(
             f"{file} holds {kind.title}, and not all else that it needs (text encoders, vocabularies, configurations) is in the"
             " file or comes with esd-lora: give --base-config a diffusers directory of the same architecture."
         )
-    with _bundled(kind.config) if config is None else _given(Path(config), kind, file) as folder:
+    with directory as folder:
         pipe = _convert(file, folder, shapes, dtype, vae)
     pipe.to(device)
     if config is None:
@@ -154,44 +156,7 @@ def _told_by_names(shapes: Mapping[str, Sequence[int]]) -> str:
     return f"{len(shapes)} tensors that are no model known here ({first}{', ...' if len(shapes) > 3 else ''})"
 
 
-@contextmanager
-def _bundled(name: str | None) -> Iterator[Path]:
-    """A diffusers directory without weights, unpacked from `bases/single_file`."""
-    parts = json.loads((_CONFIGS / f"{name}.json").read_text("utf-8"))
-    with tempfile.TemporaryDirectory(prefix="esd-lora-") as folder:
-        for part, values in parts.items():
-            if part == "model_index":
-                (Path(folder) / "model_index.json").write_text(json.dumps(values))
-                continue
-            place = Path(folder) / part
-            place.mkdir()
-            if part.startswith("tokenizer"):
-                write_clip_tokenizer(place, **values)
-            else:
-                (place / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(values))
-        yield Path(folder)
-
-
-def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
-    """Writes the files of CLIP's tokenizer. OpenAI's and OpenCLIP's differ in the padding alone.
-
-    The vocabulary follows from the list of merges as in openai/CLIP, clip/simple_tokenizer.py: 256 bytes, the same at the end
-    of a word, one token for each merge, start and end.
-    """
-    merges = gzip.decompress((_CONFIGS / "clip_merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), start, end]
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token}
-    settings |= {"bos_token": start, "eos_token": end, "unk_token": end}
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-
-
-@contextmanager
-def _given(config: Path, kind: Kind, file: Path) -> Iterator[Path]:
+def _checked(config: Path, kind: Kind, file: Path) -> Path:
     """A diffusers directory of the user's, once it is seen to be of the checkpoint's family."""
     from esd_lora.families import family_of, read_pipeline
 
@@ -204,7 +169,7 @@ def _given(config: Path, kind: Kind, file: Path) -> Iterator[Path]:
             f"{file} holds {kind.title} (family {kind.family!r}), --base-config {config} is of family {family!r}."
             " Give a directory of the same architecture."
         )
-    yield config
+    return config
 
 
 def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
@@ -221,8 +186,8 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
             library, name = found
             places = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
             if not any(key.startswith(places) for key in shapes):
-                kind = getattr(import_module(library), name)
-                apart[part] = kind.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
+                component = getattr(import_module(library), name)
+                apart[part] = component.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
         pipe = getattr(diffusers, index["_class_name"]).from_single_file(
             str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
         )

@@ -15,9 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ldm
+from esd_lora import bases
+from esd_lora.bases import write_clip_tokenizer
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, load_base, single_file
-from esd_lora.families.single_file import kind_of, measured_prediction_type, read_header, write_clip_tokenizer
+from esd_lora.families.single_file import kind_of, measured_prediction_type, read_header
 from real import build, shipped
 from toys import make_toy, save_toy
 
@@ -50,8 +52,8 @@ def small_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         parts["unet"]["attention_head_dim"] = 2 if name == "sd1" else [2, 4]
         parts["unet"]["norm_num_groups"] = parts["vae"]["norm_num_groups"] = 8
         (folder / f"{name}.json").write_text(json.dumps(parts))
-    (folder / "clip_merges.txt.gz").write_bytes((single_file._CONFIGS / "clip_merges.txt.gz").read_bytes())
-    monkeypatch.setattr(single_file, "_CONFIGS", folder)
+    (folder / "clip_merges.txt.gz").write_bytes((bases.CONFIGS / "clip_merges.txt.gz").read_bytes())
+    monkeypatch.setattr(bases, "CONFIGS", folder)
     return folder
 
 
