@@ -18,13 +18,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esd_lora.eraser import Eraser
     from esd_lora.errors import EsdLoraError
+    from esd_lora.exporting import export
+    from esd_lora.extracting import extract
     from esd_lora.families import load_base
+    from esd_lora.importing import import_lora
+    from esd_lora.inspecting import diff, inspect_file
+    from esd_lora.manifests import load_eraser
     from esd_lora.merging import merge
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
-    from esd_lora.sampling import generate
-    from esd_lora.stacking import stack
+    from esd_lora.sampling import generate, sweep
+    from esd_lora.stacking import Strength, compress, stack
     from esd_lora.training import train
+    from esd_lora.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -32,14 +38,44 @@ _HOMES = {
     "Eraser": "eraser",
     "EsdLoraError": "errors",
     "Recipe": "recipe",
+    "Strength": "stacking",
+    "compress": "stacking",
+    "diff": "inspecting",
+    "export": "exporting",
+    "extract": "extracting",
     "generate": "sampling",
+    "import_lora": "importing",
+    "inspect_file": "inspecting",
     "load_base": "families",
+    "load_eraser": "manifests",
     "load_recipe": "recipe_files",
     "merge": "merging",
     "stack": "stacking",
+    "sweep": "sampling",
     "train": "training",
+    "verify": "verifying",
 }
-__all__ = ["Eraser", "EsdLoraError", "Recipe", "generate", "load_base", "load_recipe", "merge", "stack", "train"]
+__all__ = [
+    "Eraser",
+    "EsdLoraError",
+    "Recipe",
+    "Strength",
+    "compress",
+    "diff",
+    "export",
+    "extract",
+    "generate",
+    "import_lora",
+    "inspect_file",
+    "load_base",
+    "load_eraser",
+    "load_recipe",
+    "merge",
+    "stack",
+    "sweep",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

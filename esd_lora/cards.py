@@ -1,4 +1,4 @@
-"""An eraser in words: the model card that the Hub shows, and the few lines that `inspect` prints."""
+"""An eraser in words: the model card that the Hub shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from esd_lora.eraser import Eraser, EraserHeader
+    from esd_lora.eraser import EraserHeader
 
 _TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
@@ -30,14 +30,14 @@ pipe.load_lora_weights("path/to/this/folder")
 - Base: `{base}`{revision}, family `{family}`, {prediction_type} prediction
 - Scope `{scope}`, objective `{objective}`, eta {etas}, {layers} layers
 - Prompts held in place during training: {preserve}
-- Made {created} with {versions}
+- Made {created} with {versions}{origin}
 
 Whoever holds both the base and this file can leave the file out. To ship a model without the concept, merge it:
 `esd-lora merge path/to/this/folder --base {base} -o merged`.
 """
 
 
-def render_card(header: EraserHeader) -> str:
+def render_card(header: EraserHeader, layers: int) -> str:
     """Renders the card in Markdown, with the YAML front matter that the Hub indexes (FORMATS: model cards)."""
     names = ", ".join(concept.name for concept in header.concepts)
     front: dict[str, object] = {
@@ -59,30 +59,21 @@ def render_card(header: EraserHeader) -> str:
         base=header.base,
         revision=f" at `{header.base_revision}`" if header.base_revision else "",
         family=header.family,
-        prediction_type=header.prediction_type,
+        prediction_type=header.prediction_type or "unknown",
         scope=header.scope,
         objective=header.objective,
-        etas=", ".join(f"{eta:g}" for eta in dict.fromkeys(concept.eta for concept in header.concepts)),
-        layers=len(header.base_hashes),
+        etas=", ".join("unknown" if eta is None else f"{eta:g}" for eta in dict.fromkeys(c.eta for c in header.concepts)),
+        layers=layers,
         pairs="\n".join(rows),
         preserve=f"{len(header.preserve)}" if header.preserve else "none",
         created=header.created,
+        origin="".join(
+            f"\n- {o.how.capitalize()} from {', '.join(map(_code, o.files))}: provenance unknown" for o in header.origins
+        ),
         versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
     )
 
 
-def describe(eraser: Eraser) -> dict[str, str]:
-    """What an eraser removes and where it came from, a line a topic."""
-    header = eraser.header
-    ranks = sorted({pair.rank for pair in eraser.pairs.values()})
-    size = sum(tensor.nbytes for tensor in eraser.state_dict().values())
-    return {
-        "erases": ", ".join(f"{c.name} (eta {c.eta:g}, weight {c.weight:g})" for c in header.concepts),
-        "prompts": "; ".join(f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]),
-        "preserves": f"{len(header.preserve)} prompts",
-        "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''}"
-        f" (family {header.family}, {header.prediction_type})",
-        "scope": f"{header.scope}: {len(eraser.pairs)} layers, rank {', '.join(map(str, ranks))}, {size / 1000:.0f} kB",
-        "trained": f"objective {header.objective}, " + ", ".join(f"{k} {v:g}" for k, v in header.cost.items()),
-        "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
-    }
+def _code(text: str) -> str:
+    """Inline code in Markdown."""
+    return f"`{text.replace('`', '')}`"

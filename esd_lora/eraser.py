@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from esd_lora.cards import render_card
 from esd_lora.errors import EsdLoraError
+from esd_lora.outputs import told, write_whole
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
+from esd_lora.tensor_files import read_header, read_tensors
 
-FORMAT = 1
-"""Number of the file format, apart from the package's version. A reader accepts this and every older one."""
+FORMAT = 2
+"""Number of the file format, apart from the package's version. A reader accepts this and every older one.
+
+2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
+"""
 HEADER_KEY = "esd_lora"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 RUN_FILES = (WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png")
@@ -55,6 +59,15 @@ class LoraPair(NamedTuple):
         up, down = (x if x.dtype == torch.float64 else x.float() for x in (self.up, self.down))
         return (up.flatten(1) @ down.flatten(1)).reshape(self.shape)
 
+    def inner(self, other: LoraPair) -> float:
+        """Frobenius inner product of the two updates, by their factors: neither is ever multiplied out."""
+        (down, up), (down_, up_) = ((x.double().flatten(1) for x in pair) for pair in (self, other))
+        return float(((up.T @ up_) * (down @ down_.T)).sum())
+
+    def norm(self) -> float:
+        """Frobenius norm of the update."""
+        return max(self.inner(self), 0.0) ** 0.5
+
 
 class ErasedConcept(BaseModel):
     """What one concept of an eraser was trained on; stacking without damage needs every line of it."""
@@ -64,10 +77,27 @@ class ErasedConcept(BaseModel):
     name: str
     synonyms: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...]
-    """(erased prompt, anchor)."""
-    eta: float
+    """(erased prompt, anchor); none where they are not known."""
+    eta: float | None
+    """`None` where it is not known."""
     weight: float = 1.0
-    """Strength at which the concept stands in this file; changed by stacking."""
+    """Strength at which the concept stands in this file; changed by stacking. Below zero it is amplified, not erased."""
+    blocks: dict[str, float] = {}
+    """Further factors by part of the model (`mid_block`, `up_blocks.1`), folded in like the weight."""
+
+
+class Origin(BaseModel):
+    """Where an eraser came from that this toolkit did not train."""
+
+    model_config = ConfigDict(frozen=True)
+
+    how: Literal["imported", "extracted"]
+    files: dict[str, str]
+    """File name to SHA-256 of what was read."""
+    layout: str
+    """How it was stored: `kohya`, `diffusers`, `peft`; for an extraction, the rank or energy asked for."""
+    notes: dict[str, str] = {}
+    """What the file said about itself."""
 
 
 class EraserHeader(BaseModel):
@@ -80,8 +110,8 @@ class EraserHeader(BaseModel):
     """Model family the eraser was trained on, such as `sd`."""
     prefix: str
     """Component the keys start with: `unet` or `transformer`."""
-    prediction_type: str
-    """`epsilon`, `v_prediction` or `flow`."""
+    prediction_type: str | None
+    """`epsilon`, `v_prediction` or `flow`; `None` where it is not known."""
     base: str
     base_revision: str | None = None
     base_hashes: dict[str, str]
@@ -92,13 +122,17 @@ class EraserHeader(BaseModel):
     objective: str
     scope: str
     recipes: tuple[Recipe, ...]
-    """The recipe as resolved; one of each member in a stack."""
+    """The recipe as resolved; one of each member in a stack, none of what was not trained here."""
     versions: dict[str, str]
     created: str
     """ISO 8601, UTC."""
     cost: dict[str, float] = {}
     """Seconds, sample evaluations and student samples the training took."""
     evaluation: dict[str, Any] | None = None
+    origins: tuple[Origin, ...] = ()
+    """Of members that were imported or extracted."""
+    truncation: float = 0.0
+    """Share of the update's norm that compressing cut off; in a stack, that of the member that lost most."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +162,13 @@ class Eraser:
             directory: Made when missing. Files of other names in it are left alone.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        with told(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         weights = save(self.state_dict(), metadata={"format": "pt", HEADER_KEY: self.header.model_dump_json()})
         documents = [dump_recipe(recipe) for recipe in self.header.recipes]
-        write_whole(directory / "recipe.yaml", "---\n".join(documents).encode())
-        write_whole(directory / "README.md", render_card(self.header).encode())
+        if documents:
+            write_whole(directory / "recipe.yaml", "---\n".join(documents).encode())
+        write_whole(directory / "README.md", render_card(self.header, len(self.pairs)).encode())
         write_whole(directory / WEIGHTS_NAME, weights)
         return directory
 
@@ -142,26 +178,28 @@ class Eraser:
 
         Raises:
             EsdLoraError: If there is no such file, it is damaged, it has no header of ours, its format is newer than
-                this package, or its keys are not those of a LoRA.
+                this package, or its tensors are not those of a LoRA in finite floating-point numbers.
         """
         path = Path(path)
         file = path / WEIGHTS_NAME if path.is_dir() else path
         if not file.is_file():
             raise EsdLoraError(f"no eraser at {path}: expected a directory with {WEIGHTS_NAME}, or a .safetensors file.")
-        try:
-            with cast("Any", safe_open)(file, framework="pt") as opened:  # safetensors ships no types
-                metadata: dict[str, str] = opened.metadata() or {}
-                text = metadata.get(HEADER_KEY)
-                tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in list(opened.keys())} if text else {}
-        except SafetensorError as error:
-            raise EsdLoraError(f"{file} is damaged or not a safetensors file ({error}). Fetch or train it again.") from error
+        text = read_header(file).metadata.get(HEADER_KEY)
         if text is None:
-            raise EsdLoraError(f"{file} has no {HEADER_KEY!r} header: it is a LoRA, but not an eraser of this toolkit.")
-        header = _read_header(text, file)
-        return cls(_read_pairs(tensors, header.prefix, file), header)
+            raise EsdLoraError(
+                f"{file} has no {HEADER_KEY!r} header: it is a LoRA, but not an eraser of this toolkit. Make it one with"
+                " esd-lora import."
+            )
+        header = parse_header(text, file)
+        return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)
 
 
-def _read_header(text: str, file: Path) -> EraserHeader:
+def parse_header(text: str, file: Path) -> EraserHeader:
+    """The header from its JSON.
+
+    Raises:
+        EsdLoraError: If it is damaged or of a newer format.
+    """
     try:
         found = re.search(r'"format"\s*:\s*(\d+)', text)
         if found and int(found[1]) > FORMAT:
@@ -178,46 +216,36 @@ def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[
     pairs: dict[str, LoraPair] = {}
     for key in downs:
         module = key.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-        up = tensors.get(f"{prefix}.{module}.lora_B.weight")
-        down = tensors[key]
-        if up is None or min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0]:
-            raise EsdLoraError(f"{file}: layer {module} has no lora_B that fits its lora_A. Fetch or train it again.")
-        pairs[module] = LoraPair(down, up)
+        pairs[module] = checked_pair(tensors[key], tensors.get(f"{prefix}.{module}.lora_B.weight"), f"{file}: layer {module}")
     if not pairs or len(tensors) != 2 * len(pairs):
         raise EsdLoraError(f"{file}: keys are not those of a diffusers LoRA under {prefix!r}. Fetch or train it again.")
     return pairs
 
 
-def clear_output(directory: Path, force: bool, names: Sequence[str]) -> None:
-    """Makes an output directory, and refuses one that holds something unless told to write over it.
+def checked_pair(down: Tensor, up: Tensor | None, what: str) -> LoraPair:
+    """A pair of factors, once they are seen to be one.
 
     Args:
-        directory: Made when missing.
-        force: Remove files of `names` in it first; others stay.
-        names: What the caller is about to write.
+        down: As in `LoraPair`.
+        up: As in `LoraPair`, or `None` where the file has none.
+        what: File and layer, for the message.
 
     Raises:
-        EsdLoraError: If the directory is not empty and `force` is not set, or it is a file.
+        EsdLoraError: If they do not fit each other, have rank 0, or are not all finite floating-point numbers.
     """
-    for place in (directory, *directory.parents):
-        if place.exists() and not place.is_dir():
-            raise EsdLoraError(f"output {directory}: {place} is a file, expected a directory. Choose another.")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not force:
-            raise EsdLoraError(f"output {directory} already exists and is not empty. Choose another, or add --force.")
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and moves it there, so that a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    if up is None or down.dim() not in (2, 4) or up.dim() != down.dim() or up.shape[1] != down.shape[0]:
+        shapes = f"{list(down.shape)} and {'nothing' if up is None else list(up.shape)}"
+        raise EsdLoraError(f"{what} has no lora_B that fits its lora_A ({shapes}). Fetch or train it again.")
+    if 0 in (*down.shape, *up.shape) or set(up.shape[2:]) - {1}:
+        raise EsdLoraError(
+            f"{what} has factors of shapes {list(down.shape)} and {list(up.shape)}: no update of rank 1 or more."
+        )
+    for factor in (down, up):
+        if not factor.is_floating_point() or factor.element_size() < 2:
+            raise EsdLoraError(f"{what} is stored as {str(factor.dtype)[6:]}, expected float16, bfloat16, float32 or float64.")
+        if not bool(factor.isfinite().all()):
+            raise EsdLoraError(f"{what} holds NaN or infinity: its training diverged. Train it again with a lower train.lr.")
+    return LoraPair(down, up)
 
 
 def hash_weight(weight: Tensor) -> str:

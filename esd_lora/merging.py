@@ -1,4 +1,4 @@
-"""Merging erasers into a base for good: a new diffusers directory, written tensor by tensor."""
+"""Merging erasers into a base for good: a new diffusers directory or single-file checkpoint, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import json
 import shutil
 import struct
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.bases import BUILT_IN, base_files
-from esd_lora.eraser import Eraser, LoraPair, hash_weight
+from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import family_of, read_pipeline
-from esd_lora.families._base import prediction_type
-from esd_lora.stacking import stack
+from esd_lora.families.stored import EMA, Stored, StoredFile, open_stored, read_layer
+from esd_lora.fitting import check_kind, compare_weights
+from esd_lora.manifests import load_eraser
+from esd_lora.outputs import clear_file, told
+from esd_lora.stacking import Strength, stack, strengths_of
+from esd_lora.tensor_files import DTYPES, Header, hash_tensors, read_header, read_rows
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MERGED_KEY = "esd_lora_merged"
+"""Metadata of a merged file: a JSON list of what was merged into it, the latest last."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
-_CHUNK = 16 * 2**20
+_CHUNK = 16 * 2**20  # bytes copied at once
+_VALUES = 4 * 2**20  # of a weight added to at once
 
 
 def merge(
@@ -32,67 +35,150 @@ def merge(
     base: str | Path,
     out: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Strength] | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Adds erasers to a base's weights and writes the result as a new diffusers directory.
+    """Adds erasers to a base's weights and writes the result in the base's own layout.
 
     Sums are made in float32 and rounded once, to the dtype the base is stored in. Untouched tensors are copied byte for
-    byte. The output appears whole, by a rename, or not at all; the input is only read.
+    byte, averaged (EMA) copies of the denoiser are merged too. The output appears whole, by a rename, or not at all; the
+    input is only read. Memory stays below a few hundred megabytes whatever the size of the base.
 
     Args:
         erasers: Erasers or their paths.
-        base: A built-in base, a local diffusers directory, or a Hub id.
-        out: Directory to make.
-        weights: Strength of each eraser, 1 by default.
-        force: Replace a diffusers directory that is already at `out`.
+        base: A built-in base, a local diffusers directory, a Hub id, or a single-file `.safetensors` checkpoint.
+        out: Directory to make; for a single-file base, the file.
+        weights: Strength of each eraser, 1 by default; -1 takes a merged eraser out again, within rounding.
+        force: Replace a merged base that is already at `out`.
         progress: Whether to show a progress bar.
 
     Returns:
         `out`.
 
     Raises:
-        EsdLoraError: If base or erasers cannot be read or do not fit, or `out` exists or is the base itself.
+        EsdLoraError: If base or erasers cannot be read or do not fit, or `out` exists, is the base itself, or cannot be
+            written.
     """
-    source, out = _files_of(str(base)), Path(out)
-    stacked = stack([eraser if isinstance(eraser, Eraser) else Eraser.load(eraser) for eraser in erasers], weights)
-    family = family_of(read_pipeline(source / "model_index.json"))
-    if stacked.header.family != family.name:
-        raise EsdLoraError(f"erasers are of family {stacked.header.family!r}, base {str(base)!r} of {family.name!r}.")
-    _check_prediction_type(source, stacked)
-    _check_out(source, out, force)
-    files = sorted((source / family.denoiser).glob("*.safetensors"))
-    if not files:
-        raise EsdLoraError(f"{source / family.denoiser} has no .safetensors weights. Save the base as safetensors first.")
-    _check_weights(files, stacked, str(base))
-    provenance = {
+    out, stored = Path(out), open_stored(base)
+    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    stacked = stack(members, weights)
+    _check_fit(stored, stacked, str(base))
+    (_check_directory if stored.denoiser else _check_file)(stored.path, out, force)
+    compare_weights(stacked, _touched(stored, stacked), str(base))
+    entry = {
         "base": str(base),
-        "concepts": [concept.model_dump() for concept in stacked.header.concepts],
-        "created": stacked.header.created,
+        "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
+    with told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < size:
+            raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
+        total = sum(file.path.stat().st_size for file in stored.files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+            (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
+    return out
+
+
+def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:
+    """What the merged file says about one eraser."""
+    header = eraser.header
+    return {
+        "concepts": [concept.model_dump(mode="json") for concept in header.concepts],
+        "weight": strength.weight,
+        "blocks": dict(strength.blocks),
+        "sha256": hash_tensors(eraser.state_dict()),
+        "created": header.created,
+        "recipes": [recipe.model_dump(mode="json") for recipe in header.recipes],
+    }
+
+
+def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
+    """Refuses erasers of another kind of model, and layers that the base lacks or has in another shape."""
+    check_kind(stacked, stored.family, stored.prediction_type, base)
+    left = set(stacked.pairs)
+    for file in stored.files:
+        for name, members in file.layers.items():
+            shape = file.header.tensors[name]["shape"]
+            for module, place in members:
+                pair = stacked.pairs.get(module)
+                if not pair:
+                    continue
+                left.discard(module)
+                rows = len(range(*place.rows(shape[1]).indices(shape[0])))
+                # A linear layer and a convolution of one pixel hold the same numbers.
+                if (rows, *(n for n in shape[1:] if n != 1)) != (pair.shape[0], *(n for n in pair.shape[1:] if n != 1)):
+                    raise EsdLoraError(
+                        f"base layer {name} has shape {shape}, the eraser changes one of {list(pair.shape)}: it was made for"
+                        " another model."
+                    )
+    if left:
+        raise EsdLoraError(
+            f"base {base!r} has no layer {min(left)} in floating point: the eraser was made for another model, or the base is"
+            " quantised."
+        )
+
+
+def _touched(stored: Stored, stacked: Eraser) -> Iterator[tuple[str, Tensor]]:
+    """Module path and stored weight of every layer that the stack changes."""
+    for file in stored.files:
+        with file.path.open("rb") as source:
+            for name, members in file.layers.items():
+                for module, place in members:
+                    if module in stacked.pairs and not name.startswith(EMA):
+                        yield module, read_layer(source, file.header, name, place)
+
+
+def _check_directory(source: Path, out: Path, force: bool) -> None:
+    inside = out.resolve()
+    if inside == source.resolve() or source.resolve() in inside.parents:
+        raise EsdLoraError(f"output {out} is inside the base itself. The base is never written to; choose another place.")
+    if out.suffix == ".safetensors":
+        raise EsdLoraError(f"output {out} is named like a file, and the base is a diffusers directory: so is what comes out.")
+    if out.exists() and not force:
+        raise EsdLoraError(f"output {out} already exists. Choose another, or add --force.")
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise EsdLoraError(f"output {out} is not a diffusers directory, so --force does not replace it. Choose another.")
+
+
+def _check_file(source: Path, out: Path, force: bool) -> None:
+    if out.exists() and out.samefile(source):
+        raise EsdLoraError(f"output {out} is the base itself. The base is never written to; choose another place.")
+    if out.suffix != ".safetensors":
+        raise EsdLoraError(
+            f"output {out}: the base is one file, and so is what comes out. Give a name that ends in .safetensors."
+        )
+    clear_file(out, force)
+    if out.exists():
+        read_header(out)  # whatever else lies there is not ours to replace
+
+
+def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+    handle, beside = tempfile.mkstemp(prefix=f".{out.name[:80]}.partial-", dir=out.parent)
+    partial = Path(beside)
+    try:
+        with open(handle, "wb") as sink:  # noqa: PTH123
+            _write_merged(stored.files[0], stacked, sink, entry, bar)
+        partial.chmod(0o644)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+    assert stored.denoiser
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:80]}.partial-", dir=out.parent))
     try:
 
         def left_out(folder: str, names: list[str]) -> list[str]:
             # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
-            return [n for n in names if Path(folder) == source / family.denoiser and Path(n).suffix in _WEIGHTS]
+            return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in _WEIGHTS]
 
-        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=left_out)
-        with tqdm(
-            total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc="merging", disable=not progress
-        ) as bar:
-            left = set(stacked.pairs)
-            for file in files:
-                target = partial / family.denoiser / file.name
-                with target.open("wb") as sink:
-                    for name, chunk in _merged_chunks(file, stacked, provenance):
-                        sink.write(chunk)
-                        bar.update(len(chunk))
-                        left.discard(name.removesuffix(".weight"))
-        if left:
-            raise EsdLoraError(f"base {str(base)!r} has no layer {min(left)}: the eraser was made for another model.")
+        shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
+        for file in stored.files:
+            with (partial / stored.denoiser.name / file.path.name).open("wb") as sink:
+                _write_merged(file, stacked, sink, entry, bar)
         partial.chmod(0o755)
         if out.exists():
             retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
@@ -104,96 +190,75 @@ def merge(
             shutil.rmtree(retired)
         else:
             partial.rename(out)
-    except OSError as error:
-        raise EsdLoraError(f"merging into {out} failed: {error}. Nothing was written there.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
-def _files_of(base: str) -> Path:
-    """The local diffusers directory of a base; a Hub id is fetched into the cache."""
-    folder = base_files(base) if base in BUILT_IN else Path(base)
-    if not folder.is_dir() and base.count("/") == 1:
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        try:
-            folder = Path(DiffusionPipeline.download(base, use_safetensors=True))
-        except (OSError, ValueError) as error:
-            raise EsdLoraError(f"base {base!r} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
-    if not (folder / "model_index.json").is_file():
-        raise EsdLoraError(f"no base {base!r}: expected {', '.join(BUILT_IN)}, a diffusers directory, or a Hub id.")
-    return folder
-
-
-def _check_prediction_type(source: Path, stacked: Eraser) -> None:
-    config = source / "scheduler" / "scheduler_config.json"
-    found = prediction_type(json.loads(config.read_text("utf-8")))
-    if found != stacked.header.prediction_type:
-        raise EsdLoraError(f"erasers have prediction type {stacked.header.prediction_type!r}, the base {found!r}.")
-
-
-def _check_weights(files: Sequence[Path], stacked: Eraser, base: str) -> None:
-    """Refuses damaged files, and warns when the layers to change are not those the erasers were trained on."""
-    changed = 0
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    module = name.removesuffix(".weight")
-                    if name.endswith(".weight") and module in stacked.pairs:
-                        changed += stacked.header.base_hashes.get(module, "") != hash_weight(opened.get_tensor(name))
-        except SafetensorError as error:
-            raise EsdLoraError(f"{file} is damaged ({error}). Fetch the base again.") from error
-    if changed:
-        warnings.warn(
-            f"erasers of {stacked.names} were trained on other weights ({stacked.header.base!r}): {changed} of"
-            f" {len(stacked.pairs)} layers differ in {base!r}. Measure what the merged model erases.",
-            stacklevel=3,
-        )
-
-
-def _check_out(source: Path, out: Path, force: bool) -> None:
-    inside = out.resolve()
-    if inside == source.resolve() or source.resolve() in inside.parents:
-        raise EsdLoraError(f"output {out} is inside the base itself. The base is never written to; choose another place.")
-    if out.exists() and not force:
-        raise EsdLoraError(f"output {out} already exists. Choose another, or add --force.")
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise EsdLoraError(f"output {out} is not a diffusers directory, so --force does not replace it. Choose another.")
-
-
-def _merged_chunks(file: Path, stacked: Eraser, provenance: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The merged safetensors file piece by piece: the header, then every tensor in its old order.
+def _write_merged(file: StoredFile, stacked: Eraser, sink: BinaryIO, entry: Mapping[str, Any], bar: tqdm) -> None:
+    """Writes the merged safetensors file: the header, then every tensor in its old order.
 
     A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes at the
     offsets the header gives. Shapes and dtypes stay, so offsets stay too; only the metadata grows.
     """
-    with file.open("rb") as source:
-        (length,) = struct.unpack("<Q", source.read(8))
-        header = json.loads(source.read(length))
-        metadata = {**header.pop("__metadata__", {}), "esd_lora_merged": json.dumps(provenance)}
-        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        yield "", struct.pack("<Q", len(text)) + text
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            begin, end = entry["data_offsets"]
-            source.seek(8 + length + begin)
-            pair = stacked.pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            if pair:
-                yield name, _added(name, source.read(end - begin), entry, pair)
+    metadata = {**file.header.metadata, MERGED_KEY: json.dumps([*merged_before(file.header), entry])}
+    text = json.dumps({"__metadata__": metadata, **file.header.tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(struct.pack("<Q", len(text)) + text)
+    touched = {name for name, members in file.layers.items() if any(module in stacked.pairs for module, _ in members)}
+    with file.path.open("rb") as source:
+        for name, tensor in sorted(file.header.tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
+            begin, end = tensor["data_offsets"]
+            if name in touched:
+                for block in _merged_blocks(file, name, stacked, source):
+                    sink.write(block.view(torch.uint8).numpy().data)
             else:
-                for at in range(begin, end, _CHUNK):
-                    yield name, source.read(min(_CHUNK, end - at))
+                _copy(source, sink, file.header.start + begin, end - begin)
+            bar.update(end - begin)
 
 
-def _added(name: str, raw: bytes, entry: dict[str, Any], pair: LoraPair) -> bytes:
-    if entry["dtype"] not in _DTYPES or tuple(entry["shape"]) != pair.shape:
-        raise EsdLoraError(
-            f"base layer {name} is {entry['dtype']} {entry['shape']}, the eraser changes a float layer of {list(pair.shape)}:"
-            " it was made for another model, or the base is quantised."
-        )
-    dtype = _DTYPES[entry["dtype"]]
-    weight = torch.frombuffer(bytearray(raw), dtype=dtype).reshape(pair.shape)
-    summed = (weight.to(torch.promote_types(dtype, torch.float32)) + pair.delta()).to(dtype)
-    return summed.contiguous().view(torch.uint8).numpy().tobytes()
+def merged_before(header: Header) -> list[dict[str, Any]]:
+    """What was merged into a file before, as it says itself."""
+    try:
+        found = json.loads(header.metadata.get(MERGED_KEY, "[]"))
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _copy(source: BinaryIO, sink: BinaryIO, begin: int, length: int) -> None:
+    source.seek(begin)
+    while length:
+        chunk = source.read(min(_CHUNK, length))
+        if not chunk:
+            raise OSError(f"{source.name} became shorter while it was read")
+        sink.write(chunk)
+        length -= len(chunk)
+
+
+class _Addition(NamedTuple):
+    """An update that goes onto some rows of a stored tensor."""
+
+    first: int
+    up: Tensor
+    down: Tensor
+
+
+def _merged_blocks(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO) -> Iterator[Tensor]:
+    """One touched tensor, some rows at a time."""
+    entry = file.header.tensors[name]
+    shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
+    precise = torch.promote_types(dtype, torch.float32)
+    additions: list[_Addition] = []
+    for module, place in file.layers[name]:
+        if pair := stacked.pairs.get(module):
+            up = place.reordered(pair.up.flatten(1), shape[1]).to(precise)
+            additions.append(_Addition(place.rows(shape[1]).start or 0, up, pair.down.flatten(1).to(precise)))
+    step = max(1, _VALUES * shape[0] // max(1, torch.Size(shape).numel()))
+    for first in range(0, shape[0], step):
+        rows = slice(first, min(first + step, shape[0]))
+        block = read_rows(source, file.header, name, rows).flatten(1).to(precise)
+        for start, up, down in additions:
+            a, b = max(rows.start, start), min(rows.stop, start + len(up))
+            if a < b:
+                block[a - first : b - first] += up[a - start : b - start] @ down
+        yield block.to(dtype)

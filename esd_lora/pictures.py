@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import trange
 
-from esd_lora.families import Base
-from esd_lora.trajectory import Condition
+if TYPE_CHECKING:
+    from esd_lora.families import Base
+    from esd_lora.trajectory import Condition
 
 _BATCH = 32
 
@@ -97,4 +98,38 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], *, t
         for x, picture in enumerate(pictures):
             resample = Image.Resampling.NEAREST if picture.width <= tile else Image.Resampling.LANCZOS
             sheet.paste(picture.resize((tile, tile), resample), (left + x * (tile + 4), top + y * (tile + 4)))
+    return sheet
+
+
+def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[str], *, last_column: str = "") -> Image.Image:
+    """Lays matrices out side by side as heat maps: white at 0, red to 1 and above, blue below 0.
+
+    Args:
+        maps: Title to matrix, one row for each label; a matrix with one more column than labels gets `last_column` over it.
+        labels: Of rows and columns, wrapped.
+        last_column: Label of the extra column.
+    """
+    font, cell = ImageFont.load_default(12), 56
+    names = [wrap(label, 14)[:2] or [""] for label in labels]
+    left = 16 + max((int(font.getlength(line)) for name in names for line in name), default=0)
+    top, bottom = 80, 12
+    widths = [left + cell * max(map(len, matrix)) + 24 for matrix in maps.values()]
+    sheet = Image.new("RGB", (sum(widths), top + cell * len(labels) + bottom), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for width, (title, matrix) in zip(widths, maps.items(), strict=True):
+        draw.text((x + left, 8), title, fill="black", font=ImageFont.load_default(15))
+        for column in range(max(map(len, matrix))):
+            name = names[column] if column < len(names) else wrap(last_column, 10)
+            short = "\n".join(line[:8] for line in name)
+            draw.multiline_text((x + left + column * cell + 4, top - 34), short, fill="black", font=font, spacing=2)
+        for y, row in enumerate(matrix):
+            place = (x + 6, top + y * cell + cell // 2 - 14)
+            draw.multiline_text(place, "\n".join(names[y]), fill="black", font=font, spacing=2)
+            for column, value in enumerate(row):
+                shade = int(255 - 200 * min(1.0, abs(value)))
+                corner = (x + left + column * cell, top + y * cell)
+                fill = (255, shade, shade) if value >= 0 else (shade, shade, 255)
+                draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=fill)
+                draw.text((corner[0] + 10, corner[1] + cell // 2 - 8), f"{value:.2f}", fill="black", font=font)
+        x += width
     return sheet

@@ -6,16 +6,20 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 
-Weighted = tuple[str, float]
+if TYPE_CHECKING:
+    from esd_lora.stacking import Strength
+
+Weighted = tuple[str, float, dict[str, float]]
+"""Path of an eraser, its weight, and factors by block."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -44,24 +48,55 @@ class Commands(click.Group):
 
 
 class EraserType(click.ParamType):
-    """`PATH` or `PATH:WEIGHT`."""
+    """`PATH`, `PATH:WEIGHT` or `PATH:WEIGHT,BLOCK=FACTOR,...`."""
 
     name = "ERASER[:W]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:  # noqa: ARG002
-        path, colon, weight = str(value).rpartition(":")
-        if colon and not Path(value).exists():
+        path, colon, said = str(value).rpartition(":")
+        if not colon or Path(value).exists():
+            return str(value), 1.0, {}
+        weight, blocks = 1.0, dict[str, float]()
+        for i, part in enumerate(said.split(",")):
+            block, equals, number = part.rpartition("=")
             try:
-                strength = float(weight)
+                strength = float(number)
             except ValueError:
-                return str(value), 1.0
+                return str(value), 1.0, {}  # then the colon belongs to the path
+            if not equals and i > 0:
+                raise EsdLoraError(f"{value}: {part!r} is a second weight, expected BLOCK=FACTOR, such as mid=0.5.")
             if not math.isfinite(strength):
-                raise EsdLoraError(f"weight {weight!r} of eraser {path} is not a finite number.")
-            return path, strength
-        return str(value), 1.0
+                raise EsdLoraError(f"weight {part!r} of eraser {path} is not a finite number.")
+            if equals:
+                blocks[block.strip()] = strength
+            else:
+                weight = strength
+        return path, weight, blocks
 
 
 ERASER = EraserType()
+
+
+def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
+    """Paths and strengths of `ERASER:WEIGHT` arguments."""
+    from esd_lora.stacking import Strength
+
+    return [path for path, _, _ in erasers], [Strength(weight, blocks) for _, weight, blocks in erasers]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Reads `0,0.5,1`.
+
+    Raises:
+        EsdLoraError: If something in it is not a finite number.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise EsdLoraError(f"{option} {text!r}: expected numbers with commas between, such as 0,0.5,1.")
+    return found
 
 
 def base_option(default: str | None = None) -> Callable[[_Command], _Command]:

@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 
 from esd_lora.adapters import add_adapter, dropping, read_pairs
 from esd_lora.checkpoints import CHECKPOINT_NAME, TrainState
-from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader, clear_output, hash_weight
+from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.lessons import Lesson, Teacher, nearest, plan
 from esd_lora.objectives import OBJECTIVES
 from esd_lora.optimizing import learning_rate, make_optimizer
+from esd_lora.outputs import clear_output
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.replay import Buffers, latent_shapes, refresh, seed_of

@@ -18,7 +18,8 @@ from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
-from esd_lora.families.single_file import PICKLES, open_single_file
+from esd_lora.families.single_file import open_single_file
+from esd_lora.tensor_files import PICKLES
 
 __all__ = ["FAMILIES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
 

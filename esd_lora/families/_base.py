@@ -8,7 +8,6 @@ line in `families/__init__.py`.
 from __future__ import annotations
 
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from esd_lora.eraser import Eraser, hash_weight
+from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.fitting import check_kind, compare_weights
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler, concatenate
 
@@ -237,27 +237,11 @@ class Base:
         Raises:
             EsdLoraError: With what differs.
         """
-        header = eraser.header
-        for what, found, expected in (
-            ("family", header.family, self.family.name),
-            ("prediction type", header.prediction_type, self.prediction_type),
-        ):
-            if found != expected:
-                raise EsdLoraError(
-                    f"eraser of {eraser.names} has {what} {found!r}, base {self.id!r} has {expected!r}."
-                    " Use it on the model it was trained for."
-                )
-        changed = 0
+        check_kind(eraser, self.family.name, self.prediction_type, self.id)
         for path, weight in self.weights(eraser.pairs):
             if tuple(weight.shape) != eraser.pairs[path].shape:
                 raise EsdLoraError(
                     f"eraser of {eraser.names} changes {path} of shape {eraser.pairs[path].shape}, base {self.id!r} has"
                     f" {tuple(weight.shape)} there. Use it on the model it was trained for."
                 )
-            changed += header.base_hashes.get(path, "") != hash_weight(weight)
-        if changed:
-            warnings.warn(
-                f"eraser of {eraser.names} was trained on other weights ({header.base!r}): {changed} of"
-                f" {len(eraser.pairs)} layers differ in {self.id!r}. Measure what it erases here.",
-                stacklevel=3,
-            )
+        compare_weights(eraser, self.weights(eraser.pairs), self.id)

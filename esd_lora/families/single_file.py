@@ -18,8 +18,8 @@ import torch
 
 from esd_lora.bases import unpacked_config
 from esd_lora.errors import EsdLoraError
+from esd_lora.tensor_files import PICKLES, read_header
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _UNET = "model.diffusion_model."
 _CLIP_L = "cond_stage_model.transformer."
 _OPEN_CLIP = "cond_stage_model.model."
@@ -63,7 +63,8 @@ def open_single_file(
             f"{file} is a pickle, and opening one runs whatever code was put into it. Take the model's .safetensors file, or"
             " convert it on a machine you can spare."
         )
-    shapes, metadata = read_header(file)
+    header = read_header(file)
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.tensors.items()}
     kind = kind_of(file, shapes)
     if config is not None:
         directory = nullcontext(_checked(Path(config), kind, file))
@@ -78,25 +79,8 @@ def open_single_file(
         pipe = _convert(file, folder, shapes, dtype, vae)
     pipe.to(device)
     if config is None:
-        _set_prediction_type(pipe, kind, shapes, metadata)
+        _set_prediction_type(pipe, kind, shapes, header.metadata)
     return pipe, kind.family
-
-
-def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape of every tensor of a safetensors file, and its metadata. Reads no weights.
-
-    Raises:
-        EsdLoraError: If there is no such file or it is no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise EsdLoraError(f"no file {file}: expected a .safetensors checkpoint, a diffusers directory or a Hub id.")
-    try:
-        with safe_open(file, "pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise EsdLoraError(f"{file} is no .safetensors checkpoint, or damaged: {error}. Fetch it again.") from error
 
 
 def kind_of(file: Path, shapes: Mapping[str, Sequence[int]]) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -214,14 +215,22 @@ def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
         "epsilon",
         "xattn: 16 layers, rank 4",
         "steps 4",
-        "format 1",
+        "format 2",
+        "█",
     ):
         assert fact in said
 
 
 def test_inspect_as_json(cat_dir: Path) -> None:
-    header = json.loads(good("inspect", cat_dir / WEIGHTS_NAME, "--json"))
-    assert header == Eraser.load(cat_dir).header.model_dump(mode="json")
+    found = json.loads(good("inspect", cat_dir / WEIGHTS_NAME, "--json"))
+    eraser = Eraser.load(cat_dir)
+    assert found["header"] == eraser.header.model_dump(mode="json")
+    for module, pair in eraser.pairs.items():
+        facts = found["layers"][module]
+        assert (facts["rank"], facts["shape"]) == (4, list(pair.shape))
+        assert facts["norm"] == pytest.approx(float(pair.delta().norm()), rel=1e-5)
+    assert found["sha256"] == hashlib.sha256((cat_dir / WEIGHTS_NAME).read_bytes()).hexdigest()
+    assert found["size"] == (cat_dir / WEIGHTS_NAME).stat().st_size
 
 
 def test_recipes_list_says_what_each_is() -> None:

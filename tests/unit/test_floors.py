@@ -15,10 +15,14 @@ import esd_lora
 
 PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
-    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "bases"},
-    1: {"cards", "trajectory", "eraser", "stacking"},
+    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "bases", "outputs"},
+    1: {
+        *("cards", "trajectory", "eraser", "tensor_files", "fitting", "stacking", "manifests"),
+        *("naming", "exporting", "importing", "inspecting"),
+    },
     2: {"families", "pictures"},
-    3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"},
+    3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"}
+    | {"extracting", "verifying", "interference"},
     4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
@@ -30,7 +34,7 @@ BROUGHT: dict[int, set[str]] = {
     4: {"click"},
 }
 """What each floor may import from outside, beside the standard library and what those below it may."""
-VERBS = {"training", "sampling", "merging"}
+VERBS = {"training", "sampling", "merging", "extracting", "verifying"}
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in PACKAGE.rglob("*.py"))
 
 

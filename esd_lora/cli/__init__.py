@@ -1,0 +1,21 @@
+"""The command line: parses, calls one public function, prints where the result is."""
+
+from __future__ import annotations
+
+import click
+
+from esd_lora import __version__
+from esd_lora.cli.files import diff, export, extract, import_, inspect, merge, stack
+from esd_lora.cli.making import demo, generate, train
+from esd_lora.cli.recipes import recipes
+from esd_lora.shell import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="esd-lora")
+def main() -> None:
+    """Erase concepts from text-to-image diffusion models with small LoRA files."""
+
+
+for command in (train, generate, stack, merge, inspect, diff, export, import_, extract, recipes, demo):
+    main.add_command(command)

@@ -1,0 +1,195 @@
+"""`esd-lora stack`, `merge`, `inspect`, `diff`, `export`, `import`, `extract`: work on eraser files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.shell import ERASER, Weighted, base_option, force_option, unweighted
+
+_MANIFESTS = (".yaml", ".yml")
+_out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
+_rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
+_energy = click.option("--energy", type=float, help="Share of every layer's squared norm to keep: 0.999.")
+_concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What the file erases.")
+
+
+@click.command()
+@click.argument("erasers", nargs=-1, required=True, type=ERASER)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
+@_rank
+@_energy
+@click.option("--report", is_flag=True, help="Report how the members interfere: a table, interference.json and .png.")
+@base_option()
+@force_option
+def stack(
+    erasers: tuple[Weighted, ...],
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    report: bool,
+    base: str | None,
+    base_config: str | None,
+    force: bool,
+) -> None:
+    """Stack erasers into one, exactly: rank concatenation, weights folded in.
+
+    \b
+    esd-lora stack no-cat no-style:0.8 -o no-both
+    esd-lora stack no-cat no-style:1,mid=0.5,up.1=0 -o no-both     # weights by block
+    esd-lora stack no-cat no-style -o no-both --energy 0.999        # lower ranks, the error printed
+    esd-lora stack no-cat no-style -o stack.yaml                    # a document instead of a file
+    esd-lora stack no-cat no-style -o no-both --report --base emoji
+    """
+    from esd_lora.eraser import RUN_FILES
+    from esd_lora.interference import REPORT_FILES, measure
+    from esd_lora.manifests import load_eraser, write_manifest
+    from esd_lora.outputs import clear_file, clear_output
+    from esd_lora.stacking import compress
+    from esd_lora.stacking import stack as run
+
+    paths, strengths = unweighted(erasers)
+    manifest = out.suffix.lower() in _MANIFESTS
+    if manifest and (rank or energy):
+        raise EsdLoraError("a manifest names its members as they are: --rank and --energy need a directory to write into.")
+    if base and not report:
+        raise EsdLoraError("--base goes with --report: on it the members' effects are measured. Add --report.")
+    if manifest:
+        clear_file(out, force)
+        stacked = write_manifest(out, paths, strengths)
+    else:
+        stacked = run([load_eraser(path) for path in paths], strengths)
+        if rank or energy:
+            stacked, errors, overall = compress(stacked, rank=rank, energy=energy)
+            for module, error in errors.items():
+                click.echo(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")
+            click.echo(f"relative error over all {len(errors)} layers: {overall:.2e}")
+        clear_output(out, force, [*RUN_FILES, *REPORT_FILES])
+        stacked.save(out)
+    if report:
+        loaded = None
+        if base:
+            from esd_lora.families import load_base
+
+            loaded = load_base(base, config=base_config, vae=False)
+        found = measure([load_eraser(path) for path in paths], strengths, base=loaded)
+        found.save(out.parent if manifest else out)
+        click.echo("\n".join(found.lines()))
+    named = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
+    click.echo(f"stack of {', '.join(named)}: {out}")
+
+
+@click.command()
+@click.argument("erasers", nargs=-1, required=True, type=ERASER)
+@click.option("--base", required=True, help="Built-in base, diffusers directory, .safetensors checkpoint, or Hub id.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Diffusers directory or file to make.")
+@click.option("--verify", is_flag=True, help="Read the result again and prove every tensor.")
+@force_option
+def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, force: bool) -> None:
+    """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
+    from esd_lora.merging import merge as run
+
+    paths, strengths = unweighted(erasers)
+    run(paths, base, out, weights=strengths, force=force)
+    click.echo(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
+    if verify:
+        from esd_lora.verifying import verify as prove
+
+        proved = prove(out, base, paths, weights=strengths)
+        click.echo(
+            f"verified: {proved.touched} tensors are base + update to within rounding, {proved.untouched} others are bit-equal"
+        )
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--layers/--no-layers", default=None, help="Show every layer; default: if there are not too many.")
+def inspect(file: str, as_json: bool, layers: bool | None) -> None:
+    """Show what an eraser, a stack manifest or any LoRA file removes, how much, and where it came from."""
+    from esd_lora.inspecting import inspect_file
+
+    found = inspect_file(file)
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines(layers)))
+
+
+@click.command()
+@click.argument("first", type=click.Path())
+@click.argument("second", type=click.Path())
+def diff(first: str, second: str) -> None:
+    """Compare two LoRA files: headers, layers, and how far apart their updates are."""
+    from esd_lora.inspecting import diff as run
+
+    click.echo("\n".join(run(first, second).lines()))
+
+
+@click.command()
+@click.argument("eraser", type=click.Path())
+@click.option("--layout", required=True, help="kohya (A1111, Forge, ComfyUI), diffusers, or peft.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help=".safetensors file; for peft a directory.")
+@force_option
+def export(eraser: str, layout: str, out: Path, force: bool) -> None:
+    """Write an eraser for another program, its update unchanged."""
+    from esd_lora.exporting import export as run
+    from esd_lora.manifests import load_eraser
+
+    click.echo(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@_out_directory
+@_concepts
+@click.option("--base", metavar="NAME", help="What it was made for; default: what the file says.")
+@click.option("--family", help="sd, sdxl, sd3, flux or sana, where the layers' names fit several.")
+@click.option("--without-text-encoder", is_flag=True, help="Leave out layers of text encoders.")
+@force_option
+def import_(
+    file: Path,
+    out: Path,
+    concepts: tuple[str, ...],
+    base: str | None,
+    family: str | None,
+    without_text_encoder: bool,
+    force: bool,
+) -> None:
+    """Make an eraser of a LoRA file of kohya, LECO, SPM, ai-toolkit, peft or Concept Sliders (.pt)."""
+    from esd_lora.eraser import RUN_FILES
+    from esd_lora.importing import import_lora
+    from esd_lora.outputs import clear_output
+
+    eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
+    clear_output(out, force, RUN_FILES)
+    eraser.save(out)
+    unknown = "; where it came from is not known" if eraser.header.origins else ""
+    click.echo(
+        f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}"
+    )
+
+
+@click.command()
+@click.option("--base", required=True, help="What was fine-tuned: built-in base, diffusers directory, single file, Hub id.")
+@click.option("--tuned", required=True, help="The result: the same, or a file with some of the denoiser's weights.")
+@_out_directory
+@_rank
+@_energy
+@_concepts
+@force_option
+def extract(
+    base: str, tuned: str, out: Path, rank: int | None, energy: float | None, concepts: tuple[str, ...], force: bool
+) -> None:
+    """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
+    from esd_lora.eraser import RUN_FILES
+    from esd_lora.extracting import extract as run
+    from esd_lora.outputs import clear_output
+
+    found = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
+    clear_output(out, force, RUN_FILES)
+    found.eraser.save(out)
+    for module, share in found.energy.items():
+        click.echo(f"  {module}  rank {found.eraser.pairs[module].rank}  energy kept {share:.4%}")
+    click.echo(f"energy kept over all {len(found.energy)} layers that differ: {found.overall:.4%}")
+    click.echo(f"eraser of {', '.join(found.eraser.names)}: {out}")
