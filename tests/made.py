@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -48,3 +48,16 @@ def made_eraser(ranks: Mapping[str, int], *names: str, seed: int = 0, dtype: tor
     generator = torch.Generator().manual_seed(seed)
     pairs = {module: made_pair(SHAPES[module], rank, generator, dtype) for module, rank in ranks.items()}
     return Eraser(pairs, made_header(*names))
+
+
+def eraser_on(
+    model: torch.nn.Module, modules: Iterable[str], *names: str, seed: int = 0, rank: int | None = None, **header: object
+) -> Eraser:
+    """Random float32 updates on layers of a real model; ranks 1, 2, 3 in turn unless given."""
+    layers, generator = dict(model.named_modules()), torch.Generator().manual_seed(seed)
+    shapes = {module: tuple(layers[module].weight.shape) for module in modules}
+    pairs = {
+        module: made_pair(shape, rank or 1 + i % 3, generator, torch.float32)
+        for i, (module, shape) in enumerate(shapes.items())
+    }
+    return Eraser(pairs, made_header(*names, **header))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esd_lora.eraser import Eraser
-from esd_lora.stacking import stack
+from esd_lora.stacking import Strength, compress, stack
 from made import SHAPES, made_eraser, made_header
 
 names = st.text(min_size=1).filter(lambda name: "{x}" not in name)  # a placeholder needs words to fill in
@@ -79,6 +79,96 @@ def test_stack_of_one_is_the_eraser(a: Eraser) -> None:
     for module, pair in a.pairs.items():
         assert torch.equal(alone.pairs[module].down, pair.down)
         assert torch.equal(alone.pairs[module].up, pair.up)
+
+
+singles = st.builds(
+    lambda ranks, seed, name: made_eraser(ranks, name, seed=seed, dtype=torch.float32), ranks, st.integers(0, 2**32), names
+)
+
+
+@given(singles, singles)
+def test_order_does_not_matter(a: Eraser, b: Eraser) -> None:
+    """And in float32 the sum is exact to 1e-6 of its terms."""
+    for module in SHAPES:
+        one, two = (
+            (stack(order).pairs[module].delta() if module in stack(order).pairs else torch.zeros(()))
+            for order in ([a, b], [b, a])
+        )
+        terms = [e.pairs[module].delta().double() for e in (a, b) if module in e.pairs]
+        if terms:
+            size = sum(term.norm() for term in terms)
+            assert (one - two).norm() <= 1e-6 * size
+            assert (one.double() - sum(terms)).norm() <= 1e-6 * size
+
+
+@given(singles)
+def test_stack_with_its_opposite_is_nothing(a: Eraser) -> None:
+    for module, pair in stack([a, a], [1, -1]).pairs.items():
+        assert pair.delta().norm() <= 1e-6 * a.pairs[module].delta().norm()
+
+
+@given(erasers, erasers, st.integers(1, 5))
+def test_compressing_to_a_rank_cuts_the_least(a: Eraser, b: Eraser, rank: int) -> None:
+    """Eckart and Young: what is lost is the tail of the singular values, which a full SVD of the update gives."""
+    stacked = stack([a, b])
+    smaller, errors, overall = compress(stacked, rank=rank)
+    lost = whole = 0.0
+    for module, pair in stacked.pairs.items():
+        values = torch.linalg.svdvals(pair.delta().flatten(1))
+        tail, total = float(values[rank:].square().sum()), float(values.square().sum())
+        distance = (smaller.pairs[module].delta() - pair.delta()).norm()
+        assert smaller.pairs[module].rank <= rank
+        assert abs(float(distance) - tail**0.5) <= 1e-9 * total**0.5
+        assert abs(errors[module] - (tail / total) ** 0.5) <= 1e-7
+        lost, whole = lost + tail, whole + total
+    assert abs(overall - (lost / whole) ** 0.5) <= 1e-7
+    assert smaller.header.truncation == overall
+
+
+@given(singles, singles, st.floats(0.05, 1))
+def test_compressing_to_an_energy_honours_it(a: Eraser, b: Eraser, energy: float) -> None:
+    """Each layer is within the bound, and at one rank less it would not be."""
+    stacked = stack([a, b])
+    smaller, errors, _ = compress(stacked, energy=energy)
+    bound = (1 - energy) ** 0.5
+    for module, pair in stacked.pairs.items():
+        found = smaller.pairs[module]
+        distance = float((found.delta() - pair.delta()).norm() / pair.delta().norm())
+        assert distance <= bound + 1e-5
+        assert abs(distance - errors[module]) <= 1e-5
+        assert (found.down.dtype, found.up.dtype) == (torch.float32, torch.float32)
+        if found.rank > 1 and energy < 0.999:
+            less = compress(Eraser({module: pair}, stacked.header), rank=found.rank - 1).overall
+            assert less > bound - 1e-5
+
+
+@given(erasers)
+def test_compressing_what_is_low_rank_already_loses_nothing(a: Eraser) -> None:
+    twice = compress(stack([a, a], [0.25, 0.75]), rank=4)
+    assert_same(twice.eraser, total([a], [1]))
+    assert twice.overall < 1e-7
+
+
+@given(erasers, st.dictionaries(st.sampled_from(["mid", "mid.attn2.to_k", "conv"]), weights, min_size=1), weights)
+def test_strength_by_block(a: Eraser, blocks: dict[str, float], weight: float) -> None:
+    """The longest block that fits a layer holds, on top of the weight."""
+    blocks = {block: x for block, x in blocks.items() if any(f"{m}.".startswith(f"{block}.") for m in a.pairs)}
+    stacked = stack([a], [Strength(weight, blocks)])
+    for module, pair in a.pairs.items():
+        fitting = [block for block in blocks if f"{module}.".startswith(f"{block}.")]
+        factor = weight * (blocks[max(fitting, key=len)] if fitting else 1)
+        torch.testing.assert_close(stacked.pairs[module].delta(), factor * pair.delta(), rtol=1e-12, atol=1e-12)
+    if (weight, blocks) != (1, {}):
+        assert (stacked.header.concepts[0].weight, stacked.header.concepts[0].blocks) == (weight, blocks)
+
+
+@given(ranks, st.integers(0, 2**32))
+def test_norms_and_products_by_the_factors(ranks: dict[str, int], seed: int) -> None:
+    a, b = made_eraser(ranks, seed=seed), made_eraser(ranks, seed=seed + 1)
+    for module in ranks:
+        one, other = a.pairs[module], b.pairs[module]
+        assert abs(one.norm() - float(one.delta().norm())) <= 1e-9 * one.norm()
+        assert abs(one.inner(other) - float((one.delta() * other.delta()).sum())) <= 1e-9 * one.norm() * other.norm()
 
 
 @given(ranks, st.integers(0, 2**32))

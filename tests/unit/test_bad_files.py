@@ -1,0 +1,177 @@
+"""Files that a stranger made, on purpose or not: one sentence, and nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from esd_lora.eraser import HEADER_KEY, WEIGHTS_NAME, Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.exporting import LAYOUTS, export
+from esd_lora.importing import import_lora
+from esd_lora.inspecting import diff, inspect_file
+from esd_lora.outputs import slug
+from esd_lora.tensor_files import read_header, read_rows
+from made import made_eraser, made_header
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+LONG = "a very long name of a concept, " * 40
+NAMES = {
+    "unicode": "猫 🐈 c'est ça",
+    "very long": LONG,
+    "path": "../../etc/passwd",
+    "no letters": "?!",
+    "control": "a\x00b\ncat",
+}
+
+
+def written(file: Path, header: object, data: bytes = b"\0" * 4, length: int | None = None) -> Path:
+    """A safetensors file made by hand."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return file
+
+
+DAMAGED = {
+    "garbage": (b"\x93NUMPY and so on", b"", None),
+    "header beyond the file": ({"a": ONE}, b"\0" * 4, 30_000_000),
+    "header of an exabyte": ({"a": ONE}, b"\0" * 4, 2**60),
+    "header of 100 MB": ({"a": ONE}, b"\0" * 4, 100_000_000),
+    "overlapping tensors": ({"a": ONE, "b": ONE}, b"\0" * 4, None),
+    "gap between tensors": ({"a": ONE, "b": {**ONE, "data_offsets": [8, 12]}}, b"\0" * 12, None),
+    "offset beyond the file": ({"a": {**ONE, "shape": [2**30], "data_offsets": [0, 2**32]}}, b"\0" * 4, None),
+    "negative offset": ({"a": {**ONE, "data_offsets": [-4, 0]}}, b"\0" * 4, None),
+    "shape that overflows": ({"a": {**ONE, "shape": [2**40, 2**40]}}, b"\0" * 4, None),
+    "unknown dtype": ({"a": {**ONE, "dtype": "F31"}}, b"\0" * 4, None),
+    "data left over": ({"a": ONE}, b"\0" * 12, None),
+    "data cut off": ({"a": ONE}, b"\0", None),
+    "metadata that is no text": ({"__metadata__": {"x": 1}, "a": ONE}, b"\0" * 4, None),
+    "header that is no JSON": (b"{not json}", b"", None),
+    "a name twice": (b'{"a":' + json.dumps(ONE).encode() + b',"a":' + json.dumps(ONE).encode() + b"}", b"\0" * 4, None),
+    "deep nesting": (b'{"a":' + b"[" * 200_000, b"", None),
+}
+READERS = {"load": Eraser.load, "import": import_lora, "inspect": inspect_file, "header": read_header}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(("header", "data", "length"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_file_is_told_in_a_sentence(
+    tmp_path: Path, header: object, data: bytes, length: int | None, reader: object
+) -> None:
+    file = written(tmp_path / "x.safetensors", header, data, length)
+    with pytest.raises(EsdLoraError, match="damaged") as caught:
+        reader(file)  # type: ignore[operator]
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x80\x02}q\x00", b"\x80\x04\x95"])
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_pickle_under_a_safe_name(tmp_path: Path, head: bytes, reader: object) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(head + b"\0" * 100)
+    with pytest.raises(EsdLoraError, match="is a pickle, not a safetensors file"):
+        reader(file)  # type: ignore[operator]
+
+
+def spoilt(tmp_path: Path, **changes: torch.Tensor) -> Path:
+    """An eraser whose tensors were exchanged."""
+    from safetensors.torch import save_file
+
+    tensors = {**made_eraser({"conv": 2}, dtype=torch.float32).state_dict()}
+    for name, tensor in changes.items():
+        tensors[f"unet.conv.lora_{name}.weight"] = tensor
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file, {HEADER_KEY: made_header().model_dump_json()})
+    return file
+
+
+SPOILT = {
+    "NaN": ({"A": torch.full((2, 2, 3, 3), torch.nan)}, "NaN or infinity"),
+    "infinity": ({"B": torch.full((3, 2, 1, 1), -torch.inf)}, "NaN or infinity"),
+    "rank 0": ({"A": torch.ones(0, 2, 3, 3), "B": torch.ones(3, 0, 1, 1)}, "no update of rank 1 or more"),
+    "no outputs": ({"B": torch.ones(0, 2, 1, 1)}, "no update of rank 1 or more"),
+    "ranks that differ": ({"B": torch.ones(3, 1, 1, 1)}, "no lora_B that fits"),
+    "linear up of a convolution": ({"B": torch.ones(3, 2)}, "no lora_B that fits"),
+    "kernel in both": ({"B": torch.ones(3, 2, 3, 3)}, "no update of rank"),
+    "vectors": ({"A": torch.ones(2), "B": torch.ones(3)}, "no lora_B that fits"),
+    "integers": ({"A": torch.ones(2, 2, 3, 3, dtype=torch.int32)}, "int32"),
+    "truth values": ({"B": torch.ones(3, 2, 1, 1, dtype=torch.bool)}, "bool"),
+    "float8": ({"B": torch.ones(3, 2, 1, 1).to(torch.float8_e5m2)}, "float8_e5m2"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), SPOILT.values(), ids=SPOILT)
+def test_tensors_that_are_no_lora(tmp_path: Path, changes: dict[str, torch.Tensor], said: str) -> None:
+    file = spoilt(tmp_path, **changes)
+    with pytest.raises(EsdLoraError, match=said) as caught:
+        Eraser.load(file)
+    assert f"{file}: layer conv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_beyond_two_gigabytes(tmp_path: Path) -> None:
+    """Offsets beyond 2 ** 31, in a file with holes that takes no room on the disk."""
+    rows, width = 70_000, 10_000
+    size = 4 * rows * width
+    entry = {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]}
+    last = {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]}
+    file = written(tmp_path / "big.safetensors", {"a": entry, "b": last}, b"")
+    with file.open("r+b") as opened:
+        start = opened.seek(0, 2)
+        opened.truncate(start + size + 8)
+        opened.seek(start + size)
+        opened.write(struct.pack("<ff", 1.5, 2.5))
+        opened.seek(start + size - 4)
+        opened.write(struct.pack("<f", 3.5))
+    assert file.stat().st_size > 2**31
+    header = read_header(file)
+    with file.open("rb") as source:
+        assert read_rows(source, header, "b").tolist() == [1.5, 2.5]
+        row = read_rows(source, header, "a", slice(rows - 1, rows))
+    assert (tuple(row.shape), float(row[0, -1]), float(row[0, 0])) == ((1, width), 3.5, 0.0)
+    with pytest.raises(EsdLoraError, match="not an eraser"):
+        Eraser.load(file)
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_concept_name(tmp_path: Path, name: str) -> None:
+    """Saved, loaded, exported, inspected and compared, and never part of a path."""
+    eraser = made_eraser({"conv": 2}, name, dtype=torch.float32)
+    folder = eraser.save(tmp_path / "eraser")
+    assert Eraser.load(folder).names == [name]
+    for layout in LAYOUTS[1:]:
+        file = export(eraser, tmp_path / (layout if layout == "peft" else f"{layout}.safetensors"), layout=layout)
+        assert import_lora(file).names == [name]
+    assert inspect_file(folder).lines()
+    assert diff(folder, tmp_path / "diffusers.safetensors").overall == 0
+    short = slug(name)
+    assert 0 < len(short.encode()) <= 200
+    assert not set(short) & set("/\\\0\n .")
+    assert {path.name for path in tmp_path.iterdir()} == {"eraser", "diffusers.safetensors", "peft"}
+
+
+@pytest.mark.parametrize("write", ["save", *LAYOUTS[1:]])
+def test_place_that_cannot_be_written(write: str) -> None:
+    """/proc refuses directories and files to everybody, root included."""
+    eraser, out = made_eraser({"conv": 2}), Path("/proc/esd-lora")
+    place = out / "x.safetensors" if write == "diffusers" else out
+    with pytest.raises(EsdLoraError, match=r"output /proc/esd-lora.* cannot be written") as caught:
+        _ = eraser.save(out) if write == "save" else export(eraser, place, layout=write)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_old_format_is_read(tmp_path: Path) -> None:
+    """The files of tests/golden were written when their format was new; they are never made anew."""
+    file = Path(__file__).parent.parent / "golden" / "format_1.safetensors"
+    eraser = Eraser.load(file)
+    assert eraser.names == ["a cat", "Van Gogh"]
+    assert (eraser.header.format, eraser.header.concepts[0].eta) == (1, 3.0)
+    expected = made_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
+    assert all(torch.equal(eraser.pairs[m].delta(), pair.delta()) for m, pair in expected.pairs.items())
+    assert eraser.save(tmp_path / "again") / WEIGHTS_NAME

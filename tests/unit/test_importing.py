@@ -1,0 +1,268 @@
+"""LoRA files of other programs become erasers of the same update, or are refused with what they are."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.exporting import kohya_tensors
+from esd_lora.importing import import_lora
+from esd_lora.inspecting import inspect_file
+from made import eraser_on
+from published import MODELS, changed, everywhere, layers_of
+from tiny import tiny_pipeline
+
+KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+KOHYA = "lora_unet_" + KEY.replace(".", "_")
+
+
+@pytest.fixture(scope="module")
+def sd() -> torch.nn.Module:
+    return MODELS["sd"][0]()
+
+
+def written(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, str] | None = None) -> Path:
+    file = folder / "van-gogh.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    return file
+
+
+def simple(width: int = 768, rank: int = 2, **changes: Tensor) -> dict[str, Tensor]:
+    """A layer under kohya's name."""
+    made = {"lora_down.weight": torch.ones(rank, width), "lora_up.weight": torch.ones(8, rank), **changes}
+    return {f"{KOHYA}.{part}": tensor for part, tensor in made.items()}
+
+
+def assert_same(found: Eraser, expected: Eraser) -> None:
+    assert found.pairs.keys() == expected.pairs.keys()
+    for module, pair in expected.pairs.items():
+        torch.testing.assert_close(found.pairs[module].delta(), pair.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_kohya_with_its_own_alphas(sd: torch.nn.Module, tmp_path: Path) -> None:
+    """LECO, SPM and sd-scripts write alpha 1 for any rank, or another for every layer."""
+    eraser = everywhere("sd", sd)
+    tensors: dict[str, Tensor] = {}
+    for i, (module, pair) in enumerate(eraser.pairs.items()):
+        name, alpha = "lora_unet_" + module.replace(".", "_"), 1.0 + i % 3
+        tensors |= {f"{name}.lora_down.weight": pair.down, f"{name}.lora_up.weight": pair.up * pair.rank / alpha}
+        if pair.rank != alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    found = import_lora(written(tensors, tmp_path), family="sd")
+    assert_same(found, eraser)
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    tensors = simple()
+    file = written(tensors, tmp_path, {"ss_sd_model_name": "v1-5.ckpt", "prompts": "van gogh", "ss_tag_frequency": "{}"})
+    header = import_lora(file).header
+    assert (header.family, header.prediction_type, header.base) == ("sd", None, "v1-5.ckpt")
+    assert [(c.name, c.eta, c.pairs) for c in header.concepts] == [("van-gogh", None, ())]
+    assert (header.objective, header.scope, header.recipes, header.base_hashes) == ("unknown", "unknown", (), {})
+    (origin,) = header.origins
+    assert (origin.how, origin.layout, list(origin.files)) == ("imported", "kohya", [file.name])
+    assert origin.notes == {"ss_sd_model_name": "v1-5.ckpt", "prompts": "van gogh"}
+    assert "provenance unknown" in "\n".join(inspect_file(file).lines())
+    told = import_lora(file, concepts=["Van Gogh", "Monet"], base="owner/model")
+    assert (told.names, told.header.base) == (["Van Gogh", "Monet"], "owner/model")
+
+
+def test_imported_eraser_is_saved_and_loaded(tmp_path: Path) -> None:
+    eraser = import_lora(written(simple(), tmp_path))
+    folder = eraser.save(tmp_path / "eraser")
+    assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
+    assert Eraser.load(folder).header == eraser.header
+    assert "provenance unknown" in (folder / "README.md").read_text("utf-8")
+
+
+def test_slider_is_a_pickle_of_tensors(tmp_path: Path) -> None:
+    """Concept Sliders publish .pt files of kohya's keys."""
+    torch.save(simple(alpha=torch.tensor(1.0)), tmp_path / "age.pt")
+    pair = import_lora(tmp_path / "age.pt").pairs[KEY]
+    assert torch.equal(pair.delta(), torch.ones(8, 768))
+
+
+def test_pickle_of_anything_else_is_not_opened(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    with (tmp_path / "bad.pt").open("wb") as file:
+        pickle.dump({"x": Attack()}, file)
+    torch.save({"x": Attack()}, tmp_path / "bad2.pt")
+    for name in ("bad.pt", "bad2.pt"):
+        with pytest.raises(EsdLoraError, match="cannot be read as tensors alone") as caught:
+            import_lora(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_without_tensors(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(EsdLoraError, match="state dict"):
+        import_lora(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_sdxl_files_with_either_kind_of_name(family: str, tmp_path: Path) -> None:
+    """Sliders and LECO name SDXL's layers as diffusers does, sd-scripts as the original does."""
+    model = MODELS["sdxl"][0]()
+    eraser = everywhere("sdxl", model)
+    names = {m: "lora_unet_" + m.replace(".", "_") for m in eraser.pairs} if family == "sd" else None
+    if names:
+        tensors = {
+            f"{names[m]}.{part}.weight": factor
+            for m, pair in eraser.pairs.items()
+            for part, factor in zip(("lora_down", "lora_up"), pair, strict=True)
+        }
+    else:
+        tensors = kohya_tensors(eraser)
+    assert_same(import_lora(written(tensors, tmp_path), family="sdxl"), eraser)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", ""])
+def test_flux_files_with_diffusers_names(prefix: str, tmp_path: Path) -> None:
+    """ai-toolkit's files."""
+    eraser = everywhere("flux", MODELS["flux"][0]())
+    tensors = {f"{prefix}{key.removeprefix('transformer.')}": tensor for key, tensor in eraser.state_dict().items()}
+    found = import_lora(written(tensors, tmp_path))
+    assert_same(found, eraser)
+    assert (found.header.family, found.header.prefix, found.header.prediction_type) == ("flux", "transformer", "flow")
+
+
+def test_flux_files_with_original_dotted_names(tmp_path: Path) -> None:
+    """A fused layer that another program trained as one: all of its rows share one `down`."""
+    model = MODELS["flux"][0]()
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(7 * 32, 2, generator=generator)
+    name = "diffusion_model.single_blocks.0.linear1"
+    found = import_lora(written({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path))
+    assert sorted(module.rpartition("blocks.0.")[2] for module in found.pairs) == [
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "proj_mlp",
+    ]
+    delta = changed("flux", model, found)["single_blocks.0.linear1.weight"]
+    torch.testing.assert_close(delta, up @ down, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_file_with_its_own_metadata(tmp_path: Path) -> None:
+    """`save_lora_weights` leaves alpha / rank to a JSON document in the header."""
+    pipe = tiny_pipeline()
+    pipe.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=8, target_modules=["to_k", "to_v"], rank_pattern={"to_v": 4}, init_lora_weights=False), "x"
+    )
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="x"))
+    config = pipe.unet.peft_config["x"]
+    config.base_model_name_or_path = None
+    told = {key: value for key, value in config.to_dict().items() if key in ("r", "lora_alpha", "rank_pattern", "use_rslora")}
+    type(pipe).save_lora_weights(tmp_path / "lora", unet_lora_layers=layers, unet_lora_adapter_metadata=told)
+    found = import_lora(tmp_path / "lora", family="sd")
+    modules = dict(pipe.unet.named_modules())
+    assert {pair.rank for pair in found.pairs.values()} == {2, 4}
+    for module, pair in found.pairs.items():
+        torch.testing.assert_close(pair.delta(), modules[module].get_delta_weight("x"), rtol=1e-5, atol=1e-6)
+
+
+def test_peft_directory_with_alpha_and_rslora(tmp_path: Path) -> None:
+    down, up = torch.randn(4, 16), torch.randn(8, 4)
+    tensors = {f"base_model.model.{KEY}.lora_A.weight": down, f"base_model.model.{KEY}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for rslora, scale in ((False, 2.0), (True, 4.0)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": rslora}))
+        found = import_lora(tmp_path, family="sd")
+        torch.testing.assert_close(found.pairs[KEY].delta(), scale * up @ down)
+        assert found.header.origins[0].layout == "peft"
+
+
+def test_text_encoder_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{k.split('.', 1)[1]}": t.clone() for k, t in simple().items()}
+    file = written({**simple(), **extra}, tmp_path)
+    with pytest.raises(EsdLoraError, match=r"text encoder.*--without-text-encoder"):
+        import_lora(file)
+    assert list(import_lora(file, without_text_encoder=True).pairs) == [KEY]
+
+
+def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:
+    assert import_lora(written(simple(1024), tmp_path)).header.family == "sd"
+    assert import_lora(written(simple(16), tmp_path), family="sdxl").header.family == "sdxl"
+    assert import_lora(written(simple(16), tmp_path, {"ss_base_model_version": "sdxl_base_v1-0"})).header.family == "sdxl"
+    deep = {key.replace("transformer_blocks_0", "transformer_blocks_0"): t for key, t in simple(2048).items()}
+    assert import_lora(written(deep, tmp_path)).header.family == "sdxl"
+    with pytest.raises(EsdLoraError, match="fit sd and sdxl alike: say which with --family"):
+        import_lora(written(simple(16), tmp_path))
+    with pytest.raises(EsdLoraError, match="did you mean 'sdxl'"):
+        import_lora(written(simple(16), tmp_path), family="sdx")
+    with pytest.raises(EsdLoraError, match="no model of family 'flux' has"):
+        import_lora(written(simple(16), tmp_path), family="flux")
+    with pytest.raises(EsdLoraError, match="of no model known here"):
+        import_lora(written({f"lora_unet_strange_{key}": t for key, t in simple().items()}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, None),
+        ({"ss_v_parameterization": "True"}, "v_prediction"),
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ],
+)
+def test_prediction_type(tmp_path: Path, metadata: dict[str, str], expected: str | None) -> None:
+    assert import_lora(written(simple(), tmp_path, metadata)).header.prediction_type == expected
+
+
+REFUSED = {
+    "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+    "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+    "DoRA": ({**simple(), f"{KOHYA}.dora_scale": torch.ones(8, 1)}, "DoRA"),
+    "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, "no LoRA's tensors"),
+    "empty": ({}, "no layer"),
+    "down without up": ({f"{KOHYA}.lora_down.weight": torch.ones(2, 768)}, "no lora_B"),
+    "up without down": ({f"{KOHYA}.lora_up.weight": torch.ones(8, 2)}, "no down factor"),
+    "rank 0": ({f"{KOHYA}.lora_down.weight": torch.ones(0, 768), f"{KOHYA}.lora_up.weight": torch.ones(8, 0)}, "rank 1"),
+    "ranks that differ": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, "no lora_B that fits"),
+    "two alphas": (simple(alpha=torch.ones(2)), "2 values"),
+    "integers": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)}, "int8"),
+    "float8": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2).to(torch.float8_e4m3fn)}, "float8"),
+    "NaN": (simple() | {f"{KOHYA}.lora_up.weight": torch.full((8, 2), float("nan"))}, "NaN"),
+    "infinity": (simple() | {f"{KOHYA}.lora_down.weight": torch.full((2, 768), float("inf"))}, "infinity"),
+    "one layer under two names": (
+        simple() | {key.replace(KOHYA, f"unet.{KEY}"): tensor for key, tensor in simple().items()},
+        "twice",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(tmp_path: Path, tensors: dict[str, Tensor], said: str) -> None:
+    file = written({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path)
+    with pytest.raises(EsdLoraError, match=said) as caught:
+        import_lora(file, family="sd")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(EsdLoraError, match="no LoRA at"):
+        import_lora(tmp_path / "nothing.safetensors")
+    with pytest.raises(EsdLoraError, match="no LoRA at"):
+        import_lora(tmp_path)
+
+
+def test_scope_of_one_layer_type(sd: torch.nn.Module, tmp_path: Path) -> None:
+    eraser = eraser_on(sd, layers_of("sd", sd, "xattn-kv"), **MODELS["sd"][2])
+    assert_same(import_lora(written(kohya_tensors(eraser), tmp_path), family="sd"), eraser)
