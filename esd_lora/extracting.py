@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -166,7 +166,8 @@ def _tuned(stored: Stored, tuned: Path) -> tuple[Readers, Readers, list[Path]]:
             for module, place in members
             if tensors[name].dim() in (2, 4) and not name.startswith(EMA)
         }
-        return layers, _canonical(stored.family, {n: lambda t=t: t for n, t in tensors.items() if n not in places}), [tuned]
+        others: Readers = {name: lambda tensor=tensor: tensor for name, tensor in tensors.items() if name not in places}
+        return layers, _canonical(stored.family, tensors, others), [tuned]
     if tuned.suffix.lower() == ".safetensors":
         header = read_header(tuned)
         found = only_layers(StoredFile(tuned, header, find_layers(stored.family, header.tensors)))
@@ -201,17 +202,18 @@ def _readers(family: str, files: Sequence[StoredFile]) -> tuple[Readers, Readers
         for name, entry in file.header.tensors.items()
         if name not in file.layers and entry["dtype"] in DTYPES
     }
-    return layers, _canonical(family, others)
+    return layers, _canonical(family, [name for file in files for name in file.header.tensors], others)
 
 
-def _canonical(family: str, readers: Readers) -> Readers:
-    """Under diffusers' names, as far as these are known."""
-    bare = bare_names(readers)
+def _canonical(family: str, names: Collection[str], readers: Readers) -> Readers:
+    """Under diffusers' names, as far as these are known; `names` are all that the model has."""
+    bare = bare_names(names)
     original = {place.name: module for module, place in places_in(family, bare).items() if not place.total}
     out: Readers = {}
     for name, full in bare.items():
-        module, _, kind = name.rpartition(".")
-        out[f"{original.get(module, module)}.{kind}"] = readers[full]
+        if full in readers:
+            module, _, kind = name.rpartition(".")
+            out[f"{original.get(module, module)}.{kind}"] = readers[full]
     return out
 
 

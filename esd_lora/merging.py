@@ -19,7 +19,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families.stored import EMA, Stored, StoredFile, open_stored, read_layer
 from esd_lora.fitting import check_kind, compare_weights
 from esd_lora.manifests import load_eraser
-from esd_lora.outputs import clear_file, told
+from esd_lora.outputs import clear_file, clear_partials, partial_name, told
 from esd_lora.stacking import Strength, stack, strengths_of
 from esd_lora.tensor_files import DTYPES, Header, hash_tensors, read_header, read_rows
 
@@ -73,6 +73,7 @@ def merge(
     size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
     with told(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        clear_partials(out)
         if (free := shutil.disk_usage(out.parent).free) < size:
             raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
@@ -155,7 +156,7 @@ def _check_file(source: Path, out: Path, force: bool) -> None:
 
 
 def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
-    handle, beside = tempfile.mkstemp(prefix=f".{out.name[:80]}.partial-", dir=out.parent)
+    handle, beside = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
     partial = Path(beside)
     try:
         with open(handle, "wb") as sink:  # noqa: PTH123
@@ -168,7 +169,7 @@ def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, 
 
 def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
     assert stored.denoiser
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:80]}.partial-", dir=out.parent))
+    partial = Path(tempfile.mkdtemp(prefix=partial_name(out), dir=out.parent))
     try:
 
         def left_out(folder: str, names: list[str]) -> list[str]:

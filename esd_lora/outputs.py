@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
+import shutil
 import unicodedata
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -75,6 +77,17 @@ def told(output: Path) -> Generator[None]:
         raise EsdLoraError(
             f"output {output} cannot be written: {error.strerror or error}. Nothing half-written was left; choose another."
         ) from error
+
+
+def clear_partials(output: Path) -> None:
+    """Removes what runs that were killed on their way to `output` left beside it, under `partial_name`."""
+    for stale in output.parent.glob(f"{glob.escape(partial_name(output))}*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+
+def partial_name(output: Path) -> str:
+    """How the name begins of what will become `output`, as long as it is not whole."""
+    return f".{output.name[:_LONGEST]}.partial-"
 
 
 def slug(text: str) -> str:

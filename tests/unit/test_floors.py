@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,13 +107,41 @@ LIGHT = {
     "public names": "import esd_lora; dir(esd_lora); esd_lora.load_recipe; esd_lora.Recipe; esd_lora.EsdLoraError",
     "--help": "run('--help')",
     "train --help": "run('train', '--help')",
+    "stack --help": "run('stack', '--help')",
     "recipes list": "run('recipes', 'list')",
     "recipes check": "run('recipes', 'check', 'fast', 'paper')",
 }
 
 
+FILES = {
+    "stack": "run('stack', eraser, eraser + ':0.5,mid_block=2', '-o', out, '--energy', '0.99')",
+    "stack --report": "run('stack', eraser, eraser + ':0.5', '-o', out, '--report')",
+    "stack to a manifest": "run('stack', eraser, '-o', os.path.join(os.path.dirname(eraser), 'two.yaml'))",
+    "inspect": "run('inspect', eraser); run('inspect', eraser, '--json')",
+    "diff": "run('diff', eraser, eraser)",
+    "export": "[run('export', eraser, '--layout', x, '-o', out + x + '.safetensors') for x in ('kohya', 'diffusers', 'peft')]",
+    "import": "k = out + 'k.safetensors'; run('export', eraser, '--layout', 'kohya', '-o', k); run('import', k, '-o', out)",
+}
+"""Commands on eraser files, which need torch and safetensors and no library of models."""
+
+
+@pytest.mark.parametrize("code", FILES.values(), ids=FILES)
+def test_work_on_eraser_files_loads_no_diffusers(code: str, cat_dir: Path, tmp_path: Path) -> None:
+    eraser = shutil.copytree(cat_dir, tmp_path / "eraser")
+    loaded = modules_after(f"import os\neraser, out = {str(eraser)!r}, {str(tmp_path / 'out')!r}\n{code}")
+    assert {"torch", "safetensors"} <= loaded
+    assert not loaded & {"diffusers", "transformers", "peft", "accelerate", "huggingface_hub"}
+
+
 @pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT)
 def test_what_needs_no_torch_loads_none(code: str) -> None:
+    loaded = modules_after(code)
+    assert "esd_lora" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "PIL"}
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after some code, in which `run` is the command line."""
     script = f"""
 import json, sys
 def run(*args):
@@ -125,6 +154,4 @@ def run(*args):
 print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "esd_lora" in loaded
-    assert not loaded & {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "PIL"}
+    return set(json.loads(done.stdout.splitlines()[-1]))

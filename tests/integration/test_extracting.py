@@ -1,0 +1,145 @@
+"""Fully fine-tuned models as erasers: what was merged comes back, what no LoRA can hold is said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_merge_single_file import KINDS, written
+
+import ldm
+from esd_lora.eraser import Eraser, hash_weight
+from esd_lora.errors import EsdLoraError
+from esd_lora.extracting import extract
+from esd_lora.merging import merge
+from made import eraser_on
+from published import MODELS, layers_of
+from tiny import tiny_pipeline
+from toys import make_toy
+
+
+def assert_same(found: Eraser, expected: Eraser) -> None:
+    assert found.pairs.keys() == expected.pairs.keys()
+    for module, pair in expected.pairs.items():
+        delta = found.pairs[module].delta().reshape(pair.shape)
+        assert (delta - pair.delta()).norm() <= 1e-4 * pair.delta().norm(), module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_eraser_comes_back(kind: str, tmp_path: Path) -> None:
+    """At its own rank, from a single file, to 1e-4; layers that it does not touch are left out."""
+    file, model, _ = written(kind, tmp_path)
+    family = {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux"}.get(kind, kind)
+    prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
+    layers = layers_of(family, model)[::4]
+    eraser = eraser_on(model, layers, "a cat", rank=2, **{**MODELS[family][2], **prediction})
+    with pytest.warns(UserWarning, match="does not say which weights"):
+        tuned = merge([eraser], file, tmp_path / "tuned.safetensors", progress=False)
+    for asked in ({"rank": 2}, {"energy": 1 - 1e-9}):
+        found = extract(file, tuned, progress=False, **asked)
+        assert_same(found.eraser, eraser)
+        assert found.overall > 1 - 1e-6
+        assert found.beyond == {}
+    header = found.eraser.header
+    assert header.family == family
+    weights = dict(model.named_parameters())
+    assert header.base_hashes == {module: hash_weight(weights[f"{module}.weight"]) for module in layers}
+    assert (header.origins[0].how, list(header.origins[0].files)) == ("extracted", ["tuned.safetensors"])
+    again = merge([found.eraser], file, tmp_path / "again.safetensors", progress=False)  # no warning: it knows its base
+    for name, tensor in load_file(again).items():
+        torch.testing.assert_close(tensor, load_file(tuned)[name], rtol=1e-4, atol=1e-4)
+
+
+def tuned_unet(seed: int = 1, layers: str = "attn2") -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The toy's U-Net with its cross-attention fully trained, weights and biases, and what was trained."""
+    unet = tiny_pipeline().unet
+    generator = torch.Generator().manual_seed(seed)
+    trained: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if layers in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                trained[name] = parameter.detach().clone()
+    return unet, trained
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "prefixed", "compvis", "directory", "nested"])
+def test_released_forms(tiny_dir: Path, tmp_path: Path, form: str) -> None:
+    """The authors' esd-*.safetensors and .pt hold the trained parameters under diffusers' names, older ones whole models."""
+    unet, trained = tuned_unet()
+    tuned = tmp_path / f"esd-cat.{'pt' if form in ('pt', 'nested') else 'safetensors'}"
+    if form == "safetensors":
+        save_file(trained, tuned)
+    elif form == "pt":
+        torch.save(unet.state_dict(), tuned)
+    elif form == "nested":
+        torch.save({"state_dict": trained, "step": 3}, tuned)
+    elif form == "prefixed":
+        save_file({f"unet.{name}": tensor for name, tensor in trained.items()}, tuned)
+    elif form == "compvis":
+        save_file({name: tensor.contiguous() for name, tensor in ldm.unet(unet).items()}, tuned)
+    else:
+        tuned = shutil.copytree(tiny_dir, tmp_path / "esd-cat")
+        unet.save_pretrained(tuned / "unet")
+    with pytest.warns(UserWarning, match=r"biases and norms of .* differ too, which no LoRA can hold"):
+        found = extract(tiny_dir, tuned, energy=1.0, progress=False)
+    assert found.eraser.names == ["esd-cat"]
+    before, after = (dict(model.named_modules()) for model in (tiny_pipeline().unet, unet))
+    assert found.eraser.pairs.keys() == set(layers_of("sd", unet, "xattn"))
+    for module, pair in found.eraser.pairs.items():
+        torch.testing.assert_close(pair.delta(), after[module].weight - before[module].weight, rtol=1e-4, atol=1e-5)
+    assert set(found.beyond) == {name for name in trained if not name.endswith(".weight")}
+
+
+def test_lower_rank_keeps_what_svd_keeps(tiny_dir: Path, tmp_path: Path) -> None:
+    unet, trained = tuned_unet()
+    save_file({name: tensor for name, tensor in trained.items() if name.endswith("weight")}, tmp_path / "t.safetensors")
+    found = extract(tiny_dir, tmp_path / "t.safetensors", rank=3, progress=False)
+    before, after = (dict(model.named_modules()) for model in (tiny_pipeline().unet, unet))
+    kept = whole = 0.0
+    for module, pair in found.eraser.pairs.items():
+        delta = (after[module].weight.double() - before[module].weight.double()).detach()
+        squares = torch.linalg.svdvals(delta).square()
+        assert pair.rank == 3
+        assert found.energy[module] == pytest.approx(float(squares[:3].sum() / squares.sum()), abs=1e-9)
+        distance = (pair.delta().double() - delta).norm().square() / squares.sum()
+        assert float(distance) == pytest.approx(1 - found.energy[module], abs=1e-6)
+        kept, whole = kept + float(squares[:3].sum()), whole + float(squares.sum())
+    assert found.overall == pytest.approx(kept / whole, abs=1e-9)
+    assert found.eraser.header.truncation == pytest.approx((1 - kept / whole) ** 0.5, abs=1e-6)
+    some = extract(tiny_dir, tmp_path / "t.safetensors", energy=0.8, progress=False)
+    for module, pair in some.eraser.pairs.items():
+        squares = torch.linalg.svdvals((after[module].weight.double() - before[module].weight.double()).detach()).square()
+        assert some.energy[module] >= 0.8
+        assert float(squares[: pair.rank - 1].sum() / squares.sum()) < 0.8
+
+
+def refusal(base: Path, tuned: Path, **asked: float) -> str:
+    with pytest.raises(EsdLoraError) as caught:
+        extract(base, tuned, progress=False, **asked)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
+    _, trained = tuned_unet()
+    save_file(trained, tmp_path / "t.safetensors")
+    assert "give one" in refusal(tiny_dir, tmp_path / "t.safetensors")
+    assert "1 or more" in refusal(tiny_dir, tmp_path / "t.safetensors", rank=0)
+    assert "up to 1" in refusal(tiny_dir, tmp_path / "t.safetensors", energy=1.5)
+    assert "do not differ" in refusal(tiny_dir, tiny_dir, rank=4)
+    assert "no file" in refusal(tiny_dir, tmp_path / "nothing.safetensors", rank=4)
+    assert "no base" in refusal(tiny_dir, tmp_path / "nothing", rank=4)
+    assert "no base" in refusal(tmp_path / "nothing", tmp_path / "t.safetensors", rank=4)
+    make_toy("sdxl").save_pretrained(tmp_path / "xl")
+    assert "family 'sdxl'" in refusal(tiny_dir, tmp_path / "xl", rank=4)
+    name = next(name for name in trained if name.endswith("to_k.weight"))
+    save_file({name: torch.ones(3, 3)}, tmp_path / "t.safetensors")
+    assert "has shape" in refusal(tiny_dir, tmp_path / "t.safetensors", rank=4)
+    save_file({name: torch.full_like(trained[name], torch.nan)}, tmp_path / "t.safetensors")
+    assert "NaN" in refusal(tiny_dir, tmp_path / "t.safetensors", rank=4)
+    save_file({"text_model.weight": torch.ones(3, 3)}, tmp_path / "t.safetensors")
+    assert "share no layer" in refusal(tiny_dir, tmp_path / "t.safetensors", rank=4)

@@ -1,0 +1,119 @@
+"""Looking into files: facts, bars, differences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.exporting import export
+from esd_lora.inspecting import bars, block_of, diff, inspect_file
+from esd_lora.manifests import write_manifest
+from esd_lora.stacking import Strength, compress, stack
+from made import made_eraser, made_header
+from published import MODELS, everywhere
+
+
+def test_bars_are_as_long_as_values() -> None:
+    assert [line.count("█") for line in bars({"a": 2.0, "bb": 1.0, "c": 0.0})] == [30, 15, 0]
+    assert len({line.rindex("  ") for line in bars({"a": 2.0, "bcd": 1.0})}) == 1
+    assert bars({}) == []
+    assert "█" not in bars({"a": 0.0})[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        ("down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k", "down_blocks.0"),
+        ("mid_block.resnets.0.conv1", "mid_block"),
+        ("single_transformer_blocks.12.proj_mlp", "single_transformer_blocks.12"),
+        ("conv_in", "conv_in"),
+    ],
+)
+def test_blocks(module: str, block: str) -> None:
+    assert block_of(module) == block
+
+
+def test_facts_of_a_stack(tmp_path: Path) -> None:
+    members = [made_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat"), made_eraser({"conv": 1}, "a hat", seed=1)]
+    stacked = compress(stack(members, [Strength(-0.5, {"conv": 2.0}), 1.0]), rank=2).eraser
+    found = inspect_file(stacked.save(tmp_path / "stack"))
+    text = "\n".join(found.lines())
+    assert "a cat (eta 3, weight -0.5, amplified, conv x 2)" in text
+    assert f"{stacked.header.truncation:.2%} of the update's norm" in text
+    assert "rank 1, 2" in text
+    told = found.as_json()
+    norms = {module: float(pair.delta().norm()) for module, pair in stacked.pairs.items()}
+    assert {module: facts["norm"] for module, facts in told["layers"].items()} == pytest.approx(norms)
+    assert told["norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
+    assert told["blocks"]["conv"] == {"layers": 1, "norm": pytest.approx(norms["conv"])}
+
+
+def test_foreign_file(tmp_path: Path) -> None:
+    eraser = everywhere("sd", MODELS["sd"][0]())
+    file = export(eraser, tmp_path / "k.safetensors", layout="kohya")
+    found = inspect_file(file)
+    assert found.layers.keys() == eraser.pairs.keys()
+    assert found.size == file.stat().st_size
+    lines = found.lines()
+    assert any("--layers shows each" in line for line in lines)
+    assert len(found.lines(each_layer=True)) > len(eraser.pairs)
+    assert not any("--layers" in line for line in found.lines(each_layer=False))
+
+
+def test_manifest(tmp_path: Path) -> None:
+    folder = made_eraser({"conv": 2}, dtype=torch.float32).save(tmp_path / "one")
+    write_manifest(tmp_path / "s.yaml", [folder], [Strength(2.0)])
+    found, plain = inspect_file(tmp_path / "s.yaml"), inspect_file(folder)
+    assert found.layers["conv"].norm == pytest.approx(2 * plain.layers["conv"].norm)
+    assert plain.sha256_tensors != found.sha256_tensors
+
+
+def test_measured_numbers_are_shown(tmp_path: Path) -> None:
+    made = made_eraser({"conv": 2})
+    header = made.header.model_copy(update={"evaluation": {"left": 0.02, "judge": "emoji"}})
+    text = "\n".join(inspect_file(Eraser(made.pairs, header).save(tmp_path / "one")).lines())
+    assert "left 0.02, judge emoji" in text
+
+
+def test_difference_of_equal_files(tmp_path: Path) -> None:
+    """An export is no difference, a truncation is as large as it says."""
+    eraser = everywhere("sd", MODELS["sd"][0]())
+    folder = eraser.save(tmp_path / "one")
+    same = diff(folder, export(eraser, tmp_path / "k.safetensors", layout="kohya"))
+    assert same.overall < 1e-7
+    assert same.header == {}
+    assert same.only == ([], [])
+    smaller = compress(eraser, rank=1)
+    other = diff(folder, smaller.eraser.save(tmp_path / "two"))
+    assert other.overall == pytest.approx(smaller.overall, rel=1e-4)
+    assert {module: distance for module, (distance, _) in other.layers.items()} == pytest.approx(smaller.errors, abs=1e-4)
+    assert list(other.header) == ["truncation"]
+
+
+def test_difference_of_others(tmp_path: Path) -> None:
+    a = made_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat").save(tmp_path / "a")
+    b = stack([made_eraser({"conv": 2, "mid.attn2.to_v": 1}, "a hat", seed=1)], [1.0]).save(tmp_path / "b")
+    found = diff(a, b)
+    one, other = Eraser.load(a).pairs, Eraser.load(b).pairs
+    assert found.only == (["mid.attn2.to_k"], ["mid.attn2.to_v"])
+    apart = one["conv"].delta() - other["conv"].delta()
+    assert found.layers["conv"][0] == pytest.approx(float(apart.norm()) / one["conv"].norm())
+    assert found.layers["conv"][1] == pytest.approx(
+        one["conv"].inner(other["conv"]) / one["conv"].norm() / other["conv"].norm()
+    )
+    squares = float(apart.norm()) ** 2 + one["mid.attn2.to_k"].norm() ** 2 + other["mid.attn2.to_v"].norm() ** 2
+    assert found.overall == pytest.approx((squares / sum(pair.norm() ** 2 for pair in one.values())) ** 0.5)
+    text = "\n".join(found.lines())
+    assert "only in the first: 1 layers (mid.attn2.to_k)" in text
+    assert "concepts" in found.header
+
+
+def test_files_of_two_models(tmp_path: Path) -> None:
+    a = made_eraser({"conv": 2}).save(tmp_path / "a")
+    b = Eraser({"conv": made_eraser({"shortcut": 1}).pairs["shortcut"]}, made_header()).save(tmp_path / "b")
+    with pytest.raises(EsdLoraError, match="two models' files"):
+        diff(a, b)
