@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from torch import Tensor
-
-from esd_lora.eraser import Eraser, hash_weight
+from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 
 
@@ -29,16 +27,16 @@ def check_kind(eraser: Eraser, family: str, prediction_type: str | None, base: s
             )
 
 
-def compare_weights(eraser: Eraser, weights: Iterable[tuple[str, Tensor]], base: str) -> None:
+def compare_weights(eraser: Eraser, found: Mapping[str, str], base: str) -> None:
     """Warns when the layers an eraser changes are not those it was trained on, or it does not say.
 
     Args:
         eraser: With the hashes of its base's weights in the header.
-        weights: Module path and base weight of the layers it changes.
+        found: Module path to `eraser.hash_weight` of the layers it changes, as they are in the base.
         base: What to call the base.
     """
     hashes, layers = eraser.header.base_hashes, len(eraser.pairs)
-    changed = sum(module in hashes and hashes[module] != hash_weight(weight) for module, weight in weights)
+    changed = sum(module in hashes and hashes[module] != digest for module, digest in found.items())
     if changed:
         warnings.warn(
             f"eraser of {eraser.names} was trained on other weights ({eraser.header.base!r}): {changed} of {layers} layers"

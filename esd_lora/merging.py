@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.stored import EMA, Stored, StoredFile, open_stored, read_layer
+from esd_lora.families.stored import Stored, open_stored
 from esd_lora.fitting import check_kind, compare_weights
 from esd_lora.manifests import load_eraser
+from esd_lora.merged_file import write_merged
 from esd_lora.outputs import clear_file, clear_partials, partial_name, told
 from esd_lora.stacking import Strength, stack, strengths_of
-from esd_lora.tensor_files import DTYPES, Header, hash_tensors, read_header, read_rows
+from esd_lora.tensor_files import hash_tensors, read_header
 
-MERGED_KEY = "esd_lora_merged"
-"""Metadata of a merged file: a JSON list of what was merged into it, the latest last."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
-_CHUNK = 16 * 2**20  # bytes copied at once
-_VALUES = 4 * 2**20  # of a weight added to at once
 
 
 def merge(
@@ -65,7 +59,6 @@ def merge(
     stacked = stack(members, weights)
     _check_fit(stored, stacked, str(base))
     (_check_directory if stored.denoiser else _check_file)(stored.path, out, force)
-    compare_weights(stacked, _touched(stored, stacked), str(base))
     entry = {
         "base": str(base),
         "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
@@ -78,7 +71,8 @@ def merge(
             raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
-            (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
+            hashes = (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
+    compare_weights(stacked, hashes, str(base))
     return out
 
 
@@ -121,16 +115,6 @@ def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
         )
 
 
-def _touched(stored: Stored, stacked: Eraser) -> Iterator[tuple[str, Tensor]]:
-    """Module path and stored weight of every layer that the stack changes."""
-    for file in stored.files:
-        with file.path.open("rb") as source:
-            for name, members in file.layers.items():
-                for module, place in members:
-                    if module in stacked.pairs and not name.startswith(EMA):
-                        yield module, read_layer(source, file.header, name, place)
-
-
 def _check_directory(source: Path, out: Path, force: bool) -> None:
     inside = out.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents:
@@ -155,20 +139,22 @@ def _check_file(source: Path, out: Path, force: bool) -> None:
         read_header(out)  # whatever else lies there is not ours to replace
 
 
-def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> dict[str, str]:
     handle, beside = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
+    os.close(handle)
     partial = Path(beside)
     try:
-        with open(handle, "wb") as sink:  # noqa: PTH123
-            _write_merged(stored.files[0], stacked, sink, entry, bar)
+        hashes = write_merged(stored.files[0], stacked, partial, entry, bar)
         partial.chmod(0o644)
         partial.replace(out)
+        return hashes
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> dict[str, str]:
     assert stored.denoiser
+    hashes: dict[str, str] = {}
     partial = Path(tempfile.mkdtemp(prefix=partial_name(out), dir=out.parent))
     try:
 
@@ -178,8 +164,7 @@ def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[
 
         shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
         for file in stored.files:
-            with (partial / stored.denoiser.name / file.path.name).open("wb") as sink:
-                _write_merged(file, stacked, sink, entry, bar)
+            hashes |= write_merged(file, stacked, partial / stored.denoiser.name / file.path.name, entry, bar)
         partial.chmod(0o755)
         if out.exists():
             retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
@@ -191,75 +176,6 @@ def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[
             shutil.rmtree(retired)
         else:
             partial.rename(out)
+        return hashes
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_merged(file: StoredFile, stacked: Eraser, sink: BinaryIO, entry: Mapping[str, Any], bar: tqdm) -> None:
-    """Writes the merged safetensors file: the header, then every tensor in its old order.
-
-    A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes at the
-    offsets the header gives. Shapes and dtypes stay, so offsets stay too; only the metadata grows.
-    """
-    metadata = {**file.header.metadata, MERGED_KEY: json.dumps([*merged_before(file.header), entry])}
-    text = json.dumps({"__metadata__": metadata, **file.header.tensors}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    sink.write(struct.pack("<Q", len(text)) + text)
-    touched = {name for name, members in file.layers.items() if any(module in stacked.pairs for module, _ in members)}
-    with file.path.open("rb") as source:
-        for name, tensor in sorted(file.header.tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
-            begin, end = tensor["data_offsets"]
-            if name in touched:
-                for block in _merged_blocks(file, name, stacked, source):
-                    sink.write(block.view(torch.uint8).numpy().data)
-            else:
-                _copy(source, sink, file.header.start + begin, end - begin)
-            bar.update(end - begin)
-
-
-def merged_before(header: Header) -> list[dict[str, Any]]:
-    """What was merged into a file before, as it says itself."""
-    try:
-        found = json.loads(header.metadata.get(MERGED_KEY, "[]"))
-    except ValueError:
-        return []
-    return found if isinstance(found, list) else []
-
-
-def _copy(source: BinaryIO, sink: BinaryIO, begin: int, length: int) -> None:
-    source.seek(begin)
-    while length:
-        chunk = source.read(min(_CHUNK, length))
-        if not chunk:
-            raise OSError(f"{source.name} became shorter while it was read")
-        sink.write(chunk)
-        length -= len(chunk)
-
-
-class _Addition(NamedTuple):
-    """An update that goes onto some rows of a stored tensor."""
-
-    first: int
-    up: Tensor
-    down: Tensor
-
-
-def _merged_blocks(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO) -> Iterator[Tensor]:
-    """One touched tensor, some rows at a time."""
-    entry = file.header.tensors[name]
-    shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
-    precise = torch.promote_types(dtype, torch.float32)
-    additions: list[_Addition] = []
-    for module, place in file.layers[name]:
-        if pair := stacked.pairs.get(module):
-            up = place.reordered(pair.up.flatten(1), shape[1]).to(precise)
-            additions.append(_Addition(place.rows(shape[1]).start or 0, up, pair.down.flatten(1).to(precise)))
-    step = max(1, _VALUES * shape[0] // max(1, torch.Size(shape).numel()))
-    for first in range(0, shape[0], step):
-        rows = slice(first, min(first + step, shape[0]))
-        block = read_rows(source, file.header, name, rows).flatten(1).to(precise)
-        for start, up, down in additions:
-            a, b = max(rows.start, start), min(rows.stop, start + len(up))
-            if a < b:
-                block[a - first : b - first] += up[a - start : b - start] @ down
-        yield block.to(dtype)

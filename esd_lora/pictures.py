@@ -119,8 +119,8 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[st
     for width, (title, matrix) in zip(widths, maps.items(), strict=True):
         draw.text((x + left, 8), title, fill="black", font=ImageFont.load_default(15))
         for column in range(max(map(len, matrix))):
-            name = names[column] if column < len(names) else wrap(last_column, 10)
-            short = "\n".join(line[:8] for line in name)
+            name = labels[column] if column < len(labels) else last_column
+            short = "\n".join(line[:8] for line in wrap(name, 8)[:2])
             draw.multiline_text((x + left + column * cell + 4, top - 34), short, fill="black", font=font, spacing=2)
         for y, row in enumerate(matrix):
             place = (x + 6, top + y * cell + cell // 2 - 14)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from esd_lora.eraser import Eraser
+from esd_lora.eraser import Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.fitting import check_kind, compare_weights
 from esd_lora.recipe import REGEX_SCOPE
@@ -244,4 +244,5 @@ class Base:
                     f"eraser of {eraser.names} changes {path} of shape {eraser.pairs[path].shape}, base {self.id!r} has"
                     f" {tuple(weight.shape)} there. Use it on the model it was trained for."
                 )
-        compare_weights(eraser, self.weights(eraser.pairs), self.id)
+        hashes = {path: hash_weight(weight) for path, weight in self.weights(eraser.pairs)}
+        compare_weights(eraser, hashes, self.id)

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ldm
-from esd_lora import merging
+from esd_lora import merged_file, merging
 from esd_lora.eraser import Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.stored import open_stored
-from esd_lora.merging import MERGED_KEY, merge
+from esd_lora.merged_file import MERGED_KEY
+from esd_lora.merging import merge
 from esd_lora.stacking import Strength, stack
 from esd_lora.verifying import verify
 from made import eraser_on
@@ -244,7 +245,7 @@ def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merging, "_copy", full)
+    monkeypatch.setattr(merged_file, "_copy", full)
     out = tmp_path / "new" / "merged.safetensors"
     assert "No space left on device" in refusal(eraser, file, out)
     assert not list(out.parent.iterdir())
@@ -253,17 +254,17 @@ def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from esd_lora import merging
+from esd_lora import merged_file, merging
 file, eraser, out, after, force = sys.argv[1:]
 written = 0
-really = merging._copy
+really = merged_file._add
 def dying(*args):
     global written
     written += 1
     if written == int(after):
         os.kill(os.getpid(), signal.SIGKILL)
-    really(*args)
-merging._copy = dying
+    return really(*args)
+merged_file._add = dying
 merging.merge([eraser], file, out, force=bool(int(force)), progress=False)
 """
 

@@ -1,0 +1,297 @@
+"""Work on eraser files at the size of published models: seconds and memory, each beside an alternative where there is one.
+
+    python benchmarks/eraser_files.py [--only merge,files,sampling] [--rounds 3] [--out out/eraser_files]
+
+Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
+into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file:
+the ratio is between medians of the same run. `files` does everything else that is done with eraser files. `sampling` asks a
+U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as one adapter of ten times the rank, and as
+ten adapters under diffusers' `set_adapters`, each call in turn with the bare base.
+
+Memory is what a step needs at its peak beyond what the process held before it (VmHWM of a fresh process).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+
+FAMILY = {"sd15": "sd", "sdxl": "sdxl"}
+ERASERS, RANK = 10, 4
+
+
+def field(name: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measured(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds, and peak bytes beyond what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")  # has VmHWM start anew
+    before, started = field("VmRSS"), time.perf_counter()
+    work()
+    return {"seconds": time.perf_counter() - started, "memory": field("VmHWM") - before}
+
+
+def write_erasers(model: str, folder: Path) -> None:
+    """Ten erasers of all layers, ten of cross-attention, with random factors of rank 4 and the size of trained ones."""
+    import torch
+
+    from esd_lora.eraser import Eraser, LoraPair
+    from made import made_header
+    from published import layers_of
+    from real import denoiser
+
+    unet = denoiser(model)
+    layers = dict(unet.named_modules())
+    for scope in ("full", "xattn"):
+        for i in range(ERASERS):
+            generator = torch.Generator().manual_seed(i)
+            pairs: dict[str, LoraPair] = {}
+            for module in layers_of(FAMILY[model], unet, scope):
+                out, *rest = layers[module].weight.shape
+                down = torch.randn(RANK, *rest, generator=generator) * 0.02
+                pairs[module] = LoraPair(down, torch.randn(out, RANK, *[1] * (len(rest) - 1), generator=generator) * 0.02)
+            # Some hash for every layer, that a merge may do the work of comparing it.
+            header = made_header(f"concept {i}", family=FAMILY[model], scope=scope, base_hashes=dict.fromkeys(pairs, "0" * 16))
+            Eraser(pairs, header).save(folder / f"{model}-{scope}-{i}")
+
+
+def write_unet(folder: Path) -> None:
+    """SD 1.5's U-Net in float32 under the original names."""
+    import torch
+    from real_size import fill
+    from safetensors.torch import save_file
+
+    import ldm
+    from real import denoiser
+
+    save_file(
+        {n: t.contiguous() for n, t in ldm.unet(fill(denoiser("sd15"), torch.float32)).items()}, folder / "unet.safetensors"
+    )
+
+
+def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Merges into one file, in turn with `cp`, and proves the last result."""
+    import warnings
+
+    warnings.simplefilter("ignore")  # the erasers are of no weights in particular
+    from esd_lora.merging import merge
+    from esd_lora.verifying import verify
+
+    model = "sdxl" if name == "sdxl" else "sd15"
+    source, out, copy = folder / f"{name}.safetensors", folder / "merged.safetensors", folder / "copy.safetensors"
+    found: dict[str, Any] = {"size": source.stat().st_size}
+    for scope in ("xattn", "full"):
+        eraser = folder / f"{model}-{scope}-0"
+        times: dict[str, list[float]] = {"cp": [], "merge": []}
+        memory = 0.0
+        for _ in range(rounds):
+            for what in times:
+                for file in (out, copy):
+                    file.unlink(missing_ok=True)
+                os.sync()
+                if what == "cp":
+                    started = time.perf_counter()
+                    subprocess.run(["cp", source, copy], check=True)
+                    times[what].append(time.perf_counter() - started)
+                else:
+                    step = measured(lambda eraser=eraser: merge([eraser], source, out, progress=False))
+                    times[what].append(step["seconds"])
+                    memory = max(memory, step["memory"])
+        proof = measured(lambda eraser=eraser: verify(out, source, [eraser]))
+        middle = {what: statistics.median(values) for what, values in times.items()}
+        found[scope] = {**middle, "ratio": middle["merge"] / middle["cp"], "memory": memory, "verify": proof}
+    for file in (out, copy):
+        file.unlink(missing_ok=True)
+    return found
+
+
+def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Everything else, on erasers of all layers."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from esd_lora.eraser import Eraser
+    from esd_lora.exporting import export
+    from esd_lora.extracting import extract
+    from esd_lora.importing import import_lora
+    from esd_lora.inspecting import diff, inspect_file
+    from esd_lora.interference import measure
+    from esd_lora.merging import merge
+    from esd_lora.stacking import compress, stack
+
+    paths = [folder / f"{model}-full-{i}" for i in range(ERASERS)]
+    source, tuned = folder / f"{model}.safetensors", folder / f"{model}-tuned.safetensors"
+    members = [Eraser.load(path) for path in paths]
+    stacked = stack(members)
+    kohya = folder / "kohya.safetensors"
+    steps: dict[str, Callable[[], Any]] = {
+        f"load {ERASERS} erasers": lambda: [Eraser.load(path) for path in paths],
+        f"stack {ERASERS}": lambda: stack(members),
+        f"compress {ERASERS * RANK} to rank 8": lambda: compress(stacked, rank=8),
+        "save": lambda: stacked.save(folder / "stacked"),
+        "export to kohya": lambda: export(stacked, kohya, layout="kohya", force=True),
+        "import from kohya": lambda: import_lora(kohya),
+        "inspect": lambda: inspect_file(folder / "stacked"),
+        "diff": lambda: diff(folder / "stacked", kohya),
+        "interference of 10, files alone": lambda: measure(members),
+        "merge": lambda: merge([paths[0]], source, tuned, force=True, progress=False),
+        f"extract at rank {RANK}": lambda: extract(source, tuned, rank=RANK, progress=False),
+    }
+    found = {name: measured(step) for name, step in steps.items()}
+    tuned.unlink()
+    return found
+
+
+def sampling_steps(folder: Path, rounds: int) -> dict[str, float]:
+    """Seconds of a prediction at 512 x 512 pixels with guidance, and the ratio to the base's beside it."""
+    import torch
+    from real_size import fill
+
+    from esd_lora.eraser import Eraser
+    from esd_lora.sampling import Fused
+    from esd_lora.stacking import stack
+    from real import denoiser
+
+    unet = fill(denoiser("sd15"), torch.float32)
+    layers = dict(unet.named_modules())
+
+    class Loaded:
+        def weights(self, pairs: dict[str, Any]) -> Any:
+            return ((path, layers[path].weight) for path in pairs)
+
+    members = [Eraser.load(folder / f"sd15-xattn-{i}") for i in range(ERASERS)]
+    stacked = stack(members)
+    x_t, t = torch.randn(2, 4, 64, 64), torch.tensor([500, 500])
+    text = torch.randn(2, 77, 768)
+
+    @torch.no_grad()
+    def predict() -> float:
+        started = time.perf_counter()
+        unet(x_t, t, encoder_hidden_states=text)
+        return time.perf_counter() - started
+
+    fused = Fused(Loaded(), stacked)  # type: ignore[arg-type]
+    fused.set_strength(0)
+    predict()
+
+    def on_fused(on: bool) -> None:
+        fused.set_strength(float(on))
+
+    def on_adapters(on: bool) -> None:
+        (unet.enable_adapters if on else unet.disable_adapters)()
+
+    def compare(switch: Callable[[bool], None]) -> dict[str, float]:
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for on in times:
+                switch(on)
+                times[on].append(predict())
+        return {
+            "seconds": statistics.median(times[True]),
+            "ratio": statistics.median(times[True]) / statistics.median(times[False]),
+        }
+
+    found: dict[str, Any] = {"one fused stack": compare(on_fused)}
+    fused.set_strength(0)
+    for name, adapters in (("one adapter of the stack", [stacked]), ("ten adapters, set_adapters", members)):
+        for i, eraser in enumerate(adapters):
+            state = {key.removeprefix("unet."): tensor for key, tensor in eraser.state_dict().items()}
+            unet.load_lora_adapter(state, adapter_name=f"esd_{i}", prefix=None)
+        unet.set_adapters([f"esd_{i}" for i in range(len(adapters))])
+        # Disabled adapters still cost a little: the base is measured without them.
+        on = [predict() for _ in range(rounds)]
+        unet.unload_lora()
+        off = [predict() for _ in range(rounds)]
+        found[name] = {"seconds": statistics.median(on), "ratio": statistics.median(on) / statistics.median(off)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="merge,files,sampling")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage:
+        kind, _, name = options.stage.partition(":")
+        if kind == "write":
+            write_unet(options.out) if name == "unet" else write_erasers(name, options.out)
+        elif kind == "checkpoint":
+            from real_size import write_single_file
+
+            write_single_file(name, options.out)
+        else:
+            steps = {
+                "merge": lambda: merge_steps(name, options.out, options.rounds),
+                "files": lambda: file_steps(name, options.out),
+                "sampling": lambda: sampling_steps(options.out, options.rounds),
+            }
+            print(json.dumps(steps[kind]()))
+        return
+
+    def stage(name: str) -> Any:
+        command = [sys.executable, __file__, "--rounds", str(options.rounds), "--out", str(options.out), "--stage", name]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(said.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "sampling") else None
+
+    wanted = options.only.split(",")
+    print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores, medians of {options.rounds}\n")
+    for model in FAMILY:
+        if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
+            stage(f"write:{model}")
+        if set(wanted) & {"merge", "files"} and not (options.out / f"{model}.safetensors").is_file():
+            stage(f"checkpoint:{model}")
+    if "merge" in wanted:
+        if not (options.out / "unet.safetensors").is_file():
+            stage("write:unet")
+        print(
+            "| checkpoint | GB | scope | merge s | cp s | merge / cp | peak MB | verify s | verify peak MB |\n"
+            + "|---" * 9
+            + "|"
+        )
+        for name in ("unet", "sd15", "sdxl"):
+            found = stage(f"merge:{name}")
+            for scope in ("xattn", "full"):
+                row, proof = found[scope], found[scope]["verify"]
+                print(
+                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {row['merge']:.1f} | {row['cp']:.1f} |"
+                    f" {row['ratio']:.2f} | {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
+                    flush=True,
+                )
+        print()
+    if "files" in wanted:
+        tables = {model: stage(f"files:{model}") for model in FAMILY}
+        print("| all layers, rank 4 | " + " | ".join(f"{m} s | {m} peak MB" for m in tables) + " |\n" + "|---" * 5 + "|")
+        for name in tables["sd15"]:
+            cells = [f"{t[name]['seconds']:.1f} | {t[name]['memory'] / 1e6:.0f}" for t in tables.values()]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        print(flush=True)
+    if "sampling" in wanted:
+        print(f"| {ERASERS} erasers on SD 1.5's U-Net, xattn, rank {RANK} | s a prediction | x the base |\n" + "|---" * 3 + "|")
+        for name, row in stage("sampling:").items():
+            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} |")
+    if shutil.which("du"):
+        print(f"\nfiles are left in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
