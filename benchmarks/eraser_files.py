@@ -6,7 +6,7 @@ Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so
 into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file:
 the ratio is between medians of the same run. `files` does everything else that is done with eraser files. `sampling` asks a
 U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as one adapter of ten times the rank, and as
-ten adapters under diffusers' `set_adapters`, each call in turn with the bare base.
+ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the same process.
 
 Memory is what a step needs at its peak beyond what the process held before it (VmHWM of a fresh process).
 """
@@ -159,8 +159,10 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def sampling_steps(folder: Path, rounds: int) -> dict[str, float]:
-    """Seconds of a prediction at 512 x 512 pixels with guidance, and the ratio to the base's beside it."""
+def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a guided prediction at 256 x 256 pixels, and the median ratio to the bare base's right before or after it."""
+    import copy
+
     import torch
     from real_size import fill
 
@@ -169,57 +171,56 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, float]:
     from esd_lora.stacking import stack
     from real import denoiser
 
-    unet = fill(denoiser("sd15"), torch.float32)
-    layers = dict(unet.named_modules())
-
-    class Loaded:
-        def weights(self, pairs: dict[str, Any]) -> Any:
-            return ((path, layers[path].weight) for path in pairs)
-
+    base: Any = fill(denoiser("sd15"), torch.float32)
     members = [Eraser.load(folder / f"sd15-xattn-{i}") for i in range(ERASERS)]
     stacked = stack(members)
-    x_t, t = torch.randn(2, 4, 64, 64), torch.tensor([500, 500])
-    text = torch.randn(2, 77, 768)
+    x_t, t, text = torch.randn(2, 4, 32, 32), torch.tensor([500, 500]), torch.randn(2, 77, 768)
 
     @torch.no_grad()
-    def predict() -> float:
+    def predict(unet: Any) -> float:
         started = time.perf_counter()
         unet(x_t, t, encoder_hidden_states=text)
         return time.perf_counter() - started
 
-    fused = Fused(Loaded(), stacked)  # type: ignore[arg-type]
-    fused.set_strength(0)
-    predict()
+    class Loaded:
+        def __init__(self, unet: Any):
+            self.layers = dict(unet.named_modules())
 
-    def on_fused(on: bool) -> None:
-        fused.set_strength(float(on))
+        def weights(self, pairs: dict[str, Any]) -> Any:
+            return ((path, self.layers[path].weight) for path in pairs)
 
-    def on_adapters(on: bool) -> None:
-        (unet.enable_adapters if on else unet.disable_adapters)()
+    def fused(unet: Any) -> None:
+        Fused(Loaded(unet), stacked).set_strength(1.0)  # type: ignore[arg-type]
 
-    def compare(switch: Callable[[bool], None]) -> dict[str, float]:
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(rounds):
-            for on in times:
-                switch(on)
-                times[on].append(predict())
-        return {
-            "seconds": statistics.median(times[True]),
-            "ratio": statistics.median(times[True]) / statistics.median(times[False]),
-        }
+    def adapters(erasers: list[Eraser]) -> Callable[[Any], None]:
+        def load(unet: Any) -> None:
+            for i, eraser in enumerate(erasers):
+                state = {key.removeprefix("unet."): tensor for key, tensor in eraser.state_dict().items()}
+                unet.load_lora_adapter(state, adapter_name=f"esd_{i}", prefix=None)
+            unet.set_adapters([f"esd_{i}" for i in range(len(erasers))])
 
-    found: dict[str, Any] = {"one fused stack": compare(on_fused)}
-    fused.set_strength(0)
-    for name, adapters in (("one adapter of the stack", [stacked]), ("ten adapters, set_adapters", members)):
-        for i, eraser in enumerate(adapters):
-            state = {key.removeprefix("unet."): tensor for key, tensor in eraser.state_dict().items()}
-            unet.load_lora_adapter(state, adapter_name=f"esd_{i}", prefix=None)
-        unet.set_adapters([f"esd_{i}" for i in range(len(adapters))])
-        # Disabled adapters still cost a little: the base is measured without them.
-        on = [predict() for _ in range(rounds)]
-        unet.unload_lora()
-        off = [predict() for _ in range(rounds)]
-        found[name] = {"seconds": statistics.median(on), "ratio": statistics.median(on) / statistics.median(off)}
+        return load
+
+    ways: dict[str, Callable[[Any], None]] = {
+        "base again": lambda unet: None,  # what the clock itself is worth
+        "one fused stack (esd-lora)": fused,
+        "one adapter of the stack (load_lora_weights)": adapters([stacked]),
+        "ten adapters (set_adapters)": adapters(members),
+    }
+    found: dict[str, Any] = {}
+    for name, put_on in ways.items():
+        unet = copy.deepcopy(base)
+        put_on(unet)
+        predict(base), predict(unet)
+        times: list[tuple[float, float]] = []
+        for i in range(8 * rounds):
+            first = predict(unet) if i % 2 else 0.0
+            bare = predict(base)
+            times.append((first or predict(unet), bare))
+        ratios = [on / off for on, off in times]
+        found[name] = {"seconds": statistics.median(on for on, _ in times), "ratio": statistics.median(ratios)}
+        quarters = statistics.quantiles(ratios, n=4)
+        found[name]["spread"] = [quarters[0], quarters[2]]
     return found
 
 
@@ -286,9 +287,11 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(cells) + " |")
         print(flush=True)
     if "sampling" in wanted:
-        print(f"| {ERASERS} erasers on SD 1.5's U-Net, xattn, rank {RANK} | s a prediction | x the base |\n" + "|---" * 3 + "|")
+        title = f"{ERASERS} erasers on SD 1.5's U-Net, xattn, rank {RANK}"
+        print(f"| {title} | s a prediction | x the base | middle half |\n" + "|---" * 4 + "|")
         for name, row in stage("sampling:").items():
-            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} |")
+            low, high = row["spread"]
+            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} | {low:.3f} to {high:.3f} |")
     if shutil.which("du"):
         print(f"\nfiles are left in {options.out}")
 

@@ -46,10 +46,10 @@ def assert_merged(out: Path, source: Path, stacked: Eraser) -> None:
         if pair is None or not name.endswith(".weight"):
             assert torch.equal(new, old), name
             continue
-        delta = (pair.up.double().flatten(1) @ pair.down.double().flatten(1)).reshape(old.shape)
-        exact = old.double() + delta
+        up, down = pair.up.double().flatten(1), pair.down.double().flatten(1)
+        exact = old.double() + (up @ down).reshape(old.shape)
         rounding = torch.finfo(new.dtype).eps / 2 * exact.abs() + torch.finfo(new.dtype).smallest_normal
-        summing = torch.finfo(torch.float32).eps * (old.double().abs() + 8 * delta.abs())
+        summing = torch.finfo(torch.float32).eps * (old.double().abs() + (up.abs() @ down.abs()).reshape(old.shape))
         assert ((new.double() - exact).abs() <= rounding + summing).all(), name
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {f"{module}.weight" for module in stacked.pairs}
