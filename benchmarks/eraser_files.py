@@ -202,7 +202,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
         return load
 
     ways: dict[str, Callable[[Any], None]] = {
-        "base again": lambda unet: None,  # what the clock itself is worth
+        "base again": lambda _unet: None,  # what the clock itself is worth
         "one fused stack (esd-lora)": fused,
         "one adapter of the stack (load_lora_weights)": adapters([stacked]),
         "ten adapters (set_adapters)": adapters(members),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
+from pydantic import AfterValidator, BaseModel, FiniteFloat
 from torch import Tensor
 
 from esd_lora.eraser import (
@@ -80,13 +82,15 @@ def import_lora(
     if style == "kohya" and not _modules(family):
         raise EsdLoraError(f"{file} has kohya's names, which family {family!r} has none of. Is it of another family?")
     pairs: dict[str, LoraPair] = {}
-    scales = _Scales.read(metadata, config)
+    scales = _Scales.read(metadata, config, file)
     for name, parts in layers.items():
         if "down" not in parts:
             raise EsdLoraError(f"{file}: layer {name} has an up factor and no down factor. Fetch it again.")
         whole = checked_pair(parts["down"], parts.get("up"), f"{file}: layer {name}")
         rank = whole.rank
         alpha = float(parts["alpha"]) if "alpha" in parts else None
+        if alpha is not None and not math.isfinite(alpha):
+            raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in _modules(family)[name] if name in _modules(family) else [(name, Place(name))]:
             scale = alpha / rank if alpha is not None else scales.of(module, rank)
             pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
@@ -99,18 +103,15 @@ def import_lora(
     return Eraser(pairs, header)
 
 
-def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
+def _locate(path: Path) -> tuple[Path, str]:
     """The file of tensors, and peft's configuration where there is one."""
     for name in (PEFT_FILES[0], WEIGHTS_NAME):
         if (path / name).is_file():
             config = path / PEFT_FILES[1]
-            try:
-                return path / name, json.loads(config.read_text("utf-8")) if config.is_file() else {}
-            except ValueError as error:
-                raise EsdLoraError(f"{config} is damaged: expected JSON. Fetch it again.") from error
+            return path / name, config.read_text("utf-8", "replace") if config.is_file() else ""
     if not path.is_file():
         raise EsdLoraError(f"no LoRA at {path}: expected a .safetensors or .pt file, or a directory of peft or diffusers.")
-    return path, {}
+    return path, ""
 
 
 def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tuple[dict[str, dict[str, Tensor]], str]:
@@ -185,33 +186,37 @@ def _family(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, s
     return fitting[0]
 
 
-class _Scales(NamedTuple):
-    """`alpha / rank` where a configuration says it instead of the tensors; 1 where nothing does."""
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(str(error)) from error
+    return text
 
-    alpha: float | None
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    rank: int
-    rslora: bool
+
+class _Scales(BaseModel):
+    """`alpha / rank` where peft's configuration says it instead of the tensors; 1 where nothing does."""
+
+    lora_alpha: FiniteFloat | None = None
+    alpha_pattern: dict[Annotated[str, AfterValidator(_pattern)], FiniteFloat] | None = None
+    use_rslora: bool = False
 
     @classmethod
-    def read(cls, metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Scales:
-        if not config and "lora_adapter_metadata" in metadata:  # diffusers' own, prefixed with the component
-            told = cast("dict[str, Any]", json.loads(metadata["lora_adapter_metadata"]))
-            config = {key.partition(".")[2]: value for key, value in told.items() if key.startswith(("unet.", "transformer."))}
-        return cls(
-            config.get("lora_alpha"),
-            config.get("rank_pattern") or {},
-            config.get("alpha_pattern") or {},
-            config.get("r") or 1,
-            bool(config.get("use_rslora")),
-        )
+    def read(cls, metadata: Mapping[str, str], config: str, file: Path) -> _Scales:
+        try:
+            told: Any = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
+            if not config and isinstance(told, dict):  # diffusers' own, prefixed with the component
+                named = cast("dict[str, Any]", told).items()
+                told = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
+            return cls.model_validate(told)
+        except ValueError as error:  # pydantic's and json's are both
+            raise EsdLoraError(f"{file} has a damaged configuration of its scales. Fetch it again.") from error
 
     def of(self, module: str, rank: int) -> float:
-        if self.alpha is None:
+        if self.lora_alpha is None:
             return 1.0
-        alpha = next((a for pattern, a in self.alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)), self.alpha)
-        return alpha / (rank**0.5 if self.rslora else rank)
+        fitting = (a for pattern, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(fitting, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
 
 
 def _part(pair: LoraPair, place: Place) -> LoraPair | None:

@@ -13,15 +13,13 @@ from tqdm.auto import tqdm
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.stored import Stored, open_stored
+from esd_lora.families.stored import WEIGHTS, Stored, open_stored
 from esd_lora.fitting import check_kind, compare_weights
 from esd_lora.manifests import load_eraser
 from esd_lora.merged_file import write_merged
 from esd_lora.outputs import clear_file, clear_partials, partial_name, told
 from esd_lora.stacking import Strength, stack, strengths_of
 from esd_lora.tensor_files import hash_tensors, read_header
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
 
 
 def merge(
@@ -160,7 +158,7 @@ def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[
 
         def left_out(folder: str, names: list[str]) -> list[str]:
             # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
-            return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in _WEIGHTS]
+            return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
 
         shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
         for file in stored.files:

@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 import unicodedata
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,14 +97,9 @@ def slug(text: str) -> str:
     return name or "eraser"
 
 
-def hash_folder(folder: Path, leave_out: Path | None = None) -> dict[str, str]:
-    """Path to SHA-256 of every file below a folder.
-
-    Args:
-        folder: Searched to any depth.
-        leave_out: A folder below it to pass over.
-    """
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent != leave_out)
+def hash_folder(folder: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
+    """Path to SHA-256 of every file below a folder, to any depth, but those in `leave_out`."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out)
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 

@@ -29,8 +29,16 @@ class Strength(NamedTuple):
 
     def at(self, module: str) -> float:
         """The strength at one layer."""
+        return self.weight * self._factor(module)
+
+    def _factor(self, module: str) -> float:
         fitting = [block for block in self.blocks if _inside(module, block)]
-        return self.weight * (self.blocks[max(fitting, key=lambda block: len(_path(block)))] if fitting else 1.0)
+        return self.blocks[max(fitting, key=lambda block: len(_path(block)))] if fitting else 1.0
+
+    def after(self, first: Strength) -> Strength:
+        """Both in one: `first.at(m) * self.at(m)` for every layer m."""
+        blocks = dict.fromkeys(_path(block) for block in (*first.blocks, *self.blocks))
+        return Strength(first.weight * self.weight, {b: first._factor(b) * self._factor(b) for b in blocks})
 
 
 def _path(block: str) -> str:
@@ -120,9 +128,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
     return headers[0].model_copy(
         update={
             "concepts": tuple(
-                concept.model_copy(
-                    update={"weight": concept.weight * strength.weight, "blocks": {**concept.blocks, **strength.blocks}}
-                )
+                concept.model_copy(update=strength.after(Strength(concept.weight, concept.blocks))._asdict())
                 for header, strength in zip(headers, strengths, strict=True)
                 for concept in header.concepts
             ),

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from esd_lora.adapters import add_adapter, dropping, read_pairs
 from esd_lora.checkpoints import CHECKPOINT_NAME, TrainState
-from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader, hash_weight
+from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.lessons import Lesson, Teacher, nearest, plan
@@ -160,7 +160,7 @@ def collect(base: Base, recipe: Recipe, lessons: Iterable[Lesson], spent: dict[s
         prediction_type=base.prediction_type,
         base=base.id,
         base_revision=base.revision,
-        base_hashes={path: hash_weight(weight) for path, weight in base.weights(pairs)},
+        base_hashes=base.hashes(pairs),
         concepts=tuple(
             ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=recipe.eta)
             for concept in recipe.concepts

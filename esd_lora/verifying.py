@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
-from esd_lora.eraser import Eraser
+from esd_lora.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.stored import open_stored
+from esd_lora.families.stored import WEIGHTS, Stored, open_stored
 from esd_lora.manifests import load_eraser
+from esd_lora.naming import Place
 from esd_lora.outputs import hash_folder
 from esd_lora.stacking import Strength, stack
 from esd_lora.tensor_files import DTYPES, Header, read_rows
@@ -53,56 +54,75 @@ def verify(
     """
     before, after = open_stored(base), open_stored(merged)
     stacked = stack([e if isinstance(e, Eraser) else load_eraser(e) for e in erasers], weights)
-    if before.denoiser and after.denoiser:
-        ours, theirs = (hash_folder(s.path, leave_out=s.denoiser) for s in (after, before))
-        if strange := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-            raise EsdLoraError(f"{merged} is not {base} plus the erasers: {strange[0]} differs. Merge again.")
+    _check_files(before, after)
     touched = untouched = 0
     worst = 0.0
     for old, new in zip(before.files, after.files, strict=True):
         if _shapes(old.header) != _shapes(new.header):
             raise EsdLoraError(f"{new.path} has other tensors than {old.path}. Merge again.")
         with old.path.open("rb") as source, new.path.open("rb") as result:
-            for name, entry in old.header.tensors.items():
-                members = [(p, stacked.pairs[m]) for m, p in old.layers.get(name, ()) if m in stacked.pairs]
-                if not members:
-                    untouched += 1
-                    if not _same_bytes(source, old.header, result, new.header, name):
-                        raise EsdLoraError(
-                            f"{new.path}: {name} differs from {old.path}, and no eraser touches it. Merge again."
-                        )
-                    continue
-                touched += 1
-                shape = entry["shape"]
-                step = max(1, _VALUES * shape[0] // torch.Size(shape).numel())
-                for first in range(0, shape[0], step):
-                    rows = slice(first, min(first + step, shape[0]))
-                    expected = read_rows(source, old.header, name, rows).flatten(1).double()
-                    slack = expected.abs()
-                    for place, pair in members:
-                        start = place.rows(shape[1]).start or 0
-                        up = place.reordered(pair.up.flatten(1).double(), shape[1])
-                        a, b = max(rows.start, start), min(rows.stop, start + len(up))
-                        if a < b:
-                            factors = up[a - start : b - start], pair.down.flatten(1).double()
-                            expected[a - first : b - first] += factors[0] @ factors[1]
-                            slack[a - first : b - first] += factors[0].abs() @ factors[1].abs()
-                    found = read_rows(result, new.header, name, rows).flatten(1).double()
-                    spacing = (
-                        expected.abs() * torch.finfo(DTYPES[entry["dtype"]]).eps + torch.finfo(DTYPES[entry["dtype"]]).tiny
-                    )
-                    off = ((found - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack).clamp_min(0) / spacing
-                    worst = max(worst, float(off.max()))
-                    if worst > 0.5 + 1e-6:
+            for name in old.header.tensors:
+                members = [(stacked.pairs[m], place) for m, place in old.layers.get(name, ()) if m in stacked.pairs]
+                if members:
+                    touched += 1
+                    off = _distance(source, old.header, result, new.header, name, members)
+                    worst = max(worst, off)
+                    if off > 0.5 + 1e-6:
                         raise EsdLoraError(f"{new.path}: {name} is not {old.path} plus the erasers' update there. Merge again.")
+                    continue
+                untouched += 1
+                if not _same_bytes(source, old.header, result, new.header, name):
+                    raise EsdLoraError(f"{new.path}: {name} differs from {old.path}, and no eraser touches it. Merge again.")
     return Verified(touched, untouched, worst)
+
+
+def _check_files(before: Stored, after: Stored) -> None:
+    """Refuses another layout, and differences outside of the denoiser's weights."""
+    if before.denoiser and after.denoiser:
+        names = ([file.path.name for file in stored.files] for stored in (before, after))
+        left_out = ([path for path in d.iterdir() if path.suffix in WEIGHTS] for d in (before.denoiser, after.denoiser))
+        old, new = (hash_folder(stored.path, left) for stored, left in zip((before, after), left_out, strict=True))
+        strange = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if next(names) != next(names):
+            strange = [f"what files {before.denoiser.name} has"]
+        if strange:
+            raise EsdLoraError(f"{after.path} is not {before.path} plus the erasers: {strange[0]} differs. Merge again.")
+    elif before.denoiser or after.denoiser:
+        raise EsdLoraError(f"{before.path} and {after.path} are not of one layout: one is a directory, the other a file.")
+
+
+def _distance(
+    source: BinaryIO, old: Header, result: BinaryIO, new: Header, name: str, members: Sequence[tuple[LoraPair, Place]]
+) -> float:
+    """Largest distance of a tensor's values from base + updates beyond float32's own error, in units of its dtype's spacing."""
+    rows, inputs = old.tensors[name]["shape"][:2]
+    info = torch.finfo(DTYPES[old.tensors[name]["dtype"]])
+    step = max(1, _VALUES * rows // torch.Size(old.tensors[name]["shape"]).numel())
+    worst = 0.0
+    for first in range(0, rows, step):
+        block = slice(first, min(first + step, rows))
+        expected = read_rows(source, old, name, block).flatten(1).double()
+        slack = expected.abs()
+        for pair, place in members:
+            up, down = place.reordered(pair.up.flatten(1).double(), inputs), pair.down.flatten(1).double()
+            start = place.rows(inputs).start or 0
+            a, b = max(block.start, start), min(block.stop, start + len(up))
+            if a < b:
+                part = up[a - start : b - start]
+                expected[a - first : b - first] += part @ down
+                slack[a - first : b - first] += part.abs() @ down.abs()
+        found = read_rows(result, new, name, block).flatten(1).double()
+        beyond = (found - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack
+        spacing = expected.abs().clamp_min(info.tiny) * info.eps
+        worst = max(worst, float((beyond.clamp_min(0) / spacing).nan_to_num(nan=torch.inf).max()))
+    return worst
 
 
 def _shapes(header: Header) -> dict[str, tuple[str, list[int]]]:
     return {name: (entry["dtype"], entry["shape"]) for name, entry in header.tensors.items()}
 
 
-def _same_bytes(a, header_a: Header, b, header_b: Header, name: str) -> bool:
+def _same_bytes(a: BinaryIO, header_a: Header, b: BinaryIO, header_b: Header, name: str) -> bool:
     """Whether both files hold the tensor bit for bit, compared piece by piece."""
     begin, end = header_a.tensors[name]["data_offsets"]
     a.seek(header_a.start + begin)

@@ -53,7 +53,8 @@ def stack(
 
     paths, strengths = unweighted(erasers)
     manifest = out.suffix.lower() in _MANIFESTS
-    if manifest and (rank or energy):
+    shrunk = rank is not None or energy is not None
+    if manifest and shrunk:
         raise EsdLoraError("a manifest names its members as they are: --rank and --energy need a directory to write into.")
     if base and not report:
         raise EsdLoraError("--base goes with --report: on it the members' effects are measured. Add --report.")
@@ -62,7 +63,7 @@ def stack(
         stacked = write_manifest(out, paths, strengths)
     else:
         stacked = run([load_eraser(path) for path in paths], strengths)
-        if rank or energy:
+        if shrunk:
             stacked, errors, overall = compress(stacked, rank=rank, energy=energy)
             for module, error in errors.items():
                 click.echo(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")

@@ -74,7 +74,7 @@ def load_base(
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
             device.
     """
-    name, commit = str(base), None
+    name, commit, source = str(base), None, None
     place = choose_device(device)
     dtype = choose_dtype(place, dtype)
     folder = base_files(name) if name in BUILT_IN else Path(name)
@@ -86,21 +86,21 @@ def load_base(
         index = folder / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
-        family = family_of(read_pipeline(index))
+        family, source = family_of(read_pipeline(index)), folder
         pipe = _load_pipeline(str(folder), None, dtype, vae)
     elif in_one_file:
         with quiet_libraries():
             pipe, kind = open_single_file(folder, config=config, device=place, dtype=dtype, vae=vae)
-        family = next(family for family in FAMILIES if family.name == kind)
+        family, source = next(family for family in FAMILIES if family.name == kind), folder
     elif hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
         raise EsdLoraError(
             f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
             f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
         )
     else:
-        name = hub_id
-        pipeline, commit = _look_up(hub_id, revision or None)
-        family = family_of(pipeline)  # before gigabytes of weights come
+        name, source = hub_id, _look_up(hub_id, revision or None)
+        commit = source.name  # the cache keeps files under snapshots/COMMIT
+        family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
         pipe = _load_pipeline(hub_id, commit, dtype, vae)
     pipe.set_progress_bar_config(disable=True)
     if not vae:
@@ -111,7 +111,7 @@ def load_base(
             component.requires_grad_(False).eval()
     steps, guidance = family.habits(pipe)
     habits = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, commit, keep_prompts(name), **habits)
+    return Base(pipe, family, name, commit, source, keep_prompts(name), **habits)
 
 
 def choose_device(device: str) -> torch.device:
@@ -151,16 +151,15 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _look_up(hub_id: str, revision: str | None) -> tuple[str, str]:
-    """The pipeline class of a model on the Hub, and the commit that a branch or tag stands for now."""
+def _look_up(hub_id: str, revision: str | None) -> Path:
+    """The folder in the cache for the commit of a model on the Hub that a branch or tag stands for now, its index in it."""
     from huggingface_hub import hf_hub_download
 
     try:
         with quiet_libraries():
-            index = Path(hf_hub_download(hub_id, "model_index.json", revision=revision))
+            return Path(hf_hub_download(hub_id, "model_index.json", revision=revision)).parent
     except (OSError, ValueError) as error:
         raise EsdLoraError(f"base {hub_id!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return read_pipeline(index), index.parent.name  # the cache keeps files under snapshots/COMMIT
 
 
 def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: bool) -> Any:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -152,6 +153,8 @@ class Base:
     family: ModelFamily
     id: str
     revision: str | None = None
+    source: Path | None = None
+    """Directory or file that the weights were read from."""
     keep: tuple[str, ...] = ()
     """The base's own keep list: prompts of things an eraser should leave alone."""
     steps: int = 30
@@ -244,5 +247,15 @@ class Base:
                     f"eraser of {eraser.names} changes {path} of shape {eraser.pairs[path].shape}, base {self.id!r} has"
                     f" {tuple(weight.shape)} there. Use it on the model it was trained for."
                 )
-        hashes = {path: hash_weight(weight) for path, weight in self.weights(eraser.pairs)}
-        compare_weights(eraser, hashes, self.id)
+        compare_weights(eraser, self.hashes(eraser.pairs), self.id)
+
+    def hashes(self, modules: Mapping[str, Any]) -> dict[str, str]:
+        """Module path to `eraser.hash_weight` of the weight of every module that `modules` names.
+
+        Loading in bfloat16 drops bits that the hash is of, so there the weights are looked up where they were read from.
+        """
+        if self.model.dtype == torch.bfloat16 and self.source is not None:
+            from esd_lora.families.stored import open_stored  # which has to know the families, and they this
+
+            return {path: hash_weight(weight) for path, weight in open_stored(self.source).weights(modules)}
+        return {path: hash_weight(weight) for path, weight in self.weights(modules)}

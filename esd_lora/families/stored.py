@@ -18,6 +18,8 @@ from esd_lora.naming import Place, places_in
 from esd_lora.tensor_files import DTYPES, PICKLES, Header, read_header, read_rows
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
+"""Suffixes of weights in any format."""
 EMA = "model_ema."
 """Prefix of averaged copies of a U-Net's weights."""
 
@@ -43,14 +45,15 @@ class Stored(NamedTuple):
     """The denoiser's folder in a directory."""
     files: list[StoredFile]
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Module path and weight of every linear and convolution, one at a time, each once."""
+    def weights(self, modules: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Module path and weight of every linear and convolution, or of those in `modules`; one at a time, each once."""
         seen: set[str] = set()
         for file in self.files:
             with file.path.open("rb") as source:
                 for name, members in file.layers.items():
                     for module, place in members:
-                        if module not in seen and not name.startswith(EMA):
+                        wanted = modules is None or module in modules
+                        if wanted and module not in seen and not name.startswith(EMA):
                             seen.add(module)
                             yield module, read_layer(source, file.header, name, place)
 
