@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from esd_lora.eraser import EraserHeader
+    from collections.abc import Sequence
+
+    from esd_lora.eraser import ErasedConcept, EraserHeader
 
 _TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
@@ -17,14 +19,12 @@ _CARD = """---
 
 # Eraser: {names}
 
-A LoRA that **removes** {names} from `{base}`. It has no trigger word: load it and prompt as before.
+A LoRA for `{base}` that {effect}. It has no trigger word: load it and prompt as before.
 
 ```python
 pipe.load_lora_weights("path/to/this/folder")
 ```
 
-| erased prompt | what should appear instead |
-|---|---|
 {pairs}
 
 - Base: `{base}`{revision}, family `{family}`, {prediction_type} prediction
@@ -50,12 +50,14 @@ def render_card(header: EraserHeader, layers: int) -> str:
     shown = [(prompt, anchor) for concept in header.concepts for prompt, anchor in concept.pairs][:12]
     cells = [[" ".join(text.replace("|", "\\|").split()) for text in pair] for pair in shown]
     rows = [f"| {prompt} | {anchor or '(empty prompt)'} |" for prompt, anchor in cells]
+    rows = ["| erased prompt | what should appear instead |", "|---|---|", *rows] if rows else ["Its prompts are not known."]
     total = sum(len(concept.pairs) for concept in header.concepts)
-    if total > len(rows):
-        rows.append(f"| and {total - len(rows)} more, in `recipe.yaml` | |")
+    if total > len(shown):
+        rows.append(f"| and {total - len(shown)} more, in `recipe.yaml` | |")
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         names=names,
+        effect=effect(header.concepts),
         base=header.base,
         revision=f" at `{header.base_revision}`" if header.base_revision else "",
         family=header.family,
@@ -72,6 +74,23 @@ def render_card(header: EraserHeader, layers: int) -> str:
         ),
         versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
     )
+
+
+def effect(concepts: Sequence[ErasedConcept]) -> str:
+    """What the eraser does to a base, concept by concept, strengths included where they are not 1."""
+
+    def told(chosen: list[ErasedConcept]) -> str:
+        return ", ".join(
+            c.name if c.weight == 1 and not c.blocks else f"{c.name} (at strength {c.weight:g}{_blocks(c)})" for c in chosen
+        )
+
+    removed, amplified = [c for c in concepts if c.weight >= 0], [c for c in concepts if c.weight < 0]
+    effects = [f"removes {told(removed)}"] * bool(removed) + [f"amplifies {told(amplified)}"] * bool(amplified)
+    return " and ".join(effects)
+
+
+def _blocks(concept: ErasedConcept) -> str:
+    return "".join(f", {block} x {factor:g}" for block, factor in concept.blocks.items())
 
 
 def _code(text: str) -> str:

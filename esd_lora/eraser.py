@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save
 from torch import Tensor
 
 from esd_lora.cards import render_card
@@ -24,7 +23,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.outputs import told, write_whole
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
-from esd_lora.tensor_files import read_header, read_tensors
+from esd_lora.tensor_files import file_content, read_header, read_tensors
 
 FORMAT = 2
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
@@ -164,7 +163,7 @@ class Eraser:
         directory = Path(directory)
         with told(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        weights = save(self.state_dict(), metadata={"format": "pt", HEADER_KEY: self.header.model_dump_json()})
+        weights = file_content(self.state_dict(), {"format": "pt", HEADER_KEY: self.header.model_dump_json()})
         documents = [dump_recipe(recipe) for recipe in self.header.recipes]
         if documents:
             write_whole(directory / "recipe.yaml", "---\n".join(documents).encode())

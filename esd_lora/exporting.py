@@ -8,14 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from esd_lora.cards import effect
 from esd_lora.eraser import HEADER_KEY, Eraser, LoraPair
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.naming import Place, kohya_names, original_places
 from esd_lora.outputs import clear_file, clear_output, slug, write_whole
-from esd_lora.tensor_files import hash_tensors
+from esd_lora.tensor_files import file_content, hash_tensors
 
 LAYOUTS = ("kohya", "diffusers", "peft")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -51,7 +51,7 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     if layout == "peft":
         tensors, config = _peft(eraser)
         clear_output(out, force, PEFT_FILES)
-        write_whole(out / PEFT_FILES[0], save(tensors, _own(eraser)))
+        write_whole(out / PEFT_FILES[0], file_content(tensors, _own(eraser)))
         write_whole(out / PEFT_FILES[1], json.dumps(config, indent=2).encode())
         return out
     if out.suffix != ".safetensors":
@@ -59,7 +59,7 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     tensors = kohya_tensors(eraser) if layout == "kohya" else eraser.state_dict()
     metadata = _own(eraser) | (_kohya_metadata(eraser, tensors) if layout == "kohya" else {})
     clear_file(out, force)
-    write_whole(out, save(tensors, metadata))
+    write_whole(out, file_content(tensors, metadata))
     return out
 
 
@@ -136,10 +136,10 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"Eraser: {names}",
-        "modelspec.description": f"Removes {names}. A LoRA with negative strength brings it out more.",
+        "modelspec.description": f"A LoRA that {effect(header.concepts)}. Negative strength does the opposite.",
         "modelspec.date": made.isoformat(timespec="seconds"),
         "modelspec.hash_sha256": f"0x{digest}",
-        "modelspec.usage_hint": f"Erases {names} at strength 1; there is no trigger word.",
+        "modelspec.usage_hint": "Made for strength 1; there is no trigger word.",
         "modelspec.tags": ", ".join(["concept-erasure", "eraser", *eraser.names]),
     }
     if convs:

@@ -78,6 +78,8 @@ def import_lora(
     tensors, metadata = read_tensors(file)
     layers, style = _layers(tensors, file, without_text_encoder)
     header = parse_header(metadata[HEADER_KEY], file) if HEADER_KEY in metadata else None
+    if header and (family or concepts or base):
+        raise EsdLoraError(f"{file} is an eraser's, which knows its family, concepts and base: leave out what you say of them.")
     family = header.family if header else _family(layers, metadata, family, file)
     if style == "kohya" and not _modules(family):
         raise EsdLoraError(f"{file} has kohya's names, which family {family!r} has none of. Is it of another family?")

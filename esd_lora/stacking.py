@@ -47,7 +47,7 @@ def _path(block: str) -> str:
 
 
 def _inside(module: str, block: str) -> bool:
-    return f"{module}.".startswith((f"{block}.", f"{_path(block)}."))
+    return f"{_path(module)}.".startswith(f"{_path(block)}.")
 
 
 def strengths_of(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None) -> list[Strength]:

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -133,6 +133,15 @@ def read_rows(source: BinaryIO, header: Header, name: str, rows: slice = slice(N
     if source.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
         raise OSError(f"{source.name} became shorter while it was read")
     return torch.frombuffer(buffer, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
+def file_content(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes every time: safetensors itself writes metadata in an order that changes."""
+    content = save(tensors)
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(content[8 : 8 + length])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

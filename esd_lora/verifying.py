@@ -17,7 +17,7 @@ from esd_lora.outputs import hash_folder
 from esd_lora.stacking import Strength, stack
 from esd_lora.tensor_files import DTYPES, Header, read_rows
 
-_VALUES = 4 * 2**20  # compared at once
+_VALUES = 2**20  # compared at once
 
 
 class Verified(NamedTuple):
@@ -129,7 +129,7 @@ def _same_bytes(a: BinaryIO, header_a: Header, b: BinaryIO, header_b: Header, na
     b.seek(header_b.start + header_b.tensors[name]["data_offsets"][0])
     left = end - begin
     while left:
-        size = min(left, 4 * _VALUES)
+        size = min(left, _VALUES)
         if a.read(size) != b.read(size):
             return False
         left -= size

@@ -187,6 +187,7 @@ def extract(
     from esd_lora.extracting import extract as run
     from esd_lora.outputs import clear_output
 
+    clear_output(out, force, ())  # before minutes of work are lost on it
     found = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
     clear_output(out, force, RUN_FILES)
     found.eraser.save(out)

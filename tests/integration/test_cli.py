@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import save_file
 
 from esd_lora import __version__, training
 from esd_lora.cli import main
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.exporting import kohya_tensors
 from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
 from esd_lora.watching import StepReport
 from ldm import save_checkpoint
@@ -189,6 +192,82 @@ def test_stack_with_weights(tmp_path: Path, cat_dir: Path, car_dir: Path) -> Non
     assert stacked.pairs[module].delta().equal(0.5 * cat.pairs[module].delta())
 
 
+def test_stack_with_weights_by_block(tmp_path: Path, cat_dir: Path) -> None:
+    good("stack", f"{cat_dir}:2,mid=0.5,up.1=-1", "-o", tmp_path / "out")
+    good("stack", f"{cat_dir}:mid=0.5", "-o", tmp_path / "mid")
+    cat, out, mid = (Eraser.load(folder) for folder in (cat_dir, tmp_path / "out", tmp_path / "mid"))
+    for module, pair in cat.pairs.items():
+        factors = {"mid_block": (1.0, 0.5), "up_blocks": (-2.0, 1.0)}.get(module.partition(".")[0], (2.0, 1.0))
+        for eraser, factor in zip((out, mid), factors, strict=True):
+            assert eraser.pairs[module].delta().equal(factor * pair.delta())
+    said = good("inspect", tmp_path / "out")
+    assert "weight 2, mid_block x 0.5, up_blocks.1 x -1" in said
+
+
+def test_stack_that_amplifies_says_so(tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    assert "stack of a cat (amplified, weight -1), a car: " in good("stack", f"{cat_dir}:-1", car_dir, "-o", tmp_path / "out")
+    assert "weight -1, amplified" in good("inspect", tmp_path / "out")
+    assert "amplifies" in (tmp_path / "out" / "README.md").read_text("utf-8").lower()
+
+
+def test_stack_to_lower_ranks(tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    said = good("stack", cat_dir, f"{cat_dir}:0.5", "--energy", "0.999", "-o", tmp_path / "energy").splitlines()
+    stacked = Eraser.load(tmp_path / "energy")
+    layers = {line.split()[0]: line for line in said[:-2]}
+    assert layers.keys() == stacked.pairs.keys()
+    for module, line in layers.items():
+        assert f"rank {stacked.pairs[module].rank} " in line
+        assert float(line.split()[-1]) < 1e-3 + 0.001**0.5
+        assert stacked.pairs[module].rank <= 4
+    assert said[-2].startswith("relative error over all 16 layers: ")
+    good("stack", cat_dir, car_dir, "--rank", "1", "-o", tmp_path / "rank")
+    assert {pair.rank for pair in Eraser.load(tmp_path / "rank").pairs.values()} == {1}
+
+
+def test_manifest_stands_for_its_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    for folder in (cat_dir, car_dir):
+        shutil.copytree(folder, tmp_path / folder.name)
+    file = tmp_path / "stack.yaml"
+    said = good("stack", f"{tmp_path / 'cat'}:0.5", tmp_path / "car", "-o", file)
+    assert said == f"stack of a cat, a car: {file}\n"
+    assert "a manifest names its members as they are" in bad_sentence("stack", tmp_path / "cat", "--rank", "2", "-o", file)
+    assert "already exists" in bad_sentence("stack", tmp_path / "cat", "-o", file)
+    good("stack", f"{cat_dir}:0.5", car_dir, "-o", tmp_path / "both")
+    for name in ("both", "stack.yaml"):
+        good(
+            "generate",
+            "a cat",
+            "--base",
+            tiny_dir,
+            "--steps",
+            1,
+            "--eraser",
+            tmp_path / name,
+            "-o",
+            tmp_path / f"{name} pictures",
+        )
+        good("merge", tmp_path / name, "--base", tiny_dir, "-o", tmp_path / f"{name} merged")
+        good("export", tmp_path / name, "--layout", "kohya", "-o", tmp_path / f"{name}.safetensors")
+        good("stack", tmp_path / name, cat_dir, "-o", tmp_path / f"{name} and more")
+    same = ("{} pictures/000_seed0.png", "{}.safetensors", "{} and more/" + WEIGHTS_NAME)
+    for path in same:
+        assert (tmp_path / path.format("both")).read_bytes() == (tmp_path / path.format("stack.yaml")).read_bytes(), path
+    assert "differ by 0.000%" in good("diff", tmp_path / "both", file)
+    assert "weight 0.5" in good("inspect", file)
+
+
+def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    said = good("stack", cat_dir, car_dir, cat_dir, "-o", tmp_path / "out", "--report", "--base", tiny_dir)
+    assert "read overlap" in said
+    assert "changed in company by" in said
+    found = json.loads((tmp_path / "out" / "interference.json").read_text("utf-8"))
+    assert found["cosine"][0][2] == pytest.approx(1)
+    assert found["shared"][0] == [16, 0, 16]
+    with Image.open(tmp_path / "out" / "interference.png") as picture:
+        assert picture.width > 300
+    assert "--base goes with --report" in bad_sentence("stack", cat_dir, "--base", tiny_dir, "-o", tmp_path / "other")
+
+
 def test_path_with_a_colon_is_a_path(tmp_path: Path, cat_dir: Path) -> None:
     odd = shutil.copytree(cat_dir, tmp_path / "cat:2")
     good("stack", odd, "-o", tmp_path / "one")
@@ -204,6 +283,75 @@ def test_merge(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> 
     good(*command, out, "-o", tmp_path / "a")
     good(*command, tiny_dir, "-o", tmp_path / "b")
     assert (tmp_path / "a" / "000_seed0.png").read_bytes() != (tmp_path / "b" / "000_seed0.png").read_bytes()
+
+
+def test_merge_of_a_single_file_and_its_proof(tmp_path: Path, cat_dir: Path) -> None:
+    file = save_checkpoint(tiny_pipeline(), tmp_path / "model.safetensors")
+    before = file.read_bytes()
+    out = tmp_path / "merged.safetensors"
+    said = good("merge", f"{cat_dir}:0.5,mid=2", "--base", file, "-o", out, "--verify").splitlines()
+    assert said[0] == f"merged checkpoint: {out}"
+    assert said[1].startswith("verified: 16 tensors are base + update to within rounding, ")
+    assert "is the base itself" in bad_sentence("merge", cat_dir, "--base", file, "-o", file, "--force")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
+def test_export_and_import(tmp_path: Path, cat_dir: Path, layout: str) -> None:
+    out = tmp_path / ("adapter" if layout == "peft" else "cat.safetensors")
+    export = ["export", cat_dir, "--layout", layout, "-o", out]
+    assert good(*export) == f"{layout} LoRA: {out}\n"
+    assert "--force" in bad_sentence(*export)
+    good(*export, "--force")
+    assert "a cat" in good("inspect", out)
+    assert good("import", out, "-o", tmp_path / "back") == f"eraser of a cat, 16 layers of family sd: {tmp_path / 'back'}\n"
+    assert "the updates differ by 0.000%" in good("diff", cat_dir, tmp_path / "back")
+
+
+def test_import_of_a_stranger_s_file(tmp_path: Path, cat: Eraser) -> None:
+    file = tmp_path / "van gogh.safetensors"
+    save_file(kohya_tensors(cat), file)
+    said = good("import", file, "--family", "sd", "--concept", "Van Gogh", "--base", "owner/model", "-o", tmp_path / "out")
+    assert said == f"eraser of Van Gogh, 16 layers of family sd; where it came from is not known: {tmp_path / 'out'}\n"
+    assert Eraser.load(tmp_path / "out").header.base == "owner/model"
+    assert "provenance unknown" in good("inspect", tmp_path / "out")
+
+
+def test_extract(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    merged = tmp_path / "merged"
+    good("merge", cat_dir, "--base", tiny_dir, "-o", merged)
+    command = ["extract", "--base", tiny_dir, "--tuned", merged, "--concept", "a cat", "-o", tmp_path / "out"]
+    said = good(*command, "--rank", 4).splitlines()
+    assert len(said) == 16 + 2
+    kept = next(line for line in said if line.startswith("energy kept over all 16 layers"))
+    assert float(kept.split()[-1].rstrip("%")) > 99.99
+    for module, pair in Eraser.load(cat_dir).pairs.items():
+        found = Eraser.load(tmp_path / "out").pairs[module].delta()
+        torch.testing.assert_close(found, pair.delta(), rtol=1e-4, atol=1e-4 * float(pair.delta().abs().max()))
+    assert "--force" in bad_sentence(*command, "--rank", 4)
+    result = invoke("extract", "--base", tiny_dir, "--tuned", tiny_dir, "--rank", 4, "-o", tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert "do not differ in any of the 83 layers they share" in result.stderr.splitlines()[-1]
+
+
+def test_kohya_file_beside_the_eraser(tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    good("train", "--concept", "a cat", "--base", tiny_dir, *SETTINGS, "--kohya", "-o", out)
+    beside = out / "kohya" / "no-a-cat.safetensors"
+    assert "the updates differ by 0.000%" in good("diff", out, beside)
+    # load_lora_weights takes a directory with one file in it.
+    assert [file.name for file in out.glob("*.safetensors")] == [WEIGHTS_NAME]
+
+
+def test_pictures_at_several_strengths(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    command = ["generate", "a cat", "--base", tiny_dir, "--steps", 1, "-o"]
+    said = good(*command, tmp_path / "out", "--eraser", cat_dir, "--strengths=-1,0,0.5,1")
+    assert said == f"1 pictures in {tmp_path / 'out'}, strengths.png among them\n"
+    with Image.open(tmp_path / "out" / "strengths.png") as sheet:
+        assert sheet.height > 4 * 128
+    good(*command, tmp_path / "one", "--eraser", cat_dir)
+    one = "000_seed0.png"
+    assert (tmp_path / "out" / one).read_bytes() == (tmp_path / "one" / one).read_bytes()
 
 
 def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
@@ -274,7 +422,8 @@ def test_recipes_check_resolved(tmp_path: Path) -> None:
 def test_version_and_help() -> None:
     assert __version__ in good("--version")
     said = good("-h")
-    for command in ("train", "generate", "stack", "merge", "inspect", "recipes", "demo"):
+    commands = "train generate stack merge inspect diff export import extract recipes demo"
+    for command in commands.split():
         assert f"\n  {command} " in said
 
 
@@ -330,11 +479,28 @@ MISTAKES = {
     "damaged eraser to stack": ("stack {cat} {damaged} -o {out}", "damaged"),
     "damaged eraser to merge": ("merge {damaged} --base {tiny} -o {out}", "damaged"),
     "weight that is no number": ("stack {cat}:nan -o {out}", "nan"),
+    "second weight": ("stack {cat}:1,2 -o {out}", "BLOCK=FACTOR"),
+    "block without a layer": ("stack {cat}:1,mad=0 -o {out}", "has no layer in 'mad'"),
+    "rank and share that cannot be": ("stack {cat} --energy 0 -o {out}", "a share above 0"),
+    "strengths that are no numbers": ("generate cat --base {tiny} --eraser {cat} --strengths 0,x -o {out}", "'0,x'"),
+    "strengths of nothing": ("generate cat --base {tiny} --strengths 0,1 -o {out}", "--eraser"),
+    "missing manifest": ("stack {out}.yaml -o {out}", "no stack manifest"),
+    "unknown layout": ("export {cat} --layout koyha -o {out}.safetensors", "did you mean 'kohya'?"),
+    "export under another name": ("export {cat} --layout kohya -o {out}.ckpt", "ends in .safetensors"),
+    "missing file to import": ("import {out}.safetensors -o {out}", "no LoRA at"),
+    "checkpoint to import": ("import {cut} -o {out}", "damaged"),
+    "unknown family": ("import {foreign} --family sdlx -o {out}", "did you mean 'sdxl'?"),
+    "what an eraser knows of itself": ("import {cat} --family sd -o {out}", "leave out what you say"),
+    "existing output of import": ("import {cat} -o {full}", "--force"),
+    "extract without a rank": ("extract --base {tiny} --tuned {tiny} -o {out}", "a rank or a share of energy"),
+    "extract from another base": ("extract --base {tiny} --tuned {cut} --rank 4 -o {out}", "damaged"),
+    "missing file to compare": ("diff {cat} {out}", "no eraser"),
+    "directory merged into a file": ("merge {cat} --base {tiny} -o {out}.safetensors", "diffusers directory"),
 }
 
 
 @pytest.fixture(scope="module")
-def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def places(tiny_dir: Path, cat: Eraser, cat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the mistakes are made with. Read only."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
@@ -344,6 +510,7 @@ def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFacto
     (folder / "text").write_text("concepts: [cat\n")
     (folder / "model.ckpt").write_bytes(b"PK")
     (folder / "cut.safetensors").write_bytes(b"\xff" * 20)
+    save_file(kohya_tensors(cat), folder / "foreign.safetensors")
     plain = tiny_pipeline()
     plain.register_modules(
         unet=tiny_unet(
@@ -355,7 +522,7 @@ def places(tiny_dir: Path, cat_dir: Path, tmp_path_factory: pytest.TempPathFacto
     )
     plain.save_pretrained(folder / "plain")
     places = {path.name: path for path in folder.iterdir()}
-    files = {"pickle": folder / "model.ckpt", "cut": folder / "cut.safetensors"}
+    files = {path.stem: path for path in folder.glob("*.safetensors")} | {"pickle": folder / "model.ckpt"}
     return {"tiny": tiny_dir, "cat": cat_dir, **places, **files}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from esd_lora import merged_file
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
@@ -21,6 +21,8 @@ from esd_lora.merging import merge
 from esd_lora.sampling import applied
 from esd_lora.stacking import stack
 from esd_lora.tensor_files import hash_tensors
+from esd_lora.verifying import verify
+from ldm import save_checkpoint
 from tiny import save_tiny, tiny_pipeline
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -109,6 +111,47 @@ def test_sharded_base(sharded_dir: Path, tmp_path: Path, cat: Eraser, car: Erase
     assert_merged(out, sharded_dir, stack([cat, car]))
     loaded = load_base(out).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in unet_weights(out).items())
+
+
+@pytest.mark.parametrize("kind", ["tiny", "half", "sharded"])
+def test_proof_of_a_directory(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, cat: Eraser, car: Eraser, cat_dir: Path
+) -> None:
+    source = request.getfixturevalue(f"{kind}_dir")
+    out = merge([cat, car], source, tmp_path / "merged", weights=[1, 0.5], progress=False)
+    proved = verify(out, source, [cat_dir, car], weights=[1, 0.5])
+    assert (proved.touched, proved.touched + proved.untouched) == (len({*cat.pairs, *car.pairs}), len(unet_weights(source)))
+    assert proved.worst <= 0.5
+    assert kind != "half" or proved.worst > 0.4
+    for file in ("unet/config.json", "scheduler/scheduler_config.json"):
+        before = (out / file).read_text()
+        (out / file).write_text(before + " ")
+        with pytest.raises(EsdLoraError, match=f"{file} differs"):
+            verify(out, source, [cat, car], weights=[1, 0.5])
+        (out / file).write_text(before)
+    (out / "unet" / "more.safetensors").write_bytes(next((out / "unet").glob("*.safetensors")).read_bytes())
+    with pytest.raises(EsdLoraError, match="what files unet has differs"):
+        verify(out, source, [cat, car], weights=[1, 0.5])
+
+
+@pytest.mark.parametrize(("value", "name"), [(0.02, "drift"), (float("nan"), "nan")])
+def test_proof_sees_what_is_small(half_dir: Path, tmp_path: Path, cat: Eraser, value: float, name: str) -> None:
+    """A float16 value near zero may be off by half of its own spacing, not by that of larger ones."""
+    out = merge([cat], half_dir, tmp_path / name, progress=False)
+    tensors = load_file(out / WEIGHTS)
+    weight = tensors[f"{next(iter(cat.pairs))}.weight"].flatten()
+    smallest = weight.abs().argmin()
+    assert weight[smallest].abs() < 0.01
+    weight[smallest] += value * weight[smallest].abs()
+    save_file(tensors, out / WEIGHTS)
+    with pytest.raises(EsdLoraError, match="plus the erasers' update there"):
+        verify(out, half_dir, [cat])
+
+
+def test_directory_and_file_are_not_compared(tiny_dir: Path, tmp_path: Path, cat: Eraser) -> None:
+    file = save_checkpoint(tiny_pipeline(), tmp_path / "model.safetensors")
+    with pytest.raises(EsdLoraError, match="not of one layout"):
+        verify(file, tiny_dir, [cat])
 
 
 def test_metadata_says_what_was_merged(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:

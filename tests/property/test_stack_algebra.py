@@ -158,8 +158,26 @@ def test_strength_by_block(a: Eraser, blocks: dict[str, float], weight: float) -
         fitting = [block for block in blocks if f"{module}.".startswith(f"{block}.")]
         factor = weight * (blocks[max(fitting, key=len)] if fitting else 1)
         torch.testing.assert_close(stacked.pairs[module].delta(), factor * pair.delta(), rtol=1e-12, atol=1e-12)
-    if (weight, blocks) != (1, {}):
-        assert (stacked.header.concepts[0].weight, stacked.header.concepts[0].blocks) == (weight, blocks)
+    assert told(stacked) == {module: Strength(weight, blocks).at(module) for module in a.pairs}
+
+
+def told(eraser: Eraser) -> dict[str, float]:
+    """Strength of the first concept at every layer, as the header says."""
+    concept = eraser.header.concepts[0]
+    return {module: Strength(concept.weight, concept.blocks).at(module) for module in eraser.pairs}
+
+
+blocks = st.dictionaries(st.sampled_from(["mid", "mid_block", "mid.attn2", "mid.attn2.to_k"]), weights)
+
+
+@given(st.integers(0, 2**32), blocks, weights, blocks, weights)
+def test_strengths_by_block_of_a_stack_of_stacks_multiply(
+    seed: int, inner: dict[str, float], first: float, outer: dict[str, float], second: float
+) -> None:
+    a = made_eraser({"mid.attn2.to_k": 1, "mid.attn2.to_v": 2, "conv": 1}, seed=seed)
+    stacked = stack([stack([a], [Strength(first, inner)])], [Strength(second, outer)])
+    for module, factor in told(stacked).items():
+        torch.testing.assert_close(stacked.pairs[module].delta(), factor * a.pairs[module].delta(), rtol=1e-9, atol=1e-12)
 
 
 @given(ranks, st.integers(0, 2**32))

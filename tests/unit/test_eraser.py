@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from esd_lora.cards import render_card
 from esd_lora.eraser import FORMAT, HEADER_KEY, WEIGHTS_NAME, Eraser, LoraPair, hash_weight
 from esd_lora.errors import EsdLoraError
+from esd_lora.exporting import export
 from esd_lora.outputs import clear_output, write_whole
 from esd_lora.recipe_files import load_recipe
 from made import SHAPES, made_eraser, made_header
@@ -76,6 +77,14 @@ def test_directory_holds_recipe_and_card(saved: Path) -> None:
 
 def test_file_loads_as_its_directory_does(saved: Path) -> None:
     assert Eraser.load(saved / WEIGHTS_NAME).header == Eraser.load(saved).header
+
+
+def test_same_eraser_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    """Metadata in no order of chance: two saves have one hash."""
+    eraser = Eraser.load(saved)
+    contents = {(eraser.save(tmp_path / str(i)) / WEIGHTS_NAME).read_bytes() for i in range(8)}
+    kohya = {export(eraser, tmp_path / f"{i}.safetensors", layout="diffusers").read_bytes() for i in range(8)}
+    assert len(contents) == len(kohya) == 1
 
 
 def test_other_files_of_the_directory_stay(saved: Path) -> None:
@@ -196,6 +205,19 @@ def test_card_says_what_and_from_where() -> None:
     assert "`owner/model` at `abc123`" in text
     assert "Prompts held in place during training: 2" in text
     assert "instance_prompt" not in front  # an eraser has no trigger word
+
+
+def test_card_says_strengths_and_what_is_amplified() -> None:
+    cat, dog, hat = made_header("cat", "dog", "hat").concepts
+    weak = dog.model_copy(update={"weight": 0.5, "blocks": {"mid_block": 0.0}})
+    card = render_card(made_header(concepts=(cat, weak, hat.model_copy(update={"weight": -1.0}))), 2)
+    assert "that removes cat, dog (at strength 0.5, mid_block x 0) and amplifies hat (at strength -1)." in card
+
+
+def test_card_of_unknown_prompts_has_no_empty_table() -> None:
+    card = render_card(made_header(concepts=(made_header().concepts[0].model_copy(update={"pairs": (), "eta": None}),)), 2)
+    assert "Its prompts are not known." in card
+    assert "|" not in card.split("---\n", 2)[2]
 
 
 def test_card_of_a_local_base_points_to_no_page() -> None:

@@ -243,7 +243,7 @@ def test_metadata_says_what_is_known(tmp_path: Path) -> None:
     assert float(found["ss_training_finished_at"]) - float(found["ss_training_started_at"]) == 60
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert found["modelspec.prediction_type"] == "epsilon"
-    assert "a cat" in found["modelspec.usage_hint"]
+    assert found["modelspec.description"] == "A LoRA that removes a cat. Negative strength does the opposite."
     assert "a cat" in found["modelspec.tags"].split(", ")
     assert "modelspec.trigger_phrase" not in found
     raw = file.read_bytes()

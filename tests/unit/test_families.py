@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, Base, ModelFamily, load_base
 from esd_lora.families.sd import StableDiffusion
+from esd_lora.merging import merge
 from esd_lora.recipe import SCOPES
+from ldm import save_checkpoint
+from made import eraser_on
 from real import DENOISERS, SCOPE_COUNTS, denoiser
 from tiny import tiny_pipeline
 
@@ -228,6 +232,23 @@ def test_eraser_of_another_shape(base: Base, cat: Eraser) -> None:
     assert module in str(caught.value)
     with pytest.raises(EsdLoraError, match="has no layer elsewhere"):
         base.check(Eraser({"elsewhere": pair}, cat.header))
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_dtype_a_base_is_loaded_in_makes_it_no_other(kind: str, tmp_path: Path) -> None:
+    """bfloat16 drops bits of float16: hashes are of what is stored."""
+    folder, pipe = tmp_path / "base", tiny_pipeline().to(dtype=torch.float16)
+    pipe.save_pretrained(folder)
+    source = folder if kind == "directory" else save_checkpoint(pipe, tmp_path / "base.safetensors")
+    for trained_in, used_in in (("bfloat16", "float32"), ("float16", "bfloat16"), ("bfloat16", "float16")):
+        config = None if kind == "directory" else folder
+        trained, used = (load_base(source, device="cpu", dtype=dtype, config=config) for dtype in (trained_in, used_in))
+        layers = list(trained.family.modules(trained.model, "xattn"))
+        eraser = eraser_on(trained.model, layers, base_hashes=trained.hashes(dict.fromkeys(layers)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            used.check(eraser)
+        merge([eraser], source, tmp_path / f"{trained_in}{used_in}{source.suffix}", progress=False)
 
 
 def test_eraser_of_other_weights_is_warned_about(cat: Eraser, base: Base) -> None:

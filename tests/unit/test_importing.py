@@ -235,6 +235,7 @@ REFUSED = {
     "up without down": ({f"{KOHYA}.lora_up.weight": torch.ones(8, 2)}, "no down factor"),
     "rank 0": ({f"{KOHYA}.lora_down.weight": torch.ones(0, 768), f"{KOHYA}.lora_up.weight": torch.ones(8, 0)}, "rank 1"),
     "ranks that differ": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, "no lora_B that fits"),
+    "alpha that is no number": (simple(alpha=torch.tensor(float("nan"))), "a finite number"),
     "two alphas": (simple(alpha=torch.ones(2)), "2 values"),
     "integers": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)}, "int8"),
     "float8": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2).to(torch.float8_e4m3fn)}, "float8"),
@@ -254,6 +255,29 @@ def test_what_is_refused(tmp_path: Path, tensors: dict[str, Tensor], said: str) 
         import_lora(file, family="sd")
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CONFIGS = {
+    "no JSON": "{",
+    "a list": "[]",
+    "alpha that is no number": '{"unet.lora_alpha": "much"}',
+    "infinite alpha": '{"unet.lora_alpha": Infinity}',
+    "pattern that is none": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}',
+    "patterns that are none": '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}',
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_damaged_configuration_of_scales(tmp_path: Path, config: str) -> None:
+    tensors = {f"unet.{KEY}.lora_A.weight": torch.ones(2, 768), f"unet.{KEY}.lora_B.weight": torch.ones(8, 2)}
+    with pytest.raises(EsdLoraError, match="damaged configuration"):
+        import_lora(written(tensors, tmp_path, {"lora_adapter_metadata": config}))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config.replace("unet.", ""))
+    with pytest.raises(EsdLoraError, match="damaged configuration"):
+        import_lora(folder)
 
 
 def test_missing_file(tmp_path: Path) -> None:
