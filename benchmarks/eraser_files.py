@@ -1,6 +1,6 @@
 """Work on eraser files at the size of published models: seconds and memory, each beside an alternative where there is one.
 
-    python benchmarks/eraser_files.py [--only merge,files,sampling] [--rounds 3] [--out out/eraser_files]
+    python benchmarks/eraser_files.py [--only merge,files,sampling] [--rounds 7] [--out out/eraser_files]
 
 Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
 into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file:
@@ -101,8 +101,8 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         eraser = folder / f"{model}-{scope}-0"
         times: dict[str, list[float]] = {"cp": [], "merge": []}
         memory = 0.0
-        for _ in range(rounds):
-            for what in times:
+        for i in range(rounds):
+            for what in sorted(times, reverse=bool(i % 2)):
                 for file in (out, copy):
                     file.unlink(missing_ok=True)
                 os.sync()
@@ -117,6 +117,7 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         proof = measured(lambda eraser=eraser: verify(out, source, [eraser]))
         middle = {what: statistics.median(values) for what, values in times.items()}
         found[scope] = {**middle, "ratio": middle["merge"] / middle["cp"], "memory": memory, "verify": proof}
+        found[scope]["ranges"] = {what: [min(values), max(values)] for what, values in times.items()}
     for file in (out, copy):
         file.unlink(missing_ok=True)
     return found
@@ -227,7 +228,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="merge,files,sampling")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -273,8 +274,9 @@ def main() -> None:
             found = stage(f"merge:{name}")
             for scope in ("xattn", "full"):
                 row, proof = found[scope], found[scope]["verify"]
+                seconds = {what: f"{row[what]:.1f} ({low:.1f} to {high:.1f})" for what, (low, high) in row["ranges"].items()}
                 print(
-                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {row['merge']:.1f} | {row['cp']:.1f} |"
+                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {seconds['merge']} | {seconds['cp']} |"
                     f" {row['ratio']:.2f} | {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
                     flush=True,
                 )

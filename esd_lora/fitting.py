@@ -32,15 +32,15 @@ def compare_weights(eraser: Eraser, found: Mapping[str, str], base: str) -> None
 
     Args:
         eraser: With the hashes of its base's weights in the header.
-        found: Module path to `eraser.hash_weight` of the layers it changes, as they are in the base.
+        found: Module path to `eraser.hash_weight` of the layers it changes, or of some, as they are in the base.
         base: What to call the base.
     """
     hashes, layers = eraser.header.base_hashes, len(eraser.pairs)
     changed = sum(module in hashes and hashes[module] != digest for module, digest in found.items())
     if changed:
         warnings.warn(
-            f"eraser of {eraser.names} was trained on other weights ({eraser.header.base!r}): {changed} of {layers} layers"
-            f" differ in {base!r}. Measure what it erases here.",
+            f"eraser of {eraser.names} was trained on other weights ({eraser.header.base!r}): {changed} of {len(found)} layers"
+            f" compared differ in {base!r}. Measure what it erases here.",
             stacklevel=4,
         )
     if unknown := len(eraser.pairs.keys() - hashes.keys()):

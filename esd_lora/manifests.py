@@ -29,7 +29,7 @@ class Member(BaseModel):
     blocks: dict[str, float] = {}
     """Factors by part of the model, as in `stacking.Strength`."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of the safetensors file; checked when given."""
+    """Of the safetensors file, or of the manifest; checked when given."""
 
 
 class Manifest(BaseModel):
@@ -43,23 +43,30 @@ class Manifest(BaseModel):
 def load_eraser(path: str | Path) -> Eraser:
     """Loads an eraser: its directory, its safetensors file, or the manifest of a stack (`.yaml`, or a directory with one).
 
-    Raises:
-        EsdLoraError: As `Eraser.load` and `read_manifest` do.
-    """
-    path = Path(path)
-    if path.suffix.lower() in _SUFFIXES and not path.is_dir():
-        return read_manifest(path)
-    if (path / MANIFEST_NAME).is_file() and not (path / WEIGHTS_NAME).is_file():
-        return read_manifest(path / MANIFEST_NAME)
-    return Eraser.load(path)
-
-
-def read_manifest(file: Path) -> Eraser:
-    """The exact stack that a manifest describes.
+    A manifest stands for the exact stack that it describes; its members may be manifests too.
 
     Raises:
-        EsdLoraError: If it is missing, damaged, names a member outside its own directory, or one that has changed since.
+        EsdLoraError: As `Eraser.load` does, and if a manifest is damaged, names itself, a member outside its own directory, or
+            one that has changed since.
     """
+    return _load(Path(path), ())
+
+
+def _load(path: Path, within: tuple[Path, ...]) -> Eraser:
+    file = _file(path)
+    return _read(file, within) if file.suffix.lower() in _SUFFIXES else Eraser.load(path)
+
+
+def _file(path: Path) -> Path:
+    """The file that says what an eraser is: its weights, or its manifest."""
+    names = (name for name in (WEIGHTS_NAME, MANIFEST_NAME) if (path / name).is_file())
+    return path / next(names, "")
+
+
+def _read(file: Path, within: tuple[Path, ...]) -> Eraser:
+    """The stack of a manifest, which is being read for those in `within`."""
+    if file.resolve() in within:
+        raise EsdLoraError(f"{file} is a member of itself. Take it out of the manifests that name it.")
     try:
         if file.stat().st_size > _LIMIT:
             raise EsdLoraError(f"{file} has more than {_LIMIT:,} bytes: it is no stack manifest.")
@@ -70,7 +77,7 @@ def read_manifest(file: Path) -> Eraser:
         raise EsdLoraError(f"{file} is no stack manifest ({where}: {first['msg']}). Expected 'stack:' and members.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise EsdLoraError(f"no stack manifest can be read from {file} ({str(error).splitlines()[0]}).") from error
-    erasers = [Eraser.load(_checked(file, member)) for member in manifest.stack]
+    erasers = [_load(_checked(file, member), (*within, file.resolve())) for member in manifest.stack]
     return stack(erasers, [Strength(member.weight, member.blocks) for member in manifest.stack])
 
 
@@ -80,8 +87,7 @@ def _checked(file: Path, member: Member) -> Path:
     inside = not place.is_absolute() and ".." not in place.parts and "\\" not in member.file
     if not inside or not found.resolve().is_relative_to(file.parent.resolve()):
         raise EsdLoraError(f"{file} names {member.file!r}, which is outside its directory. Move the eraser below it.")
-    weights = found / WEIGHTS_NAME if found.is_dir() else found
-    if member.sha256 and weights.is_file() and hash_file(weights) != member.sha256:
+    if member.sha256 and _file(found).is_file() and hash_file(_file(found)) != member.sha256:
         raise EsdLoraError(f"{file}: {member.file} has changed since the manifest was written. Write the manifest again.")
     return found
 
@@ -91,7 +97,7 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
 
     Args:
         file: Where to; every member must lie in or below its directory.
-        members: Directories or safetensors files of erasers.
+        members: Directories or safetensors files of erasers, or manifests.
         strengths: One for each.
 
     Returns:
@@ -100,15 +106,15 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
     Raises:
         EsdLoraError: If a member lies elsewhere, cannot be read, or they do not fit each other.
     """
-    whole = stack([Eraser.load(member) for member in members], strengths)
+    whole = stack([load_eraser(member) for member in members], strengths)
     here = file.parent.resolve()
     entries: list[dict[str, object]] = []
     for member, strength in zip(members, strengths, strict=True):
         place = Path(member).resolve()
         if not place.is_relative_to(here):
             raise EsdLoraError(f"{member} is outside {file.parent}, where the manifest goes. Write the manifest above it.")
-        weights = place / WEIGHTS_NAME if place.is_dir() else place
         entry: dict[str, object] = {"file": place.relative_to(here).as_posix(), "weight": strength.weight}
-        entries.append(entry | ({"blocks": dict(strength.blocks)} if strength.blocks else {}) | {"sha256": hash_file(weights)})
+        blocks: dict[str, object] = {"blocks": dict(strength.blocks)} if strength.blocks else {}
+        entries.append(entry | blocks | {"sha256": hash_file(_file(place))})
     write_whole(file, yaml.safe_dump({"stack": entries}, sort_keys=False, allow_unicode=True).encode())
     return whole

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from esd_lora.eraser import Eraser
+from esd_lora.eraser import Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.stored import WEIGHTS, Stored, open_stored
 from esd_lora.fitting import check_kind, compare_weights
@@ -20,6 +22,9 @@ from esd_lora.merged_file import write_merged
 from esd_lora.outputs import clear_file, clear_partials, partial_name, told
 from esd_lora.stacking import Strength, stack, strengths_of
 from esd_lora.tensor_files import hash_tensors, read_header
+
+_COMPARED = 64 * 2**20
+"""Values of the base that are hashed at most: all of cross-attention in Stable Diffusion."""
 
 
 def merge(
@@ -56,6 +61,7 @@ def merge(
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     stacked = stack(members, weights)
     _check_fit(stored, stacked, str(base))
+    compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
     (_check_directory if stored.denoiser else _check_file)(stored.path, out, force)
     entry = {
         "base": str(base),
@@ -69,8 +75,7 @@ def merge(
             raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
-            hashes = (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
-    compare_weights(stacked, hashes, str(base))
+            (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
     return out
 
 
@@ -113,6 +118,14 @@ def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
         )
 
 
+def _compared(stacked: Eraser) -> list[str]:
+    """The layers that are hashed: the smallest, which are most of them."""
+    sizes = {module: math.prod(pair.shape) for module, pair in stacked.pairs.items()}
+    smallest = sorted(sizes, key=lambda module: sizes[module])
+    upto = accumulate(sizes[module] for module in smallest)
+    return [module for module, total in zip(smallest, upto, strict=True) if total <= _COMPARED] or smallest[:1]
+
+
 def _check_directory(source: Path, out: Path, force: bool) -> None:
     inside = out.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents:
@@ -137,22 +150,20 @@ def _check_file(source: Path, out: Path, force: bool) -> None:
         read_header(out)  # whatever else lies there is not ours to replace
 
 
-def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> dict[str, str]:
+def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
     handle, beside = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
     os.close(handle)
     partial = Path(beside)
     try:
-        hashes = write_merged(stored.files[0], stacked, partial, entry, bar)
+        write_merged(stored.files[0], stacked, partial, entry, bar)
         partial.chmod(0o644)
         partial.replace(out)
-        return hashes
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> dict[str, str]:
+def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
     assert stored.denoiser
-    hashes: dict[str, str] = {}
     partial = Path(tempfile.mkdtemp(prefix=partial_name(out), dir=out.parent))
     try:
 
@@ -162,7 +173,7 @@ def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[
 
         shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
         for file in stored.files:
-            hashes |= write_merged(file, stacked, partial / stored.denoiser.name / file.path.name, entry, bar)
+            write_merged(file, stacked, partial / stored.denoiser.name / file.path.name, entry, bar)
         partial.chmod(0o755)
         if out.exists():
             retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
@@ -174,6 +185,5 @@ def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[
             shutil.rmtree(retired)
         else:
             partial.rename(out)
-        return hashes
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from esd_lora import merged_file
+from esd_lora import merged_file, merging
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import load_base
@@ -323,6 +323,16 @@ def test_eraser_of_other_layers(tiny_dir: Path, tmp_path: Path, cat: Eraser) -> 
 def test_eraser_of_other_weights_is_warned_about(tmp_path: Path, cat: Eraser) -> None:
     other = save_tiny(tmp_path / "other", seed=1)
     with pytest.warns(UserWarning, match="other weights"):
+        merge([cat], other, tmp_path / "merged", progress=False)
+
+
+def test_smallest_layers_are_compared_where_all_would_take_long(
+    tmp_path: Path, cat: Eraser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = sorted(pair.up.shape[0] * pair.down.shape[1] for pair in cat.pairs.values())
+    monkeypatch.setattr(merging, "_COMPARED", sum(sizes[:5]))
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match="5 of 5 layers compared differ"):
         merge([cat], other, tmp_path / "merged", progress=False)
 
 

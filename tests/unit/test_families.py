@@ -254,5 +254,5 @@ def test_dtype_a_base_is_loaded_in_makes_it_no_other(kind: str, tmp_path: Path) 
 def test_eraser_of_other_weights_is_warned_about(cat: Eraser, base: Base) -> None:
     module = next(iter(cat.pairs))
     base.model.get_submodule(module).weight.data[0, 0] += 1
-    with pytest.warns(UserWarning, match=f"1 of {len(cat.pairs)} layers differ"):
+    with pytest.warns(UserWarning, match=f"1 of {len(cat.pairs)} layers compared differ"):
         base.check(cat)

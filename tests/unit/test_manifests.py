@@ -92,7 +92,7 @@ BROKEN = {
     "infinite weight": ("stack: [{file: no-cat, weight: .inf}]", "weight"),
     "hash that is none": ({"stack": [{"file": "no-cat", "sha256": "12"}]}, "sha256"),
     "missing member": ({"stack": [{"file": "nothing"}]}, "no eraser at"),
-    "manifest in a manifest": ({"stack": [{"file": "stack.yaml"}]}, "stack.yaml"),
+    "manifest in itself": ({"stack": [{"file": "stack.yaml"}]}, "is a member of itself"),
     "unknown block": ({"stack": [{"file": "no-cat", "blocks": {"up.7": 0}}]}, "no layer in 'up.7'"),
     "nested too deep": ("[" * 5000, "no stack manifest"),
     "too long": ("#" * (2**20 + 1), "more than"),
@@ -102,6 +102,27 @@ BROKEN = {
 @pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
 def test_broken_manifests(folder: Path, content: object, said: str) -> None:
     assert said in refusal(folder, content)
+
+
+def test_manifest_of_manifests(folder: Path) -> None:
+    write_manifest(folder / "deep" / "stack.yaml", [folder / "deep" / "no-hat"], [Strength(0.5)])
+    members = [folder / "no-cat", folder / "deep" / "stack.yaml", folder / "deep"]
+    write_manifest(folder / "stack.yaml", members, [Strength(), Strength(2.0), Strength(-1.0)])
+    found = load_eraser(folder / "stack.yaml")
+    assert [(c.name, c.weight) for c in found.header.concepts] == [("a cat", 1.0), ("a hat", 1.0), ("a hat", -0.5)]
+    hat = Eraser.load(folder / "deep" / "no-hat")
+    expected = stack([Eraser.load(folder / "no-cat"), hat], [1.0, 0.5])
+    torch.testing.assert_close(found.pairs["conv"].delta(), expected.pairs["conv"].delta())
+    (folder / "deep" / "stack.yaml").write_text("stack: [{file: no-hat}]")
+    with pytest.raises(EsdLoraError, match=r"deep/stack\.yaml has changed since"):
+        load_eraser(folder / "stack.yaml")
+
+
+def test_manifests_in_a_circle(folder: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (folder / f"{name}.yaml").write_text(f"stack: [{{file: no-cat}}, {{file: {other}.yaml}}]")
+    with pytest.raises(EsdLoraError, match=r"a\.yaml is a member of itself"):
+        load_eraser(folder / "a.yaml")
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
