@@ -26,12 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm, trange
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
 FAMILY = {"sd15": "sd", "sdxl": "sdxl"}
 ERASERS, RANK = 10, 4
+PAIRS = 8  # of predictions a round
 
 
 def field(name: str) -> int:
@@ -101,7 +104,7 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         eraser = folder / f"{model}-{scope}-0"
         times: dict[str, list[float]] = {"cp": [], "merge": []}
         memory = 0.0
-        for i in range(rounds):
+        for i in trange(rounds, desc=f"{name} {scope}"):
             for what in sorted(times, reverse=bool(i % 2)):
                 for file in (out, copy):
                     file.unlink(missing_ok=True)
@@ -155,7 +158,7 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
         "merge": lambda: merge([paths[0]], source, tuned, force=True, progress=False),
         f"extract at rank {RANK}": lambda: extract(source, tuned, rank=RANK, progress=False),
     }
-    found = {name: measured(step) for name, step in steps.items()}
+    found = {name: measured(step) for name, step in tqdm(steps.items(), desc=model)}
     tuned.unlink()
     return found
 
@@ -214,7 +217,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
         put_on(unet)
         predict(base), predict(unet)
         times: list[tuple[float, float]] = []
-        for i in range(8 * rounds):
+        for i in trange(PAIRS * rounds, desc=name):
             first = predict(unet) if i % 2 else 0.0
             bare = predict(base)
             times.append((first or predict(unet), bare))
@@ -256,7 +259,7 @@ def main() -> None:
         return json.loads(said.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "sampling") else None
 
     wanted = options.only.split(",")
-    print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores, medians of {options.rounds}\n")
+    print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")
     for model in FAMILY:
         if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
             stage(f"write:{model}")
@@ -265,6 +268,7 @@ def main() -> None:
     if "merge" in wanted:
         if not (options.out / "unet.safetensors").is_file():
             stage("write:unet")
+        print(f"medians of {options.rounds}, and the whole range\n")
         print(
             "| checkpoint | GB | scope | merge s | cp s | merge / cp | peak MB | verify s | verify peak MB |\n"
             + "|---" * 9
@@ -289,6 +293,7 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(cells) + " |")
         print(flush=True)
     if "sampling" in wanted:
+        print(f"medians of {PAIRS * options.rounds} pairs, and the middle half of their ratios\n")
         title = f"{ERASERS} erasers on SD 1.5's U-Net, xattn, rank {RANK}"
         print(f"| {title} | s a prediction | x the base | middle half |\n" + "|---" * 4 + "|")
         for name, row in stage("sampling:").items():

@@ -102,8 +102,9 @@ def measure(
     stack(members)  # refuses what does not belong together
     size = range(len(members))
     named = list(names or [", ".join(member.names)[:40] for member in members])
-    pairs = [[_compare(members[i], members[j]) for j in size] for i in size]
-    reads, writes, cosine = ([[pair[k] for pair in row] for row in pairs] for k in range(3))
+    spans = [_spans(member) for member in members]
+    pairs = {(i, j): _compare(members[i], members[j], spans[i], spans[j]) for i in size for j in range(i + 1)}
+    reads, writes, cosine = ([[pairs[max(i, j), min(i, j)][k] for j in size] for i in size] for k in range(3))
     shared = [[len(members[i].pairs.keys() & members[j].pairs.keys()) for j in size] for i in size]
     report = Interference(named, reads, writes, cosine, shared)
     if base is None:
@@ -112,31 +113,39 @@ def measure(
     return report._replace(effect=effect, company=company)
 
 
-def _compare(one: Eraser, other: Eraser) -> tuple[float, float, float]:
+def _compare(one: Eraser, other: Eraser, spans: _Spans, others: _Spans) -> tuple[float, float, float]:
     """Overlap of inputs, overlap of outputs, cosine of the updates; zeros where no layer is shared."""
     read = write = inner = whole = 0.0
     for module in one.pairs.keys() & other.pairs.keys():
         a, b = one.pairs[module], other.pairs[module]
         weight = a.norm() * b.norm()
         whole += weight
-        read += weight * _overlap(a.down.flatten(1).T, b.down.flatten(1).T)
-        write += weight * _overlap(a.up.flatten(1), b.up.flatten(1))
+        read += weight * _overlap(spans[module][0], others[module][0])
+        write += weight * _overlap(spans[module][1], others[module][1])
         inner += a.inner(b)
     norms = [sum(pair.norm() ** 2 for pair in eraser.pairs.values()) ** 0.5 for eraser in (one, other)]
     return (read / whole if whole else 0.0), (write / whole if whole else 0.0), inner / (norms[0] * norms[1] or 1.0)
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
-    """Mean squared cosine of the principal angles between two column spaces."""
-    spans = [_span(x.double()) for x in (a, b)]
-    ranks = [span.shape[1] for span in spans]
-    return float((spans[0].T @ spans[1]).square().sum()) / min(ranks) if min(ranks) else 0.0
+    """Mean squared cosine of the principal angles between two spaces, given orthonormal bases."""
+    least = min(a.shape[1], b.shape[1])
+    return float((a.T @ b).double().square().sum()) / least if least else 0.0
+
+
+_Spans = dict[str, tuple[Tensor, Tensor]]
+
+
+def _spans(eraser: Eraser) -> _Spans:
+    """Orthonormal bases of what every layer's update reads and writes."""
+    return {m: (_span(pair.down.flatten(1).T), _span(pair.up.flatten(1))) for m, pair in eraser.pairs.items()}
 
 
 def _span(columns: Tensor) -> Tensor:
-    """Orthonormal basis of a column space."""
-    u, s, _ = torch.linalg.svd(columns, full_matrices=False)
-    return u[:, s > 1e-6 * s.max()] if s.max() > 0 else u[:, :0]
+    """Orthonormal basis of a column space, as precise as it was stored."""
+    u, s, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    kept = u[:, s > 1e-6 * s.max()] if s.max() > 0 else u[:, :0]
+    return kept.to(torch.promote_types(columns.dtype, torch.float32))
 
 
 def _effects(members: Sequence[Eraser], base: Base, seed: int) -> tuple[list[list[float]], list[float]]:

@@ -166,12 +166,29 @@ def test_place_that_cannot_be_written(write: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_old_format_is_read(tmp_path: Path) -> None:
-    """The files of tests/golden were written when their format was new; they are never made anew."""
-    file = Path(__file__).parent.parent / "golden" / "format_1.safetensors"
-    eraser = Eraser.load(file)
+GOLDEN = Path(__file__).parent.parent / "golden"
+"""Files written when their format was new, which are never made anew."""
+
+
+def test_format_1_is_read(tmp_path: Path) -> None:
+    eraser = Eraser.load(GOLDEN / "format_1.safetensors")
     assert eraser.names == ["a cat", "Van Gogh"]
     assert (eraser.header.format, eraser.header.concepts[0].eta) == (1, 3.0)
     expected = made_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
     assert all(torch.equal(eraser.pairs[m].delta(), pair.delta()) for m, pair in expected.pairs.items())
     assert eraser.save(tmp_path / "again") / WEIGHTS_NAME
+
+
+def test_format_2_is_read() -> None:
+    """A compressed stack of a trained eraser and an imported one at half its strength, inverted, off in one block."""
+    eraser = Eraser.load(GOLDEN / "format_2.safetensors")
+    header = eraser.header
+    assert (header.format, header.prediction_type, header.truncation) == (2, "epsilon", 0.01)
+    cat, _, car = header.concepts
+    assert (cat.name, cat.weight, cat.eta) == ("a cat", 1.0, 3.0)
+    assert (car.name, car.weight, car.blocks) == ("a car", -0.5, {"mid_block": 0.0})
+    assert [(origin.how, origin.layout) for origin in header.origins] == [("imported", "kohya")]
+    first = made_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
+    second = made_eraser({"mid.attn2.to_k": 1, "shortcut": 2}, seed=1, dtype=torch.float32)
+    torch.testing.assert_close(eraser.pairs["mid.attn2.to_k"].delta(), first.pairs["mid.attn2.to_k"].delta())
+    torch.testing.assert_close(eraser.pairs["shortcut"].delta(), -0.5 * second.pairs["shortcut"].delta())
