@@ -158,6 +158,14 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
         "merge": lambda: merge([paths[0]], source, tuned, force=True, progress=False),
         f"extract at rank {RANK}": lambda: extract(source, tuned, rank=RANK, progress=False),
     }
+    if model == "sd15":  # of SDXL's size it takes more than an hour here
+
+        def on_base() -> None:
+            from esd_lora.families import load_base
+
+            measure(members[:2], base=load_base(source, vae=False))
+
+        steps["interference of 2, on the base"] = on_base
     found = {name: measured(step) for name, step in tqdm(steps.items(), desc=model)}
     tuned.unlink()
     return found
@@ -171,7 +179,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     from real_size import fill
 
     from esd_lora.eraser import Eraser
-    from esd_lora.sampling import Fused
+    from esd_lora.fused import Fused
     from esd_lora.stacking import stack
     from real import denoiser
 
@@ -289,7 +297,8 @@ def main() -> None:
         tables = {model: stage(f"files:{model}") for model in FAMILY}
         print("| all layers, rank 4 | " + " | ".join(f"{m} s | {m} peak MB" for m in tables) + " |\n" + "|---" * 5 + "|")
         for name in tables["sd15"]:
-            cells = [f"{t[name]['seconds']:.1f} | {t[name]['memory'] / 1e6:.0f}" for t in tables.values()]
+            found = [table.get(name) for table in tables.values()]
+            cells = [f"{step['seconds']:.1f} | {step['memory'] / 1e6:.0f}" if step else "not run |" for step in found]
             print(f"| {name} | " + " | ".join(cells) + " |")
         print(flush=True)
     if "sampling" in wanted:
