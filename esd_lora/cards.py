@@ -10,7 +10,7 @@ import yaml
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esd_lora.eraser import ErasedConcept, EraserHeader
+    from esd_lora.header import ErasedConcept, EraserHeader
 
 _TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
 

@@ -8,29 +8,21 @@ The keys are diffusers' own (`unet.<module>.lora_A.weight`), `alpha / rank` is f
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from esd_lora.cards import render_card
 from esd_lora.errors import EsdLoraError
+from esd_lora.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.outputs import told, write_whole
-from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.tensor_files import file_content, read_header, read_tensors
 
-FORMAT = 2
-"""Number of the file format, apart from the package's version. A reader accepts this and every older one.
-
-2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
-"""
-HEADER_KEY = "esd_lora"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 RUN_FILES = (WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png")
 """What a run writes into its directory, previews aside."""
@@ -66,72 +58,6 @@ class LoraPair(NamedTuple):
     def norm(self) -> float:
         """Frobenius norm of the update."""
         return max(self.inner(self), 0.0) ** 0.5
-
-
-class ErasedConcept(BaseModel):
-    """What one concept of an eraser was trained on; stacking without damage needs every line of it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    synonyms: tuple[str, ...] = ()
-    pairs: tuple[tuple[str, str], ...]
-    """(erased prompt, anchor); none where they are not known."""
-    eta: float | None
-    """`None` where it is not known."""
-    weight: float = 1.0
-    """Strength at which the concept stands in this file; changed by stacking. Below zero it is amplified, not erased."""
-    blocks: dict[str, float] = {}
-    """Further factors by part of the model (`mid_block`, `up_blocks.1`), folded in like the weight."""
-
-
-class Origin(BaseModel):
-    """Where an eraser came from that this toolkit did not train."""
-
-    model_config = ConfigDict(frozen=True)
-
-    how: Literal["imported", "extracted"]
-    files: dict[str, str]
-    """File name to SHA-256 of what was read."""
-    layout: str
-    """How it was stored: `kohya`, `diffusers`, `peft`; for an extraction, the rank or energy asked for."""
-    notes: dict[str, str] = {}
-    """What the file said about itself."""
-
-
-class EraserHeader(BaseModel):
-    """The header of an eraser file: JSON under one key of the safetensors metadata."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format: int = FORMAT
-    family: str
-    """Model family the eraser was trained on, such as `sd`."""
-    prefix: str
-    """Component the keys start with: `unet` or `transformer`."""
-    prediction_type: str | None
-    """`epsilon`, `v_prediction` or `flow`; `None` where it is not known."""
-    base: str
-    base_revision: str | None = None
-    base_hashes: dict[str, str]
-    """Module path to `hash_weight` of the base's weight there, for every layer the eraser touches."""
-    concepts: tuple[ErasedConcept, ...]
-    preserve: tuple[str, ...] = ()
-    """Prompts whose predictions were held in place."""
-    objective: str
-    scope: str
-    recipes: tuple[Recipe, ...]
-    """The recipe as resolved; one of each member in a stack, none of what was not trained here."""
-    versions: dict[str, str]
-    created: str
-    """ISO 8601, UTC."""
-    cost: dict[str, float] = {}
-    """Seconds, sample evaluations and student samples the training took."""
-    evaluation: dict[str, Any] | None = None
-    origins: tuple[Origin, ...] = ()
-    """Of members that were imported or extracted."""
-    truncation: float = 0.0
-    """Share of the update's norm that compressing cut off; in a stack, that of the member that lost most."""
 
 
 @dataclass(frozen=True)
@@ -191,23 +117,6 @@ class Eraser:
             )
         header = parse_header(text, file)
         return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)
-
-
-def parse_header(text: str, file: Path) -> EraserHeader:
-    """The header from its JSON.
-
-    Raises:
-        EsdLoraError: If it is damaged or of a newer format.
-    """
-    try:
-        found = re.search(r'"format"\s*:\s*(\d+)', text)
-        if found and int(found[1]) > FORMAT:
-            raise EsdLoraError(f"{file} has format {found[1]}, this version reads up to {FORMAT}. Upgrade esd-lora.")
-        return EraserHeader.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise EsdLoraError(f"{file} has a damaged header ({where}: {first['msg']}). Fetch or train it again.") from error
 
 
 def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, LoraPair]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from esd_lora.cards import effect
-from esd_lora.eraser import HEADER_KEY, Eraser, LoraPair
+from esd_lora.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.header import HEADER_KEY
 from esd_lora.naming import Place, kohya_names, original_places
 from esd_lora.outputs import clear_file, clear_output, slug, write_whole
 from esd_lora.tensor_files import file_content, hash_tensors

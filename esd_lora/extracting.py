@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.eraser import ErasedConcept, Eraser, EraserHeader, LoraPair, Origin, hash_weight
+from esd_lora.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.stored import (
     EMA,
@@ -26,6 +26,7 @@ from esd_lora.families.stored import (
     open_stored,
     read_layer,
 )
+from esd_lora.header import ErasedConcept, EraserHeader, Origin
 from esd_lora.naming import Place, places_in
 from esd_lora.outputs import hash_file
 from esd_lora.tensor_files import DTYPES, PICKLES, read_header, read_rows, read_tensors

@@ -15,19 +15,10 @@ from typing import Annotated, Any, cast
 from pydantic import AfterValidator, BaseModel, FiniteFloat
 from torch import Tensor
 
-from esd_lora.eraser import (
-    HEADER_KEY,
-    WEIGHTS_NAME,
-    ErasedConcept,
-    Eraser,
-    EraserHeader,
-    LoraPair,
-    Origin,
-    checked_pair,
-    parse_header,
-)
+from esd_lora.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.exporting import PEFT_FILES, scaled
+from esd_lora.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
 from esd_lora.naming import KOHYA_PREFIX, Place, original_places
 from esd_lora.outputs import hash_file
 from esd_lora.tensor_files import read_tensors

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esd_lora.eraser import HEADER_KEY, WEIGHTS_NAME, Eraser
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.header import HEADER_KEY
 from esd_lora.importing import import_lora
 from esd_lora.manifests import load_eraser
 from esd_lora.outputs import hash_file

@@ -7,6 +7,7 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +25,12 @@ REGEX_SCOPE = "re:"
 class _Frozen(BaseModel):
     # The docstrings below the fields are what editors show: recipes/schema.json holds them.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def mentions(text: str, names: Iterable[str]) -> bool:
+    """Whether a prompt holds one of the names: as whole words, singular or plural, without article."""
+    words = [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in names]
+    return any(re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) for word in words)
 
 
 class PromptPair(_Frozen):
@@ -120,9 +127,8 @@ class Concept(_Frozen):
         return [(prompt, anchor) for _, prompt, anchor in self.lessons()]
 
     def named_in(self, text: str) -> bool:
-        """Whether a prompt names this concept: by name or synonym, as whole words, singular or plural, without article."""
-        words = [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in (self.name, *self.synonyms)]
-        return any(re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) for word in words)
+        """Whether a prompt names this concept, by name or synonym."""
+        return mentions(text, (self.name, *self.synonyms))
 
 
 class LoraSpec(_Frozen):

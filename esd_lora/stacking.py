@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from esd_lora.eraser import Eraser, EraserHeader, LoraPair
+from esd_lora.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.header import FORMAT, EraserHeader
 
 
 class Strength(NamedTuple):
@@ -127,6 +128,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
 
     return headers[0].model_copy(
         update={
+            "format": FORMAT,
             "concepts": tuple(
                 concept.model_copy(update=strength.after(Strength(concept.weight, concept.blocks))._asdict())
                 for header, strength in zip(headers, strengths, strict=True)
@@ -142,6 +144,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
             "cost": {},
             "evaluation": None,
             "origins": tuple(origin for header in headers for origin in header.origins),
+            "fusions": tuple(fusion for header in headers for fusion in header.fusions),
             "truncation": max(header.truncation for header in headers),
         }
     )
@@ -181,7 +184,7 @@ def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = 
     pairs: dict[str, LoraPair] = {}
     cut: dict[str, tuple[float, float]] = {}
     for module, pair in eraser.pairs.items():
-        pairs[module], cut[module] = _truncated(pair, rank, energy)
+        pairs[module], cut[module] = truncated(pair, rank, energy)
     overall = _share(cut.values())
     header = eraser.header.model_copy(update={"truncation": eraser.header.truncation + overall, "evaluation": None})
     return Compressed(Eraser(pairs, header), {module: _share([one]) for module, one in cut.items()}, overall)
@@ -192,7 +195,7 @@ def _share(cut: Iterable[tuple[float, float]]) -> float:
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
+def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
     """The pair at a lower rank; the squared norms of what was cut off and of the whole."""
     precise = torch.promote_types(pair.up.dtype, torch.float32)
     linalg = cast("Any", torch.linalg)  # torch ships no types for it

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from esd_lora.adapters import add_adapter, dropping, read_pairs
 from esd_lora.checkpoints import CHECKPOINT_NAME, TrainState
-from esd_lora.eraser import RUN_FILES, ErasedConcept, Eraser, EraserHeader
+from esd_lora.eraser import RUN_FILES, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
+from esd_lora.header import ErasedConcept, EraserHeader
 from esd_lora.lessons import Lesson, Teacher, nearest, plan
 from esd_lora.objectives import OBJECTIVES
 from esd_lora.optimizing import learning_rate, make_optimizer

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from esd_lora.eraser import ErasedConcept, Eraser, EraserHeader, LoraPair
+from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.header import ErasedConcept, EraserHeader
 from tiny import tiny_recipe
 
 SHAPES = {

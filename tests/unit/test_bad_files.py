@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from esd_lora.eraser import HEADER_KEY, WEIGHTS_NAME, Eraser
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import LAYOUTS, export
+from esd_lora.header import HEADER_KEY
 from esd_lora.importing import import_lora
 from esd_lora.inspecting import diff, inspect_file
 from esd_lora.outputs import slug
@@ -192,3 +193,12 @@ def test_format_2_is_read() -> None:
     second = made_eraser({"mid.attn2.to_k": 1, "shortcut": 2}, seed=1, dtype=torch.float32)
     torch.testing.assert_close(eraser.pairs["mid.attn2.to_k"].delta(), first.pairs["mid.attn2.to_k"].delta())
     torch.testing.assert_close(eraser.pairs["shortcut"].delta(), -0.5 * second.pairs["shortcut"].delta())
+
+
+def test_format_3_is_read() -> None:
+    """A fused stack."""
+    eraser = Eraser.load(GOLDEN / "format_3.safetensors")
+    (fusion,) = eraser.header.fusions
+    assert (eraser.header.format, eraser.names) == (3, ["a cat", "a car"])
+    assert (fusion.lam, fusion.kept, fusion.dropped, fusion.harmonised) == (0.1, 3, ("two cats",), 60)
+    assert eraser.pairs["conv"].rank == 3

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from esd_lora.cards import render_card
-from esd_lora.eraser import FORMAT, HEADER_KEY, WEIGHTS_NAME, Eraser, LoraPair, hash_weight
+from esd_lora.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import export
+from esd_lora.header import FORMAT, HEADER_KEY
 from esd_lora.outputs import clear_output, write_whole
 from esd_lora.recipe_files import load_recipe
 from made import SHAPES, made_eraser, made_header

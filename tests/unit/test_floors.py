@@ -18,12 +18,12 @@ PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "bases", "outputs"},
     1: {
-        *("cards", "trajectory", "eraser", "tensor_files", "fitting", "stacking", "manifests"),
+        *("cards", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
         *("naming", "exporting", "importing", "inspecting"),
     },
     2: {"families", "pictures"},
     3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"}
-    | {"extracting", "verifying", "interference", "merged_file"},
+    | {"extracting", "verifying", "interference", "merged_file", "moments", "fusing", "harmonising", "gating", "fused"},
     4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
@@ -35,7 +35,7 @@ BROUGHT: dict[int, set[str]] = {
     4: {"click"},
 }
 """What each floor may import from outside, beside the standard library and what those below it may."""
-VERBS = {"training", "sampling", "merging", "extracting", "verifying"}
+VERBS = {"training", "sampling", "merging", "extracting", "verifying", "fusing"}
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in PACKAGE.rglob("*.py"))
 
 
