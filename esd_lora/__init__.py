@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from esd_lora.exporting import export
     from esd_lora.extracting import extract
     from esd_lora.families import load_base
+    from esd_lora.fusing import fuse
+    from esd_lora.gating import Gate
     from esd_lora.importing import import_lora
     from esd_lora.inspecting import diff, inspect_file
     from esd_lora.manifests import load_eraser
@@ -37,12 +39,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Eraser": "eraser",
     "EsdLoraError": "errors",
+    "Gate": "gating",
     "Recipe": "recipe",
     "Strength": "stacking",
     "compress": "stacking",
     "diff": "inspecting",
     "export": "exporting",
     "extract": "extracting",
+    "fuse": "fusing",
     "generate": "sampling",
     "import_lora": "importing",
     "inspect_file": "inspecting",
@@ -58,12 +62,14 @@ _HOMES = {
 __all__ = [
     "Eraser",
     "EsdLoraError",
+    "Gate",
     "Recipe",
     "Strength",
     "compress",
     "diff",
     "export",
     "extract",
+    "fuse",
     "generate",
     "import_lora",
     "inspect_file",

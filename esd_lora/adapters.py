@@ -45,6 +45,24 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
     return parameters
 
 
+def wear(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
+    """Puts given updates on the denoiser as a LoRA to be trained on, and returns its float32 parameters."""
+    from peft import LoraConfig
+
+    ranks = {f"^{re.escape(path)}$": pair.rank for path, pair in pairs.items()}
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks, alpha_pattern=dict(ranks))
+    base.model.add_adapter(config, ADAPTER)
+    base.model.eval()
+    parameters: list[torch.nn.Parameter] = []
+    layers: dict[str, Any] = dict(base.model.named_modules())
+    for path, pair in pairs.items():
+        for factors, value in zip((layers[path].lora_A, layers[path].lora_B), pair, strict=True):
+            parameter = factors[ADAPTER].weight
+            parameter.data = value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            parameters.append(parameter)
+    return parameters
+
+
 @contextmanager
 def dropping(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
     """Has the LoRA's dropout on, its chance drawn from `seed`."""

@@ -19,11 +19,11 @@ from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of
 from esd_lora.evaluation.judge import Judge
 from esd_lora.evaluation.report import table, write_report
 from esd_lora.families import Base, load_base
+from esd_lora.fused import applied
 from esd_lora.merging import merge
 from esd_lora.outputs import clear_output
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe_files import load_recipe
-from esd_lora.sampling import applied
 from esd_lora.stacking import stack
 from esd_lora.training import train
 

@@ -81,6 +81,7 @@ def measure(
     *,
     names: Sequence[str] | None = None,
     base: Base | None = None,
+    whole: Eraser | None = None,
     seed: int = 0,
 ) -> Interference:
     """Reports how the members of a stack interfere.
@@ -91,6 +92,7 @@ def measure(
         names: What to call them; their concepts unless given.
         base: A loaded base to measure effects on, at the points of short trajectories (6 DDIM or Euler steps, guidance 3)
             under up to four prompts of each member. Without one only the files are compared.
+        whole: The stack as it is, if it is not the plain sum: fused, or at lower ranks.
         seed: Of the trajectories' noise.
 
     Raises:
@@ -109,7 +111,7 @@ def measure(
     report = Interference(named, reads, writes, cosine, shared)
     if base is None:
         return report
-    effect, company = _effects(members, base, seed)
+    effect, company = _effects(members, [whole] if whole else members, base, seed)
     return report._replace(effect=effect, company=company)
 
 
@@ -148,8 +150,10 @@ def _span(columns: Tensor) -> Tensor:
     return kept.to(torch.promote_types(columns.dtype, torch.float32))
 
 
-def _effects(members: Sequence[Eraser], base: Base, seed: int) -> tuple[list[list[float]], list[float]]:
-    from esd_lora.sampling import applied
+def _effects(
+    members: Sequence[Eraser], together: Sequence[Eraser], base: Base, seed: int
+) -> tuple[list[list[float]], list[float]]:
+    from esd_lora.fused import applied
     from esd_lora.trajectory import concatenate, walk
 
     points: list[tuple[Tensor, Tensor, Any]] = []
@@ -168,8 +172,8 @@ def _effects(members: Sequence[Eraser], base: Base, seed: int) -> tuple[list[lis
         with applied(base, erasers), torch.no_grad():
             return [base.predict(*point) for point in points]
 
-    before, together = predictions([]), predictions(members)
+    before, company = predictions([]), predictions(together)
     alone = [predictions([member]) for member in members]
     own = [float((alone[i][i] - before[i]).norm()) or 1.0 for i in range(len(members))]
     effect = [[float((moved[i] - before[i]).norm()) / own[i] for moved in alone] for i in range(len(members))]
-    return effect, [float((together[i] - alone[i][i]).norm()) / own[i] for i in range(len(members))]
+    return effect, [float((company[i] - alone[i][i]).norm()) / own[i] for i in range(len(members))]

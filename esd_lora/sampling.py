@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL.Image import Image
-from torch import Tensor
 
-from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
+from esd_lora.fused import applied
+from esd_lora.gating import Gate
 from esd_lora.manifests import load_eraser
 from esd_lora.pictures import paint
-from esd_lora.stacking import Strength, stack
+from esd_lora.stacking import Strength, strengths_of
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
     *,
     erasers: Sequence[Eraser | str | Path] = (),
     weights: Sequence[float | Strength] | None = None,
+    gate: Gate | None = None,
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
     guidance: float | None = None,
@@ -35,6 +36,7 @@ def generate(
         prompts: What to paint.
         erasers: Erasers or their paths, applied together as one exact stack.
         weights: Strength of each eraser, 1 by default.
+        gate: Says for every prompt how far each eraser is on, on top of `weights`; without one all are on for all.
         seeds: Of the noise; the same seed with and without erasers starts from the same noise.
         steps: Denoising steps; the base's habit unless given.
         guidance: Classifier-free guidance scale; the base's habit unless given.
@@ -42,8 +44,8 @@ def generate(
     Raises:
         EsdLoraError: If the base or an eraser cannot be loaded, or they do not fit each other.
     """
-    found = sweep(base, prompts, (1.0,), erasers=erasers, weights=weights, seeds=seeds, steps=steps, guidance=guidance)
-    return found[1.0]
+    asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
+    return sweep(base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, **asked)[1.0]
 
 
 def sweep(
@@ -53,6 +55,7 @@ def sweep(
     *,
     erasers: Sequence[Eraser | str | Path] = (),
     weights: Sequence[float | Strength] | None = None,
+    gate: Gate | None = None,
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
     guidance: float | None = None,
@@ -66,6 +69,7 @@ def sweep(
             the concepts amplified. 0 to 1.5 is usual.
         erasers: As in `generate`.
         weights: As in `generate`.
+        gate: As in `generate`.
         seeds: As in `generate`.
         steps: As in `generate`.
         guidance: As in `generate`.
@@ -79,59 +83,21 @@ def sweep(
     base = base if isinstance(base, Base) else load_base(base)
     asked = [(prompt, seed) for prompt in prompts for seed in seeds]
     loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
-    pictures: dict[float, list[Image]] = {}
-    with applied(base, loaded, weights) as fused:
-        for strength in dict.fromkeys(strengths):
-            fused.set_strength(strength)
-            pictures[strength] = paint(base, [p for p, _ in asked], [s for _, s in asked], steps=steps, guidance=guidance)
+    given = strengths_of(loaded, weights)
+    if len(given) != len(loaded):
+        raise EsdLoraError(f"{len(given)} weights and {len(loaded) or 'no'} erasers: give a weight for each eraser.")
+    factors = {prompt: (1.0,) * len(loaded) for prompt in prompts}
+    if gate is not None:
+        factors = {prompt: tuple(gate(prompt)) for prompt in factors}
+    pictures: dict[float, list[Image]] = {strength: [Image()] * len(asked) for strength in strengths}
+    for alike in dict.fromkeys(factors.values()):
+        places = [i for i, (prompt, _) in enumerate(asked) if factors[prompt] == alike]
+        on = [(e, s.after(Strength(factor))) for e, s, factor in zip(loaded, given, alike, strict=True) if factor]
+        with applied(base, [e for e, _ in on], [s for _, s in on]) as fused:
+            for strength in pictures:
+                fused.set_strength(strength)
+                texts, numbers = zip(*(asked[i] for i in places), strict=True)
+                painted = paint(base, texts, numbers, steps=steps, guidance=guidance)
+                for place, picture in zip(places, painted, strict=True):
+                    pictures[strength][place] = picture
     return pictures
-
-
-class Fused:
-    """A stack added to a base's weights: it costs nothing at inference, and its strength can still be changed.
-
-    The weights it touches are kept as they were, on the CPU, so every strength is summed anew in float32 and rounded once,
-    and taking the stack off gives the base back bit for bit.
-    """
-
-    def __init__(self, base: Base, stacked: Eraser | None):
-        pairs = stacked.pairs if stacked else {}
-        self._layers: list[tuple[Tensor, Tensor, LoraPair]] = [
-            (weight.data, weight.detach().to("cpu", copy=True), pairs[path]) for path, weight in base.weights(pairs)
-        ]
-
-    @torch.no_grad()
-    def set_strength(self, strength: float) -> None:
-        """Applies the stack at a factor on top of its members' weights; 0 is the base itself."""
-        for weight, original, pair in self._layers:
-            weight.copy_(original)
-            if strength:
-                precise = torch.promote_types(weight.dtype, torch.float32)
-                delta = LoraPair(*(factor.to(weight.device, precise) for factor in pair)).delta()
-                weight.copy_((weight.to(precise) + strength * delta).to(weight.dtype))
-
-
-@contextmanager
-def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Generator[Fused]:
-    """Has erasers on the base, fused into its weights as one stack, for the length of a `with` block.
-
-    Yields:
-        The fused stack, whose strength may be changed on the way.
-
-    Raises:
-        EsdLoraError: If an eraser is of another family or has layers the base lacks, or the base carries an adapter.
-    """
-    if not erasers:
-        if weights:
-            raise EsdLoraError(f"{len(weights)} weights and no erasers: give a weight for each eraser.")
-        yield Fused(base, None)
-        return
-    base.require_bare()
-    stacked = stack(erasers, weights)
-    base.check(stacked)
-    fused = Fused(base, stacked)
-    try:
-        fused.set_strength(1.0)
-        yield fused
-    finally:
-        fused.set_strength(0.0)

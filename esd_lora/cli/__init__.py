@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from esd_lora import __version__
-from esd_lora.cli.files import diff, export, extract, import_, inspect, merge, stack
+from esd_lora.cli.files import diff, export, extract, import_, inspect, merge
 from esd_lora.cli.making import demo, generate, train
 from esd_lora.cli.recipes import recipes
+from esd_lora.cli.stacks import stack
 from esd_lora.shell import Commands
 
 

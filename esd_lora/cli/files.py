@@ -1,4 +1,4 @@
-"""`esd-lora stack`, `merge`, `inspect`, `diff`, `export`, `import`, `extract`: work on eraser files."""
+"""`esd-lora merge`, `inspect`, `diff`, `export`, `import`, `extract`: work on eraser files."""
 
 from __future__ import annotations
 
@@ -7,80 +7,12 @@ from pathlib import Path
 
 import click
 
-from esd_lora.errors import EsdLoraError
-from esd_lora.shell import ERASER, Weighted, base_option, force_option, unweighted
+from esd_lora.shell import ERASER, Weighted, force_option, unweighted
 
-_MANIFESTS = (".yaml", ".yml")
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
 _energy = click.option("--energy", type=float, help="Share of every layer's squared norm to keep: 0.999.")
 _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What the file erases.")
-
-
-@click.command()
-@click.argument("erasers", nargs=-1, required=True, type=ERASER)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
-@_rank
-@_energy
-@click.option("--report", is_flag=True, help="Report how the members interfere: a table, interference.json and .png.")
-@base_option()
-@force_option
-def stack(
-    erasers: tuple[Weighted, ...],
-    out: Path,
-    rank: int | None,
-    energy: float | None,
-    report: bool,
-    base: str | None,
-    base_config: str | None,
-    force: bool,
-) -> None:
-    """Stack erasers into one, exactly: rank concatenation, weights folded in.
-
-    \b
-    esd-lora stack no-cat no-style:0.8 -o no-both
-    esd-lora stack no-cat no-style:1,mid=0.5,up.1=0 -o no-both     # weights by block
-    esd-lora stack no-cat no-style -o no-both --energy 0.999        # lower ranks, the error printed
-    esd-lora stack no-cat no-style -o stack.yaml                    # a document instead of a file
-    esd-lora stack no-cat no-style -o no-both --report --base emoji
-    """
-    from esd_lora.eraser import RUN_FILES
-    from esd_lora.interference import REPORT_FILES, measure
-    from esd_lora.manifests import load_eraser, write_manifest
-    from esd_lora.outputs import clear_file, clear_output
-    from esd_lora.stacking import compress
-    from esd_lora.stacking import stack as run
-
-    paths, strengths = unweighted(erasers)
-    manifest = out.suffix.lower() in _MANIFESTS
-    shrunk = rank is not None or energy is not None
-    if manifest and shrunk:
-        raise EsdLoraError("a manifest names its members as they are: --rank and --energy need a directory to write into.")
-    if base and not report:
-        raise EsdLoraError("--base goes with --report: on it the members' effects are measured. Add --report.")
-    if manifest:
-        clear_file(out, force)
-        stacked = write_manifest(out, paths, strengths)
-    else:
-        stacked = run([load_eraser(path) for path in paths], strengths)
-        if shrunk:
-            stacked, errors, overall = compress(stacked, rank=rank, energy=energy)
-            for module, error in errors.items():
-                click.echo(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")
-            click.echo(f"relative error over all {len(errors)} layers: {overall:.2e}")
-        clear_output(out, force, [*RUN_FILES, *REPORT_FILES])
-        stacked.save(out)
-    if report:
-        loaded = None
-        if base:
-            from esd_lora.families import load_base
-
-            loaded = load_base(base, config=base_config, vae=False)
-        found = measure([load_eraser(path) for path in paths], strengths, base=loaded)
-        found.save(out.parent if manifest else out)
-        click.echo("\n".join(found.lines()))
-    named = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
-    click.echo(f"stack of {', '.join(named)}: {out}")
 
 
 @click.command()

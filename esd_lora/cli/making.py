@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def train(
 @click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")
 @click.option("--compare", is_flag=True, help="Also write comparison.png: base above, erased below.")
 @click.option("--strengths", metavar="LIST", help="Also write strengths.png, a row for each: 0,0.5,1,1.5.")
+@click.option("--gate", is_flag=True, help="Have each eraser on for prompts near its concepts alone; writes gates.json.")
+@click.option("--gate-threshold", type=float, metavar="X", help="Similarity up to which --gate keeps an eraser off: 0.95.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the first picture.")
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures a prompt.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
@@ -104,6 +107,8 @@ def generate(
     erasers: tuple[Weighted, ...],
     compare: bool,
     strengths: str | None,
+    gate: bool,
+    gate_threshold: float | None,
     seed: int,
     count: int,
     steps: int | None,
@@ -118,10 +123,12 @@ def generate(
     \b
     esd-lora generate "a cat" "a dog" --eraser no-cat:0.8 --compare -o pictures
     esd-lora generate "a cat" --eraser no-cat:1,mid=0 --strengths=-1,0,0.5,1,1.5 -o pictures
+    esd-lora generate "a cat" "a dog" --eraser no-cat --eraser no-car --gate -o pictures
     """
     from esd_lora.families import load_base
+    from esd_lora.gating import THRESHOLD, Gate
     from esd_lora.manifests import load_eraser
-    from esd_lora.outputs import clear_output
+    from esd_lora.outputs import clear_output, write_whole
     from esd_lora.pictures import grid
     from esd_lora.sampling import sweep
 
@@ -129,14 +136,19 @@ def generate(
     loaded = [load_eraser(path) for path in paths]
     if strengths is not None and not loaded:
         raise EsdLoraError("--strengths needs an --eraser whose strength to change.")
+    if (gate or gate_threshold is not None) and not loaded:
+        raise EsdLoraError("--gate needs an --eraser to switch by prompt.")
     rows = numbers("--strengths", strengths) if strengths is not None else []
     seeds = range(seed, seed + count)
     names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
     model = load_base(base, device=device, dtype=dtype, config=base_config)
-    clear_output(out, force, [*names, "comparison.png", "strengths.png"])
+    opened = Gate(model, loaded, threshold=gate_threshold or THRESHOLD) if gate or gate_threshold is not None else None
+    clear_output(out, force, [*names, "comparison.png", "strengths.png", "gates.json"])
+    if opened:
+        write_whole(out / "gates.json", json.dumps(opened.record(prompts), indent=1, ensure_ascii=False).encode())
     asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
     wanted = [1.0, *rows, *([0.0] if compare else [])]
-    found = sweep(model, prompts, wanted, erasers=loaded, weights=weights, **asked)
+    found = sweep(model, prompts, wanted, erasers=loaded, weights=weights, gate=opened, **asked)
     for picture, name in zip(found[1.0], names, strict=True):
         picture.save(out / name)
     columns = [prompt for prompt in prompts for _ in seeds]

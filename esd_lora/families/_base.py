@@ -38,6 +38,8 @@ class ModelFamily(ABC):
     scopes: ClassVar[Mapping[str, str]]
     """Scope to a regular expression searched for in the path of every linear and convolution."""
 
+    text_layers: ClassVar[str | None] = None
+    """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are."""
     multiple: ClassVar[int] = 8
     """Sides of latents must be multiples of this: what down-sampling or patches ask for."""
 
@@ -51,6 +53,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
+
+    def reads_text(self, module: str) -> bool:
+        """Whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
+        return self.text_layers is not None and re.search(self.text_layers, module) is not None
 
     def channels(self, pipe: Any) -> int:
         """Channels of latents."""

@@ -20,6 +20,7 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
+    text_layers = r"\.attn2\.to_[kv]$"
     scopes: ClassVar[Mapping[str, str]] = {
         "xattn": r"\.attn2\.",
         "xattn-kv": r"\.attn2\.to_[kv]$",

@@ -257,7 +257,7 @@ def test_manifest_stands_for_its_stack(tiny_dir: Path, tmp_path: Path, cat_dir: 
 
 
 def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
-    said = good("stack", cat_dir, car_dir, cat_dir, "-o", tmp_path / "out", "--report", "--base", tiny_dir)
+    said = good("stack", cat_dir, car_dir, cat_dir, "-o", tmp_path / "out", "--fuse", "sum", "--report", "--base", tiny_dir)
     assert "read overlap" in said
     assert "changed in company by" in said
     found = json.loads((tmp_path / "out" / "interference.json").read_text("utf-8"))
@@ -265,7 +265,71 @@ def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_di
     assert found["shared"][0] == [16, 0, 16]
     with Image.open(tmp_path / "out" / "interference.png") as picture:
         assert picture.width > 300
-    assert "--base goes with --report" in bad_sentence("stack", cat_dir, "--base", tiny_dir, "-o", tmp_path / "other")
+
+
+def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    keep = tmp_path / "keep.txt"
+    keep.write_text("# mine\n\na house\ntwo cats\na tree in the rain\n", "utf-8")
+    fused = tmp_path / "fused"
+    said = good("stack", cat_dir, f"{car_dir}:0.5", "--base", tiny_dir, "--keep", keep, "--report", "-o", fused)
+    assert said.splitlines()[0] == "not kept, because they name what is erased: two cats"
+    assert "fused 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
+    assert "changed in company by" in said
+    (record,) = Eraser.load(fused).header.fusions
+    assert (record.dropped, record.lam, record.harmonised) == (("two cats",), 0.1, 0)
+    plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
+    assert plain.startswith("stack of ")
+    assert "differ by 0.000%" not in good("diff", fused, tmp_path / "sum")
+    chosen = ["--lam", 0.5, "--harmonise", 2, "--max-rank", 1, "--seed", 3]
+    good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", tmp_path / "chosen")
+    chosen_too = Eraser.load(tmp_path / "chosen")
+    (record,) = chosen_too.header.fusions
+    assert (record.lam, record.harmonised, record.rank, record.seed) == (0.5, 2, 1, 3)
+    assert {pair.rank for pair in chosen_too.pairs.values()} == {1}
+
+
+def test_sum_without_a_base_says_what_it_costs(tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    told = invoke("stack", cat_dir, car_dir, "-o", tmp_path / "two").stderr
+    assert told.startswith("warning: a plain sum of 2 erasers adds up what they cost everything else too; with --base ")
+    assert invoke("stack", cat_dir, "-o", tmp_path / "one").stderr == ""
+
+
+def test_faults_of_a_stack_s_options(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out, empty = tmp_path / "out", tmp_path / "keep.txt"
+    empty.write_text("# nothing\n", "utf-8")
+    for options, expected in (
+        (["--fuse", "closed-form"], "needs --base"),
+        (["--lam", 0.2], "--lam goes with --fuse closed-form"),
+        (["--keep", empty], "--keep goes with --fuse closed-form"),
+        (["--fuse", "sum", "--harmonise"], "--harmonise goes with --fuse closed-form"),
+        (["--fuse", "sum", "--base", tiny_dir], "--base has nothing to do in a sum"),
+        (["--base", tiny_dir, "--keep", empty], "holds no prompt to keep"),
+        (["--base", tiny_dir, "--keep", tmp_path / "none.txt"], "cannot be read"),
+    ):
+        assert expected in bad_sentence("stack", cat_dir, *options, "-o", out)
+    assert not list(out.glob("*"))
+
+
+def test_gated_pictures(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    out, plain, always = tmp_path / "gated", tmp_path / "plain", tmp_path / "always"
+    common = ["--base", tiny_dir, "--steps", 2]
+    erasers = ["--eraser", cat_dir, "--eraser", f"{car_dir}:0.5"]
+    good("generate", "two cats", "a house", *common, *erasers, "--gate", "--gate-threshold", 1, "-o", out)
+    good("generate", "two cats", "a house", *common, "-o", plain)
+    good("generate", "two cats", "a house", *common, "--eraser", cat_dir, "-o", always)
+
+    def picture(folder: Path, number: int) -> bytes:
+        return (folder / f"00{number}_seed0.png").read_bytes()
+
+    assert picture(out, 1) == picture(plain, 1) != picture(always, 1)
+    assert picture(out, 0) == picture(always, 0) != picture(plain, 0)
+    told = json.loads((out / "gates.json").read_text("utf-8"))
+    assert told["threshold"] == 1
+    assert told["erasers"] == [["cat"], ["car"]]
+    assert [said["factors"] for said in told["prompts"]] == [[1.0, 0.0], [0.0, 0.0]]
+    assert "--gate needs an --eraser" in bad_sentence("generate", "a cat", *common, "--gate", "-o", tmp_path / "other")
+    wrong = ["--gate-threshold", 1.5, "-o", tmp_path / "other"]
+    assert "gate threshold 1.5" in bad_sentence("generate", "a cat", *common, *erasers, *wrong)
 
 
 def test_path_with_a_colon_is_a_path(tmp_path: Path, cat_dir: Path) -> None:
@@ -363,7 +427,7 @@ def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
         "epsilon",
         "xattn: 16 layers, rank 4",
         "steps 4",
-        "format 2",
+        "format 3",
         "█",
     ):
         assert fact in said

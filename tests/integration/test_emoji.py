@@ -15,7 +15,8 @@ from esd_lora.bases import base_files, domain
 from esd_lora.evaluation.domain_suite import count, every_pair, kept, of_object, score
 from esd_lora.evaluation.judge import Judge
 from esd_lora.families import Base, load_base
-from esd_lora.sampling import applied, generate
+from esd_lora.fused import applied
+from esd_lora.sampling import generate
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from esd_lora.adapters import add_adapter
 from esd_lora.eraser import Eraser
 from esd_lora.families import FAMILIES, Base
+from esd_lora.fused import applied
 from esd_lora.lessons import Teacher, plan
 from esd_lora.merging import merge
 from esd_lora.pictures import paint
 from esd_lora.recipe import SCOPES
-from esd_lora.sampling import applied, generate
+from esd_lora.sampling import generate
 from esd_lora.training import train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe

@@ -16,9 +16,9 @@ from esd_lora import merged_file, merging
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import load_base
+from esd_lora.fused import applied
 from esd_lora.merged_file import MERGED_KEY
 from esd_lora.merging import merge
-from esd_lora.sampling import applied
 from esd_lora.stacking import stack
 from esd_lora.tensor_files import hash_tensors
 from esd_lora.verifying import verify

@@ -1,0 +1,124 @@
+"""Gating: erasers that are on for the prompts that ask for what they erase, and off for all others.
+
+Where weights need not be final, this costs nothing elsewhere: a prompt that comes near no concept gets the base's own picture,
+bit for bit. It protects nothing against someone who holds the files, and nothing against words that the text encoder does not
+see near the concept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.families import Base, family_of
+from esd_lora.header import ErasedConcept
+from esd_lora.manifests import load_eraser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+THRESHOLD = 0.95
+"""Similarity below which an eraser is off."""
+
+
+class Gate:
+    """Scales erasers by how near a prompt comes to their concepts.
+
+    The similarity of a prompt and a concept is the highest cosine between the text encoder's outputs, each less its output
+    for the empty prompt, for one of the concept's names and for any run of as many words of the prompt; 1 if the prompt
+    holds the name itself, in singular or plural.
+
+    Args:
+        base: Whose text encoder compares.
+        erasers: To scale.
+        threshold: Similarity at which an eraser begins to be on; at 1 it is fully. Without synonyms, 1 lets names alone pass.
+
+    Raises:
+        EsdLoraError: If the threshold is not above 0 and up to 1.
+    """
+
+    def __init__(self, base: Base, erasers: Sequence[Eraser], *, threshold: float = THRESHOLD):
+        if not 0 < threshold <= 1:
+            raise EsdLoraError(
+                f"gate threshold {threshold:g}: expected a similarity above 0 and up to 1, such as {THRESHOLD:g}."
+            )
+        self.base, self.threshold = base, threshold
+        self.concepts = [eraser.header.concepts for eraser in erasers]
+        names = {name for concepts in self.concepts for concept in concepts for name in _names(concept)}
+        self._directions: dict[str, Tensor] = {}
+        self._learn(["", *names])
+
+    def similarities(self, prompt: str) -> list[float]:
+        """How near the prompt comes to each eraser's concepts, up to 1."""
+        words = re.findall(r"\w[\w'-]*", prompt)
+        return [
+            max((self._similarity(prompt, words, concept) for concept in concepts), default=0.0) for concepts in self.concepts
+        ]
+
+    def __call__(self, prompt: str) -> list[float]:
+        """The factor of each eraser: 0 up to the threshold, then evenly up to 1."""
+        if self.threshold == 1:
+            return [float(s >= 1) for s in self.similarities(prompt)]
+        return [max(0.0, (s - self.threshold) / (1 - self.threshold)) for s in self.similarities(prompt)]
+
+    def record(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the gate goes by and what it says of prompts, for JSON."""
+        names = [[name for concept in concepts for name in _names(concept)] for concepts in self.concepts]
+        said = [{"prompt": p, "similarities": self.similarities(p), "factors": self(p)} for p in prompts]
+        return {"threshold": self.threshold, "erasers": names, "prompts": said}
+
+    def _similarity(self, prompt: str, words: Sequence[str], concept: ErasedConcept) -> float:
+        if concept.named_in(prompt):
+            return 1.0
+        best = 0.0
+        for name in _names(concept):
+            size = len(name.split())
+            runs = [" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))]
+            self._learn(runs)
+            best = max(best, *(float(self._directions[run] @ self._directions[name]) for run in runs))
+        return min(best, 1.0)
+
+    @torch.no_grad()
+    def _learn(self, texts: Sequence[str]) -> None:
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._directions]
+        if unknown:
+            told = self.base.encode(["", *unknown])["prompt_embeds"].float().flatten(1)
+            directions = torch.nn.functional.normalize(told[1:] - told[:1], dim=1)
+            self._directions |= dict(zip(unknown, directions, strict=True))
+
+
+def _names(concept: ErasedConcept) -> list[str]:
+    return [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in (concept.name, *concept.synonyms)]
+
+
+def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESHOLD) -> Callable[..., Any]:
+    """Has a diffusers pipeline apply erasers by prompt; returns what to call instead of it, with one prompt.
+
+    Args:
+        pipe: A pipeline of a known family; the erasers are loaded into it as adapters.
+        erasers: Their paths.
+        threshold: As in `Gate`.
+    """
+    loaded = [load_eraser(path) for path in erasers]
+    base = Base(pipe, family_of(type(pipe).__name__), getattr(pipe.config, "_name_or_path", "") or "the pipeline")
+    gate = Gate(base, loaded, threshold=threshold)
+    for number, eraser in enumerate(loaded):
+        pipe.load_lora_weights(eraser.state_dict(), adapter_name=f"esd_{number}")
+
+    def call(prompt: str, **asked: Any) -> Any:
+        factors = {f"esd_{number}": factor for number, factor in enumerate(gate(prompt)) if factor}
+        if not factors:
+            pipe.disable_lora()
+            return pipe(prompt, **asked)
+        pipe.enable_lora()
+        pipe.set_adapters(list(factors), list(factors.values()))
+        return pipe(prompt, **asked)
+
+    return call

@@ -1,0 +1,167 @@
+"""What the layers of a base read under given prompts: second moments of their inputs, on short trajectories.
+
+`G = mean x x^T`, over every point of a trajectory and every pixel or token there, is all that a least-squares problem on a
+layer needs to know of the prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esd_lora.families import Base
+from esd_lora.trajectory import Condition, concatenate, pick, walk
+
+_AT_ONCE = 2**15
+"""Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
+_ROWS = 128
+"""Pixels or tokens of one latent that count, evenly spaced; patches of a convolution overlap, so fewer of them."""
+
+
+class Reading(NamedTuple):
+    """Prompts under which layers are watched, and how they count."""
+
+    prompts: Sequence[str]
+    trajectories: int
+    """Walked, the prompts taking turns."""
+    weight: float = 1.0
+    """Of the second moment in the sum of all."""
+    null: float = 0.0
+    """Share of the empty prompt's reading, at the same points, in the second moment."""
+    member: int | None = None
+    """Which of the updates under study the prompts belong to, if to one."""
+
+
+def turns(count: int, choices: int) -> list[int]:
+    """Which of some choices comes `count` times in turn; evenly spaced ones where there are more than that."""
+    return [i * max(count, choices) // count % choices for i in range(count)]
+
+
+class Moment:
+    """Second moments of what one layer reads.
+
+    Args:
+        layer: A linear or convolution; one output value of a convolution is made of an unfolded patch.
+        downs: The lower factors of updates of this layer, by number.
+    """
+
+    def __init__(self, layer: Any, downs: Mapping[int, Tensor]):
+        self.layer = layer
+        device, inputs = layer.weight.device, layer.weight[0].numel()
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.downs = {i: down.flatten(1).to(device, torch.float64) for i, down in downs.items()}
+        """Number to `down`, [rank, inputs]."""
+        self.total = torch.zeros(inputs, inputs, device=device, dtype=dtype)
+        """The weighted sum of all readings' second moments, [inputs, inputs]."""
+        self.reads: dict[int, Tensor] = {}
+        """Number i to `down_i G_i`, [rank, inputs], with the second moment of i's own prompts."""
+        self._one = torch.zeros_like(self.total)
+
+    def add(self, x: Tensor, share: float) -> None:
+        """Adds a share of one reading's second moment: `x` [N, ...] as the layer gets it."""
+        most = _ROWS
+        if isinstance(self.layer, nn.Conv2d):
+            kernel = self.layer
+            x = nn.functional.unfold(x, kernel.kernel_size, kernel.dilation, kernel.padding, kernel.stride).mT  # type: ignore[arg-type]
+            most //= math.prod(kernel.kernel_size)
+        elif x.dim() == 2:
+            x = x[:, None]
+        x = x[:, :: max(1, -(-x.shape[1] // most))]
+        rows = x.reshape(-1, x.shape[-1]).to(self._one.dtype)
+        self._one.addmm_(rows.T, rows, alpha=share / len(rows))
+
+    def close(self, reading: Reading) -> None:
+        """Ends one reading."""
+        if reading.member in self.downs:
+            self.reads[reading.member] = self.downs[reading.member] @ self._one.double()
+        self.total.add_(self._one, alpha=reading.weight)
+        self._one.zero_()
+
+
+class Readings:
+    """Watches layers while the base denoises under prompts.
+
+    Args:
+        base: The loaded base.
+        readings: What to watch under.
+        steps: Points on a trajectory.
+        guidance: Of the trajectories; at 1 the empty prompt is not asked for, and its share is left out.
+        seed: Of the noise.
+    """
+
+    def __init__(self, base: Base, readings: Sequence[Reading], *, steps: int, guidance: float, seed: int):
+        self.base, self.readings = base, readings
+        self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.evaluations = 0
+        """Latents through the denoiser so far; a guided pair counts 2."""
+        self._points: dict[int, list[tuple[Tensor, Tensor, Condition, Condition]]] = {}
+
+    @torch.no_grad()
+    def add(self, number: int, moments: Mapping[str, Moment]) -> None:
+        """Adds one of the readings to the moments of layers, by module path."""
+        reading = self.readings[number]
+        text = {module: moment for module, moment in moments.items() if self.base.family.reads_text(module)}
+        if text:
+            told = self.base.encode([*reading.prompts, ""])["prompt_embeds"]
+            for moment in text.values():
+                moment.add(told[:-1], 1 - reading.null)
+                if reading.null:
+                    moment.add(told[-1:], reading.null)
+        walked = {module: moment for module, moment in moments.items() if module not in text}
+        if walked:
+            with self._watching(walked, reading):
+                if number in self._points:  # walked for other layers already
+                    for x_t, t, told, null in self._points[number]:
+                        self._predict(*self._pair(x_t, t, told, null))
+                else:
+                    self._points[number] = self._walk(number)
+        for moment in moments.values():
+            moment.close(reading)
+
+    def _walk(self, number: int) -> list[tuple[Tensor, Tensor, Condition, Condition]]:
+        base, reading = self.base, self.readings[number]
+        shape, device = base.latent_shape(), base.model.device
+        noise = torch.Generator().manual_seed(self.seed * 100_003 + number)
+        told, nothing = base.encode(reading.prompts), base.encode([""])
+        points: list[tuple[Tensor, Tensor, Condition, Condition]] = []
+        order = torch.tensor(turns(reading.trajectories, len(reading.prompts)))
+        for rows in order.split(max(1, _AT_ONCE // (shape[1] * shape[2]))):
+            condition, null = pick(told, rows.to(device)), pick(nothing, torch.zeros_like(rows).to(device))
+            start = torch.randn(len(rows), *shape, generator=noise).to(device)
+            scheduler = base.family.scheduler(base.pipe, self.steps, shape, device)
+            for point in walk(self._predict, scheduler, start, condition, null, guidance=self.guidance):
+                points.append((point.x_t, point.t, condition, null))
+        return points
+
+    def _pair(self, x_t: Tensor, t: Tensor, told: Condition, null: Condition) -> tuple[Tensor, Tensor, Condition]:
+        if self.guidance == 1:
+            return x_t, t, told
+        return torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(null, told)
+
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.evaluations += len(x_t)
+        return self.base.predict(x_t, t, condition)
+
+    @contextmanager
+    def _watching(self, moments: Mapping[str, Moment], reading: Reading) -> Generator[None]:
+        """Has every call of the layers added to their moments: the first half of a guided batch is the empty prompt's."""
+        whole = reading.trajectories * self.steps
+
+        def add(moment: Moment, x: Tensor) -> None:
+            count = len(x) if self.guidance == 1 else len(x) // 2
+            null = reading.null if self.guidance != 1 else 0.0
+            moment.add(x[-count:], (1 - null) * count / whole)
+            if null:
+                moment.add(x[:-count], null * count / whole)
+
+        layers = dict(self.base.model.named_modules())
+        with ExitStack() as hooks:
+            for module, moment in moments.items():
+                hook = layers[module].register_forward_pre_hook(lambda _, args, moment=moment: add(moment, args[0]))
+                hooks.callback(hook.remove)
+            yield

@@ -1,0 +1,327 @@
+"""Closed-form fusion: the formula against brute force, and what has to hold of it whatever the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import esd_lora.fusing
+import esd_lora.moments
+from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.errors import EsdLoraError
+from esd_lora.exporting import export
+from esd_lora.families import Base, load_base
+from esd_lora.fusing import fuse, solve
+from esd_lora.importing import import_lora
+from esd_lora.moments import Moment, Reading, Readings
+from esd_lora.stacking import stack
+from made import eraser_on
+
+QUICK = {"trajectories": 2, "keep_trajectories": 3, "steps": 2, "progress": False}
+KEEP = ["a dog", "a hat", "a house in the rain"]
+LAYERS = {
+    "linear": nn.Linear(5, 4, dtype=torch.float64),
+    "convolution": nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64),
+    "strided": nn.Conv2d(2, 3, 3, stride=2, padding=1, dtype=torch.float64),
+    "pixelwise": nn.Conv2d(4, 3, 1, dtype=torch.float64),
+}
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Every patch that the layer reads, cut out one by one, as rows."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2)
+    assert isinstance(layer, nn.Conv2d)
+    (size, _), (stride, _), (padding, _) = layer.kernel_size, layer.stride, layer.padding  # type: ignore[misc]
+    wide = nn.functional.pad(x, [padding] * 4)  # type: ignore[list-item]
+    ends = [range(0, n - size + 1, stride) for n in wide.shape[2:]]
+    return torch.cat([wide[:, :, i : i + size, j : j + size].flatten(1) for i in ends[0] for j in ends[1]])
+
+
+def brute_force(
+    deltas: list[Tensor], inputs: list[Tensor], keep: Tensor, lam: float, ridge: float, even: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The objective as one least-squares problem, rows @ dW^T = answers, and its solution."""
+    count, width = len(deltas), deltas[0].shape[1]
+    eye = torch.eye(width, dtype=torch.float64)
+    rows, answers = [], []
+    for delta, x in zip(deltas, inputs, strict=True):
+        for part in (x / len(x) ** 0.5, ridge**0.5 * eye):
+            rows.append(part)
+            answers.append(part @ delta.T)
+    for part in (keep / len(keep) ** 0.5, even**0.5 * eye):
+        rows.append((lam * count) ** 0.5 * part)
+        answers.append(torch.zeros(len(part), len(deltas[0]), dtype=torch.float64))
+    left, right = torch.cat(rows), torch.cat(answers)
+    return left, right, torch.linalg.lstsq(left, right).solution.T
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@given(seed=st.integers(0, 1000), lam=st.sampled_from([0.0, 0.1, 3.0]), mu=st.sampled_from([0.001, 0.1]))
+def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float, mu: float) -> None:
+    layer, random = LAYERS[kind], torch.Generator().manual_seed(seed)
+    shape = layer.weight.shape
+    assert isinstance(layer.weight, Tensor)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, dtype=torch.float64)
+
+    def read(number: int) -> Tensor:
+        return drawn(number, 3, shape[1]) if kind == "linear" else drawn(number, shape[1], 5, 5)
+
+    ranks = [1, 3, 2]
+    tail = [1] * (len(shape) - 2)
+    members = [LoraPair(drawn(rank, *shape[1:]), drawn(shape[0], rank, *tail)) for rank in ranks]
+    members[1] = LoraPair(torch.zeros_like(members[1].down), members[1].up)  # as if the layer were not in it
+    inputs, keep = [read(2 + i) for i in range(3)], read(4)
+    moment = Moment(layer, {i: pair.down for i, pair in enumerate(members) if i != 1})
+    for i, x in enumerate(inputs):
+        moment.add(x, 1.0)
+        moment.close(Reading([], 0, member=i))
+    moment.add(keep[:1], 0.25)
+    moment.add(keep[1:], 0.75)
+    moment.close(Reading([], 0, weight=lam * 3))
+    there = [members[0], members[2]]
+    pair = LoraPair(torch.cat([p.down for p in there]), torch.cat([p.up for p in there], 1))
+    found = solve(moment, pair, 3, lam, mu).delta().flatten(1)
+    deltas, rows = [p.delta().flatten(1) for p in members], [patches(layer, x) for x in inputs]
+    kept = patches(layer, keep)
+    whole = sum(float(x.square().mean()) for x in rows) + 3 * lam * float(kept.square().mean())
+    square = whole / (3 + 3 * lam)
+    left, right, expected = brute_force(deltas, rows, kept, lam, esd_lora.fusing._RIDGE * square, mu * square)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+    def objective(delta: Tensor) -> float:
+        return float((left @ delta.T - right).square().sum())
+
+    assert objective(found) <= objective(sum(deltas, torch.zeros_like(deltas[0]))) + 1e-9
+
+
+@given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
+def test_truncation_loses_the_least_of_what_is_read(seed: int, rank: int) -> None:
+    """Against the singular values of the update times a root of the second moment, by a full SVD."""
+    layer, random = LAYERS["linear"], torch.Generator().manual_seed(seed)
+    pair = LoraPair(*(torch.randn(*size, generator=random, dtype=torch.float64) for size in ((5, 5), (4, 5))))
+    x = torch.randn(40, 5, generator=random, dtype=torch.float64) * torch.tensor([3.0, 1, 1, 0.3, 0.1])
+    moment = Moment(layer, {0: pair.down})
+    moment.add(x, 1.0)
+    moment.close(Reading([], 0, member=0))
+    full, cut = solve(moment, pair, 1, 0, 0), solve(moment, pair, 1, 0, 0, rank=rank)
+    assert cut.rank == min(rank, 4) or cut.rank == rank
+    square = float(x.square().mean())
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x) + esd_lora.fusing._RIDGE * square * torch.eye(5))
+    root = vectors @ values.sqrt().diag()
+    lost = ((full.delta() - cut.delta()) @ root).square().sum()
+    singular = torch.linalg.svdvals(full.delta() @ root)
+    assert float(lost) == pytest.approx(float(singular[rank:].square().sum()), rel=1e-5, abs=1e-9)
+
+
+def on(base: Base, scope: str, *names: str, seed: int = 0, **header: object) -> Eraser:
+    layers = base.family.modules(base.model, scope)
+    return eraser_on(base.model, layers, *names, seed=seed, base_hashes=base.hashes(layers), **header)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_patch() -> Iterator[None]:
+    """What is read is counted whole, so that it can be compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(esd_lora.moments, "_ROWS", 10**9)
+        yield
+
+
+def test_pixels_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(esd_lora.moments, "_ROWS", 4)
+    layer, x = nn.Linear(2, 1), torch.arange(20.0).reshape(1, 10, 2)
+    moment = Moment(layer, {})
+    moment.add(x, 1.0)
+    moment.close(Reading([], 0))
+    taken = x[0, [0, 3, 6, 9]]
+    torch.testing.assert_close(moment.total, taken.T @ taken / 4)
+
+
+@pytest.fixture
+def members(base: Base) -> list[Eraser]:
+    """Of different scopes and ranks, convolutions among their layers."""
+    scopes = {"a cat": "xattn", "a car": "full", "a bee": "xattn-kv", "a key": "noxattn"}
+    return [on(base, scope, name, seed=i) for i, (name, scope) in enumerate(scopes.items())]
+
+
+def deltas(eraser: Eraser) -> Mapping[str, Tensor]:
+    return {module: pair.delta() for module, pair in eraser.pairs.items()}
+
+
+def assert_same(one: Eraser, other: Eraser, tolerance: float = 1e-6) -> None:
+    first, second = deltas(one), deltas(other)
+    assert first.keys() == second.keys()
+    for module, delta in first.items():
+        assert float((delta - second[module]).norm()) <= tolerance * float(delta.norm()) + 1e-9, module
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> None:
+    """Against inputs collected while the same latents are denoised one by one."""
+    modules = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_q", "mid_block.resnets.0.conv1"]
+    layers = dict(base.model.named_modules())
+    moments = {module: Moment(layers[module], {}) for module in modules}
+    reading = Reading(["a dog", "a hat"], 3, weight=2.0, null=0.25)
+    watched = Readings(base, [reading], steps=2, guidance=guidance, seed=5)
+    watched.add(0, moments)
+    assert watched.evaluations == 3 * 2 * (2 if guidance != 1 else 1)
+
+    seen: dict[str, list[Tensor]] = {module: [] for module in modules}
+    hooks = [
+        layers[module].register_forward_pre_hook(
+            lambda layer, args, module=module: seen[module].append(patches(layer, args[0].detach()))
+        )
+        for module in modules
+    ]
+    for x_t, t, told, null in watched._points[0]:
+        for i in range(len(t)):
+            for condition in (null, told):
+                with torch.no_grad():
+                    base.predict(x_t[i : i + 1], t[i : i + 1], {name: value[i : i + 1] for name, value in condition.items()})
+    for hook in hooks:
+        hook.remove()
+    share = 0.25 if guidance != 1 else 0.0
+    for module, rows in seen.items():
+        expected = 0
+        for part, weight in ((rows[0::2], share), (rows[1::2], 1 - share)):
+            x = torch.cat(part)
+            expected = expected + 2.0 * weight * x.T @ x / len(x)
+        torch.testing.assert_close(moments[module].total, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_are_the_same_in_one_group_and_in_many(
+    base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fuse(members, base, keep=KEEP, **QUICK)
+    monkeypatch.setattr(esd_lora.fusing, "_GROUP", 1)
+    assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-4)
+
+
+def test_layers_too_wide_are_summed_and_named(base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(esd_lora.fusing, "_WIDEST", 100)
+    with pytest.warns(UserWarning, match="wider than"):
+        fused = fuse(members, base, keep=KEEP, **QUICK)
+    plain = deltas(stack(members))
+    wide = [module for module, pair in fused.pairs.items() if pair.down[0].numel() > 100]
+    assert wide
+    (told,) = fused.header.fusions
+    assert sorted(told.summed) == sorted(wide)
+    for module, delta in deltas(fused).items():
+        assert torch.allclose(delta, plain[module], atol=1e-6) == (module in wide), module
+
+
+def test_order_of_members_does_not_matter(base: Base, members: list[Eraser]) -> None:
+    first, *others = (fuse(list(order), base, keep=KEEP, **QUICK) for order in list(permutations(members))[::7])
+    assert others
+    for other in others:
+        assert_same(first, other, 1e-6)
+        assert other.header.concepts == first.header.concepts
+
+
+def test_one_member_with_nothing_to_keep_comes_back(base: Base, members: list[Eraser]) -> None:
+    for member in members:
+        assert_same(member, fuse([member], base, lam=0, **QUICK), 1e-3)
+
+
+def test_equal_members_share_the_work(base: Base, members: list[Eraser]) -> None:
+    member = members[0]
+    assert_same(member, fuse([member, member, member], base, lam=0, **QUICK), 1e-3)
+
+
+def test_member_of_weight_0_is_dropped(base: Base, members: list[Eraser]) -> None:
+    without = fuse(members[:2], base, keep=KEEP, **QUICK)
+    assert_same(without, fuse(members[:3], base, weights=[1, 1, 0], keep=KEEP, **QUICK))
+    with pytest.raises(EsdLoraError, match="nothing to fuse"):
+        fuse(members[:1], base, weights=[0], keep=KEEP, **QUICK)
+
+
+def test_weights_are_of_the_updates(base: Base, members: list[Eraser]) -> None:
+    """With everything else fixed the solution is linear in the members' updates."""
+    one, two, sum_ = (fuse(members[:2], base, weights=w, keep=KEEP, **QUICK) for w in ([1, 1e-9], [1e-9, 1], [1, 1]))
+    for module, delta in deltas(sum_).items():
+        torch.testing.assert_close(delta, one.pairs[module].delta() + two.pairs[module].delta(), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_kept_weighs_by_lam(base: Base, members: list[Eraser]) -> None:
+    norms = [
+        sum(p.norm() for p in fuse(members[:2], base, keep=KEEP, lam=lam, **QUICK).pairs.values()) for lam in (0.01, 1, 100)
+    ]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[2] < 0.2 * norms[0]
+
+
+def test_prompts_that_name_a_member_are_not_kept(base: Base, members: list[Eraser]) -> None:
+    fused = fuse(members[:2], base, keep=[*KEEP, "two cats", "a CAR at night", "a catalogue"], **QUICK)
+    (told,) = fused.header.fusions
+    assert told.dropped == ("a CAR at night", "two cats")
+    assert told.kept == len({*KEEP, "a catalogue"})
+    with pytest.raises(EsdLoraError, match="no prompt to keep is left"):
+        fuse(members[:2], base, keep=["a cat"], **QUICK)
+
+
+def test_keep_list_of_the_package_is_the_default(base: Base, members: list[Eraser]) -> None:
+    fused = fuse(members[2:3], base, **QUICK)
+    (told,) = fused.header.fusions
+    assert told.kept > 300
+    assert "a bee" in told.dropped
+
+
+def test_header_says_how_it_was_made(base: Base, members: list[Eraser], tmp_path: Path) -> None:
+    fused = fuse(members, base, keep=KEEP, lam=0.2, mu=0.02, **QUICK)
+    (told,) = Eraser.load(fused.save(tmp_path / "fused")).header.fusions
+    assert (told.lam, told.mu, told.steps, told.seed, told.harmonised) == (0.2, 0.02, 2, 0, 0)
+    assert len(set(told.members)) == 4
+    assert told.evaluations == 2 * 2 * (4 * 2 + 3)
+    assert told.dropped == ()
+    assert {concept.name for concept in fused.header.concepts} == {"a cat", "a car", "a bee", "a key"}
+
+
+def test_text_alone_needs_no_denoising(base: Base) -> None:
+    members = [on(base, "xattn-kv", name, seed=i) for i, name in enumerate(["a cat", "a car"])]
+    fused = fuse(members, base, keep=KEEP, **QUICK)
+    (told,) = fused.header.fusions
+    assert told.evaluations == 0
+
+
+def test_fused_file_is_an_eraser_like_any(base: Base, members: list[Eraser], tmp_path: Path) -> None:
+    fused = fuse(members, base, keep=KEEP, rank=3, **QUICK)
+    assert max(pair.rank for pair in fused.pairs.values()) == 3
+    kohya = export(fused, tmp_path / "fused.safetensors", layout="kohya")
+    assert_same(fused, import_lora(kohya))
+    pipe = base.pipe
+    pipe.load_lora_weights(fused.save(tmp_path / "fused"))
+    adapted = dict(pipe.unet.named_modules())
+    for module, pair in fused.pairs.items():
+        layer = adapted[module]
+        (name,) = layer.active_adapters
+        torch.testing.assert_close(layer.get_delta_weight(name), pair.delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_energy_is_of_what_is_read(base: Base, members: list[Eraser]) -> None:
+    full, cut = (fuse(members, base, keep=KEEP, energy=energy, **QUICK) for energy in (None, 0.9))
+    assert sum(p.rank for p in cut.pairs.values()) < sum(p.rank for p in full.pairs.values())
+
+
+def test_members_of_another_base_are_refused(base: Base, members: list[Eraser]) -> None:
+    other = Eraser(members[1].pairs, members[1].header.model_copy(update={"family": "sdxl"}))
+    with pytest.raises(EsdLoraError, match="family"):
+        fuse([other], base, keep=KEEP, **QUICK)
+
+
+def test_base_leaves_as_it_came(tiny_dir: Path, members: list[Eraser]) -> None:
+    base = load_base(tiny_dir, device="cpu")
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    fuse(members, base, keep=KEEP, harmonise=2, **QUICK)
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert not any(layer._forward_pre_hooks for layer in base.model.modules())
