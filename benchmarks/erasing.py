@@ -23,10 +23,10 @@ from esd_lora.eraser import Eraser
 from esd_lora.evaluation.domain_suite import Scored, Shot, count, every_pair, kept, of_object, of_style, score, wording
 from esd_lora.evaluation.judge import Judge
 from esd_lora.families import Base, load_base
+from esd_lora.fused import applied
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe import SCOPES
 from esd_lora.recipe_files import load_recipe
-from esd_lora.sampling import applied
 from esd_lora.stacking import stack
 from esd_lora.training import train
 

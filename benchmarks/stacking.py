@@ -1,0 +1,293 @@
+"""Stacks on the built-in base: what is left of the erased, what is kept of the rest, by method and number of members.
+
+    OMP_NUM_THREADS=1 python benchmarks/stacking.py [--seeds 0,1,2] [--counts 2,4,8,12] [--mixed] [--sheet docs/stacking.png]
+
+Members are trained alone, by `fast`, with different scopes, ranks and seeds; every seed trains its own and paints its own
+pictures. No picture of what is erased is painted on a prompt that a member or the fusion was made with. What is trained and
+measured lies in `--out` and is not made again; `--train-only` stops after training, and `--part 0/2` does every second.
+
+- left: pictures on prompts for an erased concept where the judge still names it.
+- leak: the same pictures, where the judge names any of the erased concepts; in brackets, where it is sure (0.9 or more).
+- kept: pictures of the rest with object and style right, of those that the base gets right: objects in the keep list, objects
+  in no list, and bare prompts ("a dog"), where a neighbour has least to hold on to.
+- drift: mean absolute difference of the kept pictures' pixels from the base's, of 255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esd_lora.bases import domain
+from esd_lora.eraser import Eraser
+from esd_lora.evaluation.domain_suite import Shot, every_pair, of_object, of_style, wording
+from esd_lora.evaluation.judge import Judge, Verdict
+from esd_lora.families import Base, load_base
+from esd_lora.fused import applied
+from esd_lora.fusing import fuse
+from esd_lora.gating import Gate
+from esd_lora.pictures import grid, paint
+from esd_lora.prompting import keep_list, own_prompts
+from esd_lora.recipe_files import load_recipe
+from esd_lora.stacking import stack
+from esd_lora.training import train
+
+ERASED_SHOTS = 120
+SURE = 0.9
+HARMONISE = 300
+ENERGY = 0.98
+
+
+class Member(NamedTuple):
+    """One eraser of a stack."""
+
+    name: str
+    scope: str
+    rank: int
+    style: bool = False
+
+    def trained(self, base: Base, seed: int, folder: Path) -> Path:
+        """Where the eraser lies; it is trained alone if it is not there."""
+        out = folder / f"{self.name}-{self.scope}-{self.rank}-{seed}"
+        if not (out / "README.md").exists():
+            settings = {"train.seed": seed, "train.preview_every": 0, "train.probe_every": 0}
+            settings |= {"lora.rank": self.rank, "lora.alpha": self.rank}
+            fields: dict[str, Any] = {"scope": self.scope, "concepts": [self.concept()]}
+            recipe = load_recipe("emoji-twemoji" if self.style else "fast", settings, **fields)
+            train(recipe, base=base, out=out, force=True)
+        return out
+
+    def concept(self) -> dict[str, Any]:
+        return style_concept(self.name) if self.style else {"name": self.name, "prompts": [wording("{a}", self.name)]}
+
+
+def style_concept(style: str) -> dict[str, Any]:
+    """What `emoji-twemoji` erases, of another style."""
+    concept = load_recipe("emoji-twemoji").concepts[0]
+    pairs = [(pair.prompt.replace("twemoji", style), pair.anchor) for pair in concept.prompts]
+    prompts = [{"prompt": prompt, "anchor": anchor} for prompt, anchor in pairs]
+    return {"name": style, "prompts": prompts, "fill": concept.fill}
+
+
+OBJECTS = (
+    Member("cat", "xattn", 4),
+    Member("rocket", "xattn", 8),
+    Member("pizza", "full", 4),
+    Member("car", "xattn", 4),
+    Member("butterfly", "xattn-kv", 8),
+    Member("guitar", "xattn", 4),
+    Member("robot", "full", 2),
+    Member("apple", "xattn", 4),
+    Member("tiger", "xattn", 8),
+    Member("umbrella", "xattn", 4),
+    Member("sailboat", "full", 4),
+    Member("crown", "xattn", 4),
+)
+MIXED = ("cat", "pizza", "car", "apple")
+STYLES = (Member("twemoji", "xattn", 4, style=True), Member("ink", "full", 4, style=True))
+
+
+class Suite(NamedTuple):
+    """What is painted for one set of erased concepts and one seed of pictures."""
+
+    erased: list[Shot]
+    listed: list[Shot]
+    unlisted: list[Shot]
+    bare: list[Shot]
+
+    @classmethod
+    def of(cls, objects: Sequence[str], styles: Sequence[str], used: set[str], seed: int) -> Suite:
+        known = domain("emoji")
+        first = 1000 * (seed + 1)
+        keep = {name for name in known["objects"] if wording("{a}", name) in known["keep"]}
+        each = -(-ERASED_SHOTS // (len(objects) + len(styles)))
+        erased = [shot for name in objects for shot in of_object(name, used, each, seed=first)]
+        erased += [shot for name in styles for shot in of_style(name, used, each, seed=first)]
+        pairs = [s for s in every_pair(seed=first) if s.object not in objects and s.style not in styles]
+        bare = [Shot(wording("{a}", n), first + i, n, None) for i, n in enumerate(known["objects"]) if n not in objects]
+        return cls(erased, [s for s in pairs if s.object in keep], [s for s in pairs if s.object not in keep], bare)
+
+
+Painter = Callable[[Sequence[Shot]], list[Any]]
+Seen = list[tuple[Any, Verdict]]
+
+
+def painter(base: Base) -> Painter:
+    return lambda shots: paint(base, [shot.prompt for shot in shots], [shot.seed for shot in shots])
+
+
+def gated_painter(base: Base, members: Sequence[Eraser]) -> Painter:
+    gate = Gate(base, members)
+
+    def painted(shots: Sequence[Shot]) -> list[Any]:
+        factors = [tuple(gate(shot.prompt)) for shot in shots]
+        out: list[Any] = [None] * len(shots)
+        for alike in set(factors):
+            places = [i for i, factor in enumerate(factors) if factor == alike]
+            on = [(member, factor) for member, factor in zip(members, alike, strict=True) if factor]
+            with applied(base, [member for member, _ in on], [factor for _, factor in on]):
+                for place, picture in zip(places, painter(base)([shots[i] for i in places]), strict=True):
+                    out[place] = picture
+        return out
+
+    return painted
+
+
+def look(paint_all: Painter, judge: Judge, suite: Suite) -> dict[str, Seen]:
+    """Pictures as arrays, with what the judge says."""
+    out: dict[str, Seen] = {}
+    for part, shots in suite._asdict().items():
+        pictures = paint_all(shots)
+        out[part] = list(zip([np.asarray(p, dtype=np.float32) for p in pictures], judge(pictures), strict=True))
+    return out
+
+
+def counts(
+    suite: Suite, seen: Mapping[str, Seen], before: Mapping[str, Seen], objects: set[str], styles: set[str]
+) -> dict[str, Any]:
+    """Hits and totals of every column, `before` being the base's."""
+
+    def named(shot: Shot, verdict: Verdict) -> tuple[str, float, set[str]]:
+        by_object = shot.object in objects
+        return (
+            (verdict.object, verdict.object_confidence, objects)
+            if by_object
+            else (verdict.style, verdict.style_confidence, styles)
+        )
+
+    def right(shot: Shot, verdict: Verdict) -> bool:
+        return verdict.object == shot.object and shot.style in (None, verdict.style)
+
+    erased = [(shot, *named(shot, verdict)) for shot, (_, verdict) in zip(suite.erased, seen["erased"], strict=True)]
+    out: dict[str, Any] = {
+        "left": [sum(name in (shot.object, shot.style) for shot, name, _, _ in erased), len(erased)],
+        "leak": [sum(name in among for _, name, _, among in erased), len(erased)],
+        "sure leak": [sum(name in among and sure >= SURE for _, name, sure, among in erased), len(erased)],
+    }
+    for part in ("listed", "unlisted", "bare"):
+        pairs = list(zip(getattr(suite, part), seen[part], before[part], strict=True))
+        out[part] = [sum(right(shot, v) for shot, (_, v), _ in pairs), sum(right(shot, v) for shot, _, (_, v) in pairs)]
+    both = [*zip(seen["listed"], before["listed"], strict=True), *zip(seen["unlisted"], before["unlisted"], strict=True)]
+    out["drift"] = float(np.mean([np.abs(a - b).mean() for (a, _), (b, _) in both]))
+    return out
+
+
+def jointly(base: Base, chosen: Sequence[Member], seed: int) -> Eraser:
+    """One eraser trained on all concepts at once: what a user with no erasers to stack would do."""
+    count = len(chosen)
+    settings = {
+        "train.seed": seed,
+        "train.steps": 120 + 60 * count,
+        "train.trajectories": 24 * count,
+        "lora.rank": 16,
+        "lora.alpha": 16,
+    }
+    concepts = [member.concept() for member in chosen]
+    return train(load_recipe("fast", settings, concepts=concepts), base=base, progress=False)
+
+
+METHODS = ("sum", "sum / sqrt N", "closed form", "harmonised", "harmonised, small", "gated", "joint training")
+
+
+def apply(method: str, base: Base, chosen: Sequence[Member], members: Sequence[Eraser], seed: int) -> list[Eraser]:
+    """The erasers to have on the base."""
+    if method == "joint training":
+        return [jointly(base, chosen, seed)]
+    if method.startswith("sum"):
+        return [stack(members, [len(members) ** -0.5 if "sqrt" in method else 1.0] * len(members))]
+    steps = HARMONISE if "harmonised" in method else 0
+    return [fuse(members, base, harmonise=steps, energy=ENERGY if "small" in method else None, seed=seed, progress=False)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/stacking"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--counts", default="2,4,8,12")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--mixed", action="store_true", help="four objects and two styles, too")
+    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--part", default="0/1", help="which of several processes this is")
+    parser.add_argument("--sheet", type=Path, help="file for a sheet of pictures of the largest stack of the first seed")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    seeds, methods = [int(seed) for seed in options.seeds.split(",")], options.methods.split(",")
+    base, judge = load_base("emoji"), Judge("emoji")
+    if options.train_only:
+        for i, (seed, member) in enumerate((seed, member) for seed in seeds for member in (*OBJECTS, *STYLES)):
+            if i % parts == part:
+                member.trained(base, seed, options.out)
+        return
+    groups = {f"{count} objects": OBJECTS[: int(count)] for count in options.counts.split(",") if count}
+    if options.mixed:
+        groups["4 objects, 2 styles"] = (*(m for m in OBJECTS if m.name in MIXED), *STYLES)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, (seed, group) in enumerate((seed, group) for seed in seeds for group in groups):
+        if number % parts != part:
+            continue
+        chosen = groups[group]
+        members = [Eraser.load(member.trained(base, seed, options.out)) for member in chosen]
+        objects, styles = ({m.name for m in chosen if m.style == style} for style in (False, True))
+        kept, dropped = keep_list(members, base.keep)
+        used = {prompt for member in members for prompt in own_prompts(member, kept, dropped)}
+        suite = Suite.of(sorted(objects), sorted(styles), used, seed)
+        before: dict[str, Seen] = {}
+        for method in methods:
+            cache = options.out / f"{group}-{method}-{seed}.json".replace(" ", "_").replace("/", "by")
+            if not cache.exists():
+                before = before or look(painter(base), judge, suite)
+                started = time.perf_counter()
+                on = [] if method == "gated" else apply(method, base, chosen, members, seed)
+                seconds = time.perf_counter() - started
+                with applied(base, on):
+                    seen = look(gated_painter(base, members) if method == "gated" else painter(base), judge, suite)
+                found = counts(suite, seen, before, objects, styles)
+                size = sum(tensor.nbytes for eraser in on or members for tensor in eraser.state_dict().values())
+                cache.write_text(json.dumps({**found, "seconds": seconds, "kB": size / 1000}))
+                print(group, method, seed, found, f"{seconds:.0f} s", flush=True)
+            rows.setdefault((group, method), []).append(json.loads(cache.read_text()))
+    print(f"\n{datetime.date.today()}; training and picture seeds {options.seeds}; shares over all, and of how many pictures\n")
+    print(
+        "| members | method | left | leak (sure) | kept, listed | kept, in no list | kept, bare | drift | s | kB |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for (group, method), found in rows.items():
+        share = {
+            key: (sum(row[key][0] for row in found), sum(row[key][1] for row in found))
+            for key in ("left", "leak", "sure leak", "listed", "unlisted", "bare")
+        }
+        mean = {key: sum(row[key] for row in found) / len(found) for key in ("drift", "seconds", "kB")}
+        left, leak, sure, listed, unlisted, bare = (f"{hits / of:.1%} (of {of})" for hits, of in share.values())
+        print(
+            f"| {group} | {method} | {left} | {leak.split(' ')[0]} ({sure.split(' ')[0]}) | {listed} | {unlisted} | {bare} |"
+            f" {mean['drift']:.1f} | {mean['seconds']:.0f} | {mean['kB']:.0f} |"
+        )
+    if options.sheet:
+        chosen = groups[list(groups)[-1 - options.mixed]]
+        members = [Eraser.load(member.trained(base, seeds[0], options.out)) for member in chosen]
+        prompts = ["a cat in ink style", "a noto drawing of a pizza", "a car, blob style", "an apple in fluent style"]
+        prompts += [
+            "a dog in ink style",
+            "fluent fox",
+            "a cake, noto style",
+            "a house in blob style",
+            "an owl in noto style",
+            "a key, ink style",
+        ]
+        pictures = {}
+        for label, method in {"base": "", "plain sum": "sum", "closed form": "closed form", "harmonised": "harmonised"}.items():
+            with applied(base, apply(method, base, chosen, members, seeds[0]) if method else []):
+                pictures[label] = paint(base, prompts, [5] * len(prompts))
+        grid(pictures, prompts, tile=96).save(options.sheet, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
