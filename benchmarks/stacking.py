@@ -193,7 +193,7 @@ def jointly(base: Base, chosen: Sequence[Member], seed: int) -> Eraser:
     return train(load_recipe("fast", settings, concepts=concepts), base=base, progress=False)
 
 
-METHODS = ("sum", "sum / sqrt N", "closed form", "harmonised", "harmonised, small", "gated", "joint training")
+METHODS = ("sum", "sum by sqrt N", "closed form", "harmonised", "harmonised small", "gated", "joint training")
 
 
 def apply(method: str, base: Base, chosen: Sequence[Member], members: Sequence[Eraser], seed: int) -> list[Eraser]:

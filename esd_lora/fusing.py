@@ -50,8 +50,7 @@ def fuse(
     weights: Sequence[float | Strength] | None = None,
     keep: Sequence[str] | None = None,
     lam: float = 0.1,
-    mu: float = 0.01,
-    null: float = 0.5,
+    mu: float = 0.03,
     rank: int | None = None,
     energy: float | None = None,
     harmonise: int = 0,
@@ -77,10 +76,9 @@ def fuse(
             is kept too; what names a member's concept is left out, and recorded.
         lam: Weight of what is kept; 0.03 erases more, 1 keeps more.
         mu: Of the kept moment, the part that is the same in all directions, for what no list names; 0.01 to 1.
-        null: Share of the empty prompt's reading in what is kept, 0 to 1.
         rank: Highest rank of a layer; what is cut off is measured where the layer reads.
         energy: Share of every layer's effect there to keep, up to 1; .99 to .999 is usual.
-        harmonise: Steps of a distillation afterwards (`harmonising.py`), 60 to 200; 0 for none.
+        harmonise: Steps of a distillation afterwards (`harmonising.py`), 100 to 400; 0 for none.
         trajectories: Walked for each member, its prompts taking turns.
         keep_trajectories: Walked for the kept prompts, as far as there are so many.
         steps: Points of a trajectory, 3 to 6.
@@ -103,7 +101,7 @@ def fuse(
     if not kept:
         raise EsdLoraError(f"no prompt to keep is left: all {len(dropped)} name an erased concept. Give others.")
     readings = [Reading(own_prompts(member, kept, dropped), trajectories, member=i) for i, member in enumerate(members)]
-    readings.append(Reading(kept, min(keep_trajectories, len(kept)), lam * len(members), null))
+    readings.append(Reading(kept, min(keep_trajectories, len(kept)), lam * len(members)))
     watched = Readings(base, readings if lam else readings[:-1], steps=steps, guidance=guidance, seed=seed)
     summed = stack(members)
     pairs = dict(summed.pairs)
@@ -131,7 +129,6 @@ def fuse(
         members=tuple(sorted(hashes)),
         lam=lam,
         mu=mu,
-        null=null,
         kept=len(kept),
         kept_sha256=hashlib.sha256("\n".join(kept).encode()).hexdigest(),
         dropped=tuple(dropped),

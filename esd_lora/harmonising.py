@@ -2,14 +2,16 @@
 
 A sibling of `training.py` with other teachers. On member i's prompts the teacher is the base with eraser i alone, on prompts
 to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`fusing.py`): one matrix a
-layer cannot do everything the members did, but the layers together can make up for much of it.
+layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept points are
+asked about with noise on the text, so that what stands in no list is left alone too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from tqdm.auto import trange
 
 from esd_lora.adapters import read_pairs, wear
@@ -18,11 +20,16 @@ from esd_lora.families import Base
 from esd_lora.fused import applied
 from esd_lora.moments import turns
 from esd_lora.optimizing import make_optimizer
-from esd_lora.trajectory import Points, TrajectoryBuffer, pick, walk
+from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, pick, walk
 
-BATCH, KEEP_BATCH = 12, 8
-KEEP_WEIGHT = 0.5
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
+BATCH = 16
+"""Points of members' prompts in a step, and as many of kept ones, with the same weight."""
+PUSH = 1.25
+"""What a member does alone is taught times this, because what is kept pulls back."""
+SHAKE = 1.0
+"""Noise on the text of half of the kept points, in units of the text's own spread: what lies between and beyond the listed
+prompts is kept too."""
 
 
 def harmonise(
@@ -62,6 +69,7 @@ def harmonise(
     table = list(dict.fromkeys(["", *kept, *(prompt for asked in prompts for prompt in asked)]))
     places = {prompt: i for i, prompt in enumerate(table)}
     conditions = base.encode(table)
+    spread = {name: value.float().std(0) for name, value in conditions.items() if name.endswith("embeds")}
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
@@ -72,8 +80,13 @@ def harmonise(
         start = torch.randn(count, *shape, generator=noise).to(device)
         scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
         visited = walk(base.predict, scheduler, start, told, pick(conditions, torch.zeros_like(rows)), guidance=guidance)
+        parts: list[Points] = []
         with applied(base, teacher), torch.no_grad():
-            return TrajectoryBuffer(Points.join([Points(p.x_t, p.t, rows, base.predict(p.x_t, p.t, told)) for p in visited]))
+            for x_t, t, _, before in visited:
+                assert before is not None
+                change = base.predict(x_t, t, told) - before if teacher else torch.zeros_like(before)
+                parts.append(Points(x_t, t, rows, before + PUSH * change))
+        return TrajectoryBuffer(Points.join(parts))
 
     buffers = [points(asked, trajectories, [member]) for asked, member in zip(prompts, members, strict=True)]
     erasing = TrajectoryBuffer(Points.join([buffer.points for buffer in buffers]))
@@ -83,10 +96,11 @@ def harmonise(
         optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})
         for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
             chance = torch.Generator().manual_seed(seed * 100_003 + step)
-            batch = Points.join([erasing.sample(BATCH, chance), keeping.sample(KEEP_BATCH, chance)])
-            prediction = base.predict(batch.x_t, batch.t, pick(conditions, batch.lesson))
-            error = (prediction - batch.target).square().flatten(1).mean(1)
-            loss = (error[:BATCH].sum() + KEEP_WEIGHT * error[BATCH:].sum()) / BATCH
+            erased, keep = erasing.sample(BATCH, chance), keeping.sample(BATCH, chance)
+            kept_told, kept_target = _shaken(base, keep, pick(conditions, keep.lesson), spread, chance)
+            told = concatenate(pick(conditions, erased.lesson), kept_told)
+            prediction = base.predict(torch.cat([erased.x_t, keep.x_t]), torch.cat([erased.t, keep.t]), told)
+            loss = (prediction - torch.cat([erased.target, kept_target])).square().mean()
             optimizer.zero_grad()
             loss.backward()
             for group in optimizer.param_groups:
@@ -95,3 +109,19 @@ def harmonise(
         return Eraser(read_pairs(base.model), stacked.header)
     finally:
         base.model.unload_lora()
+
+
+def _shaken(
+    base: Base, points: Points, told: Condition, spread: Mapping[str, Tensor], chance: torch.Generator
+) -> tuple[Condition, Tensor]:
+    """Has the first half of kept points asked about with noise on the text; conditions and the base's predictions of all."""
+    half = len(points.t) // 2
+    asked = {name: value.clone() for name, value in told.items()}
+    for name, width in spread.items():
+        noise = torch.randn(asked[name][:half].shape, generator=chance).to(width)
+        asked[name][:half] += (SHAKE * width * noise).to(asked[name])
+    base.model.disable_adapters()
+    with torch.no_grad():
+        target = base.predict(points.x_t[:half], points.t[:half], pick(asked, torch.arange(half, device=points.t.device)))
+    base.model.enable_adapters()
+    return asked, torch.cat([target, points.target[half:]])

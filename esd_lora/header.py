@@ -65,7 +65,6 @@ class Fusion(BaseModel):
     """SHA-256 of every member's tensors, its weight folded in."""
     lam: float
     mu: float
-    null: float
     kept: int
     """Number of prompts that were kept."""
     kept_sha256: str

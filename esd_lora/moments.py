@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_lora.families import Base
-from esd_lora.trajectory import Condition, concatenate, pick, walk
+from esd_lora.trajectory import Condition, pick, walk
 
 _AT_ONCE = 2**15
 """Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
@@ -31,8 +31,6 @@ class Reading(NamedTuple):
     """Walked, the prompts taking turns."""
     weight: float = 1.0
     """Of the second moment in the sum of all."""
-    null: float = 0.0
-    """Share of the empty prompt's reading, at the same points, in the second moment."""
     member: int | None = None
     """Which of the updates under study the prompts belong to, if to one."""
 
@@ -90,7 +88,7 @@ class Readings:
         base: The loaded base.
         readings: What to watch under.
         steps: Points on a trajectory.
-        guidance: Of the trajectories; at 1 the empty prompt is not asked for, and its share is left out.
+        guidance: Of the trajectories; the empty prompt's readings on them do not count.
         seed: Of the noise.
     """
 
@@ -99,7 +97,7 @@ class Readings:
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.evaluations = 0
         """Latents through the denoiser so far; a guided pair counts 2."""
-        self._points: dict[int, list[tuple[Tensor, Tensor, Condition, Condition]]] = {}
+        self._points: dict[int, list[tuple[Tensor, Tensor, Condition]]] = {}
 
     @torch.no_grad()
     def add(self, number: int, moments: Mapping[str, Moment]) -> None:
@@ -107,57 +105,53 @@ class Readings:
         reading = self.readings[number]
         text = {module: moment for module, moment in moments.items() if self.base.family.reads_text(module)}
         if text:
-            told = self.base.encode([*reading.prompts, ""])["prompt_embeds"]
+            told = self.base.encode(reading.prompts)["prompt_embeds"]
             for moment in text.values():
-                moment.add(told[:-1], 1 - reading.null)
-                if reading.null:
-                    moment.add(told[-1:], reading.null)
+                moment.add(told, 1.0)
         walked = {module: moment for module, moment in moments.items() if module not in text}
-        if walked:
-            with self._watching(walked, reading):
-                if number in self._points:  # walked for other layers already
-                    for x_t, t, told, null in self._points[number]:
-                        self._predict(*self._pair(x_t, t, told, null))
-                else:
-                    self._points[number] = self._walk(number)
+        if walked and number in self._points:  # walked for other layers already
+            with self._watching(walked, reading, paired=False):
+                for point in self._points[number]:
+                    self._predict(*point)
+        elif walked:
+            with self._watching(walked, reading, paired=self.guidance != 1):
+                self._points[number] = self._walk(number)
         for moment in moments.values():
             moment.close(reading)
 
-    def _walk(self, number: int) -> list[tuple[Tensor, Tensor, Condition, Condition]]:
+    def _walk(self, number: int) -> list[tuple[Tensor, Tensor, Condition]]:
         base, reading = self.base, self.readings[number]
         shape, device = base.latent_shape(), base.model.device
         noise = torch.Generator().manual_seed(self.seed * 100_003 + number)
         told, nothing = base.encode(reading.prompts), base.encode([""])
-        points: list[tuple[Tensor, Tensor, Condition, Condition]] = []
+        points: list[tuple[Tensor, Tensor, Condition]] = []
         order = torch.tensor(turns(reading.trajectories, len(reading.prompts)))
         for rows in order.split(max(1, _AT_ONCE // (shape[1] * shape[2]))):
             condition, null = pick(told, rows.to(device)), pick(nothing, torch.zeros_like(rows).to(device))
             start = torch.randn(len(rows), *shape, generator=noise).to(device)
             scheduler = base.family.scheduler(base.pipe, self.steps, shape, device)
-            for point in walk(self._predict, scheduler, start, condition, null, guidance=self.guidance):
-                points.append((point.x_t, point.t, condition, null))
+            visited = walk(self._predict, scheduler, start, condition, null, guidance=self.guidance)
+            points += [(point.x_t, point.t, condition) for point in visited]
         return points
-
-    def _pair(self, x_t: Tensor, t: Tensor, told: Condition, null: Condition) -> tuple[Tensor, Tensor, Condition]:
-        if self.guidance == 1:
-            return x_t, t, told
-        return torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(null, told)
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.evaluations += len(x_t)
         return self.base.predict(x_t, t, condition)
 
     @contextmanager
-    def _watching(self, moments: Mapping[str, Moment], reading: Reading) -> Generator[None]:
-        """Has every call of the layers added to their moments: the first half of a guided batch is the empty prompt's."""
+    def _watching(self, moments: Mapping[str, Moment], reading: Reading, *, paired: bool) -> Generator[None]:
+        """Has what the layers are called with added to their moments.
+
+        Args:
+            moments: By module path.
+            reading: Which is being read.
+            paired: Whether the first half of every batch is the empty prompt's, which does not count.
+        """
         whole = reading.trajectories * self.steps
 
         def add(moment: Moment, x: Tensor) -> None:
-            count = len(x) if self.guidance == 1 else len(x) // 2
-            null = reading.null if self.guidance != 1 else 0.0
-            moment.add(x[-count:], (1 - null) * count / whole)
-            if null:
-                moment.add(x[:-count], null * count / whole)
+            own = x[len(x) // 2 :] if paired else x
+            moment.add(own, len(own) / whole)
 
         layers = dict(self.base.model.named_modules())
         with ExitStack() as hooks:
