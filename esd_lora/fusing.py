@@ -32,7 +32,7 @@ from esd_lora.families import Base
 from esd_lora.header import Fusion
 from esd_lora.moments import Moment, Reading, Readings
 from esd_lora.prompting import keep_list, own_prompts
-from esd_lora.stacking import Strength, stack, strengths_of, truncated
+from esd_lora.stacking import Strength, check_cut, stack, strengths_of, truncated
 from esd_lora.tensor_files import hash_tensors
 
 _GROUP = 2**30
@@ -40,7 +40,7 @@ _GROUP = 2**30
 _RIDGE = 1e-3
 """Of members' second moments, in units of the mean square of an input: only numbers need it."""
 _WIDEST = 12_000
-"""Inputs of the widest layer that is fused: its second moment takes 0.6 GB, and twice that while it is solved."""
+"""Inputs of the widest layer that is fused: its second moments take 1.2 GB, and twice that more while they are solved."""
 
 
 def fuse(
@@ -87,9 +87,11 @@ def fuse(
         progress: Whether to show progress bars.
 
     Raises:
-        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, or no prompt to keep is left.
+        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, or `rank`
+            or `energy` is out of range.
     """
     started, strengths = time.monotonic(), strengths_of(erasers, weights)
+    check_cut(rank, energy)
     base.check(stack(erasers, strengths))
     given = [stack([e], [s]) for e, s in zip(erasers, strengths, strict=True) if s.weight]
     if not given:
@@ -192,10 +194,10 @@ def _groups(widths: Mapping[str, int]) -> Iterator[list[str]]:
     group: list[str] = []
     held = 0
     for module, inputs in widths.items():
-        if group and held + 4 * inputs**2 > _GROUP:
+        if group and held + 8 * inputs**2 > _GROUP:
             yield group
             group, held = [], 0
         group.append(module)
-        held += 4 * inputs**2
+        held += 8 * inputs**2
     if group:
         yield group

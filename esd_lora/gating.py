@@ -38,7 +38,7 @@ class Gate:
     Args:
         base: Whose text encoder compares.
         erasers: To scale.
-        threshold: Similarity at which an eraser begins to be on; at 1 it is fully. Without synonyms, 1 lets names alone pass.
+        threshold: Similarity at which an eraser begins to be on; at 1 it is fully. A threshold of 1 lets names alone pass.
 
     Raises:
         EsdLoraError: If the threshold is not above 0 and up to 1.

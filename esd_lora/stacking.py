@@ -177,10 +177,7 @@ def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = 
     """
     if rank is None and energy is None:
         raise EsdLoraError("compressing needs a rank or a share of energy to keep: give one.")
-    if rank is not None and rank < 1:
-        raise EsdLoraError(f"rank {rank}: expected 1 or more.")
-    if energy is not None and not 0 < energy <= 1:
-        raise EsdLoraError(f"energy {energy:g}: expected a share above 0 and up to 1, such as 0.999.")
+    check_cut(rank, energy)
     pairs: dict[str, LoraPair] = {}
     cut: dict[str, tuple[float, float]] = {}
     for module, pair in eraser.pairs.items():
@@ -190,13 +187,25 @@ def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = 
     return Compressed(Eraser(pairs, header), {module: _share([one]) for module, one in cut.items()}, overall)
 
 
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Refuses a rank or a share of energy that cannot be.
+
+    Raises:
+        EsdLoraError: With what was expected.
+    """
+    if rank is not None and rank < 1:
+        raise EsdLoraError(f"rank {rank}: expected 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        raise EsdLoraError(f"energy {energy:g}: expected a share above 0 and up to 1, such as 0.999.")
+
+
 def _share(cut: Iterable[tuple[float, float]]) -> float:
     lost, whole = (sum(values) for values in zip(*cut, strict=True))
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
-    """The pair at a lower rank; the squared norms of what was cut off and of the whole."""
+    """The pair at a lower rank, by the rules of `compress`; the squared norms of what was cut off and of the whole."""
     precise = torch.promote_types(pair.up.dtype, torch.float32)
     linalg = cast("Any", torch.linalg)  # torch ships no types for it
     q_up, r_up = cast("tuple[Tensor, Tensor]", linalg.qr(pair.up.flatten(1).to(precise)))

@@ -199,7 +199,7 @@ def test_moments_are_the_same_in_one_group_and_in_many(
     whole = fuse(members, base, keep=KEEP, **QUICK)
     monkeypatch.setattr(esd_lora.fusing, "_GROUP", 5 * 10**5)
     widths = [pair.down[0].numel() for pair in whole.pairs.values()]
-    assert 4 * sum(width**2 for width in widths) > 2 * 5 * 10**5
+    assert 8 * sum(width**2 for width in widths) > 4 * 5 * 10**5
     # Later groups ask for the prompts alone, in batches of another size: that rounds otherwise, 1 / _RIDGE times as much.
     assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-6 / esd_lora.fusing._RIDGE)
 
@@ -302,6 +302,13 @@ def test_fused_file_is_an_eraser_like_any(base: Base, members: list[Eraser], tmp
         layer = adapted[module]
         (name,) = layer.active_adapters
         torch.testing.assert_close(layer.get_delta_weight(name), pair.delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_cannot_be(base: Base, members: list[Eraser]) -> None:
+    with pytest.raises(EsdLoraError, match=r"energy 1\.5"):
+        fuse(members, base, keep=KEEP, energy=1.5, **QUICK)
+    with pytest.raises(EsdLoraError, match="rank 0"):
+        fuse(members, base, keep=KEEP, rank=0, **QUICK)
 
 
 def test_energy_is_of_what_is_read(base: Base, members: list[Eraser]) -> None:
