@@ -123,11 +123,12 @@ class Readings:
         base, reading = self.base, self.readings[number]
         shape, device = base.latent_shape(), base.model.device
         noise = torch.Generator().manual_seed(self.seed * 100_003 + number)
-        told, nothing = base.encode(reading.prompts), base.encode([""])
+        nothing, order = base.encode([""]), turns(reading.trajectories, len(reading.prompts))
         points: list[tuple[Tensor, Tensor, Condition]] = []
-        order = torch.tensor(turns(reading.trajectories, len(reading.prompts)))
-        for rows in order.split(max(1, _AT_ONCE // (shape[1] * shape[2]))):
-            condition, null = pick(told, rows.to(device)), pick(nothing, torch.zeros_like(rows).to(device))
+        size = max(1, _AT_ONCE // (shape[1] * shape[2]))
+        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+            condition = base.encode([reading.prompts[i] for i in rows])
+            null = pick(nothing, torch.zeros(len(rows), dtype=torch.long, device=device))
             start = torch.randn(len(rows), *shape, generator=noise).to(device)
             scheduler = base.family.scheduler(base.pipe, self.steps, shape, device)
             visited = walk(self._predict, scheduler, start, condition, null, guidance=self.guidance)
