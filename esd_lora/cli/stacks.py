@@ -27,7 +27,9 @@ _distil = {"is_flag": False, "flag_value": _HARMONISE, "metavar": "[STEPS]"}
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
 @base_option()
 @click.option("--fuse", "how", type=click.Choice(["closed-form", "sum"]), help="Default: closed-form on a --base, else sum.")
-@click.option("--harmonise", type=click.IntRange(min=0), help="Distil what members do alone into it.", **_distil)
+@click.option(
+    "--harmonise", type=click.IntRange(min=0), help="Distil afterwards what members do alone: slower, erases more.", **_distil
+)
 @click.option("--keep", metavar="FILE", help="Prompts to leave alone, one a line; default: the base's or the package's.")
 @click.option("--lam", type=click.FloatRange(min=0), help="Weight of what is kept.")
 @click.option("--rank", "--max-rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
