@@ -178,8 +178,8 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     import torch
     from real_size import fill
 
+    from esd_lora.applying import Fused
     from esd_lora.eraser import Eraser
-    from esd_lora.fused import Fused
     from esd_lora.stacking import stack
     from real import denoiser
 

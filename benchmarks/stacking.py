@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from esd_lora.applying import applied
 from esd_lora.bases import domain
 from esd_lora.eraser import Eraser
 from esd_lora.evaluation.domain_suite import Shot, every_pair, of_object, of_style, wording
 from esd_lora.evaluation.judge import Judge, Verdict
 from esd_lora.families import Base, load_base
-from esd_lora.fused import applied
 from esd_lora.fusing import fuse
 from esd_lora.gating import Gate
 from esd_lora.pictures import grid, paint

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.evaluation.domain_suite import Scored, count, every_pair, kept, of_object, of_style, score
 from esd_lora.evaluation.judge import Judge
 from esd_lora.evaluation.report import table, write_report
 from esd_lora.families import Base, load_base
-from esd_lora.fused import applied
 from esd_lora.merging import merge
 from esd_lora.outputs import clear_output
 from esd_lora.pictures import grid, paint

@@ -20,6 +20,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, family_of
 from esd_lora.header import ErasedConcept
 from esd_lora.manifests import load_eraser
+from esd_lora.recipe import without_article
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,9 +52,8 @@ class Gate:
             )
         self.base, self.threshold = base, threshold
         self.concepts = [eraser.header.concepts for eraser in erasers]
-        names = {name for concepts in self.concepts for concept in concepts for name in _names(concept)}
         self._directions: dict[str, Tensor] = {}
-        self._learn(["", *names])
+        self._learn([name for concepts in self.concepts for concept in concepts for name in _names(concept)])
 
     def similarities(self, prompt: str) -> list[float]:
         """How near the prompt comes to each eraser's concepts, up to 1."""
@@ -95,7 +95,7 @@ class Gate:
 
 
 def _names(concept: ErasedConcept) -> list[str]:
-    return [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in (concept.name, *concept.synonyms)]
+    return [without_article(name) for name in (concept.name, *concept.synonyms)]
 
 
 def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESHOLD) -> Callable[..., Any]:

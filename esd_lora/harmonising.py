@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from esd_lora.adapters import read_pairs, wear
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
-from esd_lora.fused import applied
 from esd_lora.moments import turns
 from esd_lora.optimizing import make_optimizer
 from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, pick, walk

@@ -153,7 +153,7 @@ def _span(columns: Tensor) -> Tensor:
 def _effects(
     members: Sequence[Eraser], together: Sequence[Eraser], base: Base, seed: int
 ) -> tuple[list[list[float]], list[float]]:
-    from esd_lora.fused import applied
+    from esd_lora.applying import applied
     from esd_lora.trajectory import concatenate, walk
 
     points: list[tuple[Tensor, Tensor, Any]] = []

@@ -29,8 +29,13 @@ class _Frozen(BaseModel):
 
 def mentions(text: str, names: Iterable[str]) -> bool:
     """Whether a prompt holds one of the names: as whole words, singular or plural, without article."""
-    words = [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE) for name in names]
+    words = map(without_article, names)
     return any(re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) for word in words)
+
+
+def without_article(name: str) -> str:
+    """`a cat` is `cat`."""
+    return re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE)
 
 
 class PromptPair(_Frozen):

@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL.Image import Image
 
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
-from esd_lora.fused import applied
 from esd_lora.gating import Gate
 from esd_lora.manifests import load_eraser
 from esd_lora.pictures import paint

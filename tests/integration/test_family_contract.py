@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from esd_lora.adapters import add_adapter
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import FAMILIES, Base
-from esd_lora.fused import applied
 from esd_lora.lessons import Teacher, plan
 from esd_lora.merging import merge
 from esd_lora.pictures import paint

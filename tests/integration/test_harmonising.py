@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
-from esd_lora.fused import applied
 from esd_lora.harmonising import harmonise
 from esd_lora.interference import measure
 from esd_lora.stacking import stack

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from esd_lora import merged_file, merging
+from esd_lora.applying import applied
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import load_base
-from esd_lora.fused import applied
 from esd_lora.merged_file import MERGED_KEY
 from esd_lora.merging import merge
 from esd_lora.stacking import stack

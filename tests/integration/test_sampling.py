@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL.Image import Image
 
+from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
-from esd_lora.fused import applied
 from esd_lora.manifests import write_manifest
 from esd_lora.sampling import generate, sweep
 from esd_lora.stacking import Strength, stack
