@@ -51,11 +51,12 @@ class Member(NamedTuple):
     name: str
     scope: str
     rank: int
+    anchor: str = ""
     style: bool = False
 
     def trained(self, base: Base, seed: int, folder: Path) -> Path:
         """Where the eraser lies; it is trained alone if it is not there."""
-        out = folder / f"{self.name}-{self.scope}-{self.rank}-{seed}"
+        out = folder / "-".join(filter(None, (self.name, self.anchor, self.scope, str(self.rank), str(seed))))
         if not (out / "README.md").exists():
             settings = {"train.seed": seed, "train.preview_every": 0, "train.probe_every": 0}
             settings |= {"lora.rank": self.rank, "lora.alpha": self.rank}
@@ -65,7 +66,10 @@ class Member(NamedTuple):
         return out
 
     def concept(self) -> dict[str, Any]:
-        return style_concept(self.name) if self.style else {"name": self.name, "prompts": [wording("{a}", self.name)]}
+        if self.style:
+            return style_concept(self.name)
+        anchor = wording("{a}", self.anchor) if self.anchor else None
+        return {"name": self.name, "prompts": [wording("{a}", self.name)], "anchor": anchor}
 
 
 def style_concept(style: str) -> dict[str, Any]:
@@ -77,18 +81,18 @@ def style_concept(style: str) -> dict[str, Any]:
 
 
 OBJECTS = (
-    Member("cat", "xattn", 4),
-    Member("rocket", "xattn", 8),
-    Member("pizza", "full", 4),
-    Member("car", "xattn", 4),
-    Member("butterfly", "xattn-kv", 8),
-    Member("guitar", "xattn", 4),
-    Member("robot", "full", 2),
-    Member("apple", "xattn", 4),
-    Member("tiger", "xattn", 8),
-    Member("umbrella", "xattn", 4),
-    Member("sailboat", "full", 4),
-    Member("crown", "xattn", 4),
+    Member("cat", "xattn", 4, "dog"),
+    Member("rocket", "xattn", 8, "balloon"),
+    Member("pizza", "full", 4, "cake"),
+    Member("car", "xattn", 4, "bus"),
+    Member("butterfly", "xattn-kv", 8, "snail"),
+    Member("guitar", "xattn", 4, "house"),
+    Member("robot", "full", 2, "cactus"),
+    Member("apple", "xattn", 4, "strawberry"),
+    Member("tiger", "xattn", 8, "fox"),
+    Member("umbrella", "xattn", 4, "mushroom"),
+    Member("sailboat", "full", 4, "whale"),
+    Member("crown", "xattn", 4, "bicycle"),
 )
 MIXED = ("cat", "pizza", "car", "apple")
 STYLES = (Member("twemoji", "xattn", 4, style=True), Member("ink", "full", 4, style=True))
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--counts", default="2,4,8,12")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--mixed", action="store_true", help="four objects and two styles, too")
+    parser.add_argument("--empty-anchors", action="store_true", help="members with the empty prompt as anchor, as in the paper")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of pictures of the largest stack of the first seed")
@@ -220,14 +225,15 @@ def main() -> None:
     part, parts = map(int, options.part.split("/"))
     seeds, methods = [int(seed) for seed in options.seeds.split(",")], options.methods.split(",")
     base, judge = load_base("emoji"), Judge("emoji")
+    erasers = [member._replace(anchor="") for member in OBJECTS] if options.empty_anchors else OBJECTS
     if options.train_only:
-        for i, (seed, member) in enumerate((seed, member) for seed in seeds for member in (*OBJECTS, *STYLES)):
+        for i, (seed, member) in enumerate((seed, member) for seed in seeds for member in (*erasers, *STYLES)):
             if i % parts == part:
                 member.trained(base, seed, options.out)
         return
-    groups = {f"{count} objects": OBJECTS[: int(count)] for count in options.counts.split(",") if count}
+    groups = {f"{count} objects": erasers[: int(count)] for count in options.counts.split(",") if count}
     if options.mixed:
-        groups["4 objects, 2 styles"] = (*(m for m in OBJECTS if m.name in MIXED), *STYLES)
+        groups["4 objects, 2 styles"] = (*(m for m in erasers if m.name in MIXED), *STYLES)
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number, (seed, group) in enumerate((seed, group) for seed in seeds for group in groups):
         if number % parts != part:
@@ -240,7 +246,8 @@ def main() -> None:
         suite = Suite.of(sorted(objects), sorted(styles), used, seed)
         before: dict[str, Seen] = {}
         for method in methods:
-            cache = options.out / f"{group}-{method}-{seed}.json".replace(" ", "_").replace("/", "by")
+            label = f"{group}-{method}-{seed}{'-empty' if options.empty_anchors else ''}"
+            cache = options.out / f"{label.replace(' ', '_')}.json"
             if not cache.exists():
                 before = before or look(painter(base), judge, suite)
                 started = time.perf_counter()

@@ -66,18 +66,21 @@ def harmonise(
     Returns:
         The stack of the same ranks, with the same header.
     """
-    table = list(dict.fromkeys(["", *kept, *(prompt for asked in prompts for prompt in asked)]))
+    # Only what is walked: a large text encoder's output takes megabytes a prompt.
+    asked = [[own[i] for i in turns(trajectories, len(own))] for own in prompts]
+    asked_kept = [kept[i] for i in turns(keep_trajectories, len(kept))]
+    table = list(dict.fromkeys(["", *asked_kept, *(prompt for own in asked for prompt in own)]))
     places = {prompt: i for i, prompt in enumerate(table)}
     conditions = base.encode(table)
     spread = {name: value.float().std(0) for name, value in conditions.items() if name.endswith("embeds")}
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
-    def points(asked: Sequence[str], count: int, teacher: Sequence[Eraser]) -> TrajectoryBuffer:
-        """The base's trajectories under some prompts, with what the teacher predicts there."""
-        rows = torch.tensor([places[asked[i]] for i in turns(count, len(asked))], device=device)
+    def points(walked: Sequence[str], teacher: Sequence[Eraser]) -> TrajectoryBuffer:
+        """The base's trajectories under prompts, with what the teacher predicts there."""
+        rows = torch.tensor([places[prompt] for prompt in walked], device=device)
         told = pick(conditions, rows)
-        start = torch.randn(count, *shape, generator=noise).to(device)
+        start = torch.randn(len(walked), *shape, generator=noise).to(device)
         scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
         visited = walk(base.predict, scheduler, start, told, pick(conditions, torch.zeros_like(rows)), guidance=guidance)
         parts: list[Points] = []
@@ -88,9 +91,9 @@ def harmonise(
                 parts.append(Points(x_t, t, rows, before + PUSH * change))
         return TrajectoryBuffer(Points.join(parts))
 
-    buffers = [points(asked, trajectories, [member]) for asked, member in zip(prompts, members, strict=True)]
+    buffers = [points(walked, [member]) for walked, member in zip(asked, members, strict=True)]
     erasing = TrajectoryBuffer(Points.join([buffer.points for buffer in buffers]))
-    keeping = points(kept, keep_trajectories, [])
+    keeping = points(asked_kept, [])
     parameters = wear(base, stacked.pairs)
     try:
         optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esd_lora.bases import read_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base
 from esd_lora.objectives import OBJECTIVES, Predictions
@@ -74,13 +74,7 @@ def nearest(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> 
     """
     words = neighbours.vocabulary
     if isinstance(words, str):
-        try:
-            lines = Path(words).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise EsdLoraError(
-                f"neighbours: vocabulary {words} cannot be read ({error}). Give a text file or a list."
-            ) from error
-        words = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        words = read_prompts(words)
     words = [word for word in dict.fromkeys(words) if not any(concept.named_in(word) for concept in concepts)]
     if not words:
         raise EsdLoraError("neighbours: the vocabulary holds no prompt that names no erased concept. Give a longer one.")

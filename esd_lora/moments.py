@@ -58,7 +58,7 @@ class Moment:
         """The weighted sum of all readings' second moments, [inputs, inputs]."""
         self.reads: dict[int, Tensor] = {}
         """Number i to `down_i G_i`, [rank, inputs], with the second moment of i's own prompts."""
-        self._one = torch.zeros_like(self.total)
+        self._one: Tensor | None = None
 
     def add(self, x: Tensor, share: float) -> None:
         """Adds a share of one reading's second moment: `x` [N, ...] as the layer gets it."""
@@ -70,15 +70,25 @@ class Moment:
         elif x.dim() == 2:
             x = x[:, None]
         x = x[:, :: max(1, -(-x.shape[1] // most))]
-        rows = x.reshape(-1, x.shape[-1]).to(self._one.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(self.total)
+        if self._one is None:
+            self._one = torch.zeros_like(self.total)
         self._one.addmm_(rows.T, rows, alpha=share / len(rows))
 
-    def close(self, reading: Reading) -> None:
-        """Ends one reading."""
+    def close(self, reading: Reading, second: Tensor | None = None) -> None:
+        """Ends one reading.
+
+        Args:
+            reading: Which it was.
+            second: Its second moment, [inputs, inputs], if that is known already; otherwise what was added since the last.
+        """
+        one = self._one if second is None else second.to(self.total)
+        assert one is not None, "nothing was added"
         if reading.member in self.downs:
-            self.reads[reading.member] = self.downs[reading.member] @ self._one.double()
-        self.total.add_(self._one, alpha=reading.weight)
-        self._one.zero_()
+            self.reads[reading.member] = self.downs[reading.member] @ one.double()
+        self.total.add_(one, alpha=reading.weight)
+        if self._one is not None:
+            self._one.zero_()
 
 
 class Readings:
@@ -98,16 +108,15 @@ class Readings:
         self.evaluations = 0
         """Latents through the denoiser so far; a guided pair counts 2."""
         self._points: dict[int, list[tuple[Tensor, Tensor, Condition]]] = {}
+        self._told: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def add(self, number: int, moments: Mapping[str, Moment]) -> None:
         """Adds one of the readings to the moments of layers, by module path."""
         reading = self.readings[number]
         text = {module: moment for module, moment in moments.items() if self.base.family.reads_text(module)}
-        if text:
-            told = self.base.encode(reading.prompts)["prompt_embeds"]
-            for moment in text.values():
-                moment.add(told, 1.0)
+        if text and number not in self._told:
+            self._told[number] = self._of_text(reading.prompts)
         walked = {module: moment for module, moment in moments.items() if module not in text}
         if walked and number in self._points:  # walked for other layers already
             with self._watching(walked, reading, paired=False):
@@ -116,8 +125,17 @@ class Readings:
         elif walked:
             with self._watching(walked, reading, paired=self.guidance != 1):
                 self._points[number] = self._walk(number)
-        for moment in moments.values():
-            moment.close(reading)
+        for module, moment in moments.items():
+            moment.close(reading, self._told[number] if module in text else None)
+
+    def _of_text(self, prompts: Sequence[str]) -> Tensor:
+        """The second moment of all tokens of the encoded prompts, which is the same for every layer that reads them."""
+        parts: list[Tensor] = []
+        for few in (prompts[i : i + 16] for i in range(0, len(prompts), 16)):
+            told = self.base.encode(few)["prompt_embeds"]
+            rows = told.flatten(0, 1).to(torch.promote_types(told.dtype, torch.float32))
+            parts.append(rows.T @ rows / (len(rows) // len(few) * len(prompts)))
+        return torch.stack(parts).sum(0)
 
     def _walk(self, number: int) -> list[tuple[Tensor, Tensor, Condition]]:
         base, reading = self.base, self.readings[number]

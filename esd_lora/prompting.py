@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from esd_lora.eraser import Eraser
-from esd_lora.errors import EsdLoraError
-
-
-def read_keep(file: str | Path) -> list[str]:
-    """Prompts of a text file, one a line; empty lines and those that begin with `#` aside.
-
-    Raises:
-        EsdLoraError: If it cannot be read or holds none.
-    """
-    try:
-        lines = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EsdLoraError(
-            f"prompts to keep cannot be read from {file} ({error}). Give a text file, one prompt a line."
-        ) from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise EsdLoraError(f"{file} holds no prompt to keep. Expected a text file, one prompt a line.")
-    return prompts
 
 
 def keep_list(members: Sequence[Eraser], prompts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from esd_lora.errors import EsdLoraError
+
 BUILT_IN = ("emoji",)
 CONFIGS = Path(__file__).parent / "single_file"
 """Configurations and vocabulary of checkpoints in one file: `sd1`, `sd2`, `sdxl`."""
@@ -31,8 +33,23 @@ def keep_prompts(base: str) -> tuple[str, ...]:
     """The keep list of a base: its own if it is built in, otherwise the package's broad one."""
     if base in BUILT_IN:
         return tuple(domain(base)["keep"])
-    lines = (Path(__file__).parent.parent / "prompts" / "keep.txt").read_text("utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    return read_prompts(Path(__file__).parent.parent / "prompts" / "keep.txt")
+
+
+def read_prompts(file: str | Path) -> tuple[str, ...]:
+    """Prompts of a text file, one a line; empty lines and those that begin with `#` aside.
+
+    Raises:
+        EsdLoraError: If it cannot be read or holds none.
+    """
+    try:
+        lines = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EsdLoraError(f"prompts cannot be read from {file} ({error}). Give a text file, one prompt a line.") from error
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise EsdLoraError(f"{file} holds no prompt. Expected a text file, one prompt a line.")
+    return prompts
 
 
 @contextmanager

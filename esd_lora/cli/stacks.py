@@ -112,10 +112,10 @@ def stack(
 
 def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
     """The closed form, and what it went by."""
+    from esd_lora.bases import read_prompts
     from esd_lora.fusing import fuse
-    from esd_lora.prompting import read_keep
 
-    prompts = None if keep in (None, "default") else read_keep(keep)
+    prompts = None if keep in (None, "default") else read_prompts(keep)
     fused = fuse(members, base, weights=strengths, keep=prompts, **chosen)
     record = fused.header.fusions[-1]
     if record.dropped:

@@ -303,7 +303,7 @@ def test_faults_of_a_stack_s_options(tiny_dir: Path, tmp_path: Path, cat_dir: Pa
         (["--keep", empty], "--keep goes with --fuse closed-form"),
         (["--fuse", "sum", "--harmonise"], "--harmonise goes with --fuse closed-form"),
         (["--fuse", "sum", "--base", tiny_dir], "--base has nothing to do in a sum"),
-        (["--base", tiny_dir, "--keep", empty], "holds no prompt to keep"),
+        (["--base", tiny_dir, "--keep", empty], "holds no prompt. "),
         (["--base", tiny_dir, "--keep", tmp_path / "none.txt"], "cannot be read"),
     ):
         assert expected in bad_sentence("stack", cat_dir, *options, "-o", out)

@@ -193,6 +193,26 @@ def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> Non
         torch.testing.assert_close(moments[module].total, 2.0 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
 
 
+def test_text_layers_get_the_moment_of_what_they_are_called_with(base: Base) -> None:
+    """Keys and values at once: collected while the denoiser runs, over more prompts than are encoded at once."""
+    layers = dict(base.model.named_modules())
+    modules = [f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in "kv"]
+    moments = {module: Moment(layers[module], {}) for module in modules}
+    prompts = [f"{number} dogs" for number in range(19)]
+    watched = Readings(base, [Reading(prompts, 3, weight=2.0)], steps=2, guidance=3.0, seed=5)
+    watched.add(0, moments)
+    assert watched.evaluations == 0
+
+    rows: list[Tensor] = []
+    hook = layers[modules[0]].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        base.predict(torch.randn(19, *base.latent_shape()), torch.full((19,), 500), base.encode(prompts))
+    hook.remove()
+    (x,) = rows
+    for moment in moments.values():
+        torch.testing.assert_close(moment.total, 2.0 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+
+
 def test_moments_are_the_same_in_one_group_and_in_many(
     base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
