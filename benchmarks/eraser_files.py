@@ -1,12 +1,15 @@
 """Work on eraser files at the size of published models: seconds and memory, each beside an alternative where there is one.
 
-    python benchmarks/eraser_files.py [--only merge,files,sampling] [--rounds 7] [--out out/eraser_files]
+    python benchmarks/eraser_files.py [--only merge,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
 
 Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
 into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file:
-the ratio is between medians of the same run. `files` does everything else that is done with eraser files. `sampling` asks a
-U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as one adapter of ten times the rank, and as
-ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the same process.
+the ratio is between medians of the same run. `files` does everything else that is done with eraser files. `fusing` finds the
+closed form of ten erasers of cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list:
+what the base itself takes, denoising and encoding text, is told apart, and latents are of 256 x 256 pixels, because of larger
+ones no more rows count. `sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as
+one adapter of ten times the rank, and as ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the
+same process.
 
 Memory is what a step needs at its peak beyond what the process held before it (VmHWM of a fresh process).
 """
@@ -171,6 +174,45 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def fusing_steps(model: str, folder: Path) -> dict[str, Any]:
+    """The closed form on a whole base: seconds of the base's own work, of the rest, evaluations, memory."""
+    import warnings
+    from unittest.mock import patch
+
+    warnings.simplefilter("ignore")
+    from esd_lora.eraser import Eraser
+    from esd_lora.families import Base, load_base
+    from esd_lora.fusing import fuse
+    from esd_lora.moments import Moment
+
+    members = [Eraser.load(folder / f"{model}-xattn-{i}") for i in range(ERASERS)]
+    dtype = "float32" if model == "sd15" else "bfloat16"
+    base = load_base(folder / f"{model}.safetensors", vae=False, dtype=dtype)
+    if model == "sdxl":
+        text = base.family.reads_text
+        members = [Eraser({m: p for m, p in e.pairs.items() if text(m)}, e.header) for e in members]
+    spent = {"predict": 0.0, "encode": 0.0, "add": 0.0}
+
+    def timed(owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - started
+
+        return patch.object(owner, name, call)
+
+    evaluations: list[int] = []
+    small = patch.object(Base, "latent_shape", lambda _: (4, 32, 32))
+    with timed(Base, "predict"), timed(Base, "encode"), timed(Moment, "add"), small:
+        found = measured(lambda: evaluations.append(fuse(members, base).header.fusions[-1].evaluations))
+    found |= {"denoising": spent["predict"] - spent["add"], "encoding": spent["encode"], "evaluations": evaluations[0]}
+    return {**found, "own": found["seconds"] - found["denoising"] - found["encoding"], "layers": len(members[0].pairs)}
+
+
 def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of a guided prediction at 256 x 256 pixels, and the median ratio to the bare base's right before or after it."""
     import copy
@@ -238,7 +280,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="merge,files,sampling")
+    parser.add_argument("--only", default="merge,files,fusing,sampling")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -256,6 +298,7 @@ def main() -> None:
             steps = {
                 "merge": lambda: merge_steps(name, options.out, options.rounds),
                 "files": lambda: file_steps(name, options.out),
+                "fusing": lambda: fusing_steps(name, options.out),
                 "sampling": lambda: sampling_steps(options.out, options.rounds),
             }
             print(json.dumps(steps[kind]()))
@@ -264,14 +307,14 @@ def main() -> None:
     def stage(name: str) -> Any:
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--out", str(options.out), "--stage", name]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(said.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "sampling") else None
+        return json.loads(said.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "fusing", "sampling") else None
 
     wanted = options.only.split(",")
     print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")
     for model in FAMILY:
         if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
             stage(f"write:{model}")
-        if set(wanted) & {"merge", "files"} and not (options.out / f"{model}.safetensors").is_file():
+        if set(wanted) & {"merge", "files", "fusing"} and not (options.out / f"{model}.safetensors").is_file():
             stage(f"checkpoint:{model}")
     if "merge" in wanted:
         if not (options.out / "unet.safetensors").is_file():
@@ -301,6 +344,20 @@ def main() -> None:
             cells = [f"{step['seconds']:.1f} | {step['memory'] / 1e6:.0f}" if step else "not run |" for step in found]
             print(f"| {name} | " + " | ".join(cells) + " |")
         print(flush=True)
+    if "fusing" in wanted:
+        print(
+            "| closed form of ten | layers | s | peak MB | base evaluations | s denoising | s encoding text |\n"
+            + "|---" * 7
+            + "|"
+        )
+        for model in FAMILY:
+            row = stage(f"fusing:{model}")
+            print(
+                f"| {model}, {'xattn' if model == 'sd15' else 'xattn-kv'} | {row['layers']} | {row['own']:.0f} |"
+                f" {row['memory'] / 1e6:.0f} | {row['evaluations']} | {row['denoising']:.0f} | {row['encoding']:.0f} |",
+                flush=True,
+            )
+        print()
     if "sampling" in wanted:
         print(f"medians of {PAIRS * options.rounds} pairs, and the middle half of their ratios\n")
         title = f"{ERASERS} erasers on SD 1.5's U-Net, xattn, rank {RANK}"

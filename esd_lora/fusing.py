@@ -78,7 +78,7 @@ def fuse(
         mu: Of the kept moment, the part that is the same in all directions, for what no list names; 0.01 to 1.
         rank: Highest rank of a layer; what is cut off is measured where the layer reads.
         energy: Share of every layer's effect there to keep, up to 1; .99 to .999 is usual.
-        harmonise: Steps of a distillation afterwards (`harmonising.py`), 100 to 400; 0 for none.
+        harmonise: Steps of a distillation afterwards (`harmonising.py`), 200 to 600; 0 for none.
         trajectories: Walked for each member, its prompts taking turns.
         keep_trajectories: Walked for the kept prompts, as far as there are so many.
         steps: Points of a trajectory, 3 to 6.

@@ -3,12 +3,12 @@
 A sibling of `training.py` with other teachers. On member i's prompts the teacher is the base with eraser i alone, on prompts
 to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`fusing.py`): one matrix a
 layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept points are
-asked about with noise on the text, so that what stands in no list is left alone too.
+asked about with words that mean nothing, so that what stands in no list is left alone too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,18 +18,19 @@ from esd_lora.adapters import read_pairs, wear
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
-from esd_lora.moments import turns
+from esd_lora.moments import at_once, turns
 from esd_lora.optimizing import make_optimizer
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, pick, walk
 
 LEARNING_RATE = 3e-3
 BATCH = 16
 """Points of members' prompts in a step, and as many of kept ones, with the same weight."""
-PUSH = 1.25
+PUSH = 1.5
 """What a member does alone is taught times this, because what is kept pulls back."""
-SHAKE = 1.0
-"""Noise on the text of half of the kept points, in units of the text's own spread: what lies between and beyond the listed
-prompts is kept too."""
+SHAKE = 0.7
+"""Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
+other, times this."""
 
 
 def harmonise(
@@ -40,8 +41,8 @@ def harmonise(
     base: Base,
     *,
     steps: int,
-    trajectories: int = 8,
-    keep_trajectories: int = 64,
+    trajectories: int = 32,
+    keep_trajectories: int = 128,
     trajectory_steps: int = 12,
     guidance: float = 3.0,
     seed: int = 0,
@@ -55,7 +56,7 @@ def harmonise(
         prompts: Of each member.
         kept: Prompts to leave alone.
         base: The loaded base; it leaves as it came.
-        steps: Optimiser steps, 60 to 300; the learning rate falls to 0 over them.
+        steps: Optimiser steps, 200 to 600; the learning rate falls to 0 over them.
         trajectories: Walked by the base for each member, its prompts taking turns; every point is trained on.
         keep_trajectories: Walked for the kept prompts.
         trajectory_steps: Points on each.
@@ -70,25 +71,26 @@ def harmonise(
     asked = [[own[i] for i in turns(trajectories, len(own))] for own in prompts]
     asked_kept = [kept[i] for i in turns(keep_trajectories, len(kept))]
     table = list(dict.fromkeys(["", *asked_kept, *(prompt for own in asked for prompt in own)]))
-    places = {prompt: i for i, prompt in enumerate(table)}
     conditions = base.encode(table)
-    spread = {name: value.float().std(0) for name, value in conditions.items() if name.endswith("embeds")}
+    spread = {name: value - value.mean(0) for name, value in conditions.items() if name.endswith("embeds")}
+    words = PseudoWords(base, asked_kept)
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
     def points(walked: Sequence[str], teacher: Sequence[Eraser]) -> TrajectoryBuffer:
         """The base's trajectories under prompts, with what the teacher predicts there."""
-        rows = torch.tensor([places[prompt] for prompt in walked], device=device)
-        told = pick(conditions, rows)
-        start = torch.randn(len(walked), *shape, generator=noise).to(device)
-        scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
-        visited = walk(base.predict, scheduler, start, told, pick(conditions, torch.zeros_like(rows)), guidance=guidance)
         parts: list[Points] = []
-        with applied(base, teacher), torch.no_grad():
-            for x_t, t, _, before in visited:
-                assert before is not None
-                change = base.predict(x_t, t, told) - before if teacher else torch.zeros_like(before)
-                parts.append(Points(x_t, t, rows, before + PUSH * change))
+        places = torch.tensor([table.index(prompt) for prompt in walked], device=device)
+        starts = torch.randn(len(walked), *shape, generator=noise).to(device)
+        for rows, start in zip(places.split(at_once(shape)), starts.split(at_once(shape)), strict=True):
+            told, null = pick(conditions, rows), pick(conditions, torch.zeros_like(rows))
+            scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
+            visited = walk(base.predict, scheduler, start, told, null, guidance=guidance)
+            with applied(base, teacher), torch.no_grad():
+                for x_t, t, _, before in visited:
+                    assert before is not None
+                    change = base.predict(x_t, t, told) - before if teacher else torch.zeros_like(before)
+                    parts.append(Points(x_t, t, rows, before + PUSH * change))
         return TrajectoryBuffer(Points.join(parts))
 
     buffers = [points(walked, [member]) for walked, member in zip(asked, members, strict=True)]
@@ -97,34 +99,36 @@ def harmonise(
     parameters = wear(base, stacked.pairs)
     try:
         optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})
+        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
         for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
             chance = torch.Generator().manual_seed(seed * 100_003 + step)
             erased, keep = erasing.sample(BATCH, chance), keeping.sample(BATCH, chance)
-            kept_told, kept_target = _shaken(base, keep, pick(conditions, keep.lesson), spread, chance)
-            told = concatenate(pick(conditions, erased.lesson), kept_told)
-            prediction = base.predict(torch.cat([erased.x_t, keep.x_t]), torch.cat([erased.t, keep.t]), told)
-            loss = (prediction - torch.cat([erased.target, kept_target])).square().mean()
+            half = BATCH // 2
+            shaken = words.encode([table[i] for i in keep.lesson[:half].tolist()], chance)
+            mix = SHAKE * torch.randn(half, len(table), generator=chance) / len(table) ** 0.5
+            for name, differences in spread.items():
+                shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
+            keep.target[:half] = _alone(base, keep.x_t[:half], keep.t[:half], shaken)
+            told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[half:]))
+            both = Points.join([erased, keep])
             optimizer.zero_grad()
-            loss.backward()
+            for rows in torch.arange(len(both.t), device=device).split(at_once(shape)):
+                prediction = base.predict(both.x_t[rows], both.t[rows], pick(told, rows))
+                loss = (prediction - both.target[rows]).square().mean() * len(rows) / len(both.t)
+                scaler.scale(loss).backward()
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 - step / steps)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
         return Eraser(read_pairs(base.model), stacked.header)
     finally:
         base.model.unload_lora()
 
 
-def _shaken(
-    base: Base, points: Points, told: Condition, spread: Mapping[str, Tensor], chance: torch.Generator
-) -> tuple[Condition, Tensor]:
-    """Has the first half of kept points asked about with noise on the text; conditions and the base's predictions of all."""
-    half = len(points.t) // 2
-    asked = {name: value.clone() for name, value in told.items()}
-    for name, width in spread.items():
-        noise = torch.randn(asked[name][:half].shape, generator=chance).to(width)
-        asked[name][:half] += (SHAKE * width * noise).to(asked[name])
+@torch.no_grad()
+def _alone(base: Base, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """What the base predicts without its adapter."""
     base.model.disable_adapters()
-    with torch.no_grad():
-        target = base.predict(points.x_t[:half], points.t[:half], pick(asked, torch.arange(half, device=points.t.device)))
+    prediction = base.predict(x_t, t, condition)
     base.model.enable_adapters()
-    return asked, torch.cat([target, points.target[half:]])
+    return prediction

@@ -40,6 +40,11 @@ def turns(count: int, choices: int) -> list[int]:
     return [i * max(count, choices) // count % choices for i in range(count)]
 
 
+def at_once(shape: Sequence[int]) -> int:
+    """Latents of a shape (channels, height, width) in one batch: bounds memory, and changes results by rounding alone."""
+    return max(1, _AT_ONCE // (shape[-2] * shape[-1]))
+
+
 class Moment:
     """Second moments of what one layer reads.
 
@@ -143,7 +148,7 @@ class Readings:
         noise = torch.Generator().manual_seed(self.seed * 100_003 + number)
         nothing, order = base.encode([""]), turns(reading.trajectories, len(reading.prompts))
         points: list[tuple[Tensor, Tensor, Condition]] = []
-        size = max(1, _AT_ONCE // (shape[1] * shape[2]))
+        size = at_once(shape)
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             condition = base.encode([reading.prompts[i] for i in rows])
             null = pick(nothing, torch.zeros(len(rows), dtype=torch.long, device=device))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from esd_lora.stacking import Strength
 
 _MANIFESTS = (".yaml", ".yml")
-_HARMONISE = 300  # steps of --harmonise without a number
+_HARMONISE = 400  # steps of --harmonise without a number
 _distil = {"is_flag": False, "flag_value": _HARMONISE, "metavar": "[STEPS]"}
 
 

@@ -15,9 +15,12 @@ from esd_lora.adapters import add_adapter
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import FAMILIES, Base
+from esd_lora.fusing import fuse
+from esd_lora.harmonising import harmonise
 from esd_lora.lessons import Teacher, plan
 from esd_lora.merging import merge
 from esd_lora.pictures import paint
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import SCOPES
 from esd_lora.sampling import generate
 from esd_lora.training import train
@@ -192,3 +195,33 @@ def test_training_loads_the_base_by_itself_at_any_shape(toy: Path) -> None:
     recipe = tiny_recipe(toy, resolution=64, aspects=["4:1", "1:1"], steps=2, trajectory_steps=2)
     train(recipe, on_step=[note], progress=False)
     assert parts[0] == {DENOISER_OF[toy.name]}
+
+
+@torch.no_grad()
+def test_pseudo_words_take_the_place_of_the_rarest_token(base: Base) -> None:
+    """Every text encoder hears one, the same for the same seed, and the rest of the prompt stays."""
+    prompts = ["a dog in the rain", "a hat in the rain", "in the rain"]
+    words = PseudoWords(base, prompts)
+
+    def told(seed: int) -> dict[str, Tensor]:
+        return words.encode(prompts[:2], torch.Generator().manual_seed(seed))
+
+    real, one, again, other = base.encode(prompts[:2]), told(0), told(0), told(1)
+    assert real.keys() == one.keys()
+    embeds = [name for name in real if name.endswith("embeds")]
+    assert embeds
+    for name in embeds:
+        assert torch.equal(one[name], again[name])
+        for changed in (real, other):
+            assert not any(torch.equal(a, b) for a, b in zip(one[name], changed[name], strict=True)), name
+        assert one[name].isfinite().all()
+    assert torch.equal(base.encode(prompts[:2])[embeds[0]], real[embeds[0]])  # no hook is left
+
+
+def test_stack_is_fused_and_harmonised(base: Base, eraser_dir: Path) -> None:
+    member = Eraser.load(eraser_dir)
+    fused = fuse([member], base, keep=["a dog"], trajectories=1, steps=1, progress=False)
+    few = {"steps": 1, "trajectories": 1, "keep_trajectories": 1, "trajectory_steps": 1, "progress": False}
+    harmonised = harmonise(fused, [member], [["a cat"]], ["a dog"], base, **few)
+    assert harmonised.pairs.keys() == fused.pairs.keys() == member.pairs.keys()
+    assert all(factor.isfinite().all() for eraser in (fused, harmonised) for pair in eraser.pairs.values() for factor in pair)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
+import esd_lora.moments
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
@@ -60,3 +62,13 @@ def test_no_steps_change_nothing(base: Base, cat: Eraser, car: Eraser) -> None:
     plain, same = stack([cat, car]), distilled(base, [cat, car], steps=0)
     for module, pair in plain.pairs.items():
         torch.testing.assert_close(same.pairs[module].delta(), pair.delta())
+
+
+def test_batches_in_parts_are_the_same_batch(base: Base, cat: Eraser, car: Eraser, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distilled(base, [cat, car], steps=3)
+    monkeypatch.setattr(esd_lora.moments, "_AT_ONCE", 5 * base.latent_shape()[1] ** 2)
+    parts = distilled(base, [cat, car], steps=3)
+    start = stack([cat, car])
+    for module, pair in whole.pairs.items():
+        moved = pair.delta() - start.pairs[module].delta()
+        assert float((pair.delta() - parts.pairs[module].delta()).norm()) <= 0.05 * float(moved.norm()), module

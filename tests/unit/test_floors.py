@@ -23,7 +23,18 @@ FLOORS: dict[int, set[str]] = {
     },
     2: {"families", "pictures"},
     3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"}
-    | {"extracting", "verifying", "interference", "merged_file", "moments", "fusing", "harmonising", "gating", "applying"},
+    | {
+        "extracting",
+        "verifying",
+        "interference",
+        "merged_file",
+        "moments",
+        "pseudo_words",
+        "fusing",
+        "harmonising",
+        "gating",
+        "applying",
+    },
     4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
