@@ -195,6 +195,10 @@ def jointly(base: Base, chosen: Sequence[Member], seed: int) -> Eraser:
         "lora.rank": 16,
         "lora.alpha": 16,
     }
+    if chosen[0].anchor:
+        settings |= {"eta": 1.0}
+    if any(member.style for member in chosen):
+        settings |= {"objective": "contrast"}  # as styles are erased alone
     concepts = [member.concept() for member in chosen]
     return train(load_recipe("fast", settings, concepts=concepts), base=base, progress=False)
 

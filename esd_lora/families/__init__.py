@@ -12,7 +12,8 @@ import torch
 
 from esd_lora.bases import BUILT_IN, base_files, domain, keep_prompts
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families._base import Base, ModelFamily
+from esd_lora.families._base import ModelFamily
+from esd_lora.families._loaded import Base
 from esd_lora.families.flux import Flux
 from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
