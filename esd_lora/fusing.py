@@ -77,7 +77,7 @@ def fuse(
         lam: Weight of what is kept; 0.03 erases more, 1 keeps more.
         mu: Of the kept moment, the part that is the same in all directions, for what no list names; 0.01 to 1.
         rank: Highest rank of a layer; what is cut off is measured where the layer reads.
-        energy: Share of every layer's effect there to keep, up to 1; .99 to .999 is usual.
+        energy: Share of every layer's effect there to keep, up to 1; .9 to .99 where harmonising follows.
         harmonise: Steps of a distillation afterwards (`harmonising.py`), 200 to 600; 0 for none.
         trajectories: Walked for each member, its prompts taking turns.
         keep_trajectories: Walked for the kept prompts, as far as there are so many.

@@ -77,25 +77,30 @@ def harmonise(
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
-    def points(walked: Sequence[str], teacher: Sequence[Eraser]) -> TrajectoryBuffer:
+    def pushed(part: Points) -> Tensor:
+        """From the base's prediction towards the teacher's, and beyond."""
+        alone = base.predict(part.x_t, part.t, pick(conditions, part.lesson))
+        return part.target + PUSH * (alone - part.target)
+
+    def points(walked: Sequence[str], teacher: Eraser | None = None) -> TrajectoryBuffer:
         """The base's trajectories under prompts, with what the teacher predicts there."""
-        parts: list[Points] = []
         places = torch.tensor([table.index(prompt) for prompt in walked], device=device)
         starts = torch.randn(len(walked), *shape, generator=noise).to(device)
+        parts: list[Points] = []
         for rows, start in zip(places.split(at_once(shape)), starts.split(at_once(shape)), strict=True):
             told, null = pick(conditions, rows), pick(conditions, torch.zeros_like(rows))
             scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
-            visited = walk(base.predict, scheduler, start, told, null, guidance=guidance)
-            with applied(base, teacher), torch.no_grad():
-                for x_t, t, _, before in visited:
-                    assert before is not None
-                    change = base.predict(x_t, t, told) - before if teacher else torch.zeros_like(before)
-                    parts.append(Points(x_t, t, rows, before + PUSH * change))
+            for x_t, t, _, before in walk(base.predict, scheduler, start, told, null, guidance=guidance):
+                assert before is not None
+                parts.append(Points(x_t, t, rows, before))
+        if teacher is not None:
+            with applied(base, [teacher]), torch.no_grad():
+                parts = [part._replace(target=pushed(part)) for part in parts]
         return TrajectoryBuffer(Points.join(parts))
 
-    buffers = [points(walked, [member]) for walked, member in zip(asked, members, strict=True)]
+    buffers = [points(walked, member) for walked, member in zip(asked, members, strict=True)]
     erasing = TrajectoryBuffer(Points.join([buffer.points for buffer in buffers]))
-    keeping = points(asked_kept, [])
+    keeping = points(asked_kept)
     parameters = wear(base, stacked.pairs)
     try:
         optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})
