@@ -83,8 +83,9 @@ class Fusion(BaseModel):
     harmonised: int = 0
     """Steps of the distillation after the closed form."""
     evaluations: int
-    """Latents through the base without gradients; a guided pair counts 2."""
+    """Latents through the base for the closed form, harmonising aside; a guided pair counts 2."""
     seconds: float
+    """For the closed form."""
 
 
 class EraserHeader(BaseModel):

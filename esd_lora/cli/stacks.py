@@ -119,11 +119,11 @@ def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base,
     fused = fuse(members, base, weights=strengths, keep=prompts, **chosen)
     record = fused.header.fusions[-1]
     if record.dropped:
-        click.echo(f"not kept, because they name what is erased: {', '.join(record.dropped)}")
+        click.echo(f"not kept, because they name what is erased: {'; '.join(record.dropped)}")
     ranks = sorted({pair.rank for pair in fused.pairs.values()})
     click.echo(
         f"fused {len(record.members)} erasers beside {record.kept} kept prompts, ranks {ranks[0]} to {ranks[-1]},"
-        f" {record.evaluations} evaluations of the base, {record.seconds:.0f} s"
+        f" closed form in {record.evaluations} evaluations of the base and {record.seconds:.0f} s"
     )
     return fused
 

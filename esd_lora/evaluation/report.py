@@ -26,7 +26,7 @@ small, p.note { color: #555 }
 <table><tr>{% for cell in lines[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for line in lines[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p class="note">"Left" is the share of pictures, on prompts no eraser was trained on, where the judge still names the erased
-object or style. "Object still right" is counted on the prompts of the erased style. "Kept" is the share of all other pictures
+object or style. "Object right" is counted on the prompts of the erased style. "Kept" is the share of all other pictures
 with object and style both right, relative to the base on the same prompts and seeds. The judge has no answer "none of
 these": a picture of nothing gets the nearest name.</p>
 <h2>Every concept</h2>

@@ -269,14 +269,14 @@ def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_di
 
 def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
     keep = tmp_path / "keep.txt"
-    keep.write_text("# mine\n\na house\ntwo cats\na tree in the rain\n", "utf-8")
+    keep.write_text("# mine\n\na house\ntwo cats\na cat, asleep\na tree in the rain\n", "utf-8")
     fused = tmp_path / "fused"
     said = good("stack", cat_dir, f"{car_dir}:0.5", "--base", tiny_dir, "--keep", keep, "--report", "-o", fused)
-    assert said.splitlines()[0] == "not kept, because they name what is erased: two cats"
+    assert said.splitlines()[0] == "not kept, because they name what is erased: a cat, asleep; two cats"
     assert "fused 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
     assert "changed in company by" in said
     (record,) = Eraser.load(fused).header.fusions
-    assert (record.dropped, record.lam, record.harmonised) == (("two cats",), 0.1, 0)
+    assert (record.dropped, record.lam, record.harmonised) == (("a cat, asleep", "two cats"), 0.1, 0)
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
     assert plain.startswith("stack of ")
     assert "differ by 0.000%" not in good("diff", fused, tmp_path / "sum")
