@@ -20,6 +20,7 @@ import argparse
 import datetime
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,10 @@ def counts(
     erased = [(shot, *named(shot, verdict)) for shot, (_, verdict) in zip(suite.erased, seen["erased"], strict=True)]
     out: dict[str, Any] = {
         "left": [sum(name in (shot.object, shot.style) for shot, name, _, _ in erased), len(erased)],
+        "left by": {
+            who: [sum(name == who for s, name, _, _ in erased if who in (s.object, s.style)), each]
+            for who, each in Counter(s.object if s.object in objects else s.style for s, _, _, _ in erased).items()
+        },
         "leak": [sum(name in among for _, name, _, among in erased), len(erased)],
         "sure leak": [sum(name in among and sure >= SURE for _, name, sure, among in erased), len(erased)],
     }

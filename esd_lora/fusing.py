@@ -115,6 +115,7 @@ def fuse(
             stacklevel=2,
         )
     layers = dict(base.model.named_modules())
+    gained, summed_up, none = 0.0, 0.0, 0.0
     groups = list(_groups({module: pair.down[0].numel() for module, pair in pairs.items() if module not in wide}))
     with tqdm(total=len(groups) * len(watched.readings), desc="fusing", unit="pass", disable=not progress) as bar:
         for group in groups:
@@ -126,7 +127,11 @@ def fuse(
                 watched.add(number, moments)
                 bar.update()
             for module in group:
-                pairs[module] = solve(moments.pop(module), pairs[module], len(members), lam, mu, rank, energy)
+                moment, plain = moments.pop(module), pairs[module]
+                pairs[module] = solve(moment, plain, len(members), lam, mu, rank, energy)
+                gained += objective(moment, plain, pairs[module])
+                summed_up += objective(moment, plain, plain)
+                none += objective(moment, plain)
     record = Fusion(
         members=tuple(sorted(hashes)),
         lam=lam,
@@ -142,9 +147,10 @@ def fuse(
         rank=rank,
         energy=energy,
         summed=tuple(wide),
-        harmonised=harmonise,
         evaluations=watched.evaluations,
         seconds=time.monotonic() - started,
+        objective=gained / none if none else None,
+        objective_summed=summed_up / none if none else None,
     )
     fused = Eraser(pairs, summed.header.model_copy(update={"fusions": (*summed.header.fusions, record)}))
     if harmonise:
@@ -183,6 +189,28 @@ def solve(
     shape = (len(down), *pair.down.shape[1:]), (len(up), len(down), *pair.up.shape[2:])
     precise = torch.promote_types(pair.down.dtype, torch.float32)
     return LoraPair(down.to("cpu", precise).reshape(shape[0]), up.to("cpu", precise).reshape(shape[1]))
+
+
+def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -> float:
+    """What the closed form minimises, for one layer and `mu` 0.
+
+    Args:
+        moment: Of the layer, with its kept prompts weighted by lam N.
+        plain: The plain stack's pair: the members' `up`, side by side.
+        update: What to judge; no update at all unless given.
+    """
+    ups = plain.up.flatten(1).to(moment.total.device, torch.float64)
+    read = torch.cat([moment.reads[i] for i in sorted(moment.reads)])
+    value, first = 0.0, 0
+    for i in sorted(moment.reads):  # tr(dW_i G_i dW_i^T) of each
+        own = ups[:, first : first + len(moment.downs[i])]
+        value += float((own.T @ own * (moment.reads[i] @ moment.downs[i].T)).sum())
+        first += len(moment.downs[i])
+    if update is not None:
+        down, up = update.down.flatten(1).to(ups), update.up.flatten(1).to(ups)
+        value += float((up.T @ up * (down @ moment.total.double() @ down.T)).sum())
+        value -= 2 * float((up.T @ ups * (down @ read.T)).sum())
+    return value
 
 
 def _groups(widths: Mapping[str, int]) -> Iterator[list[str]]:

@@ -8,7 +8,9 @@ asked about with words that mean nothing, so that what stands in no list is left
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from esd_lora.adapters import read_pairs, wear
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
+from esd_lora.header import Distillation
 from esd_lora.moments import at_once, turns
 from esd_lora.optimizing import make_optimizer
 from esd_lora.pseudo_words import PseudoWords
@@ -26,7 +29,7 @@ from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate
 LEARNING_RATE = 3e-3
 BATCH = 16
 """Points of members' prompts in a step, and as many of kept ones, with the same weight."""
-PUSH = 1.5
+PUSH = 2.0
 """What a member does alone is taught times this, because what is kept pulls back."""
 SHAKE = 0.7
 """Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
@@ -57,7 +60,8 @@ def harmonise(
         kept: Prompts to leave alone.
         base: The loaded base; it leaves as it came.
         steps: Optimiser steps, 200 to 600; the learning rate falls to 0 over them.
-        trajectories: Walked by the base for each member, its prompts taking turns; every point is trained on.
+        trajectories: Walked by the base for each member, its prompts taking turns; every point is trained on. A member with
+            more prompts gets one for each, up to three times as many, and so more of every batch.
         keep_trajectories: Walked for the kept prompts.
         trajectory_steps: Points on each.
         guidance: Of the trajectories.
@@ -65,10 +69,12 @@ def harmonise(
         progress: Whether to show a progress bar.
 
     Returns:
-        The stack of the same ranks, with the same header.
+        The stack of the same ranks, with this in its header.
     """
+    started, evaluations = time.monotonic(), 0
+    walks = [max(trajectories, min(len(own), 3 * trajectories)) for own in prompts]
     # Only what is walked: a large text encoder's output takes megabytes a prompt.
-    asked = [[own[i] for i in turns(trajectories, len(own))] for own in prompts]
+    asked = [[own[i] for i in turns(count, len(own))] for own, count in zip(prompts, walks, strict=True)]
     asked_kept = [kept[i] for i in turns(keep_trajectories, len(kept))]
     table = list(dict.fromkeys(["", *asked_kept, *(prompt for own in asked for prompt in own)]))
     conditions = base.encode(table)
@@ -77,9 +83,14 @@ def harmonise(
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
+    def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        nonlocal evaluations
+        evaluations += len(x_t)
+        return base.predict(x_t, t, condition)
+
     def pushed(part: Points) -> Tensor:
         """From the base's prediction towards the teacher's, and beyond."""
-        alone = base.predict(part.x_t, part.t, pick(conditions, part.lesson))
+        alone = predict(part.x_t, part.t, pick(conditions, part.lesson))
         return part.target + PUSH * (alone - part.target)
 
     def points(walked: Sequence[str], teacher: Eraser | None = None) -> TrajectoryBuffer:
@@ -90,7 +101,7 @@ def harmonise(
         for rows, start in zip(places.split(at_once(shape)), starts.split(at_once(shape)), strict=True):
             told, null = pick(conditions, rows), pick(conditions, torch.zeros_like(rows))
             scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
-            for x_t, t, _, before in walk(base.predict, scheduler, start, told, null, guidance=guidance):
+            for x_t, t, _, before in walk(predict, scheduler, start, told, null, guidance=guidance):
                 assert before is not None
                 parts.append(Points(x_t, t, rows, before))
         if teacher is not None:
@@ -102,6 +113,7 @@ def harmonise(
     erasing = TrajectoryBuffer(Points.join([buffer.points for buffer in buffers]))
     keeping = points(asked_kept)
     parameters = wear(base, stacked.pairs)
+    losses: list[float] = []
     try:
         optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})
         scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
@@ -113,27 +125,43 @@ def harmonise(
             mix = SHAKE * torch.randn(half, len(table), generator=chance) / len(table) ** 0.5
             for name, differences in spread.items():
                 shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
-            keep.target[:half] = _alone(base, keep.x_t[:half], keep.t[:half], shaken)
+            with _off(base):
+                keep.target[:half] = predict(keep.x_t[:half], keep.t[:half], shaken)
             told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[half:]))
             both = Points.join([erased, keep])
             optimizer.zero_grad()
+            losses.append(0.0)
             for rows in torch.arange(len(both.t), device=device).split(at_once(shape)):
-                prediction = base.predict(both.x_t[rows], both.t[rows], pick(told, rows))
+                prediction = predict(both.x_t[rows], both.t[rows], pick(told, rows))
                 loss = (prediction - both.target[rows]).square().mean() * len(rows) / len(both.t)
                 scaler.scale(loss).backward()
+                losses[-1] += loss.item()
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 - step / steps)
             scaler.step(optimizer)
             scaler.update()
-        return Eraser(read_pairs(base.model), stacked.header)
+        pairs = read_pairs(base.model)
     finally:
         base.model.unload_lora()
+    tenth = -(-steps // 10)
+    record = Distillation(
+        steps=steps,
+        trajectories=tuple(walks),
+        keep_trajectories=keep_trajectories,
+        trajectory_steps=trajectory_steps,
+        guidance=guidance,
+        evaluations=evaluations,
+        seconds=time.monotonic() - started,
+        first_loss=sum(losses[:tenth]) / tenth if steps else None,
+        last_loss=sum(losses[-tenth:]) / tenth if steps else None,
+    )
+    return Eraser(pairs, stacked.header.model_copy(update={"distillations": (*stacked.header.distillations, record)}))
 
 
-@torch.no_grad()
-def _alone(base: Base, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """What the base predicts without its adapter."""
+@contextmanager
+def _off(base: Base) -> Generator[None]:
+    """The base without its adapter, and without gradients."""
     base.model.disable_adapters()
-    prediction = base.predict(x_t, t, condition)
+    with torch.no_grad():
+        yield
     base.model.enable_adapters()
-    return prediction

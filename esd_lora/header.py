@@ -56,6 +56,26 @@ class Origin(BaseModel):
     """What the file said about itself."""
 
 
+class Distillation(BaseModel):
+    """How a stack was harmonised: see `harmonising.harmonise`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    trajectories: tuple[int, ...]
+    """Of every member, in the order in which they were fused."""
+    keep_trajectories: int
+    trajectory_steps: int
+    guidance: float
+    evaluations: int
+    """Latents through the model, the student's included; a guided pair counts 2."""
+    seconds: float
+    first_loss: float | None
+    """Mean over the first tenth of the steps, in units of the squared prediction."""
+    last_loss: float | None
+    """Over the last tenth."""
+
+
 class Fusion(BaseModel):
     """How a stack was fused, so that it can be done again: see `fusing.fuse` for the letters."""
 
@@ -80,12 +100,13 @@ class Fusion(BaseModel):
     energy: float | None
     summed: tuple[str, ...] = ()
     """Layers that were added up instead: too wide."""
-    harmonised: int = 0
-    """Steps of the distillation after the closed form."""
     evaluations: int
-    """Latents through the base for the closed form, harmonising aside; a guided pair counts 2."""
+    """Latents through the base; a guided pair counts 2."""
     seconds: float
-    """For the closed form."""
+    objective: float | None = None
+    """Its value at the closed form, over that of no update at all: 0 where everything asked for could be had at once."""
+    objective_summed: float | None = None
+    """The same of the plain sum."""
 
 
 class EraserHeader(BaseModel):
@@ -121,6 +142,8 @@ class EraserHeader(BaseModel):
     """Of members that were imported or extracted."""
     fusions: tuple[Fusion, ...] = ()
     """Of stacks that were fused, the latest last."""
+    distillations: tuple[Distillation, ...] = ()
+    """Of stacks that were harmonised, the latest last."""
     truncation: float = 0.0
     """Share of the update's norm that compressing cut off; in a stack, that of the member that lost most."""
 

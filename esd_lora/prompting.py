@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from esd_lora.eraser import Eraser
@@ -43,9 +44,17 @@ def own_prompts(member: Eraser, kept: Sequence[str], dropped: Sequence[str]) -> 
 
 
 def frames_of(prompts: Sequence[str]) -> list[str]:
-    """What stands around a prompt in longer ones of the same list, with `{}` in its place, in order and without repetition."""
-    found: dict[str, None] = {}
+    """What stands around a prompt in longer ones of the same list, with `{}` in its place, in order and without repetition.
+
+    Where a prompt holds several others ("a bus in ink style", beside "a bus" and "ink style"), the frame counts that stands
+    around most: "{} in ink style", as dogs and keys stand in it too, and not "a bus in {}". Among equals it is the first.
+    """
+    around: dict[str, list[str]] = {whole: [] for whole in prompts}
     for part in prompts:
         alone = re.compile(rf"(?<!\w){re.escape(part)}(?!\w)")
-        found |= {alone.sub("{}", whole, count=1): None for whole in prompts if part in whole and whole != part}
-    return [frame for frame in found if "{}" in frame]
+        for whole in prompts:
+            if whole != part and part in whole and (frame := alone.sub("{}", whole, count=1)) != whole:
+                around[whole].append(frame)
+    holds = Counter(frame for frames in around.values() for frame in frames)
+    best = [max(frames, key=lambda f: (holds[f], -f.index("{}"))) for frames in around.values() if frames]
+    return list(dict.fromkeys(best))

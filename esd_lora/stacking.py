@@ -145,6 +145,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
             "evaluation": None,
             "origins": tuple(origin for header in headers for origin in header.origins),
             "fusions": tuple(fusion for header in headers for fusion in header.fusions),
+            "distillations": tuple(spent for header in headers for spent in header.distillations),
             "truncation": max(header.truncation for header in headers),
         }
     )

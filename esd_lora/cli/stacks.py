@@ -125,6 +125,13 @@ def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base,
         f"fused {len(record.members)} erasers beside {record.kept} kept prompts, ranks {ranks[0]} to {ranks[-1]},"
         f" closed form in {record.evaluations} evaluations of the base and {record.seconds:.0f} s"
     )
+    click.echo(f"  objective {record.objective:.2f} of no update's, plain sum {record.objective_summed:.2f}")
+    if chosen.get("harmonise"):
+        spent = fused.header.distillations[-1]
+        click.echo(
+            f"harmonised in {spent.steps} steps, loss {spent.first_loss:.2g} to {spent.last_loss:.2g},"
+            f" {spent.evaluations} evaluations and {spent.seconds:.0f} s"
+        )
     return fused
 
 

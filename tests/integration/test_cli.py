@@ -274,17 +274,23 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     said = good("stack", cat_dir, f"{car_dir}:0.5", "--base", tiny_dir, "--keep", keep, "--report", "-o", fused)
     assert said.splitlines()[0] == "not kept, because they name what is erased: a cat, asleep; two cats"
     assert "fused 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
+    assert " of no update's, plain sum " in said
     assert "changed in company by" in said
     (record,) = Eraser.load(fused).header.fusions
-    assert (record.dropped, record.lam, record.harmonised) == (("a cat, asleep", "two cats"), 0.1, 0)
+    assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.1)
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
     assert plain.startswith("stack of ")
     assert "differ by 0.000%" not in good("diff", fused, tmp_path / "sum")
     chosen = ["--lam", 0.5, "--harmonise", 2, "--max-rank", 1, "--seed", 3]
-    good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", tmp_path / "chosen")
+    said = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", tmp_path / "chosen")
     chosen_too = Eraser.load(tmp_path / "chosen")
     (record,) = chosen_too.header.fusions
-    assert (record.lam, record.harmonised, record.rank, record.seed) == (0.5, 2, 1, 3)
+    assert (record.lam, record.rank, record.seed) == (0.5, 1, 3)
+    (spent,) = chosen_too.header.distillations
+    assert (spent.steps, spent.trajectories) == (2, (32, 32))
+    assert spent.evaluations == (2 * 32 + 128) * 12 * 2 + 2 * 32 * 12 + 2 * (32 + 8)  # walked, taught, in two steps
+    assert spent.first_loss
+    assert f"{spent.evaluations} evaluations" in said
     assert {pair.rank for pair in chosen_too.pairs.values()} == {1}
 
 

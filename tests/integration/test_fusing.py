@@ -101,7 +101,13 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     def objective(delta: Tensor) -> float:
         return float((left @ delta.T - right).square().sum())
 
-    assert objective(found) <= objective(sum(deltas, torch.zeros_like(deltas[0]))) + 1e-9
+    summed = sum(deltas, torch.zeros_like(deltas[0]))
+    assert objective(found) <= objective(summed) + 1e-9
+    left, right, _ = brute_force(deltas, rows, kept, lam, 0, 0)  # the header's figure has no ridge in it
+    assert esd_lora.fusing.objective(moment, pair) == pytest.approx(objective(torch.zeros_like(summed)))
+    assert esd_lora.fusing.objective(moment, pair, pair) == pytest.approx(objective(summed))
+    other = LoraPair(pair.down + 1, pair.up * 2)
+    assert esd_lora.fusing.objective(moment, pair, other) == pytest.approx(objective(other.delta().flatten(1)))
 
 
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
@@ -296,10 +302,14 @@ def test_keep_list_of_the_package_is_the_default(base: Base, members: list[Erase
 def test_header_says_how_it_was_made(base: Base, members: list[Eraser], tmp_path: Path) -> None:
     fused = fuse(members, base, keep=KEEP, lam=0.2, mu=0.02, **QUICK)
     (told,) = Eraser.load(fused.save(tmp_path / "fused")).header.fusions
-    assert (told.lam, told.mu, told.steps, told.seed, told.harmonised) == (0.2, 0.02, 2, 0, 0)
+    assert (told.lam, told.mu, told.steps, told.seed) == (0.2, 0.02, 2, 0)
     assert len(set(told.members)) == 4
     assert told.evaluations == 2 * 2 * (4 * 2 + 3)
     assert told.dropped == ()
+    assert fused.header.distillations == ()
+    assert told.objective is not None
+    assert told.objective_summed is not None
+    assert 0 < told.objective < min(1, told.objective_summed)
     assert {concept.name for concept in fused.header.concepts} == {"a cat", "a car", "a bee", "a key"}
 
 

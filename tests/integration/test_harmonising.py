@@ -42,12 +42,18 @@ def test_stack_comes_nearer_to_its_members_and_to_the_base(base: Base, cat: Eras
     assert before is not None
     assert after is not None
     assert sum(after) < 0.8 * sum(before)
+    (spent,) = better.header.distillations
+    assert spent.first_loss
+    assert spent.last_loss
+    assert spent.last_loss < spent.first_loss
     assert moved(base, [better]) < 0.8 * moved(base, [plain])
 
 
 def test_file_stays_as_large_and_says_the_same(base: Base, cat: Eraser, car: Eraser) -> None:
     plain, better = stack([cat, car]), distilled(base, [cat, car], steps=2)
-    assert better.header == plain.header
+    (spent,) = better.header.distillations
+    assert (spent.steps, spent.trajectories, spent.keep_trajectories) == (2, (2, 2), 3)
+    assert better.header.model_copy(update={"distillations": ()}) == plain.header
     assert {m: (p.rank, p.shape) for m, p in better.pairs.items()} == {m: (p.rank, p.shape) for m, p in plain.pairs.items()}
 
 

@@ -196,9 +196,11 @@ def test_format_2_is_read() -> None:
 
 
 def test_format_3_is_read() -> None:
-    """A fused stack."""
+    """A fused and harmonised stack."""
     eraser = Eraser.load(GOLDEN / "format_3.safetensors")
     (fusion,) = eraser.header.fusions
     assert (eraser.header.format, eraser.names) == (3, ["a cat", "a car"])
-    assert (fusion.lam, fusion.kept, fusion.dropped, fusion.harmonised) == (0.1, 3, ("two cats",), 60)
+    (spent,) = eraser.header.distillations
+    assert (fusion.lam, fusion.kept, fusion.dropped) == (0.1, 3, ("two cats",))
+    assert (spent.steps, spent.trajectories, spent.last_loss) == (60, (32, 32), 0.02)
     assert eraser.pairs["conv"].rank == 3
