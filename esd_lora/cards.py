@@ -30,7 +30,7 @@ pipe.load_lora_weights("path/to/this/folder")
 - Base: `{base}`{revision}, family `{family}`, {prediction_type} prediction
 - Scope `{scope}`, objective `{objective}`, eta {etas}, {layers} layers
 - Prompts held in place during training: {preserve}
-- Made {created} with {versions}{origin}
+- Made {created} with {versions}{origin}{making}
 
 Whoever holds both the base and this file can leave the file out. To ship a model without the concept, merge it:
 `esd-lora merge path/to/this/folder --base {base} -o merged`.
@@ -72,6 +72,7 @@ def render_card(header: EraserHeader, layers: int) -> str:
         origin="".join(
             f"\n- {o.how.capitalize()} from {', '.join(map(_code, o.files))}: provenance unknown" for o in header.origins
         ),
+        making="".join(f"\n- {line.capitalize()}" for line in making(header)),
         versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
     )
 
@@ -87,6 +88,24 @@ def effect(concepts: Sequence[ErasedConcept]) -> str:
     removed, amplified = [c for c in concepts if c.weight >= 0], [c for c in concepts if c.weight < 0]
     effects = [f"removes {told(removed)}"] * bool(removed) + [f"amplifies {told(amplified)}"] * bool(amplified)
     return " and ".join(effects)
+
+
+def making(header: EraserHeader) -> list[str]:
+    """How a stack was fused and harmonised, a line each."""
+    lines: list[str] = []
+    for fusion in header.fusions:
+        text = (
+            f"fused from {len(fusion.members)} erasers beside {fusion.kept} kept prompts (lam {fusion.lam:g}, mu {fusion.mu:g})"
+        )
+        if fusion.objective is not None:
+            text += f": objective {fusion.objective:.2f} of no update's, plain sum {fusion.objective_summed:.2f}"
+        lines.append(f"{text}; {fusion.evaluations} evaluations of the base, {fusion.seconds:.0f} s")
+    for spent in header.distillations:
+        text = f"harmonised in {spent.steps} steps"
+        if spent.last_loss is not None:
+            text += f": loss {spent.first_loss:.2g} to {spent.last_loss:.2g}"
+        lines.append(f"{text}; {spent.evaluations} evaluations, {spent.seconds:.0f} s")
+    return lines
 
 
 def _blocks(concept: ErasedConcept) -> str:

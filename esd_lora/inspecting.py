@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esd_lora.cards import making
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY
@@ -101,6 +102,8 @@ class Inspected(NamedTuple):
             topics["origin"] = f"{origin.how} from {files}, {origin.layout}; provenance unknown" + (
                 f"; it says {told}" * bool(told)
             )
+        if lines := making(header):
+            topics["stack"] = ", ".join(lines)
         if header.truncation:
             topics["cut off"] = f"{header.truncation:.2%} of the update's norm"
         if header.evaluation:

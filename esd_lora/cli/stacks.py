@@ -113,6 +113,7 @@ def stack(
 def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
     """The closed form, and what it went by."""
     from esd_lora.bases import read_prompts
+    from esd_lora.cards import making
     from esd_lora.fusing import fuse
 
     prompts = None if keep in (None, "default") else read_prompts(keep)
@@ -121,17 +122,7 @@ def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base,
     if record.dropped:
         click.echo(f"not kept, because they name what is erased: {'; '.join(record.dropped)}")
     ranks = sorted({pair.rank for pair in fused.pairs.values()})
-    click.echo(
-        f"fused {len(record.members)} erasers beside {record.kept} kept prompts, ranks {ranks[0]} to {ranks[-1]},"
-        f" closed form in {record.evaluations} evaluations of the base and {record.seconds:.0f} s"
-    )
-    click.echo(f"  objective {record.objective:.2f} of no update's, plain sum {record.objective_summed:.2f}")
-    if chosen.get("harmonise"):
-        spent = fused.header.distillations[-1]
-        click.echo(
-            f"harmonised in {spent.steps} steps, loss {spent.first_loss:.2g} to {spent.last_loss:.2g},"
-            f" {spent.evaluations} evaluations and {spent.seconds:.0f} s"
-        )
+    click.echo("\n".join([*making(fused.header), f"ranks {ranks[0]} to {ranks[-1]}"]))
     return fused
 
 

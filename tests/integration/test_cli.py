@@ -273,8 +273,10 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     fused = tmp_path / "fused"
     said = good("stack", cat_dir, f"{car_dir}:0.5", "--base", tiny_dir, "--keep", keep, "--report", "-o", fused)
     assert said.splitlines()[0] == "not kept, because they name what is erased: a cat, asleep; two cats"
-    assert "fused 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
+    assert "fused from 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
     assert " of no update's, plain sum " in said
+    assert "fused from 2 erasers beside 4 kept prompts (lam 0.1, mu 0.03)" in good("inspect", fused)
+    assert "- Fused from 2 erasers" in (fused / "README.md").read_text("utf-8")
     assert "changed in company by" in said
     (record,) = Eraser.load(fused).header.fusions
     assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.1)
