@@ -1,0 +1,175 @@
+"""Prompt files of other people's evaluations: CSV with whatever their columns are called.
+
+The same benchmark goes from paper to paper with other column names, an index column, multi-line prompts and seeds of 64 bits.
+Files are read where they lie and never shipped; one that is known is recognised by its hash, so that a changed copy is told.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from esd_lora.bases import read_prompts
+from esd_lora.errors import EsdLoraError
+
+COLUMNS = {
+    "case": ("case_number", "case_num"),
+    "prompt": ("prompt",),
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance"),
+    "width": ("sd_image_width", "width"),
+    "height": ("sd_image_height", "height"),
+    "label": ("class", "classes", "artist", "label_str", "categories"),
+}
+"""What is read, and the columns it may stand in, the first one found."""
+KNOWN = {
+    "6c1821aeeb20beb2": ("I2P", 4703),
+    "80983daa394cd10e": ("ESD art", 75),
+    "a17a182d939aadaa": ("ESD big artists", 100),
+    "200e8c522d95ba8e": ("ESD niche artists", 100),
+    "d0a7b5d39c0c5b31": ("ESD generic artists", 1000),
+    "c7675ce6faae0b25": ("ESD ImageNet", 1860),
+    "4ab01d9e98b0a230": ("ESD small ImageNet", 100),
+    "78f60bf745f4233a": ("ESD Kelly McKernan", 19),
+    "c299f14b2945ed88": ("ESD Van Gogh", 50),
+    "785b35c0586d7231": ("AdvUnlearn COCO 10k", 10000),
+    "4987e201148cfa3b": ("UnlearnDiffAtk church", 50),
+    "e561240be67ea653": ("UnlearnDiffAtk garbage truck", 50),
+    "f44fdef671aecf3f": ("UnlearnDiffAtk parachute", 50),
+    "6d5fc0988e40e7ef": ("UnlearnDiffAtk tench", 50),
+    "9d0b141b6674b5ef": ("UnlearnDiffAtk Van Gogh", 50),
+}
+"""First 16 digits of SHA-256 to name and rows. From the repositories rohitgandikota/erasing (`data/`),
+OPTML-Group/Diffusion-MU-Attack (`prompts/`), OPTML-Group/AdvUnlearn (`data/prompts/`), and I2P (`unsafe-prompts4703.csv`)."""
+
+
+class Case(NamedTuple):
+    """One picture that a prompt file asks for."""
+
+    case: str
+    """As the file counts, or the number of the row from 0."""
+    prompt: str
+    """May be empty, as one of I2P's is."""
+    seed: int
+    """The number of the row where the file gives none."""
+    guidance: float | None
+    size: tuple[int, int] | None
+    """(width, height) in pixels."""
+    label: str | None
+    """Class, artist or categories."""
+    columns: dict[str, str]
+    """The whole row as it stands."""
+
+
+class PromptFile(NamedTuple):
+    """A prompt file as read."""
+
+    path: Path
+    sha256: str
+    release: str | None
+    """Name of a known file that this one is, byte for byte."""
+    cases: list[Case]
+
+
+def read_cases(path: str | Path) -> PromptFile:
+    """Reads a CSV of prompts, or a text file with one prompt a line.
+
+    Raises:
+        EsdLoraError: If the file cannot be read, has no column of prompts, a row has too many or too few fields, a case stands
+            twice, or a seed, guidance or size is not one; the message names line and column.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise EsdLoraError(f"there is no prompt file {path}. Give the path of a CSV or text file that you fetched.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EsdLoraError(f"prompts cannot be read from {path} ({error}). Expected a CSV or text file in UTF-8.") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if path.suffix.lower() not in (".csv", ".txt"):
+        raise EsdLoraError(f"{path} is no prompt file by its name. Expected .csv, or .txt with one prompt a line.")
+    if path.suffix.lower() == ".txt":
+        cases = [Case(str(i), prompt, i, None, None, None, {}) for i, prompt in enumerate(read_prompts(path))]
+        return PromptFile(path, sha256, None, cases)
+    cases = _cases(path, text)
+    release, rows = KNOWN.get(sha256[:16], (None, len(cases)))
+    assert rows == len(cases), f"{path} is {release}, of {rows} rows, and {len(cases)} were read"
+    return PromptFile(path, sha256, release, cases)
+
+
+def _cases(path: Path, text: str) -> list[Case]:
+    # Fields may hold line breaks, so rows are told from lines; the reader counts the lines it has taken.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise EsdLoraError(f"{path}, line {reader.line_num}: {error}. Mend the quotes there.") from error
+    if not rows:
+        raise EsdLoraError(f"{path} is empty. Expected a CSV with a column `prompt`.")
+    (_, names), *rows = rows
+    names = [name.strip() for name in names]
+    places = {what: _place(names, columns) for what, columns in COLUMNS.items()}
+    if places["prompt"] is None:
+        raise EsdLoraError(f"{path} has the columns {', '.join(map(repr, names))}. Expected one called `prompt`.")
+    if not rows:
+        raise EsdLoraError(f"{path} has a head and no rows. Expected a prompt in each.")
+    ragged = [(line, len(row)) for line, row in rows if len(row) != len(names)]
+    if ragged:
+        line, fields = ragged[0]
+        raise EsdLoraError(
+            f"{path}: {len(ragged)} of {len(rows)} rows do not have the head's {len(names)} fields, the first, which ends on"
+            f" line {line}, has {fields}. A prompt that holds a comma must stand in double quotes."
+        )
+    cases: list[Case] = []
+    for i, (line, row) in enumerate(rows):
+        found = {what: row[place].strip() for what, place in places.items() if place is not None}
+        where = f"{path}, line {line}"
+        seed, width, height = (_whole(where, what, found.get(what)) for what in ("seed", "width", "height"))
+        cases.append(
+            Case(
+                found.get("case") or str(i),
+                found["prompt"],
+                i if seed is None else seed,
+                _guidance(where, found.get("guidance")),
+                (width, height) if width and height else None,
+                found.get("label") or None,
+                dict(zip(names, row, strict=True)),
+            )
+        )
+    if twice := [case for case, times in Counter(case.case for case in cases).items() if times > 1]:
+        shown = ", ".join(twice[:3])
+        raise EsdLoraError(f"{path}: {len(twice)} case numbers stand more than once ({shown}). Give every row one of its own.")
+    return cases
+
+
+def _place(names: Sequence[str], columns: Sequence[str]) -> int | None:
+    return next((names.index(column) for column in columns if column in names), None)
+
+
+def _whole(where: str, what: str, text: str | None) -> int | None:
+    """A whole number, also as pandas writes one in a column with gaps ("3721.0"); seeds do not fit into a float."""
+    if not text:
+        return None
+    digits = text.removesuffix(".0")
+    if not digits.isdecimal() or int(digits) >= 2**63:
+        raise EsdLoraError(f"{where}: {what} is {text!r}. Expected a whole number from 0 to 2^63 - 1.")
+    return int(digits)
+
+
+def _guidance(where: str, text: str | None) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise EsdLoraError(f"{where}: guidance is {text!r}. Expected a number from 0.")
+    return value

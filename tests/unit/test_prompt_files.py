@@ -1,0 +1,103 @@
+"""Reading prompt files: every quirk of the published ones, by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation import prompt_files
+from esd_lora.evaluation.prompt_files import Case, read_cases
+
+I2P = """,prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height
+0,"a crowd, at night",violence,0,4294967298,7,512,512
+1,"two lines
+of one prompt",hate,1,305,255.0,512,768
+2,,shocking,0,9007199254740993,1,1024,448
+"""
+"""As I2P has them: an index column without a name, a prompt of two lines, an empty one, seeds beyond 32 and 53 bits."""
+
+
+def written(folder: Path, text: str, name: str = "prompts.csv") -> Path:
+    file = folder / name
+    file.write_bytes(text.encode("utf-8"))
+    return file
+
+
+def test_every_quirk_of_i2p(tmp_path: Path) -> None:
+    first, second, third = read_cases(written(tmp_path, I2P)).cases
+    assert first[:6] == ("0", "a crowd, at night", 2**32 + 2, 7.0, (512, 512), "violence")
+    assert second[:6] == ("1", "two lines\nof one prompt", 305, 255.0, (512, 768), "hate")
+    assert third[:6] == ("2", "", 2**53 + 1, 1.0, (1024, 448), "shocking")
+    assert second.columns["hard"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("head", "row", "expected"),
+    [
+        ("case_number,prompt,evaluation_seed,evaluation_guidance", "7,a cat,3,7.5", ("7", "a cat", 3, 7.5, None, None)),
+        ("case_num,prompt,evaluation_seed,classes", "7,a cat,3,tench", ("7", "a cat", 3, None, None, "tench")),
+        ("Unnamed: 0,prompt,sd_seed,class", "7,a cat,3,tench", ("0", "a cat", 3, None, None, "tench")),
+        ("case_number,source,prompt,evaluation_seed", "000203,coco,a cat,3", ("000203", "a cat", 3, None, None, None)),
+        (" prompt , artist", "a cat, Monet", ("0", "a cat", 0, None, None, "Monet")),
+        ("prompt,evaluation_seed", "a cat,3721.0", ("0", "a cat", 3721, None, None, None)),
+        ("prompt,evaluation_seed,artist", "a cat,,", ("0", "a cat", 0, None, None, None)),
+        ("\ufeffprompt", '"""Starry"" night"', ("0", '"Starry" night', 0, None, None, None)),
+    ],
+)
+def test_columns_go_by_many_names(tmp_path: Path, head: str, row: str, expected: tuple[object, ...]) -> None:
+    for end in ("\n", "\r\n"):
+        (case,) = read_cases(written(tmp_path, head + end + row + end + end)).cases
+        assert case[:6] == expected
+
+
+def test_text_files_are_counted(tmp_path: Path) -> None:
+    found = read_cases(written(tmp_path, "# mine\na cat\n\na dog, asleep\n", "mine.txt"))
+    assert found.cases[1] == Case("1", "a dog, asleep", 1, None, None, None, {})
+
+
+def test_known_files_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path, I2P)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (read_cases(file).sha256, read_cases(file).release) == (sha256, None)
+    monkeypatch.setitem(prompt_files.KNOWN, sha256[:16], ("I2P", 3))
+    assert read_cases(file).release == "I2P"
+    assert read_cases(written(tmp_path, I2P + "3,a,b,0,1,1,8,8\n")).release is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty. Expected a CSV with a column `prompt`"),
+        ("prompt\n", "has a head and no rows"),
+        ("case_number,text\n0,a cat\n", "has the columns 'case_number', 'text'. Expected one called `prompt`"),
+        ("prompt,seed\na cat, asleep,1\na dog,2\n", "1 of 2 rows .* 2 fields, the first, which ends on line 2, has 3"),
+        ("prompt,seed\na dog,1\na cat\n", "ends on line 3, has 1"),
+        ("prompt,seed\na dog,one\n", "line 2: seed is 'one'. Expected a whole number"),
+        ("prompt,seed\na dog,1.5\n", "line 2: seed is '1.5'"),
+        (f"prompt,seed\na dog,{2**63}\n", f"line 2: seed is '{2**63}'"),
+        ("prompt,seed\na dog,-1\n", "line 2: seed is '-1'"),
+        ("prompt,guidance\na dog,much\n", "line 2: guidance is 'much'. Expected a number from 0"),
+        ("prompt,guidance\na dog,nan\n", "line 2: guidance is 'nan'"),
+        ("case_number,prompt\n1,a cat\n2,a cat\n1,a dog\n", r"1 case numbers stand more than once \(1\)"),
+        ('prompt,seed\n"a cat" and "a dog",1\n', "line 2: .* Mend the quotes"),
+        ('prompt,seed\n"a cat,1\n', "Mend the quotes"),
+    ],
+)
+def test_bad_files_are_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(EsdLoraError, match=message):
+        read_cases(written(tmp_path, text))
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(EsdLoraError, match="there is no prompt file"):
+        read_cases(tmp_path / "none.csv")
+    with pytest.raises(EsdLoraError, match="cannot be read"):
+        read_cases(tmp_path)
+    (tmp_path / "latin.csv").write_bytes("prompt\nMir\xf3\n".encode("latin-1"))
+    with pytest.raises(EsdLoraError, match="in UTF-8"):
+        read_cases(tmp_path / "latin.csv")
+    with pytest.raises(EsdLoraError, match="is no prompt file by its name"):
+        read_cases(written(tmp_path, "{}", "prompts.json"))
