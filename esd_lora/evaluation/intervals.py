@@ -1,4 +1,4 @@
-"""How sure a measured number is: an interval for a rate, an interval for the difference of two on the same prompts and seeds."""
+"""How sure a measured number is: an interval for a rate, and one for the difference of two on the same prompts and seeds."""
 
 from __future__ import annotations
 
