@@ -29,7 +29,7 @@ from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate
 LEARNING_RATE = 3e-3
 BATCH = 16
 """Points of members' prompts in a step, and as many of kept ones, with the same weight."""
-PUSH = 2.0
+PUSH = 1.75
 """What a member does alone is taught times this, because what is kept pulls back."""
 SHAKE = 0.7
 """Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
