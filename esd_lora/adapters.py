@@ -64,6 +64,16 @@ def wear(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
 
 
 @contextmanager
+def off(base: Base) -> Iterator[None]:
+    """The base without the adapter that it wears."""
+    base.model.disable_adapters()
+    try:
+        yield
+    finally:
+        base.model.enable_adapters()
+
+
+@contextmanager
 def dropping(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
     """Has the LoRA's dropout on, its chance drawn from `seed`."""
     if not lora.dropout:

@@ -9,14 +9,13 @@ asked about with words that mean nothing, so that what stands in no list is left
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from esd_lora.adapters import read_pairs, wear
+from esd_lora.adapters import off, read_pairs, wear
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.families import Base
@@ -125,7 +124,7 @@ def harmonise(
             mix = SHAKE * torch.randn(half, len(table), generator=chance) / len(table) ** 0.5
             for name, differences in spread.items():
                 shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
-            with _off(base):
+            with torch.no_grad(), off(base):
                 keep.target[:half] = predict(keep.x_t[:half], keep.t[:half], shaken)
             told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[half:]))
             both = Points.join([erased, keep])
@@ -156,12 +155,3 @@ def harmonise(
         last_loss=sum(losses[-tenth:]) / tenth if steps else None,
     )
     return Eraser(pairs, stacked.header.model_copy(update={"distillations": (*stacked.header.distillations, record)}))
-
-
-@contextmanager
-def _off(base: Base) -> Generator[None]:
-    """The base without its adapter, and without gradients."""
-    base.model.disable_adapters()
-    with torch.no_grad():
-        yield
-    base.model.enable_adapters()

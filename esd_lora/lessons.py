@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esd_lora.adapters import off
 from esd_lora.bases import read_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base
@@ -121,14 +122,9 @@ class Teacher:
         with torch.no_grad():
             return self.base.predict(x_t, t, condition)
 
-    @contextmanager
-    def speaking(self) -> Iterator[None]:
+    def speaking(self) -> AbstractContextManager[None]:
         """Turns the adapter off, so that the denoiser is the teacher."""
-        self.base.model.disable_adapters()
-        try:
-            yield
-        finally:
-            self.base.model.enable_adapters()
+        return off(self.base)
 
     def fill(
         self,

@@ -43,7 +43,7 @@ def read_prompts(file: str | Path) -> tuple[str, ...]:
         EsdLoraError: If it cannot be read or holds none.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in Path(file).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise EsdLoraError(f"prompts cannot be read from {file} ({error}). Give a text file, one prompt a line.") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))

@@ -1,7 +1,7 @@
 """Prompt files of other people's evaluations: CSV with whatever their columns are called.
 
 The same benchmark goes from paper to paper with other column names, an index column, multi-line prompts and seeds of 64 bits.
-Files are read where they lie and never shipped; one that is known is recognised by its hash, so that a changed copy is told.
+Files are read where they lie and never shipped; a known one is recognised by its hash, a changed copy of it is not.
 """
 
 from __future__ import annotations

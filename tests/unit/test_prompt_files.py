@@ -58,6 +58,11 @@ def test_text_files_are_counted(tmp_path: Path) -> None:
     assert found.cases[1] == Case("1", "a dog, asleep", 1, None, None, None, {})
 
 
+def test_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    found = read_cases(written(tmp_path, "\ufeff# from a Windows editor\na cat\n", "mine.txt"))
+    assert [case.prompt for case in found.cases] == ["a cat"]
+
+
 def test_known_files_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path, I2P)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
