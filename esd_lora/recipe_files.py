@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.recipe import Concept, LoraSpec, Neighbours, PromptPair, Recipe, TrainSpec
-
-Mark: TypeAlias = tuple[str, int]
-"""File and line (from 1) where a value of a recipe stands."""
-
-
-class _Document(NamedTuple):
-    values: dict[str, Any]
-    marks: dict[tuple[str | int, ...], Mark]
+from esd_lora.recipe import Recipe
+from esd_lora.yaml_files import Document, describe, place_of, read_yaml
 
 
 def recipes_dir() -> Path:
@@ -61,41 +54,6 @@ def kind_of(name: str) -> Literal["recipe", "preset", "concept"]:
     return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
 
 
-def _parse(path: Path) -> _Document:
-    """Reads one YAML file together with the line each value stands on."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-        root = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise EsdLoraError(f"{path}:{line}: not valid YAML: {error.problem}. Mend that line.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EsdLoraError(f"{path}: cannot be read as a recipe: {error}.") from error
-    if not isinstance(values, dict):
-        raise EsdLoraError(f"{path}: holds {type(values).__name__}, expected a mapping such as 'extends: fast'.")
-    marks: dict[tuple[str | int, ...], Mark] = {}
-
-    def note(node: yaml.Node, loc: tuple[str | int, ...]) -> None:
-        if len(loc) > 20:
-            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: nested too deep for a recipe.")
-        marks[loc] = (str(path), node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if (*loc, key.value) in marks:
-                    line, first = key.start_mark.line + 1, marks[(*loc, key.value)][1]
-                    raise EsdLoraError(f"{path}:{line}: {key.value}: already given in line {first}. Keep one of the two.")
-                note(value, (*loc, key.value))
-                marks[(*loc, key.value)] = (str(path), key.start_mark.line + 1)
-        elif isinstance(node, yaml.SequenceNode):
-            for i, value in enumerate(node.value):
-                note(value, (*loc, i))
-
-    if root is not None:
-        note(root, ())
-    return _Document(cast("dict[str, Any]", values), marks)
-
-
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`, mapping by mapping; lists are replaced whole."""
     out = dict(below)
@@ -106,15 +64,15 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-def _load(path: Path, seen: tuple[Path, ...] = ()) -> _Document:
+def _load(path: Path, seen: tuple[Path, ...] = ()) -> Document:
     """Reads a recipe and, below it, what it extends."""
     if path.resolve() in seen:
         raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}. Break the circle.")
-    document = _parse(path)
+    document = read_yaml(path, "recipe", "extends: fast")
     parents = document.values.pop("extends", None)
     if parents is None:
         return document
-    layers: list[_Document] = []
+    layers: list[Document] = []
     for parent in cast("list[object]", parents if isinstance(parents, list) else [parents]):
         beside = path.parent / str(parent)
         try:
@@ -125,51 +83,12 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> _Document:
     return _laid([*layers, document])
 
 
-def _laid(layers: Sequence[_Document]) -> _Document:
+def _laid(layers: Sequence[Document]) -> Document:
     """Documents over one another, the last on top."""
-    whole = _Document({}, {})
+    whole = Document({}, {})
     for layer in layers:
-        whole = _Document(_merged(whole.values, layer.values), {**whole.marks, **layer.marks})
+        whole = Document(_merged(whole.values, layer.values), {**whole.marks, **layer.marks})
     return whole
-
-
-@cache
-def _fields(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Field names at a place in the recipe, for suggestions."""
-    models: dict[tuple[str, ...], type[BaseModel]] = {
-        (): Recipe,
-        ("concepts",): Concept,
-        ("concepts", "prompts"): PromptPair,
-        ("neighbours",): Neighbours,
-        ("lora",): LoraSpec,
-        ("train",): TrainSpec,
-    }
-    return tuple(models[path].model_fields) if path in models else ()
-
-
-def _faults(
-    error: ValidationError,
-    marks: Mapping[tuple[str | int, ...], Mark],
-    source: str,
-    above: Mapping[str, Any],
-    fields: Mapping[str, Any],
-) -> Iterator[str]:
-    """One line a fault: where it stands, what was found, what was expected."""
-    for fault in error.errors():
-        loc = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
-        near = next((marks[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in marks), None)
-        place = f"{near[0]}:{near[1]}" if near else source
-        if fault["type"] != "missing" and _overridden(loc, above):
-            place = "given" if loc[0] in fields else "--set"
-        name = ".".join(str(part) for part in loc)
-        if fault["type"] == "extra_forbidden":
-            keys = _fields(tuple(str(part) for part in loc[:-1] if isinstance(part, str)))
-            yield f"{place}: {name}: unknown key{did_you_mean(str(loc[-1]), keys)}"
-        elif fault["type"] == "missing":
-            within = name.partition(".")[0] == "concepts"
-            yield f"{place}: {name}: missing" + ("" if within else " (a preset gives it: 'extends: fast')")
-        else:
-            yield f"{place}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
 
 
 def load_recipe(
@@ -200,8 +119,19 @@ def load_recipe(
     try:
         return Recipe.model_validate(_merged(document.values, above))
     except ValidationError as error:
-        faults = list(dict.fromkeys(_faults(error, document.marks, " ".join(map(str, paths)), above, fields)))
-        raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(faults)) from error
+        lines = list(
+            dict.fromkeys(_fault(fault, document, " ".join(map(str, paths)), above, fields) for fault in error.errors())
+        )
+        raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(lines)) from error
+
+
+def _fault(fault: ErrorDetails, document: Document, source: str, above: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """A fault of the file, or of what was given over it."""
+    loc = place_of(fault)
+    if fault["type"] != "missing" and _overridden(loc, above):
+        return f"{'given' if loc[0] in fields else '--set'}: {describe(fault, Recipe)}"
+    hint = " (a preset gives it: 'extends: fast')" if fault["type"] == "missing" and loc[0] != "concepts" else ""
+    return f"{document.where(loc) or source}: {describe(fault, Recipe)}{hint}"
 
 
 def _overridden(loc: tuple[str | int, ...], above: Mapping[str, Any]) -> bool:

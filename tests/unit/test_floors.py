@@ -16,7 +16,7 @@ import esd_lora
 
 PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
-    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "bases", "outputs"},
+    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "yaml_files", "bases", "outputs"},
     1: {
         *("cards", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
         *("naming", "exporting", "importing", "inspecting"),

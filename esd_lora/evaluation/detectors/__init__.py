@@ -1,0 +1,77 @@
+"""What looks at pictures: each detector says numbers about one picture, and what it is itself.
+
+A number is only as good as what counted it, so every detector can say which package, version, weights and threshold it is.
+One whose package or weights are not there is "not run", with the reason: a metric that was not measured is never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from PIL.Image import Image
+
+from esd_lora.registry import Registry
+
+
+class Look(NamedTuple):
+    """A picture to look at."""
+
+    image: Image
+    prompt: str
+    label: str | None
+    """What the prompt asks for, in the detector's own words: a class, an artist."""
+    before: Image | None = None
+    """What the base paints for the same prompt and seed; `None` where that is not known, or this is it."""
+
+
+class Score(NamedTuple):
+    """What a detector says of one picture."""
+
+    values: dict[str, float]
+    """Metric to number; 0 or 1 where the share of pictures is what counts."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """What the numbers were made of, as JSON: names seen, boxes, confidences."""
+
+
+class Detector(Protocol):
+    """Looks at pictures; made by a function that takes the suite's settings for it."""
+
+    def record(self) -> dict[str, Any]:
+        """All that its numbers depend on, as JSON: package, version, SHA-256 of the weights, threshold, classes."""
+        ...
+
+    def __call__(self, looks: Sequence[Look]) -> list[Score]:
+        """One score for each picture, the same whatever else is in the batch."""
+        ...
+
+
+class NotRun(Exception):  # noqa: N818: told in the results, not a fault
+    """Why a detector cannot look: its package is not installed, or no weights are given."""
+
+
+DETECTORS: Registry[Callable[[Mapping[str, Any]], Detector]] = Registry(
+    "detector",
+    {
+        "judge": "esd_lora.evaluation.detectors.built_in:BuiltIn",
+    },
+)
+"""Name to what makes the detector of its settings, a mapping from the suite with `device` added."""
+
+
+def package(name: str, extra: str) -> dict[str, str]:
+    """Name and version of a package that a detector needs, for its record.
+
+    Args:
+        name: On PyPI.
+        extra: Of this project, that brings it.
+
+    Raises:
+        NotRun: If it is not installed.
+    """
+    try:
+        return {"package": name, "version": version(name)}
+    except PackageNotFoundError:
+        raise NotRun(f"the package {name} is not installed; pip install 'esd-lora[{extra}]'") from None
