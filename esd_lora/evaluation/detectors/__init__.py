@@ -48,8 +48,8 @@ class Detector(Protocol):
         ...
 
 
-class NotRun(Exception):  # noqa: N818: told in the results, not a fault
-    """Why a detector cannot look: its package is not installed, or no weights are given."""
+class NotRun(Exception):  # noqa: N818
+    """Why a detector cannot look: its package is not installed, or no weights are given. Told, never an error."""
 
 
 DETECTORS: Registry[Callable[[Mapping[str, Any]], Detector]] = Registry(
