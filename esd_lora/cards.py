@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from esd_lora.tables import INTERVALS, TITLES, difference, markdown_cell, markdown_table, number, role_rows
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,6 +34,8 @@ pipe.load_lora_weights("path/to/this/folder")
 - Prompts held in place during training: {preserve}
 - Made {created} with {versions}{origin}{making}
 
+{measured}
+
 Whoever holds both the base and this file can leave the file out. To ship a model without the concept, merge it:
 `esd-lora merge path/to/this/folder --base {base} -o merged`.
 """
@@ -48,12 +52,11 @@ def render_card(header: EraserHeader, layers: int) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", header.base):  # a Hub id; other bases have no page to point at
         front |= {"base_model": header.base, "base_model_relation": "adapter"}
     shown = [(prompt, anchor) for concept in header.concepts for prompt, anchor in concept.pairs][:12]
-    cells = [[" ".join(text.replace("|", "\\|").split()) for text in pair] for pair in shown]
-    rows = [f"| {prompt} | {anchor or '(empty prompt)'} |" for prompt, anchor in cells]
-    rows = ["| erased prompt | what should appear instead |", "|---|---|", *rows] if rows else ["Its prompts are not known."]
+    rows = [[markdown_cell(prompt), markdown_cell(anchor) or "(empty prompt)"] for prompt, anchor in shown]
     total = sum(len(concept.pairs) for concept in header.concepts)
     if total > len(shown):
-        rows.append(f"| and {total - len(shown)} more, in `recipe.yaml` | |")
+        rows.append([f"and {total - len(shown)} more, in `recipe.yaml`", ""])
+    pairs = markdown_table(["erased prompt", "what should appear instead"], rows) if rows else "Its prompts are not known."
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         names=names,
@@ -66,7 +69,7 @@ def render_card(header: EraserHeader, layers: int) -> str:
         objective=header.objective,
         etas=", ".join("unknown" if eta is None else f"{eta:g}" for eta in dict.fromkeys(c.eta for c in header.concepts)),
         layers=layers,
-        pairs="\n".join(rows),
+        pairs=pairs,
         preserve=f"{len(header.preserve)}" if header.preserve else "none",
         created=header.created,
         origin="".join(
@@ -74,6 +77,7 @@ def render_card(header: EraserHeader, layers: int) -> str:
         ),
         making="".join(f"\n- {line.capitalize()}" for line in making(header)),
         versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
+        measured=_measured(header),
     )
 
 
@@ -106,6 +110,25 @@ def making(header: EraserHeader) -> list[str]:
             text += f": loss {spent.first_loss:.2g} to {spent.last_loss:.2g}"
         lines.append(f"{text}; {spent.evaluations} evaluations, {spent.seconds:.0f} s")
     return lines
+
+
+def _measured(header: EraserHeader) -> str:
+    """What it does, in numbers, with all that they depend on."""
+    found = header.evaluation
+    if not found:
+        return "What it removes, and what else it costs, was not measured (`esd-lora evaluate`)."
+    rows = [
+        [role, name, metric, number(n), difference(n), str(n["of"])]
+        for role in TITLES
+        for name, metric, n in role_rows(found["variants"], role)
+    ]
+    table = markdown_table(["prompts", "model", "metric", "measured", "beside the base", "pictures"], rows)
+    record = found["record"]
+    sampler = ", ".join(f"{key} {value}" for key, value in record.get("sampler", {}).items())
+    notes = [f"Suite `{found['suite']}`, {found['date']}; {sampler}. {INTERVALS}"]
+    notes += [f"- {name}: {', '.join(f'{k} {v}' for k, v in said.items())}" for name, said in record["detectors"].items()]
+    notes += [f"- Not run: {name}, {reason}" for name, reason in found["not_run"].items()]
+    return f"## Measured\n\n{table}\n\n{notes[0]}\n\n" + "\n".join(notes[1:])
 
 
 def _blocks(concept: ErasedConcept) -> str:

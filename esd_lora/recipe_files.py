@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.recipe import Recipe
-from esd_lora.yaml_files import Document, describe, place_of, read_yaml
+from esd_lora.yaml_files import Document, Place, checked, laid_over, read_yaml
 
 
 def recipes_dir() -> Path:
@@ -54,16 +52,6 @@ def kind_of(name: str) -> Literal["recipe", "preset", "concept"]:
     return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping; lists are replaced whole."""
-    out = dict(below)
-    for key, value in above.items():
-        under = out.get(key)
-        both = isinstance(under, dict) and isinstance(value, dict)
-        out[key] = _merged(cast("dict[str, Any]", under), cast("dict[str, Any]", value)) if both else value
-    return out
-
-
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> Document:
     """Reads a recipe and, below it, what it extends."""
     if path.resolve() in seen:
@@ -87,7 +75,7 @@ def _laid(layers: Sequence[Document]) -> Document:
     """Documents over one another, the last on top."""
     whole = Document({}, {})
     for layer in layers:
-        whole = Document(_merged(whole.values, layer.values), {**whole.marks, **layer.marks})
+        whole = Document(laid_over(whole.values, layer.values), {**whole.marks, **layer.marks})
     return whole
 
 
@@ -108,42 +96,11 @@ def load_recipe(
     """
     paths = [recipe_path(str(name)) for name in ([source] if isinstance(source, str | Path) else source)]
     document = _laid([_load(path) for path in paths])
-    above: dict[str, Any] = {}
-    for dotted, value in (overrides or {}).items():
-        *parents, last = dotted.split(".")
-        nested: dict[str, Any] = {last: value}
-        for key in reversed(parents):
-            nested = {key: nested}
-        above = _merged(above, nested)
-    above = _merged(above, fields)
-    try:
-        return Recipe.model_validate(_merged(document.values, above))
-    except ValidationError as error:
-        lines = list(
-            dict.fromkeys(_fault(fault, document, " ".join(map(str, paths)), above, fields) for fault in error.errors())
-        )
-        raise EsdLoraError("the recipe has faults:\n  " + "\n  ".join(lines)) from error
+    return checked(Recipe, document, overrides, fields, kind="recipe", source=" ".join(map(str, paths)), hint=_hint)
 
 
-def _fault(fault: ErrorDetails, document: Document, source: str, above: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """A fault of the file, or of what was given over it."""
-    loc = place_of(fault)
-    if fault["type"] != "missing" and _overridden(loc, above):
-        return f"{'given' if loc[0] in fields else '--set'}: {describe(fault, Recipe)}"
-    hint = " (a preset gives it: 'extends: fast')" if fault["type"] == "missing" and loc[0] != "concepts" else ""
-    return f"{document.where(loc) or source}: {describe(fault, Recipe)}{hint}"
-
-
-def _overridden(loc: tuple[str | int, ...], above: Mapping[str, Any]) -> bool:
-    """Whether a value given by keyword or `-s` hides what the file says at `loc`: its line is not to blame then."""
-    place: Any = above
-    for key in loc:
-        if not isinstance(place, dict):
-            return True
-        if key not in place:
-            return False
-        place = cast("dict[str | int, Any]", place)[key]
-    return bool(loc) and not isinstance(place, dict)
+def _hint(place: Place) -> str:
+    return "" if place[0] == "concepts" else " (a preset gives it: 'extends: fast')"
 
 
 def dump_recipe(recipe: Recipe) -> str:

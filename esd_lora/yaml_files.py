@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
@@ -15,6 +16,9 @@ Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
 Mark: TypeAlias = tuple[str, int]
 """File and line (from 1) where a value stands."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Document(NamedTuple):
@@ -73,25 +77,79 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
     return Document(cast("dict[str, Any]", values), marks)
 
 
-def place_of(fault: ErrorDetails) -> Place:
-    """Where a fault of pydantic's lies, without the names of the types that it tried."""
-    return tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping; lists are replaced whole."""
+    out = dict(below)
+    for key, value in above.items():
+        under = out.get(key)
+        both = isinstance(under, dict) and isinstance(value, dict)
+        out[key] = laid_over(cast("dict[str, Any]", under), cast("dict[str, Any]", value)) if both else value
+    return out
 
 
-def describe(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    """A fault in words: the field, what was found, what was expected.
+def checked(
+    model: type[Model],
+    document: Document,
+    overrides: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    kind: str,
+    source: str,
+    hint: Callable[[Place], str] = lambda _: "",
+) -> Model:
+    """What a document says, as a model.
 
     Args:
-        fault: From pydantic's `ValidationError.errors()`.
-        model: That the whole file was checked against; says what keys there are.
+        model: To check it against.
+        document: From `read_yaml`.
+        overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
+        fields: Top-level fields, over both.
+        kind: What it is, for messages.
+        source: Where it is from, for what stands in no file.
+        hint: What to add where a field is missing.
+
+    Raises:
+        EsdLoraError: With every fault at once, each as `file:line: field: what is wrong`.
     """
-    place = place_of(fault)
-    name = ".".join(map(str, place))
-    if fault["type"] == "extra_forbidden":
-        return f"{name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
-    if fault["type"] == "missing":
-        return f"{name}: missing"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+    fields, above = fields or {}, dict[str, Any]()
+    for dotted, value in (overrides or {}).items():
+        *parents, last = dotted.split(".")
+        nested: dict[str, Any] = {last: value}
+        for key in reversed(parents):
+            nested = {key: nested}
+        above = laid_over(above, nested)
+    above = laid_over(above, fields)
+
+    def told(fault: ErrorDetails) -> str:
+        # Without the names of the types that pydantic tried.
+        place = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
+        name = ".".join(map(str, place))
+        if fault["type"] == "missing":
+            return f"{document.where(place) or source}: {name}: missing{hint(place)}"
+        where = document.where(place) or source
+        if _overridden(place, above):
+            where = "given" if place[0] in fields else "--set"
+        if fault["type"] == "extra_forbidden":
+            return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
+        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+
+    try:
+        return model.model_validate(laid_over(document.values, above))
+    except ValidationError as error:
+        faults = dict.fromkeys(map(told, error.errors()))
+        raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
+
+
+def _overridden(place: Place, above: Mapping[str, Any]) -> bool:
+    """Whether a value given over the file hides what stands there at a place: its line is not to blame then."""
+    found: Any = above
+    for key in place:
+        if not isinstance(found, dict):
+            return True
+        if key not in found:
+            return False
+        found = cast("dict[str | int, Any]", found)[key]
+    return bool(place) and not isinstance(found, dict)
 
 
 def _fields(model: type[BaseModel], place: Place) -> list[str]:

@@ -18,7 +18,7 @@ PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "yaml_files", "bases", "outputs"},
     1: {
-        *("cards", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
+        *("cards", "tables", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
         *("naming", "exporting", "importing", "inspecting"),
     },
     2: {"families", "pictures"},
@@ -39,7 +39,7 @@ FLOORS: dict[int, set[str]] = {
 }
 """Module or subpackage to its floor."""
 BROUGHT: dict[int, set[str]] = {
-    0: {"pydantic", "yaml"},
+    0: {"pydantic", "pydantic_core", "yaml"},
     1: {"torch", "safetensors", "numpy"},
     2: {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers", "PIL", "tqdm"},
     3: {"jinja2"},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from PIL.Image import Image
@@ -30,10 +29,10 @@ class Look(NamedTuple):
 class Score(NamedTuple):
     """What a detector says of one picture."""
 
-    values: dict[str, float]
-    """Metric to number; 0 or 1 where the share of pictures is what counts."""
-    details: Mapping[str, Any] = MappingProxyType({})
-    """What the numbers were made of, as JSON: names seen, boxes, confidences."""
+    values: Mapping[str, bool | float]
+    """Metric to what it says of the picture: yes or no where the share of pictures is what counts, or a number."""
+    details: Mapping[str, Any] = {}
+    """What the numbers were made of, as JSON: boxes, confidences; under `seen` in a few words what stands there."""
 
 
 class Detector(Protocol):
@@ -56,9 +55,17 @@ DETECTORS: Registry[Callable[[Mapping[str, Any]], Detector]] = Registry(
     "detector",
     {
         "judge": "esd_lora.evaluation.detectors.built_in:BuiltIn",
+        "nudenet": "esd_lora.evaluation.detectors.nudity:Nudity",
+        "open-nsfw": "esd_lora.evaluation.detectors.open_nsfw:OpenNsfw",
+        "imagenet": "esd_lora.evaluation.detectors.classify:ImageNet",
+        "classifier": "esd_lora.evaluation.detectors.classify:Classifier",
+        "faces": "esd_lora.evaluation.detectors.faces:Faces",
+        "ssim": "esd_lora.evaluation.detectors.similarity:Ssim",
+        "lpips": "esd_lora.evaluation.detectors.similarity:Lpips",
+        "clip": "esd_lora.evaluation.detectors.clip:ClipScore",
     },
 )
-"""Name to what makes the detector of its settings, a mapping from the suite with `device` added."""
+"""Name to what makes the detector of its settings in the suite; `device` is one that every detector with a network takes."""
 
 
 def package(name: str, extra: str) -> dict[str, str]:

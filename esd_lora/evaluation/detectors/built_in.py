@@ -15,7 +15,7 @@ from esd_lora.outputs import hash_file
 class BuiltIn:
     """Says whether the judge names what the prompt asks for.
 
-    A label is an object, a style, or both with a comma between ("cat, ink"); all of it must be right.
+    A label is an object, a style, or both ("cat + ink"); all of it must be right.
 
     Args:
         settings: `base`, the built-in base whose judge it is.
@@ -32,12 +32,8 @@ class BuiltIn:
     def __call__(self, looks: Sequence[Look]) -> list[Score]:
         scores: list[Score] = []
         for look, verdict in zip(looks, self._judge([look.image for look in looks]), strict=True):
-            wanted = (look.label or "").split(", ")
+            wanted = (look.label or "").split(" + ")
             confidence = {verdict.object: verdict.object_confidence, verdict.style: verdict.style_confidence}
-            details = {"object": verdict.object, "style": verdict.style, "confidence": list(map(_round, verdict[2:]))}
-            scores.append(Score({"accuracy": float(all(name in confidence for name in wanted))}, details))
+            details = {"seen": f"{verdict.object}, {verdict.style}", "confidence": [round(sure, 4) for sure in verdict[2:]]}
+            scores.append(Score({"accuracy": all(name in confidence for name in wanted)}, details))
         return scores
-
-
-def _round(confidence: float) -> float:
-    return round(confidence, 4)

@@ -1,0 +1,38 @@
+"""Measured numbers in an eraser's own header and card, so that they travel with it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.tensor_files import hash_tensors
+
+
+def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Writes an evaluation into an eraser's directory: header and model card. Its tensors stay as they are.
+
+    Args:
+        eraser: Directory of the eraser that was measured.
+        summary: What `evaluating.evaluate` gave back.
+
+    Raises:
+        EsdLoraError: If there is no such directory, or something else was measured.
+    """
+    directory = Path(eraser)
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise EsdLoraError(f"{eraser} is no directory of an eraser, so there is no card to write numbers into.")
+    loaded = Eraser.load(directory)
+    measured = summary["record"].get("variants", {}).get("erased", {}).get("erasers", [])
+    if [member["sha256"] for member in measured] != [hash_tensors(loaded.state_dict())]:
+        raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
+    if measured[0]["weight"] != 1 or measured[0]["blocks"]:
+        raise EsdLoraError(
+            f"these numbers are of {eraser} at another strength than it has. Evaluate it at 1, or stack it first."
+        )
+    told = {key: summary[key] for key in ("suite", "concepts", "variants", "not_run", "record")}
+    told["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": told})).save(directory)

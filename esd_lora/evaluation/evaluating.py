@@ -1,0 +1,272 @@
+"""Evaluating: is it gone, and what else did it cost?
+
+    plan the pictures -> paint them, base and erased from the same seeds -> have detectors look -> count -> show
+
+Painting and looking are apart, and both go on where they were interrupted. The record says everything that the numbers depend
+on; on one machine, two evaluations with the same record give the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.page import page
+from esd_lora.evaluation.planning import Asked, Plan, plan
+from esd_lora.evaluation.scoring import Scores, paint_missing, picture, score_missing
+from esd_lora.evaluation.suite_files import Suite, load_suite
+from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
+from esd_lora.evaluation.variants import bare, base_record, blocked, erased, variant_name
+from esd_lora.families import Base, load_base
+from esd_lora.header import ErasedConcept
+from esd_lora.manifests import load_eraser
+from esd_lora.outputs import clear_output, hash_file, write_whole
+from esd_lora.stacking import Strength, strengths_of
+from esd_lora.tables import markdown
+
+_FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "report.html")
+
+
+def evaluate(
+    base: str | Path | Base,
+    suite: str | Path | Suite,
+    out: str | Path,
+    *,
+    erasers: Sequence[Eraser | str | Path] = (),
+    weights: Sequence[float | Strength] | None = None,
+    concepts: Sequence[str] = (),
+    against: Sequence[str] = (),
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fail_if: Sequence[str] = (),
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measures erasers on a base.
+
+    Args:
+        base: A base name, directory or Hub id, or a loaded base.
+        suite: Name or path of a suite, or one that is loaded.
+        out: Directory; an evaluation with the same record that lies there is gone on with.
+        erasers: Erasers or their paths, applied together as one stack. None measures the base alone.
+        weights: Strength of each, 1 by default.
+        concepts: What counts as erased; what the erasers' headers say unless given.
+        against: Other ways to keep the concepts out, from `variants.BLOCKING`, or another base by path or id.
+        limit: Most pictures of each prompt set of the suite.
+        settings: Dotted keys over the suite's file: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
+        fail_if: Gates as `summarising.read_gate` takes them.
+        force: Throw another evaluation that lies in `out` away.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What `summary.json` holds: numbers by variant, role and metric; what was not run and why.
+
+    Raises:
+        EsdLoraError: If something cannot be loaded or does not fit, `out` holds another evaluation, or a gate fails; then
+            everything is written.
+    """
+    out = Path(out)
+    suite_name = "custom" if isinstance(suite, Suite) else Path(suite).stem
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    removed = _concepts(loaded, concepts)
+    planned = plan(suite, removed, limit)
+    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against)]
+    gates = [read_gate(text, names) for text in fail_if]
+    base = base if isinstance(base, Base) else load_base(base)
+    sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
+    variants = [bare(base, *sampler)]
+    if loaded:
+        variants.append(erased(base, loaded, strengths_of(loaded, weights), *sampler))
+    variants += [blocked(name, base, removed, *sampler) for name in against]
+    record = _record(suite_name, suite, planned, [concept.name for concept in removed], limit)
+    record |= {
+        "base": base_record(base),
+        "variants": {variant.name: variant.record for variant in variants},
+        "sampler": {"scheduler": type(base.pipe.scheduler).__name__, "steps": sampler[0], "guidance": sampler[1]},
+        "latents": base.latent_shape(),
+        "device": base.model.device.type,
+    }
+    _begin(out, record, planned.asked, force)
+    paint_missing(out, variants, planned.asked, progress=progress)
+    pictures = {name: {one.case: picture(out, name, one.case) for one in planned.asked} for name in names}
+    return _finish(out, suite, planned, record, pictures, gates, progress)
+
+
+def score_pictures(
+    pictures: str | Path,
+    suite: str | Path | Suite,
+    out: str | Path,
+    *,
+    concepts: Sequence[str],
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fail_if: Sequence[str] = (),
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measures pictures that were made elsewhere.
+
+    Args:
+        pictures: Directory with one directory for each model, `base` among them if differences are wanted, and in it a picture
+            for each prompt: `CASE.png` as in `cases.jsonl`, or, for a prompt file, its own case number (`12.png`, `12_0.png`).
+        suite: As in `evaluate`.
+        out: Directory for the numbers; the pictures stay where they are.
+        concepts: What counts as erased.
+        limit: As in `evaluate`.
+        settings: As in `evaluate`.
+        fail_if: As in `evaluate`.
+        force: As in `evaluate`.
+        progress: As in `evaluate`.
+
+    Raises:
+        EsdLoraError: As `evaluate`, and if a picture is missing; the message counts them.
+    """
+    pictures, out = Path(pictures), Path(out)
+    suite_name = "custom" if isinstance(suite, Suite) else Path(suite).stem
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    folders = sorted(folder for folder in pictures.glob("*") if folder.is_dir())
+    if not folders:
+        raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
+    planned = plan(suite, _concepts((), concepts), limit)
+    found = {folder.name: _found(folder, planned.asked) for folder in folders}
+    gates = [read_gate(text, list(found)) for text in fail_if]
+    hashes = {name: _hash_all(files.values()) for name, files in found.items()}
+    record = _record(suite_name, suite, planned, concepts, limit) | {"pictures": hashes}
+    _begin(out, record, planned.asked, force)
+    return _finish(out, suite, planned, record, found, gates, progress)
+
+
+def _found(folder: Path, asked: Sequence[Asked]) -> dict[str, Path]:
+    """The picture of each prompt in a folder that others filled."""
+    there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")}
+    files: dict[str, Path] = {}
+    missing: list[str] = []
+    for one in asked:
+        own = one.case.partition("-")[2]
+        file = next((there[name] for name in (one.case, own, f"{own}_0") if name in there), None)
+        if file is None:
+            missing.append(one.case)
+        else:
+            files[one.case] = file
+    if missing:
+        shown = ", ".join(f"{case}.png" for case in missing[:3])
+        raise EsdLoraError(
+            f"{folder} lacks {len(missing)} of {len(asked)} pictures ({shown}). Add them, or leave prompts out with --limit."
+        )
+    return files
+
+
+def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedConcept]:
+    """What counts as erased: what the headers say, or else these names."""
+    known = [concept for eraser in erasers for concept in eraser.header.concepts if concept.weight > 0]
+    if not names:
+        return known
+    return [
+        next((concept for concept in known if concept.named_in(name)), ErasedConcept(name=name, pairs=(), eta=None))
+        for name in names
+    ]
+
+
+def _record(name: str, suite: Suite, planned: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """What the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
+    said = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True})
+    return {
+        "suite": name,
+        "settings": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16],
+        "concepts": list(concepts),
+        "limit": limit,
+        "files": planned.files,
+        "cases": hashlib.sha256(_lines(planned.asked)).hexdigest()[:16],
+        "versions": {package: version(package) for package in ("esd-lora", "torch", "diffusers", "transformers", "pillow")},
+    }
+
+
+def _lines(asked: Sequence[Asked]) -> bytes:
+    return "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in asked).encode()
+
+
+def _begin(out: Path, record: Mapping[str, Any], asked: Sequence[Asked], force: bool) -> None:
+    """Makes the directory, or sees that the evaluation in it is this one."""
+    file = out / "evaluation.json"
+    plain = json.loads(json.dumps(record))
+    if file.exists() and not force:
+        try:
+            earlier = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error
+        differ = [key for key in plain if earlier.get(key) != plain[key]]
+        if differ:
+            raise EsdLoraError(
+                f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
+            )
+    else:
+        clear_output(out, force, _FILES)
+        for folder in ("images", "scores"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        write_whole(file, _json(plain))
+    write_whole(out / "cases.jsonl", _lines(asked))
+
+
+def _finish(
+    out: Path,
+    suite: Suite,
+    planned: Plan,
+    record: dict[str, Any],
+    pictures: Mapping[str, Mapping[str, Path]],
+    gates: Sequence[Gate],
+    progress: bool,
+) -> dict[str, Any]:
+    """Scores, counts and writes everything; then fails where a gate does."""
+    asked, variants = planned.asked, list(pictures)
+    scores, detectors, not_run = score_missing(out, suite, asked, pictures, progress=progress)
+    record = record | {"detectors": detectors}
+    summary: dict[str, Any] = {
+        "suite": record["suite"],
+        "concepts": record["concepts"],
+        "variants": summarise(asked, scores, variants),
+        "labels": by_label(asked, scores, variants),
+        "not_run": {**planned.not_run, **not_run},
+        "record": record,
+    }
+    reasons = [reason for gate in gates if (reason := failed(gate, summary["variants"]))]
+    summary["gates"] = [{"gate": gate.text, "failed": any(r.startswith(gate.text) for r in reasons)} for gate in gates]
+    write_whole(out / "evaluation.json", _json(record))
+    write_whole(out / "summary.json", _json(summary))
+    write_whole(out / "images.jsonl", _images(out, asked, scores, pictures))
+    write_whole(out / "table.md", markdown(summary).encode())
+    write_whole(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
+    if reasons:
+        raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))
+    return summary
+
+
+def _images(out: Path, asked: Sequence[Asked], scores: Scores, pictures: Mapping[str, Mapping[str, Path]]) -> bytes:
+    """A line for each picture: what was asked for, where it lies, what each detector said."""
+    lines: list[str] = []
+    for variant, files in pictures.items():
+        for one in asked:
+            file = files[one.case]
+            shown = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
+            said = {
+                name: {"values": dict(score.values), "details": dict(score.details)}
+                for name, score in scores[variant, one.case].items()
+            }
+            line = {"variant": variant, **one._asdict(), "image": shown, "scores": said}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _hash_all(files: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:16]

@@ -1,0 +1,143 @@
+"""Suites: what to paint and who looks at it, as YAML that is checked like a recipe."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.detectors import DETECTORS
+from esd_lora.yaml_files import checked, read_yaml
+
+Role = Literal["target", "paraphrase", "neighbour", "general"]
+ROLES: tuple[Role, ...] = ("target", "paraphrase", "neighbour", "general")
+"""What a prompt is there for: to show what was erased; the same in other words; what lies close to it; all the rest."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PromptSet(_Frozen):
+    """Prompts of one role, from templates, from a file, or of a built-in base's domain."""
+
+    role: Role
+    """A prompt about an erased concept is a target whatever it is said to be."""
+    templates: tuple[str, ...] = ()
+    """Texts with `{word}` for what `fill` lists, and `{concept}` for each erased concept in turn."""
+    fill: dict[str, tuple[str, ...]] = {}
+    """Words in braces to what takes their place, in all combinations."""
+    domain: Literal["object", "style", "pairs"] | None = None
+    """Of a built-in base: `count` prompts for each erased object or style that no eraser was trained on, or every object in
+    every style."""
+    file: str | None = None
+    """CSV or text file, by path; read where it lies."""
+    release: str | None = None
+    """What the file is expected to be, one of `prompt_files.KNOWN`; another is used, with a warning."""
+    source: str | None = None
+    """Where to get the file, for whoever lacks it."""
+    optional: bool = False
+    """Whether the suite runs without the file, its metrics "not run"."""
+    own_guidance: bool = False
+    """Whether a file's guidance counts, row by row, as in SLD's evaluation; ESD's and others' use one for all."""
+    label: str | None = None
+    """What a picture should show, in the detector's words, with the same braces; parts with ` + ` between. A file has a column
+    for it."""
+    count: int | None = Field(default=None, ge=1)
+    """Pictures, of each concept or combination of what fills a template, wordings taking turns with new seeds; each wording
+    once unless given."""
+    seed: int = Field(default=0, ge=0)
+    """Of the first picture; later ones count up. A file may bring its own."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSet:
+        sources = [bool(self.templates), self.domain is not None, self.file is not None or self.source is not None]
+        if sum(sources) != 1:
+            raise ValueError("expected one of templates, domain, and file (or the source of a file to be given)")
+        words = {
+            word for text in (*self.templates, self.label or "") for _, word, _, _ in string.Formatter().parse(text) if word
+        }
+        if self.templates and (unknown := words - {"concept", *self.fill}):
+            raise ValueError(f"nothing fills {{{sorted(unknown)[0]}}}{did_you_mean(sorted(unknown)[0], self.fill)}")
+        return self
+
+
+class DetectorSpec(BaseModel):
+    """Who looks at pictures; settings of its own stand beside these."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str | None = None
+    """Name in `DETECTORS`, where the same one looks twice with other settings; its metrics get the key as a prefix then."""
+    roles: tuple[Role, ...] = ROLES
+
+
+class Suite(_Frozen):
+    """One evaluation."""
+
+    description: str
+    base: str | None = None
+    """The built-in base that it is about, if about one alone."""
+    prompts: dict[str, PromptSet]
+    detectors: dict[str, DetectorSpec]
+    neighbours: dict[str, tuple[str, ...]] = {}
+    """Groups of labels; those beside an erased one are its neighbours."""
+    sensitive: bool = False
+    """Whether pictures are blurred on the page until they are clicked."""
+    steps: int | None = Field(default=None, ge=1)
+    """Denoising steps; the base's habit unless given."""
+    guidance: float | None = Field(default=None, ge=0)
+    """The base's habit unless given, or as a prompt file says."""
+
+    @field_validator("detectors")
+    @classmethod
+    def _known(cls, detectors: dict[str, DetectorSpec]) -> dict[str, DetectorSpec]:
+        for name, spec in detectors.items():
+            kind = spec.kind or name
+            if kind not in DETECTORS.entries and ":" not in kind:
+                known = ", ".join(DETECTORS.names())
+                raise ValueError(f"unknown detector {kind!r}{did_you_mean(kind, DETECTORS.names())}; known: {known}")
+        return detectors
+
+
+_FOLDER = Path(__file__).parent / "suites"
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that ship with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
+    """Loads and checks a suite.
+
+    Args:
+        source: A name (`"nudity"`) or the path of a YAML file.
+        overrides: Dotted keys to values, over what the file says: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
+
+    Raises:
+        EsdLoraError: If there is no such suite, or with every fault of it at once.
+    """
+    name = str(source)
+    path = _FOLDER / f"{name}.yaml" if name in suite_names() else Path(name)
+    if not path.is_file():
+        known = ", ".join(suite_names())
+        raise EsdLoraError(f"no suite {name!r}: neither a name nor a file{did_you_mean(name, suite_names())}. Known: {known}.")
+    document = read_yaml(path, "suite", "description: ...")
+    return checked(Suite, document, overrides, kind="suite", source=str(path))
+
+
+def file_set(suite: Suite) -> str:
+    """The first prompt set that takes a file.
+
+    Raises:
+        EsdLoraError: If none does.
+    """
+    for name, prompts in suite.prompts.items():
+        if prompts.source or prompts.file:
+            return name
+    raise EsdLoraError("this suite takes no prompt file; leave --prompts out.")

@@ -1,0 +1,138 @@
+"""The models that paint an evaluation's pictures: the base, the base with erasers, and what else can keep a concept out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+
+from esd_lora.applying import applied
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.planning import Asked
+from esd_lora.families import Base, load_base
+from esd_lora.header import ErasedConcept
+from esd_lora.outputs import slug
+from esd_lora.pictures import paint
+from esd_lora.recipe import without_article
+from esd_lora.stacking import Strength
+from esd_lora.tensor_files import hash_tensors
+
+Painter = Callable[[Sequence[Asked]], list[Image]]
+
+
+class Variant(NamedTuple):
+    """One model to compare."""
+
+    name: str
+    record: dict[str, Any]
+    """All that its pictures depend on, beside the base, prompts, seeds and sampler."""
+    on: Callable[[], AbstractContextManager[Painter]]
+    """Makes the model paint for the length of a `with` block."""
+
+
+def painter(base: Base, steps: int | None, guidance: float | None, **asked: Any) -> Painter:
+    """Paints with a base as it stands, every picture with guidance of its own where its prompt says so."""
+
+    def painted(some: Sequence[Asked]) -> list[Image]:
+        pictures: list[Image] = [Image()] * len(some)
+        for scale in dict.fromkeys(one.guidance for one in some):
+            places = [i for i, one in enumerate(some) if one.guidance == scale]
+            prompts, seeds = [some[i].prompt for i in places], [some[i].seed for i in places]
+            found = paint(base, prompts, seeds, steps=steps, guidance=guidance if scale is None else scale, **asked)
+            for place, picture in zip(places, found, strict=True):
+                pictures[place] = picture
+        return pictures
+
+    return painted
+
+
+def bare(base: Base, steps: int | None, guidance: float | None) -> Variant:
+    """The base as it is."""
+    return Variant("base", {}, lambda: nullcontext(painter(base, steps, guidance)))
+
+
+def erased(
+    base: Base,
+    erasers: Sequence[Eraser],
+    weights: Sequence[Strength],
+    steps: int | None,
+    guidance: float | None,
+    name: str = "erased",
+) -> Variant:
+    """The base with erasers on."""
+    members = [
+        {"concepts": eraser.names, "sha256": hash_tensors(eraser.state_dict()), "weight": weight, "blocks": dict(blocks)}
+        for eraser, (weight, blocks) in zip(erasers, weights, strict=True)
+    ]
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        with applied(base, erasers, weights):
+            yield painter(base, steps, guidance)
+
+    return Variant(name, {"erasers": members}, on)
+
+
+def variant_name(kind: str) -> str:
+    """What pictures of a model to compare with are called: the name of a way to block, or the last part of a base's path."""
+    return kind if kind in BLOCKING else slug(Path(kind).name)
+
+
+def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+    """Another way to keep concepts out, or another base altogether.
+
+    Args:
+        kind: One of `BLOCKING`, or a base's name, path or Hub id (the paper's filtered retraining: Stable Diffusion 2).
+        base: What the concepts are blocked on.
+        concepts: To block.
+        steps: Denoising steps.
+        guidance: Of a picture.
+
+    Raises:
+        EsdLoraError: If it is neither, or there is nothing to block.
+    """
+    if kind not in BLOCKING:
+        near = did_you_mean(kind, BLOCKING)
+        if near and not Path(kind).exists():
+            raise EsdLoraError(f"no way to compare with is called {kind!r}{near}. Known: {', '.join(BLOCKING)}, or a base.")
+        other = load_base(kind, device=str(base.model.device), dtype=base.model.dtype)
+        record = {"base": base_record(other)}
+        return Variant(variant_name(kind), record, lambda: nullcontext(painter(other, steps, guidance)))
+    if not concepts:
+        raise EsdLoraError(f"{kind} needs something to block: give an eraser or --concept.")
+    return BLOCKING[kind](base, concepts, steps, guidance)
+
+
+def _negative_prompt(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+    """The concepts' names in the place of the empty prompt: what users do without any eraser."""
+    names = ", ".join(without_article(concept.name) for concept in concepts)
+    paint = painter(base, steps, guidance, negative_prompt=names)
+    return Variant("negative-prompt", {"negative_prompt": names}, lambda: nullcontext(paint))
+
+
+BLOCKING: dict[str, Callable[[Base, Sequence[ErasedConcept], int | None, float | None], Variant]] = {
+    "negative-prompt": _negative_prompt,
+}
+"""Ways to block a concept, from the literature, for `--against`."""
+
+
+def base_record(base: Base) -> dict[str, Any]:
+    """Which base it is: its id, and for every part that a picture goes through a hash of the weights."""
+    parts = {name: part for name, part in sorted(base.pipe.components.items()) if isinstance(part, torch.nn.Module)}
+    hashes = {name: _hash(part) for name, part in parts.items()}
+    return {"id": base.id, "revision": base.revision, "weights": hashes, "dtype": str(base.model.dtype).removeprefix("torch.")}
+
+
+def _hash(part: torch.nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over names and bytes of weights, one at a time: they may fill the memory."""
+    digest = hashlib.sha256()
+    for name, tensor in part.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,90 @@
+"""Numbers of an evaluation in words and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TITLES = {
+    "target": "Target: prompts about what was erased",
+    "paraphrase": "Paraphrase: the same in other words",
+    "neighbour": "Neighbour: what lies close to it",
+    "general": "General: everything else",
+}
+"""What the roles mean."""
+INTERVALS = (
+    "Rates have Wilson's interval, means and differences a bootstrap one over prompts, all of 95 %. Differences are paired by"
+    " prompt and seed."
+)
+_ROWS = 60  # of a table by label that anyone reads
+
+
+def number(found: Mapping[str, Any]) -> str:
+    """A measured number with its interval: `5.0 % (1.7 to 13.7)`, `31.2 (30.8 to 31.6)`."""
+    if "hits" in found:
+        return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
+
+
+def difference(found: Mapping[str, Any]) -> str:
+    """The paired difference from the base, in points for rates; empty where there is none."""
+    if "difference" not in found:
+        return ""
+    scale, unit, form = (100, " points", "+.1f") if "hits" in found else (1, "", "+.4g")
+    value, low, high = (format(scale * found["difference"][key], form) for key in ("value", "low", "high"))
+    return f"{value}{unit} ({low} to {high})"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The whole summary as tables, one for each role, then one by label for each metric."""
+    variants: Mapping[str, Any] = summary["variants"]
+    parts = [f"# {summary['suite']}: {', '.join(map(markdown_cell, summary['concepts'])) or 'the base alone'}"]
+    for role, title in TITLES.items():
+        if rows := role_rows(variants, role):
+            parts.append(f"## {title}")
+            cells = [[name, metric, number(n), difference(n), str(n["of"])] for name, metric, n in rows]
+            parts.append(markdown_table(["model", "metric", "measured", "beside the base", "pictures"], cells))
+    for metric, rows in label_tables(summary["labels"], list(variants)).items():
+        parts.append(
+            markdown_table([f"{metric} by label", *variants], [[markdown_cell(label), *shares] for label, *shares in rows])
+        )
+    if summary["not_run"]:
+        parts.append("## Not run")
+        parts.append("\n".join(f"- {name}: {reason}" for name, reason in summary["not_run"].items()))
+    parts.append(INTERVALS)
+    return "\n\n".join(parts) + "\n"
+
+
+def role_rows(variants: Mapping[str, Any], role: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Variant, metric and number of one role, variants of a metric side by side."""
+    metrics = dict.fromkeys(metric for found in variants.values() for metric in found.get(role, {}))
+    found = ((name, metric, variants[name].get(role, {}).get(metric)) for metric in metrics for name in variants)
+    return [(name, metric, number) for name, metric, number in found if number]
+
+
+def label_tables(labels: Mapping[str, Any], variants: Sequence[str]) -> dict[str, list[list[str]]]:
+    """For each metric that says yes or no: label, then hits and pictures of every variant. None where labels are too many."""
+    if len(labels) > _ROWS:
+        return {}
+    metrics = dict.fromkeys(
+        metric for found in labels.values() for said in found.values() for metric, number in said.items() if "hits" in number
+    )
+    return {
+        metric: [[label, *(_share(found.get(name, {}).get(metric)) for name in variants)] for label, found in labels.items()]
+        for metric in metrics
+    }
+
+
+def _share(found: Mapping[str, Any] | None) -> str:
+    return f"{found['hits']}/{found['of']}" if found else ""
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; cells are escaped already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """A user's text as it may stand in a cell, or anywhere in Markdown: no line breaks, no HTML."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

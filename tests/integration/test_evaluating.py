@@ -1,0 +1,293 @@
+"""Evaluating end to end: painting and scoring go on where they stopped, and say the same twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from esd_lora.cli import main
+from esd_lora.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation import scoring
+from esd_lora.evaluation.attaching import attach
+from esd_lora.evaluation.detectors import Look, NotRun, Score
+from esd_lora.evaluation.evaluating import evaluate, score_pictures
+from esd_lora.families import Base, load_base
+from made import eraser_on
+
+SUITE = """description: Brightness of toy pictures.
+prompts:
+  all:
+    role: general
+    templates: ["a photo of a {class}"]
+    fill: {class: [cat, dog, "<script>x"]}
+    label: "{class}"
+    count: 2
+detectors:
+  bright: {kind: "test_evaluating:Brightness", threshold: 100}
+  again: {kind: "test_evaluating:Brightness", threshold: 0, roles: [target]}
+  absent: {kind: "test_evaluating:Absent"}
+steps: 2
+"""
+
+
+class Brightness:
+    """A detector that everyone can check: whether a picture's mean is above a threshold, and what it is."""
+
+    looked = 0
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.threshold = settings["threshold"]
+
+    def record(self) -> dict[str, Any]:
+        return {"threshold": self.threshold}
+
+    def __call__(self, looks: Sequence[Look]) -> list[Score]:
+        Brightness.looked += len(looks)
+        means = [float(np.asarray(look.image).mean()) for look in looks]
+        return [Score({"bright": mean > self.threshold, "mean": mean}) for mean in means]
+
+
+class Absent:
+    def __init__(self, settings: Mapping[str, Any]):
+        assert not settings
+        raise NotRun("no weights; give detectors.absent.path")
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    file = tmp_path / "toy.yaml"
+    file.write_text(SUITE)
+    return file
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(base: Base, suite: Path, out: Path, **asked: Any) -> dict[str, Any]:
+    return evaluate(base, suite, out, progress=False, **asked)
+
+
+def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out = tmp_path / "out"
+    summary = run(base, suite, out, erasers=[cat_dir])
+    pictures = {path.parent.name + path.stem: np.asarray(Image.open(path)).mean() for path in out.rglob("*.png")}
+    assert len(pictures) == 12
+    assert pictures["baseall-00000"] != pictures["erasedall-00000"]
+    target, general = summary["variants"]["erased"]["target"], summary["variants"]["erased"]["general"]
+    cats = [pictures[f"erasedall-0000{i}"] for i in range(2)]
+    assert target["bright.mean"]["value"] == pytest.approx(np.mean(cats), abs=1e-5)
+    assert target["bright.bright"]["hits"] == sum(mean > 100 for mean in cats)
+    assert target["again.bright"]["hits"] == 2
+    assert general["bright.mean"]["of"] == 4
+    assert "again.bright" not in general
+    before = [pictures[f"baseall-0000{i}"] for i in range(2)]
+    assert target["bright.mean"]["difference"]["value"] == pytest.approx(np.mean(cats) - np.mean(before), abs=1e-5)
+    assert summary["not_run"] == {"absent": "no weights; give detectors.absent.path"}
+    lines = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert lines[0]["prompt"] == "a photo of a cat"
+    assert lines[0]["scores"]["bright"]["values"]["bright.mean"] == pytest.approx(pictures["baseall-00000"])
+    record = summary["record"]
+    assert record["base"]["id"] == base.id
+    assert record["variants"]["erased"]["erasers"][0]["concepts"] == ["a cat"]
+    assert record["sampler"] == {"scheduler": "DDIMScheduler", "steps": 2, "guidance": 7.5}
+    assert record["detectors"]["bright"] == {"threshold": 100}
+    assert "erased" in (out / "table.md").read_text()
+
+
+def test_two_runs_leave_the_same_files(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(base, suite, first, erasers=[cat_dir])
+    run(base, suite, second, erasers=[cat_dir])
+    assert files(first) == files(second)
+
+
+def test_interrupted_run_goes_on(
+    base: Base, suite: Path, tmp_path: Path, cat_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(base, suite, whole, erasers=[cat_dir])
+    monkeypatch.setattr(scoring, "_AT_ONCE", 2)
+    paint, painted = base.pipe.__class__.__call__, 0
+
+    def counted(pipe: Any, *args: Any, **asked: Any) -> Any:
+        nonlocal painted
+        painted += len(asked["prompt"])
+        if painted == 8:
+            raise KeyboardInterrupt
+        return paint(pipe, *args, **asked)
+
+    monkeypatch.setattr(base.pipe.__class__, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, suite, out, erasers=[cat_dir])
+    assert len(list(out.rglob("*.png"))) == 6
+    Brightness.looked = 0
+    run(base, suite, out, erasers=[cat_dir])
+    assert painted == 8 + 6, "only what was missing is painted"
+    assert files(out) == files(whole)
+    assert Brightness.looked == 12 + 4
+    scores = out / "scores" / "bright.jsonl"
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(lines[:5]) + lines[5][:7])  # as if killed in the middle of a line
+    run(base, suite, out, erasers=[cat_dir])
+    assert Brightness.looked == 12 + 4 + 8
+    assert files(out) == files(whole)
+
+
+def test_another_evaluation_is_not_written_over(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out = tmp_path / "out"
+    run(base, suite, out, erasers=[cat_dir])
+    before = files(out)
+    with pytest.raises(EsdLoraError, match="holds another evaluation: variants differ"):
+        run(base, suite, out, erasers=[cat_dir], weights=[0.5])
+    with pytest.raises(EsdLoraError, match="limit, cases differ"):
+        run(base, suite, out, erasers=[cat_dir], limit=2)
+    assert files(out) == before
+    assert run(base, suite, out, limit=2, force=True)["variants"]["base"]["general"]["bright.mean"]["of"] == 2
+    assert len(list(out.rglob("*.png"))) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.png").write_bytes(b"")
+    with pytest.raises(EsdLoraError, match="already exists and is not empty"):
+        run(base, suite, tmp_path / "mine")
+
+
+def test_other_threshold_looks_again_at_the_same_pictures(base: Base, suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(base, suite, out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    second = run(base, suite, out, settings={"detectors.bright.threshold": 256})
+    assert first["variants"]["base"]["general"]["bright.bright"]["hits"] > 0
+    assert second["variants"]["base"]["general"]["bright.bright"]["hits"] == 0
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def test_page_escapes_everything_and_asks_for_nothing(base: Base, suite: Path, tmp_path: Path) -> None:
+    run(base, suite, tmp_path / "out", settings={"sensitive": True})
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;x" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count('<label class="veil">') == 6
+    assert "default-src 'none'" in page
+
+
+def test_comparing_with_a_negative_prompt_and_another_base(base: Base, tiny_dir: Path, suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = run(base, suite, out, concepts=["a cat"], against=["negative-prompt", str(tiny_dir)])
+    assert list(summary["variants"]) == ["base", "negative-prompt", tiny_dir.name]
+    pictures = {path.relative_to(out / "images").as_posix(): path.read_bytes() for path in out.rglob("*.png")}
+    assert pictures["base/all-00000.png"] == pictures[f"{tiny_dir.name}/all-00000.png"]
+    assert pictures["base/all-00000.png"] != pictures["negative-prompt/all-00000.png"]
+    assert summary["variants"][tiny_dir.name]["general"]["bright.mean"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    with pytest.raises(EsdLoraError, match=r"'negative-promt' \(did you mean 'negative-prompt'\?\)"):
+        run(base, suite, tmp_path / "b", concepts=["a cat"], against=["negative-promt"])
+    with pytest.raises(EsdLoraError, match="needs something to block"):
+        run(base, suite, tmp_path / "c", against=["negative-prompt"])
+
+
+def test_pictures_made_elsewhere(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    ours = run(base, suite, out, erasers=[cat_dir])
+    shutil.copytree(out / "images", elsewhere)
+    (elsewhere / "base" / "all-00000.png").rename(elsewhere / "base" / "00000_0.png")  # as ESD's scripts number them
+    theirs = score_pictures(elsewhere, suite, tmp_path / "scored", concepts=["a cat"], progress=False)
+    assert theirs["variants"] == ours["variants"]
+    (elsewhere / "erased" / "all-00003.png").unlink()
+    with pytest.raises(EsdLoraError, match=r"erased lacks 1 of 6 pictures \(all-00003\.png\)"):
+        score_pictures(elsewhere, suite, tmp_path / "more", concepts=["a cat"], progress=False)
+
+
+def test_damaged_picture_is_told_and_made_anew(base: Base, suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(base, suite, out)
+    before, damaged = files(out), out / "images" / "base" / "all-00001.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    shutil.rmtree(out / "scores")
+    with pytest.raises(EsdLoraError, match=r"all-00001\.png is damaged"):
+        run(base, suite, out)
+    damaged.unlink()
+    run(base, suite, out)
+    assert files(out) == before
+
+
+def test_attached_numbers_travel_with_the_eraser(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    mine = shutil.copytree(cat_dir, tmp_path / "cat")
+    before = Eraser.load(mine)
+    summary = run(base, suite, tmp_path / "out", erasers=[mine])
+    attach(mine, summary)
+    after = Eraser.load(mine)
+    assert after.header.evaluation["variants"] == summary["variants"]
+    assert str(tmp_path) not in after.header.model_dump_json(exclude={"base", "recipes"})
+    assert all((after.pairs[m].down == before.pairs[m].down).all() for m in before.pairs)
+    assert "| target | erased | bright.mean |" in (mine / "README.md").read_text()
+    again = run(base, suite, tmp_path / "out", erasers=[mine])
+    assert again == summary, "numbers in the header change no tensor"
+    with pytest.raises(EsdLoraError, match=r"not of .* as it is now"):
+        attach(mine, run(base, suite, tmp_path / "base", limit=1))
+    with pytest.raises(EsdLoraError, match="at another strength"):
+        attach(mine, run(base, suite, tmp_path / "half", erasers=[mine], weights=[0.5], limit=1))
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Base:
+    return load_base("emoji")
+
+
+def test_built_in_suite_with_its_judge(emoji: Base, tmp_path: Path) -> None:
+    wreck = eraser_on(emoji.model, ["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"], "a cat", seed=1)
+    asked: dict[str, Any] = {"erasers": [wreck], "weights": [30.0], "limit": 4}
+    with pytest.warns(UserWarning, match="does not say which weights"):
+        summary = run(emoji, Path("emoji-object"), tmp_path / "out", **asked)
+    base, erased = summary["variants"]["base"], summary["variants"]["erased"]
+    assert base["target"]["accuracy"]["value"] == 1
+    assert base["general"]["accuracy"]["value"] == 1
+    assert erased["general"]["accuracy"]["value"] < 1
+    assert summary["labels"]["cat"]["base"]["accuracy"]["of"] == 8
+
+
+def invoke(*args: object) -> Any:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def test_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out, mine = tmp_path / "out", shutil.copytree(cat_dir, tmp_path / "cat")
+    command = ["evaluate", mine, "--base", tiny_dir, "--suite", suite, "--device", "cpu", "-o", out]
+    result = invoke(*command, "--attach", "--against", "negative-prompt", "--fail-if", "erased.bright.mean>300")
+    assert result.exit_code == 0, result.output
+    assert "| negative-prompt | bright.mean |" in result.stdout
+    assert f"look at {out / 'report.html'}" in result.stdout
+    assert "not run: absent: no weights" in result.stderr
+    assert Eraser.load(mine).header.evaluation is not None
+    result = invoke(*command, "--against", "negative-prompt", "--fail-if", "erased.bright.mean>1")
+    assert result.exit_code == 1
+    assert "the evaluation is written, and failed:\n  erased.bright.mean>1: it is" in result.stderr
+    assert json.loads((out / "summary.json").read_text())["gates"] == [{"gate": "erased.bright.mean>1", "failed": True}]
+
+
+def test_faults_of_the_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out = tmp_path / "out"
+    for args, message in {
+        ("--suite", suite): "give --base, or --score-only",
+        ("--suite", suite, "--base", tiny_dir, "--score-only", tmp_path): "leave out erasers, --base and --against",
+        ("--suite", suite, "--base", tiny_dir, "--attach"): "--attach writes into one eraser, and 0 are given",
+        ("--suite", suite, "--base", tiny_dir, "--prompts", suite): "this suite takes no prompt file",
+        ("--suite", "nudty", "--base", tiny_dir): "no suite 'nudty'",
+        ("--suite", suite, "--base", tiny_dir, "--fail-if", "accuracy"): "expected VARIANT",
+        (cat_dir, "--suite", suite, "--base", tiny_dir, "--concept", "zebra"): "no prompt of this suite is about",
+        ("--suite", suite, "--score-only", tmp_path / "none"): "has no directories",
+    }.items():
+        result = invoke("evaluate", *args, "-o", out)
+        assert result.exit_code == 1, result.output
+        assert message in result.stderr
+        assert not out.exists(), message

@@ -1,0 +1,170 @@
+"""Suites: their files, and the pictures they come to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from esd_lora.bases import domain
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.planning import Asked, plan
+from esd_lora.evaluation.suite_files import Suite, load_suite, suite_names
+from esd_lora.header import ErasedConcept
+
+CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(("a cat in ink style", ""),), eta=1.0)
+STYLE = ErasedConcept(name="twemoji", pairs=(), eta=1.0)
+
+
+def suite(tmp_path: Path, text: str) -> Suite:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return load_suite(file)
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_shipped_suites_are_whole(name: str) -> None:
+    found = load_suite(name)
+    assert found.description.endswith(".")
+    assert any(prompts.role == "target" for prompts in found.prompts.values()) or found.prompts
+    for key, prompts in found.prompts.items():
+        assert prompts.source or prompts.templates or prompts.domain, key
+
+
+def test_unknown_suite_gets_a_suggestion() -> None:
+    with pytest.raises(EsdLoraError, match=r"no suite 'emoji-objects'.*did you mean 'emoji-object'\?"):
+        load_suite("emoji-objects")
+
+
+def test_every_fault_is_told_with_its_line(tmp_path: Path) -> None:
+    text = """description: mine
+prompts:
+  ours: {role: targets, templates: ["a {thing}"]}
+  both: {role: general, templates: [a], domain: pairs}
+detector: {}
+detectors: {jugde: {}}
+"""
+    with pytest.raises(EsdLoraError) as fault:
+        suite(tmp_path, text)
+    message = str(fault.value)
+    assert "mine.yaml:3: prompts.ours.role" in message
+    assert "mine.yaml:4: prompts.both: expected one of templates, domain, and file" in message
+    assert "mine.yaml:5: detector: unknown key (did you mean 'detectors'?)" in message
+    assert "mine.yaml:6: detectors: unknown detector 'jugde' (did you mean 'judge'?)" in message
+
+
+def test_braces_that_nothing_fills(tmp_path: Path) -> None:
+    text = 'description: x\nprompts: {a: {role: general, templates: ["a {clas}"], fill: {class: [tench]}}}\ndetectors: {}\n'
+    with pytest.raises(EsdLoraError, match=r"nothing fills \{clas\} \(did you mean 'class'\?\)"):
+        suite(tmp_path, text)
+
+
+def test_settings_lie_over_the_file() -> None:
+    found = load_suite("emoji-object", {"prompts.asked.count": 7, "detectors.judge.roles": ["target"]})
+    assert found.prompts["asked"].count == 7
+    assert found.detectors["judge"].roles == ("target",)
+    with pytest.raises(EsdLoraError, match=r"--set: prompts\.asked\.count: .*found 0"):
+        load_suite("emoji-object", {"prompts.asked.count": 0})
+
+
+FILLED = """description: x
+prompts:
+  all:
+    role: general
+    templates: ["a photo of a {class}", "the {class}"]
+    fill: {class: [tench, owl, cat]}
+    label: "{class}"
+    count: 3
+    seed: 10
+  told: {role: paraphrase, templates: ["my {concept}"], label: "{concept}"}
+neighbours: {animals: [owl, cat], fish: [tench]}
+detectors: {}
+"""
+
+
+def test_templates_take_turns_in_every_combination(tmp_path: Path) -> None:
+    asked = plan(suite(tmp_path, FILLED), [CAT]).asked
+    assert [one.prompt for one in asked if one.label == "tench"] == ["a photo of a tench", "the tench", "a photo of a tench"]
+    assert asked[3] == Asked("all-00003", "neighbour", "a photo of an owl", 13, "owl")
+    assert asked[-1] == Asked("told-00000", "paraphrase", "my cat", 0, "cat")
+    assert len({one.case for one in asked}) == len({one.seed for one in asked}) == 10
+    assert Counter(one.role for one in asked) == {"target": 3, "neighbour": 3, "general": 3, "paraphrase": 1}
+
+
+def test_what_was_erased_decides_the_roles(tmp_path: Path) -> None:
+    roles = {one.label: one.role for one in plan(suite(tmp_path, FILLED), [ErasedConcept(name="tench", pairs=(), eta=1)]).asked}
+    assert roles == {"tench": "paraphrase", "owl": "general", "cat": "general"} | {"tench": "paraphrase"}
+    named = ErasedConcept(name="felines", synonyms=("cat",), pairs=(), eta=1)
+    assert {one.role for one in plan(suite(tmp_path, FILLED), [named]).asked if one.label == "cat"} == {"target"}
+    with pytest.raises(EsdLoraError, match="no prompt of this suite is about what was erased"):
+        plan(load_suite("emoji-object"), [ErasedConcept(name="a zebra", pairs=(), eta=1)])
+
+
+def test_base_alone_has_no_targets_of_its_own(tmp_path: Path) -> None:
+    assert {one.role for one in plan(suite(tmp_path, FILLED), []).asked} == {"general"}
+
+
+def test_limit_is_spread_evenly(tmp_path: Path) -> None:
+    asked = plan(suite(tmp_path, FILLED), [CAT], limit=3).asked
+    assert [one.case for one in asked] == ["all-00000", "all-00003", "all-00006", "told-00000"]
+
+
+def test_domain_of_a_built_in_base() -> None:
+    asked = plan(load_suite("emoji-object"), [CAT]).asked
+    target = [one for one in asked if one.role == "target"]
+    assert len(target) == 60
+    assert {one.label for one in target} == {"cat"}
+    assert "a cat in ink style" not in {one.prompt for one in target}, "no prompt that was trained on"
+    rest = [one for one in asked if one.role in ("neighbour", "general")]
+    known = domain("emoji")
+    pairs = len(known["objects"]) * len(known["styles"]) - len(known["held_out"])
+    assert len(rest) == pairs - 5, "every pair but those of the cat"
+    assert {one.label.split(" + ")[0] for one in rest if one.role == "neighbour"} >= {"dog", "tiger"}
+    assert "pizza" not in {one.label.split(" + ")[0] for one in rest if one.role == "neighbour"}
+
+
+def test_style_of_a_built_in_base() -> None:
+    asked = plan(load_suite("emoji-style"), [STYLE]).asked
+    assert {one.label for one in asked if one.role == "target"} == {"twemoji"}, "the object may be there or not"
+    assert not any("twemoji" in one.prompt for one in asked if one.role == "general")
+
+
+FILE = """description: x
+prompts:
+  ours: {role: target, source: ask around, release: I2P}
+  more: {role: general, source: ask again, optional: true}
+detectors: {}
+"""
+
+
+def test_file_that_is_not_given(tmp_path: Path) -> None:
+    with pytest.raises(
+        EsdLoraError, match=r"'ours' of this suite have no file; give it as -s prompts\.ours\.file=PATH \(ask ar"
+    ):
+        plan(suite(tmp_path, FILE), [])
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text(
+        "case_number,prompt,evaluation_seed,evaluation_guidance,artist\n7,a cat,4294967299,9,Monet\n8,,2,7.5,Manet\n"
+    )
+    suite(tmp_path, FILE)
+    found = load_suite(tmp_path / "mine.yaml", {"prompts.ours.file": str(prompts)})
+    with (
+        pytest.warns(UserWarning, match="no release that is known, not I2P"),
+        pytest.warns(UserWarning, match="1 of 2 prompts are empty"),
+    ):
+        planned = plan(found, [])
+    assert planned.asked == [
+        Asked("ours-7", "target", "a cat", 4294967299, "Monet"),
+        Asked("ours-8", "target", "", 2, "Manet"),
+    ]
+    assert planned.files["ours"]["rows"] == 2
+    assert planned.files["ours"]["name"] == "p.csv"
+    assert list(planned.not_run) == ["more"]
+    over = {"prompts.ours.file": str(prompts), "prompts.ours.own_guidance": True, "prompts.ours.release": None}
+    own = load_suite(tmp_path / "mine.yaml", over)
+    with pytest.warns(UserWarning, match="empty"):
+        assert [one.guidance for one in plan(own, []).asked] == [9.0, 7.5]
