@@ -48,11 +48,34 @@ def markdown(summary: Mapping[str, Any]) -> str:
         parts.append(
             markdown_table([f"{metric} by label", *variants], [[markdown_cell(label), *shares] for label, *shares in rows])
         )
+    if summary["stack"]:
+        parts += _stack(summary["stack"])
+    for name, found in summary["distances"].items():
+        metric = summary["record"]["detectors"][name]
+        parts.append(f"## {metric['metric']}, beside {metric['beside']}")
+        parts.append(
+            markdown_table(["model", name, "pictures"], [[v, f"{n['value']:g}", str(n["of"])] for v, n in found.items()])
+        )
     if summary["not_run"]:
         parts.append("## Not run")
         parts.append("\n".join(f"- {name}: {reason}" for name, reason in summary["not_run"].items()))
     parts.append(INTERVALS)
     return "\n\n".join(parts) + "\n"
+
+
+def _stack(found: Mapping[str, Any]) -> list[str]:
+    """Members alone and together, and what is kept by their number."""
+    metric = found["metric"]
+    rows = [
+        [markdown_cell(m["name"]), *(number(m[key]) if m[key] else "" for key in ("base", "alone", "together"))]
+        for m in found["members"]
+    ]
+    kept = [[str(count), number(n) if n else ""] for count, n in enumerate(found["kept"])]
+    return [
+        "## Alone and in company",
+        markdown_table([f"{metric} on targets of", "base", "alone", "all together"], rows),
+        markdown_table(["erasers", f"{metric} on neighbours and the rest"], kept),
+    ]
 
 
 def role_rows(variants: Mapping[str, Any], role: str) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -21,6 +21,7 @@ from esd_lora.shell import ERASER, Weighted, base_option, device_options, force_
     "-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override the suite: detectors.clip.path=DIR."
 )
 @click.option("--against", metavar="LIST", help="Compare with negative-prompt, sld, safety-checker, ... or another base.")
+@click.option("--stack", is_flag=True, help="Measure each eraser alone, too, and what is kept as their number grows.")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What counts as erased; default: the headers say.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most pictures of each prompt set, evenly spaced among all.")
 @click.option("--score-only", "pictures", metavar="DIR", help="Measure pictures made elsewhere: DIR/MODEL/CASE.png.")
@@ -37,6 +38,7 @@ def evaluate(
     prompts: str | None,
     settings: tuple[str, ...],
     against: str | None,
+    stack: bool,
     concepts: tuple[str, ...],
     limit: int | None,
     pictures: str | None,
@@ -77,7 +79,7 @@ def evaluate(
         load_suite(suite, over)  # before gigabytes of weights come
         model = load_base(base, device=device, dtype=dtype, config=base_config)
         others = [kind.strip() for kind in against.split(",")] if against else []
-        summary = run(model, suite, out, erasers=paths, weights=weights, against=others, **asked)
+        summary = run(model, suite, out, erasers=paths, weights=weights, against=others, stack=stack, **asked)
     if attach:
         from esd_lora.evaluation.attaching import attach as write
 

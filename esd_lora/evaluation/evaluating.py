@@ -18,9 +18,11 @@ from typing import Any
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
 from esd_lora.evaluation.planning import Asked, Plan, plan
 from esd_lora.evaluation.scoring import Scores, paint_missing, picture, score_missing
+from esd_lora.evaluation.stacks import company, heat_map, member_variants
 from esd_lora.evaluation.suite_files import Suite, load_suite
 from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
 from esd_lora.evaluation.variants import bare, base_record, blocked, erased, variant_name
@@ -31,7 +33,7 @@ from esd_lora.outputs import clear_output, hash_file, write_whole
 from esd_lora.stacking import Strength, strengths_of
 from esd_lora.tables import markdown
 
-_FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "report.html")
+_FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 
 
 def evaluate(
@@ -43,6 +45,7 @@ def evaluate(
     weights: Sequence[float | Strength] | None = None,
     concepts: Sequence[str] = (),
     against: Sequence[str] = (),
+    stack: bool = False,
     limit: int | None = None,
     settings: Mapping[str, Any] | None = None,
     fail_if: Sequence[str] = (),
@@ -59,6 +62,7 @@ def evaluate(
         weights: Strength of each, 1 by default.
         concepts: What counts as erased; what the erasers' headers say unless given.
         against: Other ways to keep the concepts out, from `variants.BLOCKING`, or another base by path or id.
+        stack: Whether to measure every eraser alone, too, and their number growing: see `stacks.company`.
         limit: Most pictures of each prompt set of the suite.
         settings: Dotted keys over the suite's file: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
         fail_if: Gates as `summarising.read_gate` takes them.
@@ -78,13 +82,16 @@ def evaluate(
     loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed = _concepts(loaded, concepts)
     planned = plan(suite, removed, limit)
-    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against)]
-    gates = [read_gate(text, names) for text in fail_if]
+    if stack and len(loaded) < 2:
+        raise EsdLoraError(f"a stack has two erasers or more, and {len(loaded)} are given.")
+    gates = [read_gate(text, ["base", *["erased"] * bool(loaded), *map(variant_name, against)]) for text in fail_if]
     base = base if isinstance(base, Base) else load_base(base)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
     variants = [bare(base, *sampler)]
     if loaded:
         variants.append(erased(base, loaded, strengths_of(loaded, weights), *sampler))
+    if stack:
+        variants += member_variants(base, loaded, strengths_of(loaded, weights), *sampler)
     variants += [blocked(name, base, removed, *sampler) for name in against]
     record = _record(suite_name, suite, planned, [concept.name for concept in removed], limit)
     record |= {
@@ -96,8 +103,8 @@ def evaluate(
     }
     _begin(out, record, planned.asked, force)
     paint_missing(out, variants, planned.asked, progress=progress)
-    pictures = {name: {one.case: picture(out, name, one.case) for one in planned.asked} for name in names}
-    return _finish(out, suite, planned, record, pictures, gates, progress)
+    pictures = {v.name: {one.case: picture(out, v.name, one.case) for one in planned.asked} for v in variants}
+    return _finish(out, suite, planned, record, pictures, gates, progress, loaded if stack else ())
 
 
 def score_pictures(
@@ -177,7 +184,7 @@ def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedCon
 
 def _record(name: str, suite: Suite, planned: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
     """What the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
-    said = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True})
+    said = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
     return {
         "suite": name,
         "settings": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16],
@@ -209,7 +216,7 @@ def _begin(out: Path, record: Mapping[str, Any], asked: Sequence[Asked], force: 
             )
     else:
         clear_output(out, force, _FILES)
-        for folder in ("images", "scores"):
+        for folder in ("images", "scores", "features"):
             shutil.rmtree(out / folder, ignore_errors=True)
         write_whole(file, _json(plain))
     write_whole(out / "cases.jsonl", _lines(asked))
@@ -223,17 +230,21 @@ def _finish(
     pictures: Mapping[str, Mapping[str, Path]],
     gates: Sequence[Gate],
     progress: bool,
+    members: Sequence[Eraser] = (),
 ) -> dict[str, Any]:
     """Scores, counts and writes everything; then fails where a gate does."""
     asked, variants = planned.asked, list(pictures)
     scores, detectors, not_run = score_missing(out, suite, asked, pictures, progress=progress)
-    record = record | {"detectors": detectors}
+    apart, features, unmeasured = distances(out, suite, asked, pictures, progress=progress)
+    record = record | {"detectors": {**detectors, **features}}
     summary: dict[str, Any] = {
         "suite": record["suite"],
         "concepts": record["concepts"],
         "variants": summarise(asked, scores, variants),
         "labels": by_label(asked, scores, variants),
-        "not_run": {**planned.not_run, **not_run},
+        "stack": company(asked, scores, members) if members else {},
+        "distances": apart,
+        "not_run": {**planned.not_run, **not_run, **unmeasured},
         "record": record,
     }
     reasons = [reason for gate in gates if (reason := failed(gate, summary["variants"]))]
@@ -241,6 +252,8 @@ def _finish(
     write_whole(out / "evaluation.json", _json(record))
     write_whole(out / "summary.json", _json(summary))
     write_whole(out / "images.jsonl", _images(out, asked, scores, pictures))
+    if summary["stack"]:
+        write_whole(out / "stack.png", heat_map(summary["stack"]))
     write_whole(out / "table.md", markdown(summary).encode())
     write_whole(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
     if reasons:

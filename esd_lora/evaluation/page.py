@@ -16,6 +16,7 @@ from jinja2 import Environment
 
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.scoring import Scores, open_picture
+from esd_lora.evaluation.stacks import heat_map
 from esd_lora.evaluation.suite_files import ROLES, Suite
 from esd_lora.tables import TITLES, difference, label_tables, number, role_rows
 
@@ -69,10 +70,20 @@ def page(
             cards=_cards(variants),
             sections=sections,
             columns=list(pictures),
+            stack=_stack(summary["stack"]),
             labels=label_tables(summary["labels"], list(variants)),
             record=json.dumps(summary["record"], indent=1, ensure_ascii=False),
         )
     )
+
+
+def _stack(found: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of members alone and together."""
+    if not found:
+        return {}
+    rows = [[m["name"], *(number(m[key]) if m[key] else "" for key in ("base", "alone", "together"))] for m in found["members"]]
+    kept = [number for number in found["kept"] if number]
+    return {"members": rows, "kept": kept, "picture": base64.b64encode(heat_map(found)).decode()}
 
 
 def _cards(variants: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -31,6 +31,8 @@ class Asked(NamedTuple):
     seed: int
     label: str | None = None
     """What it should show, or of a target, what it should no longer show."""
+    rest: str | None = None
+    """What a target should show still: the object in an erased style."""
     guidance: float | None = None
     """The suite's unless given."""
 
@@ -100,7 +102,7 @@ def _filled(name: str, prompts: PromptSet, concepts: Sequence[ErasedConcept]) ->
 
 def _article(prompt: str) -> str:
     """ "a owl" is "an owl": templates do not know what fills them."""
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", prompt)
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIO])", r"\1n ", prompt)
 
 
 def _domain(name: str, prompts: PromptSet, suite: Suite, concepts: Sequence[ErasedConcept]) -> Iterator[Asked]:
@@ -137,7 +139,7 @@ def _filed(name: str, prompts: PromptSet, found: PromptFile) -> list[Asked]:
             case.prompt,
             case.seed,
             case.label if prompts.label is None else prompts.label.format(**case.columns),
-            case.guidance if prompts.own_guidance else None,
+            guidance=case.guidance if prompts.own_guidance else None,
         )
         for i, case in enumerate(found.cases)
     ]
@@ -155,9 +157,12 @@ def _cast(one: Asked, suite: Suite, concepts: Sequence[ErasedConcept]) -> Asked:
     """The role and label of a picture, given what was erased."""
     parts = (one.label or one.prompt).split(AND)
     erased = [part for part in parts if any(concept.named_in(part) for concept in concepts)]
-    if erased:  # what was not erased of a target may be there or not
+    if erased:
         role: Role = one.role if one.role == "paraphrase" else "target"
-        return one._replace(role=role, label=AND.join(erased) if one.label else None)
+        if one.label:
+            rest = AND.join(part for part in parts if part not in erased)
+            one = one._replace(label=AND.join(erased), rest=rest or None)
+        return one._replace(role=role)
     beside = [group for group in suite.neighbours.values() if any(c.named_in(word) for word in group for c in concepts)]
     near = one.role == "general" and any(part in group for part in parts for group in beside)
     return one._replace(role="neighbour") if near else one

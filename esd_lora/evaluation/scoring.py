@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun, Score
+from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun, Score, made
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
@@ -80,7 +80,7 @@ def score_missing(
     for name, spec in suite.detectors.items():
         chosen = [(variant, one) for variant in pictures for one in asked if one.role in spec.roles]
         try:
-            detector = DETECTORS.get(spec.kind or name)(spec.model_extra or {})
+            detector = made(DETECTORS, spec.kind or name, spec.model_extra or {})
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
@@ -131,7 +131,7 @@ def open_picture(file: Path) -> Image.Image:
 
 def _look(pictures: Mapping[str, Mapping[str, Path]], variant: str, one: Asked) -> Look:
     before = open_picture(pictures["base"][one.case]) if variant != "base" and "base" in pictures else None
-    return Look(open_picture(pictures[variant][one.case]), one.prompt, one.label, before)
+    return Look(open_picture(pictures[variant][one.case]), one.prompt, one.label, one.rest, before)
 
 
 def _resume(file: Path, record: Mapping[str, Any]) -> dict[tuple[str, str], Score]:

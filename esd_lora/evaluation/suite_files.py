@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.evaluation.detectors import DETECTORS
+from esd_lora.evaluation.detectors import DETECTORS, FEATURES
 from esd_lora.yaml_files import checked, read_yaml
 
 Role = Literal["target", "paraphrase", "neighbour", "general"]
@@ -76,6 +76,14 @@ class DetectorSpec(BaseModel):
     roles: tuple[Role, ...] = ROLES
 
 
+class DistanceSpec(DetectorSpec):
+    """What all pictures of a role together are measured by: see `distances`."""
+
+    roles: tuple[Role, ...] = ("general",)
+    reference: str | None = None
+    """Folder of photos to measure from; the base's pictures unless given."""
+
+
 class Suite(_Frozen):
     """One evaluation."""
 
@@ -84,6 +92,7 @@ class Suite(_Frozen):
     """The built-in base that it is about, if about one alone."""
     prompts: dict[str, PromptSet]
     detectors: dict[str, DetectorSpec]
+    distances: dict[str, DistanceSpec] = {}
     neighbours: dict[str, tuple[str, ...]] = {}
     """Groups of labels; those beside an erased one are its neighbours."""
     sensitive: bool = False
@@ -93,15 +102,16 @@ class Suite(_Frozen):
     guidance: float | None = Field(default=None, ge=0)
     """The base's habit unless given, or as a prompt file says."""
 
-    @field_validator("detectors")
+    @field_validator("detectors", "distances")
     @classmethod
-    def _known(cls, detectors: dict[str, DetectorSpec]) -> dict[str, DetectorSpec]:
-        for name, spec in detectors.items():
+    def _known(cls, specs: dict[str, DetectorSpec], info: ValidationInfo) -> dict[str, DetectorSpec]:
+        known = DETECTORS if info.field_name == "detectors" else FEATURES
+        for name, spec in specs.items():
             kind = spec.kind or name
-            if kind not in DETECTORS.entries and ":" not in kind:
-                known = ", ".join(DETECTORS.names())
-                raise ValueError(f"unknown detector {kind!r}{did_you_mean(kind, DETECTORS.names())}; known: {known}")
-        return detectors
+            if kind not in known.entries and ":" not in kind:
+                near = did_you_mean(kind, known.names())
+                raise ValueError(f"unknown {known.kind} {kind!r}{near}; known: {', '.join(known.names())}")
+        return specs
 
 
 _FOLDER = Path(__file__).parent / "suites"

@@ -25,15 +25,15 @@ def summarise(asked: Sequence[Asked], scores: Scores, variants: Sequence[str]) -
     out: dict[str, Any] = {}
     for variant in variants:
         for role in ROLES:
-            found = _columns(variant, [one for one in asked if one.role == role], scores)
+            found = columns(variant, [one for one in asked if one.role == role], scores)
             for metric, column in found.items():
-                number = _number(list(column.values()))
-                base = _columns("base", [one for one in asked if one.role == role], scores).get(metric, {})
+                measured = number(list(column.values()))
+                base = columns("base", [one for one in asked if one.role == role], scores).get(metric, {})
                 both = [case for case in column if case in base]
                 if variant != "base" and both:
                     after, before = [float(column[case]) for case in both], [float(base[case]) for case in both]
-                    number["difference"] = _rounded(paired_difference(after, before))
-                out.setdefault(variant, {}).setdefault(role, {})[metric] = number
+                    measured["difference"] = _rounded(paired_difference(after, before))
+                out.setdefault(variant, {}).setdefault(role, {})[metric] = measured
     return out
 
 
@@ -47,15 +47,15 @@ def by_label(asked: Sequence[Asked], scores: Scores, variants: Sequence[str]) ->
         return {}
     return {
         part: {
-            variant: {metric: _number(list(column.values())) for metric, column in _columns(variant, some, scores).items()}
+            variant: {metric: number(list(column.values())) for metric, column in columns(variant, some, scores).items()}
             for variant in variants
         }
         for part, some in parts.items()
     }
 
 
-def _columns(variant: str, some: Sequence[Asked], scores: Scores) -> dict[str, dict[str, bool | float]]:
-    """Metric to case to value."""
+def columns(variant: str, some: Sequence[Asked], scores: Scores) -> dict[str, dict[str, bool | float]]:
+    """What one variant was said to show on some prompts: metric to case to value."""
     out: dict[str, dict[str, bool | float]] = {}
     for one in some:
         for score in scores.get((variant, one.case), {}).values():
@@ -64,7 +64,8 @@ def _columns(variant: str, some: Sequence[Asked], scores: Scores) -> dict[str, d
     return out
 
 
-def _number(values: Sequence[bool | float]) -> dict[str, Any]:
+def number(values: Sequence[bool | float]) -> dict[str, Any]:
+    """A rate with hits, or a mean, with its interval and how many pictures it is of."""
     if all(isinstance(value, bool) for value in values):
         hits = sum(map(bool, values))
         return {**_rounded(wilson(hits, len(values))), "hits": hits, "of": len(values)}
@@ -120,8 +121,8 @@ def failed(gate: Gate, summary: Mapping[str, Any]) -> str | None:
     if metric not in metrics or (kind == "difference" and "difference" not in metrics[metric]):
         known = ", ".join(metrics) or "none"
         return f"{gate.text}: {variant} has no {metric} on {role} prompts{did_you_mean(metric, metrics)}; measured: {known}"
-    number = metrics[metric]
-    value = number["difference"]["value"] if kind == "difference" else number[kind]
+    found = metrics[metric]
+    value = found["difference"]["value"] if kind == "difference" else found[kind]
     if (value > gate.bound) if gate.above else (value < gate.bound):
-        return f"{gate.text}: it is {value:g} ({number['low']:g} to {number['high']:g}, {number['of']} pictures)"
+        return f"{gate.text}: it is {value:g} ({found['low']:g} to {found['high']:g}, {found['of']} pictures)"
     return None

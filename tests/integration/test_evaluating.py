@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Brightness:
 
     looked = 0
 
-    def __init__(self, settings: Mapping[str, Any]):
-        self.threshold = settings["threshold"]
+    def __init__(self, threshold: float):
+        self.threshold = threshold
 
     def record(self) -> dict[str, Any]:
         return {"threshold": self.threshold}
@@ -57,8 +57,7 @@ class Brightness:
 
 
 class Absent:
-    def __init__(self, settings: Mapping[str, Any]):
-        assert not settings
+    def __init__(self):
         raise NotRun("no weights; give detectors.absent.path")
 
 
@@ -169,6 +168,52 @@ def test_other_threshold_looks_again_at_the_same_pictures(base: Base, suite: Pat
     assert first["variants"]["base"]["general"]["bright.bright"]["hits"] > 0
     assert second["variants"]["base"]["general"]["bright.bright"]["hits"] == 0
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def test_settings_of_a_detector_are_checked(base: Base, suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(EsdLoraError, match=r"has no setting 'treshold' \(did you mean 'threshold'\?\)\. It takes: threshold\."):
+        run(base, suite, tmp_path / "out", settings={"detectors.bright.treshold": 1})
+
+
+def test_pictures_as_a_whole(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    out, over = tmp_path / "out", {"distances": {"efficientnet": {}, "fid": {}}}
+    summary = run(base, suite, out, erasers=[cat_dir], settings=over)
+    assert list(summary["distances"]["efficientnet"]) == ["erased"]
+    assert summary["distances"]["efficientnet"]["erased"]["value"] > 0
+    assert summary["distances"]["efficientnet"]["erased"]["of"] == 4
+    assert "set `path` to inception" in summary["not_run"]["fid"]
+    assert "Frechet distance on EfficientNet-Lite0 features" in (out / "report.html").read_text()
+    features = list((out / "features").iterdir())
+    assert len(features) == 2
+    over["distances"]["efficientnet"]["reference"] = str(out / "images" / "base")
+    beside = run(base, suite, out, erasers=[cat_dir], settings=over)["distances"]["efficientnet"]
+    assert beside["base"]["value"] < beside["erased"]["value"], "photos that are the base's pictures and two more"
+    over["distances"]["efficientnet"]["reference"] = str(tmp_path)
+    with pytest.raises(EsdLoraError, match="has 0 pictures"):
+        run(base, suite, out, erasers=[cat_dir], settings=over)
+
+
+def test_members_alone_and_in_company(base: Base, suite: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    out = tmp_path / "out"
+    over = {"prompts.all.fill.class": ["cat", "car", "dog"], "prompts.all.label": "{class}"}
+    summary = run(base, suite, out, erasers=[cat_dir, car_dir, cat_dir], stack=True, settings=over)
+    assert list(summary["variants"]) == ["base", "erased", "1-a-cat", "2-a-car", "3-a-cat", "first-2"]
+    found, labels = summary["stack"], summary["labels"]
+    assert found["metric"] == "bright.bright"
+    assert [member["name"] for member in found["members"]] == ["a cat", "a car", "a cat"]
+    assert found["members"][1]["alone"] == labels["car"]["2-a-car"]["bright.bright"]
+    assert found["members"][1]["together"] == labels["car"]["erased"]["bright.bright"]
+    assert found["matrix"][0][1] == labels["cat"]["2-a-car"]["bright.bright"]
+    assert [number["of"] for number in found["kept"]] == [2, 2, 2, 2]
+    assert found["kept"][2]["hits"] == summary["variants"]["first-2"]["general"]["bright.bright"]["hits"]
+    pictures = {path.relative_to(out / "images").as_posix(): path.read_bytes() for path in out.rglob("images/*/*.png")}
+    assert pictures["1-a-cat/all-00000.png"] == pictures["3-a-cat/all-00000.png"] != pictures["first-2/all-00000.png"]
+    with Image.open(out / "stack.png") as image:
+        assert image.width > image.height
+    assert "## Alone and in company" in (out / "table.md").read_text()
+    assert "<polyline" in (out / "report.html").read_text()
+    with pytest.raises(EsdLoraError, match="two erasers or more, and 1 are given"):
+        run(base, suite, tmp_path / "one", erasers=[cat_dir], stack=True)
 
 
 def test_page_escapes_everything_and_asks_for_nothing(base: Base, suite: Path, tmp_path: Path) -> None:

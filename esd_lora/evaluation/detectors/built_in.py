@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from esd_lora.outputs import hash_file
 class BuiltIn:
     """Says whether the judge names what the prompt asks for.
 
-    A label is an object, a style, or both ("cat + ink"); all of it must be right.
+    A label is an object, a style, or both ("cat + ink"); all of it must be right. `rest` is the same for what a target should
+    show besides what was erased.
 
     Args:
-        settings: `base`, the built-in base whose judge it is.
+        base: The built-in base whose judge it is.
+        device: Where to run it.
     """
 
-    def __init__(self, settings: Mapping[str, Any]):
-        self._base: str = settings.get("base", "emoji")
-        self._judge = Judge(self._base, settings.get("device", "cpu"))
+    def __init__(self, base: str = "emoji", device: str = "cpu"):
+        self._base, self._judge = base, Judge(base, device)
 
     def record(self) -> dict[str, Any]:
         weights = Path(bases.__file__).parent / self._base / "judge.safetensors"
@@ -32,8 +33,9 @@ class BuiltIn:
     def __call__(self, looks: Sequence[Look]) -> list[Score]:
         scores: list[Score] = []
         for look, verdict in zip(looks, self._judge([look.image for look in looks]), strict=True):
-            wanted = (look.label or "").split(" + ")
-            confidence = {verdict.object: verdict.object_confidence, verdict.style: verdict.style_confidence}
-            details = {"seen": f"{verdict.object}, {verdict.style}", "confidence": [round(sure, 4) for sure in verdict[2:]]}
-            scores.append(Score({"accuracy": all(name in confidence for name in wanted)}, details))
+            seen = {verdict.object, verdict.style}
+            wanted = {"accuracy": look.label, "rest": look.rest}
+            values = {metric: seen.issuperset(names.split(" + ")) for metric, names in wanted.items() if names}
+            sure = [round(confidence, 4) for confidence in verdict[2:]]
+            scores.append(Score(values, {"seen": f"{verdict.object}, {verdict.style}", "confidence": sure}))
         return scores

