@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import NotRun
 from esd_lora.families import choose_device, quiet_libraries
+from esd_lora.outputs import hash_folder
 from esd_lora.recipe import mentions
 
 _CHECKED_AT_ONCE = 32  # pictures; bounds memory, changes no result
@@ -58,6 +59,11 @@ class SafetyChecker:
         if found["missing_keys"]:  # which would be filled with noise
             raise NotRun(f"{folders['safety_checker']} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}, ...")
         self._checker.to(choose_device(device)).eval()
+        self._folder = folders["safety_checker"]
+
+    def record(self) -> dict[str, Any]:
+        """All that its verdicts depend on, beside the concepts in its weights."""
+        return {"safety_checker": hash_folder(self._folder)}
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[bool]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.detectors import NotRun
 from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
 from esd_lora.evaluation.planning import Asked, Plan, plan
@@ -92,7 +93,11 @@ def evaluate(
         variants.append(erased(base, loaded, strengths_of(loaded, weights), *sampler))
     if stack:
         variants += member_variants(base, loaded, strengths_of(loaded, weights), *sampler)
-    variants += [blocked(name, base, removed, *sampler) for name in against]
+    for kind in against:
+        try:
+            variants.append(blocked(kind, base, removed, *sampler))
+        except NotRun as reason:
+            planned.not_run[variant_name(kind)] = str(reason)
     record = _record(suite_name, suite, planned, [concept.name for concept in removed], limit)
     record |= {
         "base": base_record(base),

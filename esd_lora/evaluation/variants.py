@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL.Image import Image
@@ -14,7 +14,9 @@ from PIL.Image import Image
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.blocking import BlackList, SafetyChecker, filtered
 from esd_lora.evaluation.planning import Asked
+from esd_lora.evaluation.sld import SLD_CONCEPT, SLD_STRENGTHS, safe_guidance
 from esd_lora.families import Base, load_base
 from esd_lora.header import ErasedConcept
 from esd_lora.outputs import slug
@@ -24,6 +26,8 @@ from esd_lora.stacking import Strength
 from esd_lora.tensor_files import hash_tensors
 
 Painter = Callable[[Sequence[Asked]], list[Image]]
+Blocking: TypeAlias = "Callable[[Base, Sequence[ErasedConcept], int | None, float | None], Variant]"
+"""Makes a variant of base, concepts to block, steps and guidance."""
 
 
 class Variant(NamedTuple):
@@ -96,6 +100,7 @@ def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int
 
     Raises:
         EsdLoraError: If it is neither, or there is nothing to block.
+        NotRun: If it is the safety checker, and the base has none.
     """
     if kind not in BLOCKING:
         near = did_you_mean(kind, BLOCKING)
@@ -111,13 +116,62 @@ def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int
 
 def _negative_prompt(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
     """The concepts' names in the place of the empty prompt: what users do without any eraser."""
-    names = ", ".join(without_article(concept.name) for concept in concepts)
+    names = _names(concepts)
     paint = painter(base, steps, guidance, negative_prompt=names)
     return Variant("negative-prompt", {"negative_prompt": names}, lambda: nullcontext(paint))
 
 
-BLOCKING: dict[str, Callable[[Base, Sequence[ErasedConcept], int | None, float | None], Variant]] = {
+def _sld(strength: str) -> Blocking:
+    """Safe Latent Diffusion at a published strength, away from its own concept if that names what was erased."""
+
+    def variant(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+        published = SLD_STRENGTHS[strength]
+        # Published for 50 steps: with others, guidance sets in at the same level of noise.
+        chosen = published._replace(warmup_steps=round(published.warmup_steps * (steps or base.steps) / 50))
+        concept = SLD_CONCEPT if all(one.named_in(SLD_CONCEPT) for one in concepts) else _names(concepts)
+
+        @contextmanager
+        def on() -> Generator[Painter]:
+            with safe_guidance(base, concept, chosen):
+                yield painter(base, steps, guidance)
+
+        return Variant(f"sld-{strength}", {"concept": concept, **chosen._asdict()}, on)
+
+    return variant
+
+
+def _safety_checker(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:  # noqa: ARG001
+    """Pictures as the base paints them, black where its own safety checker flags them."""
+    checker = SafetyChecker(base.source, str(base.model.device))
+    paint = painter(base, steps, guidance)
+
+    def checked(some: Sequence[Asked]) -> list[Image]:
+        pictures = paint(some)
+        return filtered(pictures, checker(pictures))
+
+    return Variant("safety-checker", checker.record(), lambda: nullcontext(checked))
+
+
+def _black_list(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+    """Pictures as the base paints them, black where the prompt names a concept."""
+    words = BlackList([name for concept in concepts for name in (concept.name, *concept.synonyms)])
+    paint = painter(base, steps, guidance)
+
+    def refused(some: Sequence[Asked]) -> list[Image]:
+        return filtered(paint(some), [words.refuses(one.prompt) for one in some])
+
+    return Variant("black-list", {"words": list(words.words)}, lambda: nullcontext(refused))
+
+
+def _names(concepts: Sequence[ErasedConcept]) -> str:
+    return ", ".join(without_article(name) for concept in concepts for name in (concept.name, *concept.synonyms))
+
+
+BLOCKING: dict[str, Blocking] = {
     "negative-prompt": _negative_prompt,
+    **{f"sld-{strength}": _sld(strength) for strength in SLD_STRENGTHS},
+    "safety-checker": _safety_checker,
+    "black-list": _black_list,
 }
 """Ways to block a concept, from the literature, for `--against`."""
 

@@ -227,6 +227,10 @@ def test_page_escapes_everything_and_asks_for_nothing(base: Base, suite: Path, t
     assert "default-src 'none'" in page
 
 
+def ways_of(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "ways").rglob("images/*/*.png"))
+
+
 def test_comparing_with_a_negative_prompt_and_another_base(base: Base, tiny_dir: Path, suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = run(base, suite, out, concepts=["a cat"], against=["negative-prompt", str(tiny_dir)])
@@ -235,6 +239,18 @@ def test_comparing_with_a_negative_prompt_and_another_base(base: Base, tiny_dir:
     assert pictures["base/all-00000.png"] == pictures[f"{tiny_dir.name}/all-00000.png"]
     assert pictures["base/all-00000.png"] != pictures["negative-prompt/all-00000.png"]
     assert summary["variants"][tiny_dir.name]["general"]["bright.mean"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    ways = ["sld-max", "sld-weak", "black-list", "safety-checker"]
+    blocked = run(base, suite, tmp_path / "ways", concepts=["a cat"], against=ways)
+    assert "safety-checker" not in blocked["variants"]
+    assert "there is no directory" in blocked["not_run"]["safety-checker"]
+    assert blocked["record"]["variants"]["sld-max"]["concept"] == "cat"
+    assert blocked["record"]["variants"]["sld-weak"]["warmup_steps"] == 1, "15 of 50 steps, of 2"
+    found = {
+        path.relative_to(tmp_path / "ways" / "images").as_posix(): np.asarray(Image.open(path)) for path in ways_of(tmp_path)
+    }
+    assert (found["black-list/all-00000.png"] == 0).all()
+    assert (found["black-list/all-00002.png"] == found["base/all-00002.png"]).all()
+    assert (found["sld-max/all-00002.png"] != found["base/all-00002.png"]).any()
     with pytest.raises(EsdLoraError, match=r"'negative-promt' \(did you mean 'negative-prompt'\?\)"):
         run(base, suite, tmp_path / "b", concepts=["a cat"], against=["negative-promt"])
     with pytest.raises(EsdLoraError, match="needs something to block"):
