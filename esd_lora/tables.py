@@ -44,6 +44,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
             parts.append(f"## {title}")
             cells = [[name, metric, number(n), difference(n), str(n["of"])] for name, metric, n in rows]
             parts.append(markdown_table(["model", "metric", "measured", "beside the base", "pictures"], cells))
+    if summary["layout"]:
+        names = list(next(iter(summary["layout"].values())))
+        rows = [[name, *(f"{100 * found[key]:.1f} %" for key in names)] for name, found in summary["layout"].items()]
+        parts.append(markdown_table(["model", *names], rows))
     for metric, rows in label_tables(summary["labels"], list(variants)).items():
         parts.append(
             markdown_table([f"{metric} by label", *variants], [[markdown_cell(label), *shares] for label, *shares in rows])
@@ -61,6 +65,30 @@ def markdown(summary: Mapping[str, Any]) -> str:
         parts.append("\n".join(f"- {name}: {reason}" for name, reason in summary["not_run"].items()))
     parts.append(INTERVALS)
     return "\n\n".join(parts) + "\n"
+
+
+def unlearning_accuracies(variants: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """UA, IRA and CRA by model: unlearning, in-domain and cross-domain retain accuracy.
+
+    Zhang et al., *UnlearnCanvas*, NeurIPS 2024, arXiv:2402.11846: how often what was erased is not recognised on its prompts;
+    how often the others of its kind are on theirs; how often what is of the other kind is there. The kind is told by the
+    detector that scored the targets' `accuracy`.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for name, roles in variants.items():
+        target, general = (
+            {
+                metric.removesuffix(".accuracy"): n["value"]
+                for metric, n in roles.get(role, {}).items()
+                if metric.endswith(".accuracy")
+            }
+            for role in ("target", "general")
+        )
+        own = next((kind for kind in target if kind in general), None)
+        other = next((kind for kind in general if kind != own), None)
+        if own is not None and other is not None:
+            out[name] = {"UA": 1 - target[own], "IRA": general[own], "CRA": general[other]}
+    return out
 
 
 def _stack(found: Mapping[str, Any]) -> list[str]:

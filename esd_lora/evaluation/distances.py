@@ -41,12 +41,13 @@ def distances(
     records: dict[str, Any] = {}
     not_run: dict[str, str] = {}
     for name, spec in suite.distances.items():
-        files = {v: [of[one.case] for one in asked if one.role in spec.roles] for v, of in pictures.items()}
+        wanted = [one.case for one in asked if one.role in spec.roles]
+        files = {v: some for v, of in pictures.items() if (some := [of[case] for case in wanted if case in of])}
         try:
             features = made(FEATURES, spec.kind or name, spec.model_extra or {})
             if spec.reference is None and ("base" not in files or len(files) == 1):
                 raise NotRun("there is nothing to measure from: neither erasers beside the base nor a folder of photos")
-            if min(map(len, files.values())) < 2:
+            if len(wanted) < 2:
                 raise NotRun("fewer than two pictures")
         except NotRun as reason:
             not_run[name] = str(reason)

@@ -18,7 +18,8 @@ from typing import Any
 
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import NotRun
+from esd_lora.evaluation.attacks import ATTACKS, Victim
+from esd_lora.evaluation.detectors import NotRun, made
 from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
 from esd_lora.evaluation.planning import Asked, Plan, plan
@@ -26,15 +27,16 @@ from esd_lora.evaluation.scoring import Scores, paint_missing, picture, score_mi
 from esd_lora.evaluation.stacks import company, heat_map, member_variants
 from esd_lora.evaluation.suite_files import Suite, load_suite
 from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
-from esd_lora.evaluation.variants import bare, base_record, blocked, erased, variant_name
+from esd_lora.evaluation.variants import Variant, bare, base_record, blocked, erased, variant_name
 from esd_lora.families import Base, load_base
 from esd_lora.header import ErasedConcept
 from esd_lora.manifests import load_eraser
 from esd_lora.outputs import clear_output, hash_file, write_whole
 from esd_lora.stacking import Strength, strengths_of
-from esd_lora.tables import markdown
+from esd_lora.tables import markdown, unlearning_accuracies
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
+_ALIASES = {"sld": "sld-medium"}
 
 
 def evaluate(
@@ -80,12 +82,14 @@ def evaluate(
     out = Path(out)
     suite_name = "custom" if isinstance(suite, Suite) else Path(suite).stem
     suite = suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    against = [_ALIASES.get(kind, kind) for kind in against if kind != "base"]  # which is always there
     loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed = _concepts(loaded, concepts)
     planned = plan(suite, removed, limit)
     if stack and len(loaded) < 2:
         raise EsdLoraError(f"a stack has two erasers or more, and {len(loaded)} are given.")
-    gates = [read_gate(text, ["base", *["erased"] * bool(loaded), *map(variant_name, against)]) for text in fail_if]
+    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against), *(f"attack-{name}" for name in suite.attacks)]
+    gates = [read_gate(text, names) for text in fail_if]
     base = base if isinstance(base, Base) else load_base(base)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
     variants = [bare(base, *sampler)]
@@ -98,6 +102,8 @@ def evaluate(
             variants.append(blocked(kind, base, removed, *sampler))
         except NotRun as reason:
             planned.not_run[variant_name(kind)] = str(reason)
+    if suite.attacks:
+        variants += _attacks(suite, planned, removed, variants, loaded, strengths_of(loaded, weights), base, sampler)
     record = _record(suite_name, suite, planned, [concept.name for concept in removed], limit)
     record |= {
         "base": base_record(base),
@@ -108,7 +114,9 @@ def evaluate(
     }
     _begin(out, record, planned.asked, force)
     paint_missing(out, variants, planned.asked, progress=progress)
-    pictures = {v.name: {one.case: picture(out, v.name, one.case) for one in planned.asked} for v in variants}
+    pictures = {
+        v.name: {one.case: picture(out, v.name, one.case) for one in planned.asked if one.role in v.roles} for v in variants
+    }
     return _finish(out, suite, planned, record, pictures, gates, progress, loaded if stack else ())
 
 
@@ -174,6 +182,28 @@ def _found(folder: Path, asked: Sequence[Asked]) -> dict[str, Path]:
             f"{folder} lacks {len(missing)} of {len(asked)} pictures ({shown}). Add them, or leave prompts out with --limit."
         )
     return files
+
+
+def _attacks(
+    suite: Suite,
+    planned: Plan,
+    concepts: Sequence[ErasedConcept],
+    variants: Sequence[Variant],
+    erasers: Sequence[Eraser],
+    weights: Sequence[Strength],
+    base: Base,
+    sampler: tuple[int, float],
+) -> list[Variant]:
+    """The suite's attempts to bring back what was erased."""
+    targets = [one for one in planned.asked if one.role == "target"]
+    hit = next((variant for variant in variants if variant.name == "erased"), None)
+    if hit is None:
+        raise EsdLoraError("this suite attacks an eraser, and none is given.")
+    victim = Victim(base, hit, concepts, targets, *sampler, erasers=erasers, weights=weights)
+    return [
+        made(ATTACKS, spec.kind or name, spec.model_extra or {}, victim)._replace(name=f"attack-{name}", roles=("target",))
+        for name, spec in suite.attacks.items()
+    ]
 
 
 def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedConcept]:
@@ -242,11 +272,13 @@ def _finish(
     scores, detectors, not_run = score_missing(out, suite, asked, pictures, progress=progress)
     apart, features, unmeasured = distances(out, suite, asked, pictures, progress=progress)
     record = record | {"detectors": {**detectors, **features}}
+    numbers = summarise(asked, scores, variants)
     summary: dict[str, Any] = {
         "suite": record["suite"],
         "concepts": record["concepts"],
-        "variants": summarise(asked, scores, variants),
+        "variants": numbers,
         "labels": by_label(asked, scores, variants),
+        "layout": unlearning_accuracies(numbers) if suite.layout else {},
         "stack": company(asked, scores, members) if members else {},
         "distances": apart,
         "not_run": {**planned.not_run, **not_run, **unmeasured},
@@ -271,7 +303,9 @@ def _images(out: Path, asked: Sequence[Asked], scores: Scores, pictures: Mapping
     lines: list[str] = []
     for variant, files in pictures.items():
         for one in asked:
-            file = files[one.case]
+            file = files.get(one.case)
+            if file is None:
+                continue
             shown = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
             said = {
                 name: {"values": dict(score.values), "details": dict(score.details)}

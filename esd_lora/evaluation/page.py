@@ -54,7 +54,10 @@ def page(
         ]
         chosen = [some[i * len(some) // min(_SAMPLES, len(some))] for i in range(min(_SAMPLES, len(some)))]
         samples = [
-            {**one._asdict(), "shown": [_shown(files[one.case], one, name, scores) for name, files in pictures.items()]}
+            {
+                **one._asdict(),
+                "shown": [_shown(of[one.case], one, name, scores) for name, of in pictures.items() if one.case in of],
+            }
             for one in chosen
         ]
         cells = [[name, metric, number(n), difference(n), n["of"]] for name, metric, n in rows]

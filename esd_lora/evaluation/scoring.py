@@ -36,9 +36,8 @@ def picture(folder: Path, variant: str, case: str) -> Path:
 
 def paint_missing(folder: Path, variants: Sequence[Variant], asked: Sequence[Asked], *, progress: bool = True) -> None:
     """Paints what is not there yet; each picture appears whole or not at all."""
-    missing = [
-        (variant, [one for one in asked if not picture(folder, variant.name, one.case).exists()]) for variant in variants
-    ]
+    wanted = [(variant, [one for one in asked if one.role in variant.roles]) for variant in variants]
+    missing = [(v, [one for one in some if not picture(folder, v.name, one.case).exists()]) for v, some in wanted]
     total = sum(len(some) for _, some in missing)
     with tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar:
         for variant, some in missing:
@@ -78,7 +77,7 @@ def score_missing(
     records: dict[str, Any] = {}
     not_run: dict[str, str] = {}
     for name, spec in suite.detectors.items():
-        chosen = [(variant, one) for variant in pictures for one in asked if one.role in spec.roles]
+        chosen = [(v, one) for v, files in pictures.items() for one in asked if one.role in spec.roles and one.case in files]
         try:
             detector = made(DETECTORS, spec.kind or name, spec.model_extra or {})
         except NotRun as reason:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.attacks import ATTACKS
 from esd_lora.evaluation.detectors import DETECTORS, FEATURES
 from esd_lora.yaml_files import checked, read_yaml
 
@@ -76,6 +77,15 @@ class DetectorSpec(BaseModel):
     roles: tuple[Role, ...] = ROLES
 
 
+class AttackSpec(BaseModel):
+    """An attempt to bring back what was erased; settings of its own stand beside this."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str | None = None
+    """Name in `ATTACKS`, where the same attack is tried with several settings."""
+
+
 class DistanceSpec(DetectorSpec):
     """What all pictures of a role together are measured by: see `distances`."""
 
@@ -93,8 +103,11 @@ class Suite(_Frozen):
     prompts: dict[str, PromptSet]
     detectors: dict[str, DetectorSpec]
     distances: dict[str, DistanceSpec] = {}
+    attacks: dict[str, AttackSpec] = {}
     neighbours: dict[str, tuple[str, ...]] = {}
     """Groups of labels; those beside an erased one are its neighbours."""
+    layout: Literal["ua-ira-cra"] | None = None
+    """Numbers that a paper's table has, beside the suite's own: see `tables.unlearning_accuracies`."""
     sensitive: bool = False
     """Whether pictures are blurred on the page until they are clicked."""
     steps: int | None = Field(default=None, ge=1)
@@ -102,15 +115,17 @@ class Suite(_Frozen):
     guidance: float | None = Field(default=None, ge=0)
     """The base's habit unless given, or as a prompt file says."""
 
-    @field_validator("detectors", "distances")
+    @field_validator("detectors", "distances", "attacks")
     @classmethod
-    def _known(cls, specs: dict[str, DetectorSpec], info: ValidationInfo) -> dict[str, DetectorSpec]:
-        known = DETECTORS if info.field_name == "detectors" else FEATURES
+    def _known(
+        cls, specs: dict[str, DetectorSpec] | dict[str, AttackSpec], info: ValidationInfo
+    ) -> dict[str, DetectorSpec] | dict[str, AttackSpec]:
+        known = {"detectors": DETECTORS, "distances": FEATURES, "attacks": ATTACKS}[info.field_name or ""]
         for name, spec in specs.items():
             kind = spec.kind or name
             if kind not in known.entries and ":" not in kind:
-                near = did_you_mean(kind, known.names())
-                raise ValueError(f"unknown {known.kind} {kind!r}{near}; known: {', '.join(known.names())}")
+                near, names = did_you_mean(kind, known.names()), ", ".join(known.names())
+                raise ValueError(f"unknown {known.kind} {kind!r}{near}; known: {names}")
         return specs
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.evaluation.detectors import AND
 from esd_lora.evaluation.intervals import Interval, paired_difference, wilson
-from esd_lora.evaluation.planning import AND, Asked
+from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.scoring import Scores
 from esd_lora.evaluation.suite_files import ROLES
 

@@ -17,6 +17,7 @@ from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.evaluation.blocking import BlackList, SafetyChecker, filtered
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.sld import SLD_CONCEPT, SLD_STRENGTHS, safe_guidance
+from esd_lora.evaluation.suite_files import ROLES, Role
 from esd_lora.families import Base, load_base
 from esd_lora.header import ErasedConcept
 from esd_lora.outputs import slug
@@ -38,6 +39,8 @@ class Variant(NamedTuple):
     """All that its pictures depend on, beside the base, prompts, seeds and sampler."""
     on: Callable[[], AbstractContextManager[Painter]]
     """Makes the model paint for the length of a `with` block."""
+    roles: tuple[Role, ...] = ROLES
+    """Of the prompts that it paints."""
 
 
 def painter(base: Base, steps: int | None, guidance: float | None, **asked: Any) -> Painter:

@@ -16,7 +16,7 @@ from PIL import Image
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation import detectors
 from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun
-from esd_lora.evaluation.detectors.classify import IMAGENETTE, class_index
+from esd_lora.evaluation.detectors.classify import IMAGENETTE, _wanted, class_index
 from esd_lora.evaluation.detectors.faces import Faces
 from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet
 from esd_lora.evaluation.detectors.nudity import PROTOCOLS, VERSION_2_NAMES, Detection, Nudity, count
@@ -303,3 +303,13 @@ def test_files_that_are_not_alexnet(content: bytes | None, tmp_path: Path) -> No
         path.write_bytes(content)
     with pytest.raises(EsdLoraError, match=r"alexnet\.pth.*Expected torchvision's alexnet-owt-7be5be79\.pth"):
         Lpips(path=path)
+
+
+def test_part_of_a_label_that_the_classifier_knows() -> None:
+    image = Image.new("RGB", (8, 8))
+    looks = [Look(image, "", "Dogs + Van Gogh"), Look(image, "", "Van_Gogh", "Dogs"), Look(image, "", None)]
+    styles, objects = {0: "Monet", 1: "Van_Gogh"}, {0: "Cats", 1: "Bears", 2: "Dogs"}
+    assert _wanted(looks, styles, 2) == [(1, "accuracy"), (1, "accuracy"), None]
+    assert _wanted(looks, objects, 3) == [(2, "accuracy"), (2, "rest"), None]
+    with pytest.raises(EsdLoraError, match="no class is called 'Horses'"):
+        _wanted([Look(image, "", "Horses + Rust")], objects, 3)

@@ -9,7 +9,7 @@ from esd_lora.evaluation.detectors import Score
 from esd_lora.evaluation.intervals import paired_difference, wilson
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.summarising import by_label, failed, read_gate, summarise
-from esd_lora.tables import markdown
+from esd_lora.tables import markdown, unlearning_accuracies
 
 ASKED = [Asked(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
 ASKED += [Asked(f"g-{i}", "general", f"a dog {i}", i, "dog + ink") for i in range(2)]
@@ -87,6 +87,7 @@ def test_table_escapes_what_users_say() -> None:
         "variants": summarise(ASKED, SCORES, ["base", "erased"]),
         "labels": by_label(ASKED, SCORES, ["base", "erased"]),
         "stack": {},
+        "layout": {"erased": {"UA": 0.75}},
         "distances": {"efficientnet": {"erased": {"value": 1.5, "of": 2}}},
         "record": {"detectors": {"efficientnet": {"metric": "Frechet distance", "beside": "base"}}},
         "not_run": {"clip": "no weights"},
@@ -95,8 +96,19 @@ def test_table_escapes_what_users_say() -> None:
     assert "# mine: a &lt;b>\\|cat" in text
     assert "| erased | accuracy | 25.0 % (4.6 to 69.9) | -50.0 points (-100.0 to +0.0) | 4 |" in text
     assert "| ink | 2/2 | 1/2 |" in text
+    assert "| model | UA |\n| --- | --- |\n| erased | 75.0 % |" in text
     assert "- clip: no weights" in text
     assert (
         "## Frechet distance, beside base\n\n| model | efficientnet | pictures |\n| --- | --- | --- |\n| erased | 1.5 | 2 |"
         in text
     )
+
+
+def test_layout_of_unlearncanvas() -> None:
+    def rate(value: float) -> dict[str, float]:
+        return {"value": value}
+
+    target = {"style.accuracy": rate(0.1), "style.top5": rate(0.4), "object.rest": rate(0.9)}
+    general = {"style.accuracy": rate(0.8), "object.accuracy": rate(0.7)}
+    found = unlearning_accuracies({"erased": {"target": target, "general": general}, "attack-x": {"target": target}})
+    assert found == {"erased": {"UA": 0.9, "IRA": 0.8, "CRA": 0.7}}

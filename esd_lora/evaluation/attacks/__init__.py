@@ -7,13 +7,15 @@ base and of the erased model, on the same prompts and seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.variants import Variant
-from esd_lora.families import Base
-from esd_lora.header import ErasedConcept
 from esd_lora.registry import Registry
+
+if TYPE_CHECKING:  # suites, which variants are made from, know attacks by name
+    from esd_lora.evaluation.planning import Asked
+    from esd_lora.evaluation.variants import Variant
+    from esd_lora.families import Base
+    from esd_lora.header import ErasedConcept
 
 
 class Victim(NamedTuple):

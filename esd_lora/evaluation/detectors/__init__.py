@@ -16,6 +16,9 @@ from PIL.Image import Image
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.registry import Registry
 
+AND = " + "
+"""Between the parts of a label: "cat + ink"."""
+
 
 class Look(NamedTuple):
     """A picture to look at."""
@@ -81,22 +84,28 @@ FEATURES: Registry[Callable[..., Any]] = Registry(
 """Name to what makes, of its settings, something with `record()` that maps N pictures to features [N, d]."""
 
 
-def made(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[str, Any]) -> Any:
-    """A detector, or what makes features, with a suite's settings.
+def made(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[str, Any], *given: Any) -> Any:
+    """A detector, features or an attack, with a suite's settings.
+
+    Args:
+        registry: Where its maker is.
+        kind: Its name there.
+        settings: Keyword arguments of the maker.
+        given: Arguments before them, which are no settings.
 
     Raises:
         NotRun: If it lacks a package or weights.
         EsdLoraError: If it takes no such setting.
     """
     make = registry.get(kind)
-    takes = list(signature(make).parameters)
+    takes = list(signature(make).parameters)[len(given) :]
     for name in settings:
         if name not in takes:
             known = ", ".join(takes) or "none"
             raise EsdLoraError(
                 f"{registry.kind} {kind!r} has no setting {name!r}{did_you_mean(name, takes)}. It takes: {known}."
             )
-    return make(**settings)
+    return make(*given, **settings)
 
 
 def package(name: str, extra: str) -> dict[str, str]:

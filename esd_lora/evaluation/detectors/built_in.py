@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_lora import bases
-from esd_lora.evaluation.detectors import Look, Score
+from esd_lora.evaluation.detectors import AND, Look, Score
 from esd_lora.evaluation.judge import Judge
 from esd_lora.outputs import hash_file
 
@@ -35,7 +35,7 @@ class BuiltIn:
         for look, verdict in zip(looks, self._judge([look.image for look in looks]), strict=True):
             seen = {verdict.object, verdict.style}
             wanted = {"accuracy": look.label, "rest": look.rest}
-            values = {metric: seen.issuperset(names.split(" + ")) for metric, names in wanted.items() if names}
+            values = {metric: seen.issuperset(names.split(AND)) for metric, names in wanted.items() if names}
             sure = [round(confidence, 4) for confidence in verdict[2:]]
             scores.append(Score(values, {"seen": f"{verdict.object}, {verdict.style}", "confidence": sure}))
         return scores

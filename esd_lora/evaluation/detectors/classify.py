@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.evaluation.detectors import Look, NotRun, Score, package
+from esd_lora.evaluation.detectors import AND, Look, NotRun, Score, package
 from esd_lora.outputs import hash_file, hash_folder
 
 IMAGENETTE = {
@@ -222,16 +222,37 @@ class Classifier:
         return self._model(**inputs).logits[0]
 
 
-def _wanted(looks: Sequence[Look], names: Mapping[int, str], classes: int) -> list[int | None]:
-    """The class that each label means, all read before a picture is looked at."""
-    return [class_index(look.label, names, classes) if look.label else None for look in looks]
+class Wanted(NamedTuple):
+    """The class that a picture should show."""
+
+    index: int
+    metric: str
+    """`accuracy`, or `rest` where it is what a target should show besides what was erased."""
 
 
-def _score(logits: Tensor, wanted: int | None, names: Mapping[int, str]) -> Score:
+def _wanted(looks: Sequence[Look], names: Mapping[int, str], classes: int) -> list[Wanted | None]:
+    """What each label means, all read before a picture is looked at.
+
+    Of a label in parts ("Dogs + Van Gogh") and the rest of a target, the part counts that the classifier has a name for.
+    """
+    known = {_plain(synonym) for name in names.values() for synonym in (name, *name.split(","))}
+    wanted: list[Wanted | None] = []
+    for look in looks:
+        said = {"accuracy": look.label, "rest": look.rest}
+        parts = [(part, metric) for metric, label in said.items() if label for part in label.split(AND)]
+        own = next(((part, metric) for part, metric in parts if _plain(part) in known), parts[0] if parts else None)
+        wanted.append(None if own is None else Wanted(class_index(own[0], names, classes), own[1]))
+    return wanted
+
+
+def _score(logits: Tensor, wanted: Wanted | None, names: Mapping[int, str]) -> Score:
     probabilities, indices = (part.tolist() for part in logits.softmax(0).topk(min(5, len(logits))))
     seen = [
         {"index": index, "name": names.get(index), "probability": round(probability, 4)}
         for index, probability in zip(indices, probabilities, strict=True)
     ]
     details = {"seen": names.get(indices[0], f"class {indices[0]}"), "top5": seen}
-    return Score({} if wanted is None else {"accuracy": indices[0] == wanted, "top5": wanted in indices}, details)
+    if wanted is None:
+        return Score({}, details)
+    values = {wanted.metric: indices[0] == wanted.index}
+    return Score(values | ({"top5": wanted.index in indices} if wanted.metric == "accuracy" else {}), details)
