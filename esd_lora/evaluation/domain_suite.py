@@ -98,9 +98,6 @@ class Count(NamedTuple):
     def share(self) -> float:
         return self.hits / self.of if self.of else float("nan")
 
-    def as_json(self) -> dict[str, float | int]:
-        return {"share": round(self.share, 4), "hits": self.hits, "of": self.of}
-
 
 def count(flags: Iterable[bool]) -> Count:
     """How many flags are true."""
