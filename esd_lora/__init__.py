@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esd_lora.eraser import Eraser
     from esd_lora.errors import EsdLoraError
+    from esd_lora.evaluation.attaching import attach
+    from esd_lora.evaluation.evaluating import evaluate, score_pictures
     from esd_lora.exporting import export
     from esd_lora.extracting import extract
     from esd_lora.families import load_base
@@ -42,8 +44,10 @@ _HOMES = {
     "Gate": "gating",
     "Recipe": "recipe",
     "Strength": "stacking",
+    "attach": "evaluation.attaching",
     "compress": "stacking",
     "diff": "inspecting",
+    "evaluate": "evaluation.evaluating",
     "export": "exporting",
     "extract": "extracting",
     "fuse": "fusing",
@@ -54,6 +58,7 @@ _HOMES = {
     "load_eraser": "manifests",
     "load_recipe": "recipe_files",
     "merge": "merging",
+    "score_pictures": "evaluation.evaluating",
     "stack": "stacking",
     "sweep": "sampling",
     "train": "training",
@@ -65,8 +70,10 @@ __all__ = [
     "Gate",
     "Recipe",
     "Strength",
+    "attach",
     "compress",
     "diff",
+    "evaluate",
     "export",
     "extract",
     "fuse",
@@ -77,6 +84,7 @@ __all__ = [
     "load_eraser",
     "load_recipe",
     "merge",
+    "score_pictures",
     "stack",
     "sweep",
     "train",

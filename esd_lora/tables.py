@@ -20,10 +20,11 @@ _ROWS = 60  # of a table by label that anyone reads
 
 
 def number(found: Mapping[str, Any]) -> str:
-    """A measured number with its interval: `5.0 % (1.7 to 13.7)`, `31.2 (30.8 to 31.6)`."""
+    """A measured number with its interval: `5.0 % (1.7 to 13.7)`, `0.25 (0 to 0.75), 1 in all`."""
     if "hits" in found:
         return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
+    whole = f", {found['sum']} in all" if "sum" in found else ""
+    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g}){whole}"
 
 
 def difference(found: Mapping[str, Any]) -> str:

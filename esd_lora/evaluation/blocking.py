@@ -43,7 +43,7 @@ class SafetyChecker:
         folders = {name: Path(path) / name for name in ("safety_checker", "feature_extractor")}
         for folder in folders.values():
             if not folder.is_dir():
-                raise NotRun(f"there is no directory {folder}")
+                raise NotRun(f"the base has no directory {folder.name}/")
         with quiet_libraries():
             from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
             from transformers import CLIPImageProcessor

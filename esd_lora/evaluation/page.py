@@ -101,7 +101,7 @@ def _cards(variants: Mapping[str, Any]) -> list[dict[str, str]]:
                 {
                     "title": f"{role}: {metric}",
                     "number": value,
-                    "interval": f"{interval.rstrip(')')}, of {found['of']}",
+                    "interval": f"{interval.replace(')', '')}, of {found['of']}",
                     "before": number(before).partition(" (")[0] if before else "",
                 }
             )

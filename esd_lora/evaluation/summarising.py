@@ -66,11 +66,12 @@ def columns(variant: str, some: Sequence[Asked], scores: Scores) -> dict[str, di
 
 
 def number(values: Sequence[bool | float]) -> dict[str, Any]:
-    """A rate with hits, or a mean, with its interval and how many pictures it is of."""
+    """A rate with hits, or a mean, with its interval and how many pictures it is of; of counts the sum, too."""
     if all(isinstance(value, bool) for value in values):
         hits = sum(map(bool, values))
         return {**_rounded(wilson(hits, len(values))), "hits": hits, "of": len(values)}
-    return {**_rounded(paired_difference([float(v) for v in values], [0.0] * len(values))), "of": len(values)}
+    found = {**_rounded(paired_difference([float(v) for v in values], [0.0] * len(values))), "of": len(values)}
+    return found | ({"sum": sum(values)} if all(isinstance(value, int) for value in values) else {})
 
 
 def _rounded(interval: Interval) -> dict[str, float]:

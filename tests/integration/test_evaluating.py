@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,29 @@ def test_page_escapes_everything_and_asks_for_nothing(base: Base, suite: Path, t
     assert "default-src 'none'" in page
 
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_page_opens_in_a_browser(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    run(base, suite, tmp_path / "out", erasers=[cat_dir], settings={"sensitive": True})
+    page, picture = tmp_path / "out" / "report.html", tmp_path / "page.png"
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [*command, "--window-size=1200,900", f"--screenshot={picture}", page.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    colours = Image.open(picture).convert("RGB").getcolors(1200 * 900)
+    assert colours is not None
+    assert len(colours) > 50, "pictures and bars are there, not an empty page"
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("<img") == 12
+    assert "&lt;script&gt;x" in done.stdout
+    assert "<script" not in done.stdout
+
+
 def ways_of(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "ways").rglob("images/*/*.png"))
 
@@ -242,7 +266,7 @@ def test_comparing_with_a_negative_prompt_and_another_base(base: Base, tiny_dir:
     ways = ["sld-max", "sld-weak", "black-list", "safety-checker"]
     blocked = run(base, suite, tmp_path / "ways", concepts=["a cat"], against=ways)
     assert "safety-checker" not in blocked["variants"]
-    assert "there is no directory" in blocked["not_run"]["safety-checker"]
+    assert "the base has no directory safety_checker" in blocked["not_run"]["safety-checker"]
     assert blocked["record"]["variants"]["sld-max"]["concept"] == "cat"
     assert blocked["record"]["variants"]["sld-weak"]["warmup_steps"] == 1, "15 of 50 steps, of 2"
     found = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from esd_lora import tables
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Score
 from esd_lora.evaluation.intervals import paired_difference, wilson
 from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.summarising import by_label, failed, read_gate, summarise
+from esd_lora.evaluation.summarising import by_label, failed, number, read_gate, summarise
 from esd_lora.tables import markdown, unlearning_accuracies
 
 ASKED = [Asked(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
@@ -38,6 +39,13 @@ def test_rates_means_and_paired_differences() -> None:
     assert "hits" not in clip
     assert clip["difference"]["value"] == -1.25
     assert "clip" not in found["erased"]["target"]
+
+
+def test_counts_have_a_sum() -> None:
+    found = number([0, 2, 1, 1])
+    assert (found["value"], found["sum"], found["of"]) == (1, 4, 4)
+    assert tables.number(found).endswith(", 4 in all")
+    assert "sum" not in number([0.5, 1.0])
 
 
 def test_every_part_of_a_label_is_counted() -> None:

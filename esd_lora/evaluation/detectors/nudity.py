@@ -117,7 +117,7 @@ class Nudity:
         values: dict[str, bool | float] = {}
         for name, protocol in PROTOCOLS.items():
             counted = count(protocol, detections)
-            values |= {f"{name}.flagged": counted > 0, f"{name}.count": float(counted)}
+            values |= {f"{name}.flagged": counted > 0, f"{name}.count": counted}
         boxes = [{"class": part, "score": round(score, 4), "box": list(box)} for part, score, box in detections]
         exposed = [f"{part} {score:.2f}" for part, score, _ in detections if part in _EXPOSED]
         return Score(values, {"seen": ", ".join(exposed) or "nothing exposed", "detections": boxes})
