@@ -10,10 +10,12 @@ import yaml
 from esd_lora.tables import INTERVALS, TITLES, difference, markdown_cell, markdown_table, number, role_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
-    from esd_lora.header import ErasedConcept, EraserHeader
+    from esd_lora.header import ErasedConcept, EraserHeader, Measured
 
+_RECORD = ("sampler", "detectors", "files", "versions")  # of an evaluation, for the card
 _TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
 _CARD = """---
@@ -115,20 +117,36 @@ def making(header: EraserHeader) -> list[str]:
 def _measured(header: EraserHeader) -> str:
     """What it does, in numbers, with all that they depend on."""
     found = header.evaluation
-    if not found:
+    if found is None:
         return "What it removes, and what else it costs, was not measured (`esd-lora evaluate`)."
     rows = [
-        [role, name, metric, number(n), difference(n), str(n["of"])]
-        for role in TITLES
-        for name, metric, n in role_rows(found["variants"], role)
+        [role, markdown_cell(name), markdown_cell(metric), number(n), difference(n), str(n["of"])]
+        for role, name, metric, n in _numbers(found)
     ]
     table = markdown_table(["prompts", "model", "metric", "measured", "beside the base", "pictures"], rows)
-    record = found["record"]
-    sampler = ", ".join(f"{key} {value}" for key, value in record.get("sampler", {}).items())
-    notes = [f"Suite `{found['suite']}`, {found['date']}; {sampler}. {INTERVALS}"]
-    notes += [f"- {name}: {', '.join(f'{k} {v}' for k, v in said.items())}" for name, said in record["detectors"].items()]
-    notes += [f"- Not run: {name}, {reason}" for name, reason in found["not_run"].items()]
-    return f"## Measured\n\n{table}\n\n{notes[0]}\n\n" + "\n".join(notes[1:])
+    notes = [
+        f"- {name}: {yaml.safe_dump(found.record[name], width=1000, default_flow_style=True).strip()}"
+        for name in _RECORD
+        if name in found.record
+    ]
+    notes += [f"- Not run: {name}, {reason}" for name, reason in found.not_run.items()]
+    lines = "\n".join(map(markdown_cell, notes))
+    return f"## Measured\n\n{table}\n\nSuite {_code(found.suite)}, {markdown_cell(found.date)}. {INTERVALS}\n\n{lines}"
+
+
+def measured(header: EraserHeader) -> str:
+    """The numbers on what was erased, in a line."""
+    found = header.evaluation
+    if found is None:
+        return "no"
+    targets = [f"{metric} {number(n)} ({name})" for role, name, metric, n in _numbers(found) if role == "target"]
+    return f"suite {found.suite}, {found.date}: {'; '.join(targets)}"
+
+
+def _numbers(found: Measured) -> list[tuple[str, str, str, Mapping[str, Any]]]:
+    """Role, model, metric and number of everything measured."""
+    plain = found.model_dump(exclude_none=True)["variants"]
+    return [(role, *row) for role in TITLES for row in role_rows(plain, role)]
 
 
 def _blocks(concept: ErasedConcept) -> str:

@@ -109,6 +109,42 @@ class Fusion(BaseModel):
     """The same of the plain sum."""
 
 
+class Number(BaseModel):
+    """A measured rate or mean, with the interval that holds the true one in 95 of 100 measurements."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+    of: int
+    """Pictures."""
+    hits: int | None = None
+    """Of a rate."""
+    sum: int | None = None
+    """Of counts."""
+    difference: dict[Literal["value", "low", "high"], float] | None = None
+    """From the base on the same prompts and seeds."""
+
+
+class Measured(BaseModel):
+    """What an eraser does, in numbers: see `evaluation.evaluating`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    suite: str
+    date: str
+    """ISO 8601, UTC."""
+    concepts: tuple[str, ...]
+    """What counted as erased."""
+    variants: dict[str, dict[str, dict[str, Number]]]
+    """Model (`base`, `erased`, ...) to role of the prompts to metric to number."""
+    not_run: dict[str, str] = {}
+    """Metric or prompts to why."""
+    record: dict[str, Any]
+    """All that the numbers depend on."""
+
+
 class EraserHeader(BaseModel):
     """The header of an eraser file: JSON under one key of the safetensors metadata."""
 
@@ -137,7 +173,8 @@ class EraserHeader(BaseModel):
     """ISO 8601, UTC."""
     cost: dict[str, float] = {}
     """Seconds, sample evaluations and student samples the training took."""
-    evaluation: dict[str, Any] | None = None
+    evaluation: Measured | None = None
+    """The latest that was attached."""
     origins: tuple[Origin, ...] = ()
     """Of members that were imported or extracted."""
     fusions: tuple[Fusion, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esd_lora.cards import making
+from esd_lora.cards import making, measured
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY
@@ -107,7 +107,7 @@ class Inspected(NamedTuple):
         if header.truncation:
             topics["cut off"] = f"{header.truncation:.2%} of the update's norm"
         if header.evaluation:
-            topics["measured"] = ", ".join(f"{key} {value}" for key, value in header.evaluation.items())
+            topics["measured"] = measured(header)
         topics["sha256"] = f"{self.sha256 or 'of no file'}, of the tensors {self.sha256_tensors}"
         return topics
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.header import Measured
 from esd_lora.tensor_files import hash_tensors
 
 
@@ -34,5 +35,5 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
             f"these numbers are of {eraser} at another strength than it has. Evaluate it at 1, or stack it first."
         )
     told = {key: summary[key] for key in ("suite", "concepts", "variants", "not_run", "record")}
-    told["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": told})).save(directory)
+    found = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told)
+    return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)

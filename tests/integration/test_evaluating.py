@@ -22,6 +22,7 @@ from esd_lora.evaluation.attaching import attach
 from esd_lora.evaluation.detectors import Look, NotRun, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
 from esd_lora.families import Base, load_base
+from esd_lora.inspecting import inspect_file
 from made import eraser_on
 
 SUITE = """description: Brightness of toy pictures.
@@ -312,10 +313,11 @@ def test_attached_numbers_travel_with_the_eraser(base: Base, suite: Path, tmp_pa
     summary = run(base, suite, tmp_path / "out", erasers=[mine])
     attach(mine, summary)
     after = Eraser.load(mine)
-    assert after.header.evaluation["variants"] == summary["variants"]
+    assert after.header.evaluation.model_dump(exclude_none=True)["variants"] == summary["variants"]
     assert str(tmp_path) not in after.header.model_dump_json(exclude={"base", "recipes"})
     assert all((after.pairs[m].down == before.pairs[m].down).all() for m in before.pairs)
     assert "| target | erased | bright.mean |" in (mine / "README.md").read_text()
+    assert "measured  suite toy, 20" in "\n".join(inspect_file(mine).lines())
     again = run(base, suite, tmp_path / "out", erasers=[mine])
     assert again == summary, "numbers in the header change no tensor"
     with pytest.raises(EsdLoraError, match=r"not of .* as it is now"):

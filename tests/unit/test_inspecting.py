@@ -10,6 +10,7 @@ import torch
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import export
+from esd_lora.header import Measured, Number
 from esd_lora.inspecting import bars, block_of, diff, inspect_file
 from esd_lora.manifests import write_manifest
 from esd_lora.stacking import Strength, compress, stack
@@ -74,9 +75,15 @@ def test_manifest(tmp_path: Path) -> None:
 
 def test_measured_numbers_are_shown(tmp_path: Path) -> None:
     made = made_eraser({"conv": 2})
-    header = made.header.model_copy(update={"evaluation": {"left": 0.02, "judge": "emoji"}})
-    text = "\n".join(inspect_file(Eraser(made.pairs, header).save(tmp_path / "one")).lines())
-    assert "left 0.02, judge emoji" in text
+    rate = Number(value=0.05, low=0.01, high=0.2, of=20, hits=1)
+    variants = {"erased": {"target": {"accuracy": rate, "<b>": rate}}}
+    found = Measured(suite="mine", date="2026-01-02", concepts=("cat",), variants=variants, record={"detectors": {"judge": {}}})
+    folder = Eraser(made.pairs, made.header.model_copy(update={"evaluation": found})).save(tmp_path / "one")
+    assert "suite mine, 2026-01-02: accuracy 5.0 % (1.0 to 20.0) (erased)" in "\n".join(inspect_file(folder).lines())
+    card = (folder / "README.md").read_text()
+    assert "| target | erased | accuracy | 5.0 % (1.0 to 20.0) |  | 20 |" in card
+    assert "| target | erased | &lt;b> |" in card
+    assert "was not measured" in (made.save(tmp_path / "two") / "README.md").read_text()
 
 
 def test_difference_of_equal_files(tmp_path: Path) -> None:
