@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from esd_lora.registry import Registry
 
 if TYPE_CHECKING:  # suites, which variants are made from, know attacks by name
+    from esd_lora.eraser import Eraser
     from esd_lora.evaluation.planning import Asked
     from esd_lora.evaluation.variants import Variant
     from esd_lora.families import Base
     from esd_lora.header import ErasedConcept
+    from esd_lora.stacking import Strength
 
 
 class Victim(NamedTuple):
@@ -30,6 +32,10 @@ class Victim(NamedTuple):
     """Prompts about the concepts, which the attacker wants painted."""
     steps: int
     guidance: float
+    erasers: Sequence[Eraser]
+    """Those that `erased` has on."""
+    weights: Sequence[Strength]
+    """Of each."""
 
 
 ATTACKS: Registry[Callable[..., Variant]] = Registry(

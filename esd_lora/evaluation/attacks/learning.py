@@ -1,0 +1,238 @@
+"""What attacks that learn share: pictures of the concept, as latents, noised, and the loss that a base is trained with.
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise        noise and v models, with a_t from the base's own schedule
+    x_t = (1 - sigma_t) x_0 + sigma_t noise          flow models
+    loss = |predict(x_t, t, caption) - target|^2,    target = noise, sqrt(a_t) noise - sqrt(1 - a_t) x_0, or noise - x_0
+
+Ho, Jain and Abbeel, *Denoising Diffusion Probabilistic Models*, NeurIPS 2020, arXiv:2006.11239, equation 14; v as by Salimans
+and Ho, arXiv:2202.00512; flow as by Esser et al., arXiv:2403.03206. Times are those on the way to pictures of the evaluation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm.auto import trange
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.attacks import Victim
+from esd_lora.evaluation.variants import painter
+from esd_lora.families import Base
+from esd_lora.families.sd import StableDiffusion
+from esd_lora.moments import at_once
+from esd_lora.optimizing import make_optimizer
+from esd_lora.outputs import hash_file
+from esd_lora.trajectory import Condition, Points
+
+BATCH = 16
+"""Noised pictures in a step of learning."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_SLOW = 2.0  # seconds, before a progress bar shows
+
+
+def at_least(least: int, **settings: int) -> None:
+    """Refuses settings that are too small.
+
+    Raises:
+        EsdLoraError: With the first one.
+    """
+    for name, value in settings.items():
+        if value < least:
+            raise EsdLoraError(f"{name} of an attack is {value}, expected {least} or more.")
+
+
+def require_stable_diffusion(base: Base, attack: str) -> None:
+    """Refuses bases with other text encoders or another guidance than Stable Diffusion and SDXL have.
+
+    Raises:
+        EsdLoraError: With what the base is.
+    """
+    if not isinstance(base.family, StableDiffusion) or base.family.takes_guidance(base.pipe):
+        raise EsdLoraError(
+            f"base {base.id!r} is a {type(base.pipe).__name__}, and {attack} is made for Stable Diffusion and SDXL, not"
+            " distilled for guidance. Leave this attack out of the suite."
+        )
+
+
+def seeded(*parts: object) -> int:
+    """A seed that depends on all parts and on nothing else."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(32)
+
+
+def pictures_in(folder: str | Path | None, victim: Victim, count: int | None = None) -> list[Path]:
+    """The first `count` pictures of a folder, by name, or all of them; none without a folder.
+
+    Raises:
+        EsdLoraError: If there is no such folder or no picture in it, or what was erased is more than one concept, so that
+            nobody could say which of them the pictures show.
+    """
+    if folder is None:
+        return []
+    if not Path(folder).is_dir():
+        raise EsdLoraError(f"there is no folder {folder}. Expected one with pictures of the concept.")
+    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    if not found:
+        raise EsdLoraError(f"{folder} holds no picture. Expected some of the concept, as {', '.join(_PICTURES)}.")
+    if len(victim.concepts) != 1:
+        raise EsdLoraError(
+            f"the pictures in {folder} can show one concept, and {len(victim.concepts)} were erased. Attack one at a time, or"
+            " leave the folder out."
+        )
+    return found[:count]
+
+
+def hashes(files: Sequence[Path]) -> dict[str, str] | None:
+    """For the record: name to SHA-256 of the attacker's pictures; `None` where the base paints them."""
+    return {file.name: hash_file(file) for file in files} or None
+
+
+def captioned(victim: Victim, count: int, files: Sequence[Path], seed: int) -> tuple[Tensor, list[str]]:
+    """Latents [N, ...] of pictures of the concept, and their captions.
+
+    Args:
+        victim: Its base must be as it is before erasing.
+        count: Pictures to paint, evenly spaced among the asked prompts, with other seeds than those.
+        files: Pictures to read instead; their caption is the concept's name.
+        seed: Of what is painted.
+    """
+    if files:
+        return to_latents(victim.base, opened(files)), [victim.concepts[0].name] * len(files)
+    chosen = [victim.asked[i * len(victim.asked) // count] for i in range(count)]
+    asked = [one._replace(seed=seeded("picture", seed, i, one.seed)) for i, one in enumerate(chosen)]
+    pictures = painter(victim.base, victim.steps, victim.guidance)(asked)
+    return to_latents(victim.base, pictures), [one.prompt for one in asked]
+
+
+def opened(files: Sequence[Path]) -> list[Image.Image]:
+    """Pictures of files.
+
+    Raises:
+        EsdLoraError: If one cannot be read.
+    """
+    pictures: list[Image.Image] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                pictures.append(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise EsdLoraError(f"{file} cannot be read as a picture ({error}). Expected PNG, JPEG or WebP.") from error
+    return pictures
+
+
+@torch.no_grad()
+def to_latents(base: Base, pictures: Sequence[Image.Image]) -> Tensor:
+    """Encodes pictures, cut to the model's native size, as float32 latents [N, ...]; each by itself, at its most likely.
+
+    Raises:
+        EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
+    """
+    mean, scale = _normalising(base)
+    _, height, width = base.latent_shape()
+    size = width * base.pipe.vae_scale_factor, height * base.pipe.vae_scale_factor
+    vae = base.pipe.vae
+    dtype, found = vae.dtype, list[Tensor]()
+    try:
+        vae.to(torch.promote_types(dtype, torch.float32))  # SDXL's overflows in float16; the way back is exact
+        for picture in pictures:
+            pixels = np.asarray(ImageOps.fit(picture.convert("RGB"), size), dtype=np.float32) / 127.5 - 1
+            x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device, vae.dtype)
+            found.append((vae.encode(x).latent_dist.mode() - mean) * scale)
+    finally:
+        vae.to(dtype)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def to_pictures(base: Base, latents: Tensor) -> list[Image.Image]:
+    """Decodes latents [N, ...], one by one."""
+    mean, scale = _normalising(base)
+    vae = base.pipe.vae
+    dtype, pictures = vae.dtype, list[Image.Image]()
+    try:
+        vae.to(torch.promote_types(dtype, torch.float32))
+        for one in latents.split(1):
+            x = vae.decode((one / scale + mean).to(vae.dtype)).sample
+            pictures += base.pipe.image_processor.postprocess(x, output_type="pil")
+    finally:
+        vae.to(dtype)
+    return pictures
+
+
+def _normalising(base: Base) -> tuple[Any, Any]:
+    """What a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    vae = base.pipe.vae
+    if not isinstance(vae, AutoencoderKL):
+        raise EsdLoraError(
+            f"base {base.id!r} has a VAE of kind {type(vae).__name__}, and pictures can be read with AutoencoderKL alone."
+            " Leave attacks that learn from pictures out of the suite."
+        )
+    own: Any = vae.config
+    if base.family.name == "sdxl" and own.latents_mean and own.latents_std:
+        mean, std = (torch.tensor(value, device=vae.device).view(1, -1, 1, 1) for value in (own.latents_mean, own.latents_std))
+        return mean, own.scaling_factor / std
+    return (own.shift_factor or 0.0) if base.prediction_type == "flow" else 0.0, own.scaling_factor
+
+
+def noised(victim: Victim, latents: Tensor, count: int, chance: torch.Generator) -> Points:
+    """Draws `count` of the latents, with times on the base's own grid and noise: where to predict, and what."""
+    base = victim.base
+    scheduler: Any = base.family.scheduler(base.pipe, victim.steps, base.latent_shape(), latents.device)
+    rows = torch.cat([torch.randperm(len(latents), generator=chance) for _ in range(-(-count // len(latents)))])[:count]
+    t = scheduler.timesteps[torch.randint(len(scheduler.timesteps), (count,), generator=chance).to(latents.device)]
+    noise = torch.randn(count, *latents.shape[1:], generator=chance).to(latents)
+    rows = rows.to(latents.device)
+    x_0 = latents[rows]
+    if base.prediction_type == "flow":
+        return Points(scheduler.scale_noise(x_0, t, noise), t, rows, noise - x_0)
+    target = scheduler.get_velocity(x_0, noise, t) if base.prediction_type == "v_prediction" else noise
+    return Points(scheduler.add_noise(x_0, noise, t), t, rows, target)
+
+
+def learn(
+    base: Base,
+    parameters: Sequence[torch.nn.Parameter],
+    points: Callable[[int], Points],
+    told: Callable[[Tensor], Condition],
+    *,
+    steps: int,
+    lr: float,
+    desc: str,
+) -> list[float]:
+    """Lowers the denoising loss by Adam.
+
+    Args:
+        base: As it is attacked.
+        parameters: In float32, to be learnt.
+        points: Of a step, from `noised`.
+        told: From numbers of pictures [N] to the condition of their captions, which may depend on the parameters.
+        steps: Of the optimiser.
+        lr: Learning rate.
+        desc: Label of the progress bar.
+
+    Returns:
+        The loss at each step, before it.
+    """
+    optimizer = make_optimizer("adam", parameters, lr, {})
+    scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
+    losses: list[float] = []
+    for step in trange(steps, desc=desc, unit="step", leave=False, delay=_SLOW):
+        asked = points(step)
+        optimizer.zero_grad()
+        losses.append(0.0)
+        for part in asked.split(at_once(base.latent_shape())):
+            prediction = base.predict(part.x_t, part.t, told(part.lesson))
+            loss = (prediction - part.target).square().mean() * len(part.t) / len(asked.t)
+            scaler.scale(loss).backward()
+            losses[-1] += loss.item()
+        scaler.step(optimizer)
+        scaler.update()
+    return losses

@@ -1,0 +1,108 @@
+"""Attacks on weights, by those who hold the model or the file: taking the eraser off, and teaching the concept again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from esd_lora.adapters import add_adapter, wear
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.attacks import Victim
+from esd_lora.evaluation.attacks.learning import BATCH, at_least, captioned, hashes, learn, noised, pictures_in
+from esd_lora.evaluation.variants import Painter, Variant
+from esd_lora.recipe import LoraSpec
+from esd_lora.stacking import stack
+from esd_lora.trajectory import pick
+
+
+def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
+    """The erased model with its erasers loaded once more, at a negative weight.
+
+    Whoever holds the eraser file can do this, in any program that loads LoRA files, merged or not: an eraser is removable by
+    design, and at -1 what is left is the base. So no number below that of the base is expected here. It says what an eraser is
+    not for: keeping a concept from those who have both the model and the file.
+
+    Args:
+        victim: With the erasers that are on.
+        weight: Times each eraser's own; -1 takes it off, below that the concept is amplified (Gandikota et al., *Concept
+            Sliders*, ECCV 2024, arXiv:2311.12092, at the scales of their figures). Typically -1 to -2.
+
+    Raises:
+        EsdLoraError: If the weight is not negative, or no erasers are given.
+    """
+    if not weight < 0:
+        raise EsdLoraError(f"the weight is {weight:g}, and this attack takes an eraser off. Give one below 0, such as -1.")
+    if not victim.erasers:
+        raise EsdLoraError("no eraser is given whose weight could be negative. Leave this attack out of the suite.")
+    own = stack(victim.erasers, [strength._replace(weight=weight * strength.weight) for strength in victim.weights])
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        with victim.erased.on() as paint:
+            wear(victim.base, own.pairs)
+            try:
+                yield paint
+            finally:
+                victim.base.model.unload_lora()
+
+    return Variant("attack-negative-weight", {"weight": weight, "victim": victim.erased.record}, on)
+
+
+def fine_tune(
+    victim: Victim,
+    *,
+    pictures: int = 8,
+    folder: str | Path | None = None,
+    steps: int = 50,
+    rank: int = 4,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> Variant:
+    """The erased model with a LoRA on every layer, trained on a few pictures of the concept.
+
+    The loss is the plain one, as anyone's fine-tuning script has it. That erased concepts come back so is known: Gao et al.,
+    *Meta-Unlearning on Diffusion Models*, ICCV 2025, arXiv:2410.12777, train on pictures of the concept, as here; Liu and
+    Zhang, *Erased or Dormant?*, arXiv:2505.16174, personalise on a few; Suriyakumar et al., *Unstable Unlearning*,
+    arXiv:2410.08074, see concepts return when fine-tuning on something else altogether.
+
+    Args:
+        victim: With the prompts whose pictures the base paints to train on.
+        pictures: How many; 4 to 30 typically.
+        folder: Pictures of the attacker's own instead, with the concept's name for a caption.
+        steps: Of the optimiser, `BATCH` points in each.
+        rank: Of the LoRA.
+        lr: Learning rate; 1e-4 to 2e-3.
+        seed: Of pictures, LoRA and noise.
+
+    Raises:
+        EsdLoraError: If a setting is too small, or there are no pictures.
+    """
+    at_least(1, pictures=pictures, steps=steps, rank=rank)
+    base, files = victim.base, pictures_in(folder, victim, pictures)
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        latents, captions = captioned(victim, pictures, files, seed)
+        conditions = base.encode(captions, victim.guidance)
+        with victim.erased.on() as paint:
+            layers = base.family.modules(base.model, "full")
+            parameters = add_adapter(base, layers, LoraSpec(rank=rank, alpha=rank), seed)
+            try:
+                learn(
+                    base,
+                    parameters,
+                    lambda step: noised(victim, latents, BATCH, torch.Generator().manual_seed(seed * 100_003 + step)),
+                    lambda rows: pick(conditions, rows),
+                    steps=steps,
+                    lr=lr,
+                    desc="fine-tuning",
+                )
+                yield paint
+            finally:
+                base.model.unload_lora()
+
+    record = {"pictures": pictures, "files": hashes(files), "steps": steps, "rank": rank, "lr": lr, "seed": seed}
+    return Variant("attack-fine-tune", {**record, "batch": BATCH, "victim": victim.erased.record}, on)

@@ -1,0 +1,328 @@
+"""Attacks on the prompt: words that lead around what was erased, drawn at random, learnt, or searched for."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.attacks import Victim
+from esd_lora.evaluation.attacks.learning import (
+    BATCH,
+    at_least,
+    captioned,
+    hashes,
+    learn,
+    noised,
+    pictures_in,
+    require_stable_diffusion,
+)
+from esd_lora.evaluation.planning import Asked
+from esd_lora.evaluation.variants import Painter, Variant
+from esd_lora.families import Base
+from esd_lora.header import ErasedConcept
+from esd_lora.recipe import without_article
+from esd_lora.trajectory import Condition, Points
+
+SEARCHED = 64
+"""Noised pictures that prefixes are compared on."""
+
+
+def token_noise(victim: Victim, *, tokens: int = 4, seed: int = 0) -> Variant:
+    """Every prompt with random words around it, half before and half after: how much does erasing hang on the wording?
+
+    The weakest attack there is, and the floor for the others. Zhang et al. try random tokens as a baseline, as a prefix or a
+    suffix and up to success (arXiv:2310.11868; OPTML-Group/Diffusion-MU-Attack, `src/attackers/random_.py`); here there is one
+    draw for each prompt, of whole words that do not name the concept.
+
+    Args:
+        victim: Of any family with a CLIP tokenizer.
+        tokens: Around each prompt; 2 to 8. A tokenizer cuts off what is too long for its encoder.
+        seed: Of the words, together with each prompt's case.
+
+    Raises:
+        EsdLoraError: If there are no tokens to be put anywhere, or the base has no CLIP tokenizer.
+    """
+    at_least(1, tokens=tokens)
+    words = [word for word in readable_words(victim.base) if not any(one.named_in(word) for one in victim.concepts)]
+
+    def disguised(one: Asked) -> Asked:
+        drawn = random.Random(f"{seed} {one.case}").choices(words, k=tokens)
+        half = -(-tokens // 2)
+        return one._replace(prompt=" ".join([*drawn[:half], one.prompt, *drawn[half:]]))
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        with victim.erased.on() as paint:
+            yield lambda some: paint([disguised(one) for one in some])
+
+    return Variant("attack-token-noise", {"tokens": tokens, "seed": seed, "victim": victim.erased.record}, on)
+
+
+def textual_inversion(
+    victim: Victim,
+    *,
+    pictures: int = 8,
+    folder: str | Path | None = None,
+    steps: int = 100,
+    vectors: int = 1,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> Variant:
+    """A word that stands for the concept, its embedding learnt on pictures against the erased model; it is put in every prompt.
+
+    Pham et al., *Circumventing Concept Erasure Methods For Text-to-Image Generative Models*, ICLR 2024, arXiv:2308.01508: no
+    weight of the model is changed, and seven methods, ESD among them, paint the concept again. The method is that of Gal et
+    al., *An Image is Worth One Word*, arXiv:2208.01618. Their release (NYU-DICE-Lab/circumventing-concept-erasure,
+    `esd/train.sh`) learns one vector on 25 pictures in 5000 steps of 16 under a generic word's captions; here captions are the
+    prompts with the word in the place of the concept's name and synonyms, and it starts from the concept's own embedding.
+
+    White box: the attacker needs the weights. A prompt that does not name the concept gets the word in front. With several
+    concepts each gets a word.
+
+    Args:
+        victim: Stable Diffusion or SDXL; with two text encoders the word has an embedding in each.
+        pictures: To learn from, painted by the base; 4 to 30 typically.
+        folder: Pictures of the attacker's own instead.
+        steps: Of the optimiser, `BATCH` points in each; 100 to 5000.
+        vectors: Tokens that the word is made of; 1 in the papers, more are a stronger attack.
+        lr: Learning rate, in units of the spread of the encoder's table; 0.02 to 0.4 (0.005 in CLIP's own is 0.4).
+        seed: Of pictures and noise.
+
+    Raises:
+        EsdLoraError: If a setting is too small, there are no pictures, or the base is of another family.
+    """
+    at_least(1, pictures=pictures, steps=steps, vectors=vectors)
+    base, files = victim.base, pictures_in(folder, victim, pictures)
+    require_stable_diffusion(base, "textual inversion")
+    spoken = spare_words(victim, vectors * len(victim.concepts))
+    named = [(one, spoken[i * vectors : (i + 1) * vectors]) for i, one in enumerate(victim.concepts)]
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        latents, captions = captioned(victim, pictures, files, seed)
+        prompts = [renamed(caption, named) for caption in captions]
+        tables = tables_of(base, spoken)
+        learnt = [
+            nn.Parameter(torch.cat([table.mean_of(without_article(one.name)).expand(vectors, -1) for one in victim.concepts]))
+            for table in tables
+        ]
+        with victim.erased.on() as paint, meaning(tables, learnt):
+            learn(
+                base,
+                learnt,
+                lambda step: noised(victim, latents, BATCH, torch.Generator().manual_seed(seed * 100_003 + step)),
+                lambda rows: _encode(base, [prompts[i] for i in rows.tolist()]),
+                steps=steps,
+                lr=lr,
+                desc="textual inversion",
+            )
+            yield lambda some: paint([one._replace(prompt=renamed(one.prompt, named)) for one in some])
+
+    record = {"pictures": pictures, "files": hashes(files), "steps": steps, "vectors": vectors, "lr": lr, "seed": seed}
+    return Variant("attack-textual-inversion", {**record, "batch": BATCH, "victim": victim.erased.record}, on)
+
+
+def prompt_optimisation(
+    victim: Victim,
+    *,
+    pictures: int = 8,
+    folder: str | Path | None = None,
+    tokens: int = 4,
+    steps: int = 60,
+    lr: float = 0.5,
+    seed: int = 0,
+) -> Variant:
+    """A prefix of real words, searched for by gradient, under which the erased model explains pictures of the concept best.
+
+    After UnlearnDiffAtk (Zhang et al., *To Generate or Not?*, ECCV 2024, arXiv:2310.11868), which lowers the same loss: the
+    erased model's own denoising loss on a picture of the concept, no classifier and no other model. What differs:
+
+    - They relax each token to a distribution over the vocabulary and draw from it with a straight-through gradient
+      (OPTML-Group/Diffusion-MU-Attack, `src/attackers/text_grad_.py`). Here, as by Wen et al., *Hard Prompts Made Easy*,
+      arXiv:2302.03668, a vector for each token is moved by the gradient at the embedding that lies nearest, by its cosine.
+    - They search a prefix for each prompt, 40 iterations at each of the sampled times, and stop where a classifier sees the
+      concept. Here one prefix is shared by all prompts, and no detector is asked: a weaker attack, and a cheaper one.
+    - They take all of the vocabulary, here it is whole words.
+
+    Every prefix is compared on the same noised pictures, and the best that was seen is kept.
+
+    Args:
+        victim: Stable Diffusion or SDXL.
+        pictures: To explain, painted by the base; theirs is 1.
+        folder: Pictures of the attacker's own instead.
+        tokens: Of the prefix; 3 to 5 in their configurations.
+        steps: Of the optimiser; 40 to 2000.
+        lr: Learning rate, in units of the spread of the encoder's table.
+        seed: Of pictures, noise and the words to start from.
+
+    Raises:
+        EsdLoraError: If a setting is too small, there are no pictures, or the base is of another family.
+    """
+    at_least(1, pictures=pictures, tokens=tokens, steps=steps)
+    base, files = victim.base, pictures_in(folder, victim, pictures)
+    require_stable_diffusion(base, "prompt optimisation")
+
+    @contextmanager
+    def on() -> Generator[Painter]:
+        latents, captions = captioned(victim, pictures, files, seed)
+        with victim.erased.on() as paint:
+            prefix = " ".join(best_prefix(victim, latents, captions, tokens=tokens, steps=steps, lr=lr, seed=seed))
+            tqdm.write(f"prompt optimisation found {prefix!r}", file=sys.stderr)
+            yield lambda some: paint([one._replace(prompt=f"{prefix} {one.prompt}") for one in some])
+
+    record = {"pictures": pictures, "files": hashes(files), "tokens": tokens, "steps": steps, "lr": lr, "seed": seed}
+    return Variant("attack-prompt-optimisation", {**record, "compared": SEARCHED, "victim": victim.erased.record}, on)
+
+
+def best_prefix(
+    victim: Victim, latents: Tensor, captions: Sequence[str], *, tokens: int, steps: int, lr: float, seed: int
+) -> list[str]:
+    """The words before all captions under which the model, as it stands, denoises the latents best: `prompt_optimisation`."""
+    base, spare = victim.base, spare_words(victim, tokens)
+    words = [word for word in readable_words(base) if word not in spare]
+    tables = tables_of(base, spare)
+    known = [table.of(words) for table in tables]
+    chance = torch.Generator().manual_seed(seed)
+    points = noised(victim, latents, SEARCHED, chance)
+    start = torch.randint(len(words), (tokens,), generator=chance).to(latents.device)
+    moved = [nn.Parameter(vectors[start].clone()) for vectors in known]
+    prompts = [" ".join([*spare, caption]) for caption in captions]
+    tried: list[Tensor] = []
+
+    def at(step: int) -> Points:  # noqa: ARG001
+        cosines = [
+            functional.normalize(own) @ functional.normalize(vectors).T for own, vectors in zip(moved, known, strict=True)
+        ]
+        tried.append(torch.stack(cosines).sum(0).argmax(1))
+        return points
+
+    def told(rows: Tensor) -> Condition:
+        # The value is that of the words, the gradient goes to what moves.
+        passed = [own + (vectors[tried[-1]] - own).detach() for own, vectors in zip(moved, known, strict=True)]
+        with meaning(tables, passed):
+            return _encode(base, [prompts[i] for i in rows.tolist()])
+
+    losses = learn(base, moved, at, told, steps=steps, lr=lr, desc="prompt optimisation")
+    return [words[i] for i in tried[losses.index(min(losses))].tolist()]
+
+
+class Table(NamedTuple):
+    """A text encoder's table of embeddings, in units of its spread, and the tokens that are given another meaning."""
+
+    layer: nn.Embedding
+    tokenizer: Any
+    spread: Tensor
+    spare: Tensor
+    """[K], ids of the words that are free to mean something else."""
+
+    def of(self, words: Sequence[str]) -> Tensor:
+        """Embeddings [N, width] of words of one token each."""
+        return self.layer.weight[_ids(self.tokenizer, words).to(self.spare)].float() / self.spread
+
+    def mean_of(self, text: str) -> Tensor:
+        """The mean embedding [width] of a text's tokens."""
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids).to(self.spare)
+        return self.layer.weight[ids].float().mean(0) / self.spread
+
+
+def tables_of(base: Base, spare: Sequence[str]) -> list[Table]:
+    """One for each text encoder of Stable Diffusion or SDXL."""
+    tables: list[Table] = []
+    for name in ("", "_2"):
+        if (encoder := getattr(base.pipe, f"text_encoder{name}", None)) is not None:
+            layer, tokenizer = encoder.get_input_embeddings(), getattr(base.pipe, f"tokenizer{name}")
+            spare_ids = _ids(tokenizer, spare).to(layer.weight.device)
+            tables.append(Table(layer, tokenizer, layer.weight.float().std(), spare_ids))
+    return tables
+
+
+@contextmanager
+def meaning(tables: Sequence[Table], vectors: Sequence[Tensor]) -> Generator[None]:
+    """Has the spare words mean vectors [K, width], of each table, for the length of a `with` block.
+
+    The table itself stays as it is: what it answers is changed on the way.
+    """
+    with ExitStack() as hooks:
+        for table, own in zip(tables, vectors, strict=True):
+            hooks.callback(table.layer.register_forward_hook(partial(_replace, table, own)).remove)
+        yield
+
+
+def _replace(table: Table, vectors: Tensor, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:  # noqa: ARG001
+    """The embeddings [N, tokens, width] with those of the spare words replaced."""
+    same = args[0][..., None] == table.spare
+    return torch.where(same.any(-1, keepdim=True), same.to(out.dtype) @ (vectors * table.spread).to(out.dtype), out)
+
+
+def _encode(base: Base, prompts: Sequence[str]) -> Condition:
+    """The condition of prompts as `Base.encode` gives it, with a gradient."""
+    told = base.family.encode(base.pipe, prompts)
+    return {name: value.to(base.model.dtype) for name, value in told.items()}
+
+
+def readable_words(base: Base) -> list[str]:
+    """Words of plain letters that are one token to each CLIP tokenizer of a base, the most frequent first.
+
+    Raises:
+        EsdLoraError: If it has no such tokenizer.
+    """
+    every = [part for name, part in sorted(base.pipe.components.items()) if name.startswith("tokenizer")]
+    tokenizers = [part for part in every if isinstance(part, CLIPTokenizer)]
+    if not tokenizers:
+        kinds = ", ".join(type(part).__name__ for part in every) or "no tokenizer"
+        raise EsdLoraError(
+            f"base {base.id!r} has {kinds}, and words are drawn from CLIP's. Leave this attack out of the suite."
+        )
+    vocabulary = sorted(tokenizers[0].get_vocab().items(), key=lambda entry: entry[1])
+    words = [token.removesuffix("</w>") for token, _ in vocabulary if token.endswith("</w>")]
+    words = [word for word in words if word.isascii() and word.isalpha()]
+    for tokenizer in tokenizers:
+        own = tokenizer(words, add_special_tokens=False).input_ids
+        one = [
+            len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == f"{word}</w>"
+            for word, ids in zip(words, own, strict=True)
+        ]
+        words = [word for word, alone in zip(words, one, strict=True) if alone]
+    return words
+
+
+def spare_words(victim: Victim, count: int) -> list[str]:
+    """The rarest words that stand in no prompt asked for, to be given another meaning.
+
+    Raises:
+        EsdLoraError: If there are not so many.
+    """
+    said = {word for one in victim.asked for word in re.findall(r"\w+", one.prompt.lower())}
+    said |= {word for one in victim.concepts for word in re.findall(r"\w+", one.name.lower())}
+    free = [word for word in readable_words(victim.base) if word not in said]
+    if len(free) < count:
+        raise EsdLoraError(f"this attack needs {count} words that no prompt has, and {len(free)} are left. Ask for less.")
+    return free[-count:]
+
+
+def _ids(tokenizer: Any, words: Sequence[str]) -> Tensor:
+    return torch.tensor(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words]))
+
+
+def renamed(prompt: str, named: Sequence[tuple[ErasedConcept, Sequence[str]]]) -> str:
+    """A prompt with other words in the place of concepts' names and synonyms, or in front where it names none."""
+    found = 0
+    for concept, words in named:
+        names = sorted(map(without_article, (concept.name, *concept.synonyms)), key=len, reverse=True)
+        pattern = rf"(?<!\w)({'|'.join(map(re.escape, names))})(e?s)?(?!\w)"
+        prompt, times = re.subn(pattern, " ".join(words), prompt, flags=re.IGNORECASE)
+        found += times
+    return prompt if found else " ".join([*(word for _, words in named for word in words), prompt])
