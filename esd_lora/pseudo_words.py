@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from esd_lora.families import Base
 from esd_lora.trajectory import Condition
 
-Row: TypeAlias = tuple[int, ...]
-"""Tokens of a prompt."""
 LEAN = 0.5
 """Highest share of an erased word in a pseudo-word."""
 
@@ -28,14 +26,13 @@ LEAN = 0.5
 class PseudoWords:
     """Encodes prompts with a pseudo-word in the place of their rarest token.
 
-    What nobody listed may lie near what is erased, and an eraser takes it along: so a pseudo-word leans towards a word that an
-    erased prompt has in its place, by a share between none and `LEAN` of its length. In "a dog in ink style" that is a cat,
-    where cats are erased, and not another style.
+    What nobody listed may lie near what is erased, and is what an eraser takes along: so a pseudo-word leans towards an erased
+    word, by a share between none and `LEAN` of its length.
 
     Args:
         base: The loaded base; each of its text encoders gets pseudo-words of its own.
         prompts: Among which a token is rare or not: a keep list.
-        erased: Prompts for what is erased.
+        erased: Prompts for what is erased; its words are the tokens that no prompt of the list has.
     """
 
     def __init__(self, base: Base, prompts: Sequence[str], erased: Sequence[str] = ()):
@@ -50,29 +47,23 @@ class PseudoWords:
             if isinstance(module, nn.Embedding) and module.weight is encoder.get_input_embeddings().weight
         ]
         self._spread = {table: (table.weight.float().mean(0), table.weight.float().std(0)) for table in tables}
-        kept = self._tokens(tables, prompts)
-        self._counts = {table: Counter(token for row in rows for token in row) for table, rows in kept.items()}
-        self._fitting: dict[nn.Embedding, dict[Row, set[int]]] = {table: {} for table in tables}
-        """A prompt's tokens without one of them to what erased prompts have there."""
-        for table, rows in self._tokens(tables, erased).items():
-            for row in rows:
-                for place, token in enumerate(row):
-                    if token not in self._counts[table]:
-                        self._fitting[table].setdefault((*row[:place], *row[place + 1 :]), set()).add(token)
+        self._counts = self._tokens(tables, prompts)
+        found = self._tokens(tables, erased)
+        self._erased = {table: sorted(set(found[table]) - set(self._counts[table])) for table in tables}
 
-    def _tokens(self, tables: Sequence[nn.Embedding], prompts: Sequence[str]) -> dict[nn.Embedding, list[Row]]:
-        """The tokens of prompts, as each text encoder is asked about them."""
-        found: dict[nn.Embedding, list[Row]] = {table: [] for table in tables}
+    def _tokens(self, tables: Sequence[nn.Embedding], prompts: Sequence[str]) -> dict[nn.Embedding, Counter[int]]:
+        """How often each token stands in prompts."""
+        counts: dict[nn.Embedding, Counter[int]] = {table: Counter() for table in tables}
 
-        def note(table: Any, args: tuple[Tensor, ...]) -> None:
-            found[table] += [tuple(row) for row in args[0].tolist()]
+        def count(table: Any, args: tuple[Tensor, ...]) -> None:
+            counts[table].update(args[0].flatten().tolist())
 
         with ExitStack() as hooks:
             for table in tables:
-                hooks.callback(table.register_forward_pre_hook(note).remove)
+                hooks.callback(table.register_forward_pre_hook(count).remove)
             if prompts:
                 self.base.encode(prompts)
-        return found
+        return counts
 
     def encode(self, prompts: Sequence[str], generator: torch.Generator) -> Condition:
         """The condition of N prompts, each with a pseudo-word of its own.
@@ -88,17 +79,13 @@ class PseudoWords:
 
     def _replace(self, generator: torch.Generator, table: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """The embeddings [N, tokens, width] with those of every prompt's rarest token replaced."""
-        (ids,), (mean, std), count, fitting = args, self._spread[table], self._counts[table], self._fitting[table]
+        (ids,), (mean, std), count, erased = args, self._spread[table], self._counts[table], self._erased[table]
+        rarest = torch.tensor([min(row, key=lambda token: (count[token], token)) for row in ids.tolist()])
         words = torch.randn(len(ids), len(mean), generator=generator).to(mean)
-        shares = LEAN * torch.rand(len(ids), 1, generator=generator).to(mean)
-        chances = torch.rand(len(ids), generator=generator).tolist()
-        rarest: list[int] = []
-        for i, row in enumerate(ids.tolist()):
-            rarest.append(min(row, key=lambda token: (count[token], token)))
-            place = row.index(rarest[-1])
-            near = sorted(fitting.get((*row[:place], *row[place + 1 :]), ()))
-            if near:
-                erased = (table.weight[near[int(chances[i] * len(near))]].float() - mean) / std
-                words[i] = shares[i] * erased + (1 - shares[i] ** 2).sqrt() * words[i]
-        there = ids == torch.tensor(rarest).to(ids)[:, None]
-        return torch.where(there[..., None], (mean + std * words)[:, None].to(out), out)
+        if erased:
+            share = LEAN * torch.rand(len(ids), 1, generator=generator).to(mean)
+            chosen = torch.randint(len(erased), (len(ids),), generator=generator)
+            towards = (table.weight[torch.tensor(erased)[chosen].to(ids)].float() - mean) / std
+            words = share * towards + (1 - share**2).sqrt() * words
+        words = mean + std * words
+        return torch.where((ids == rarest.to(ids)[:, None])[..., None], words[:, None].to(out), out)

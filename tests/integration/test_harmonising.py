@@ -88,7 +88,7 @@ def test_pseudo_words_lean_towards_what_is_erased() -> None:
     erased = ((table.weight[emoji.pipe.tokenizer("guitar").input_ids[1]] - mean) / std).detach()
     seen: list[torch.Tensor] = []
     kept = ["a dog in ink style", "an owl", "an apple"]
-    words, plain = PseudoWords(emoji, kept, ["a guitar", "an guitar"]), PseudoWords(emoji, kept, ["an apple in blob style"])
+    words, plain = PseudoWords(emoji, kept, ["a guitar", "a guitar in ink style"]), PseudoWords(emoji, kept)
     hook = emoji.pipe.text_encoder.embeddings.register_forward_hook(lambda *args: seen.append(args[2]))
     position = emoji.pipe.text_encoder.embeddings.position_embedding.weight[2]
     cosines: list[torch.Tensor] = []
@@ -98,7 +98,7 @@ def test_pseudo_words_lean_towards_what_is_erased() -> None:
         shown = (torch.cat(seen)[:, 2] - position - mean) / std  # after the start token and "an"
         cosines.append(torch.nn.functional.cosine_similarity(shown, erased[None]))
     hook.remove()
-    assert abs(cosines[1].mean()) < 0.03, "an erased style stands in another place"
+    assert abs(cosines[1].mean()) < 0.03, "without erased prompts they lean nowhere"
     share, length = torch.linspace(0, LEAN, 1000), erased.norm()
     expected = share * length / (share**2 * length**2 + (1 - share**2) * len(erased)).sqrt()
     assert float(cosines[0].mean()) == pytest.approx(float(expected.mean()), abs=0.03)
