@@ -2,8 +2,8 @@
 
 A sibling of `training.py` with other teachers. On member i's prompts the teacher is the base with eraser i alone, on prompts
 to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`fusing.py`): one matrix a
-layer cannot do everything the members did, but the layers together can make up for much of it. Most kept points are asked about
-with words that mean nothing, so that what stands in no list is left alone too.
+layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept points are
+asked about with words that mean nothing, so that what stands in no list is left alone too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate
 LEARNING_RATE = 3e-3
 BATCH = 16
 """Points of members' prompts in a step, and as many of kept ones, with the same weight."""
-SHAKEN = 12
-"""Of the kept points, asked about with a pseudo-word."""
-PUSH = 2.0
+PUSH = 1.75
 """What a member does alone is taught times this, because what is kept pulls back."""
 SHAKE = 0.7
-"""Noise on the text beside a pseudo-word: a random mixture of how the prompts differ from each other, times this."""
+"""Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
+other, times this."""
 
 
 def harmonise(
@@ -79,7 +78,7 @@ def harmonise(
     table = list(dict.fromkeys(["", *asked_kept, *(prompt for own in asked for prompt in own)]))
     conditions = base.encode(table)
     spread = {name: value - value.mean(0) for name, value in conditions.items() if name.endswith("embeds")}
-    words = PseudoWords(base, kept, [prompt for own in asked for prompt in own])
+    words = PseudoWords(base, asked_kept)
     shape, device = base.latent_shape(), base.model.device
     noise = torch.Generator().manual_seed(seed)
 
@@ -120,13 +119,14 @@ def harmonise(
         for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
             chance = torch.Generator().manual_seed(seed * 100_003 + step)
             erased, keep = erasing.sample(BATCH, chance), keeping.sample(BATCH, chance)
-            shaken = words.encode([table[i] for i in keep.lesson[:SHAKEN].tolist()], chance)
-            mix = SHAKE * torch.randn(SHAKEN, len(table), generator=chance) / len(table) ** 0.5
+            half = BATCH // 2
+            shaken = words.encode([table[i] for i in keep.lesson[:half].tolist()], chance)
+            mix = SHAKE * torch.randn(half, len(table), generator=chance) / len(table) ** 0.5
             for name, differences in spread.items():
                 shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
             with torch.no_grad(), off(base):
-                keep.target[:SHAKEN] = predict(keep.x_t[:SHAKEN], keep.t[:SHAKEN], shaken)
-            told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[SHAKEN:]))
+                keep.target[:half] = predict(keep.x_t[:half], keep.t[:half], shaken)
+            told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[half:]))
             both = Points.join([erased, keep])
             optimizer.zero_grad()
             losses.append(0.0)

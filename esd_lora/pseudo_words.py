@@ -19,23 +19,16 @@ from torch import Tensor, nn
 from esd_lora.families import Base
 from esd_lora.trajectory import Condition
 
-LEAN = 0.5
-"""Highest share of an erased word in a pseudo-word."""
-
 
 class PseudoWords:
     """Encodes prompts with a pseudo-word in the place of their rarest token.
 
-    What nobody listed may lie near what is erased, and is what an eraser takes along: so a pseudo-word leans towards an erased
-    word, by a share between none and `LEAN` of its length.
-
     Args:
         base: The loaded base; each of its text encoders gets pseudo-words of its own.
         prompts: Among which a token is rare or not: a keep list.
-        erased: Prompts for what is erased; its words are the tokens that no prompt of the list has.
     """
 
-    def __init__(self, base: Base, prompts: Sequence[str], erased: Sequence[str] = ()):
+    def __init__(self, base: Base, prompts: Sequence[str]):
         self.base = base
         encoders = [getattr(base.pipe, name) for name in base.pipe.components if name.startswith("text_encoder")]
         # T5 asks another module than `get_input_embeddings` names, with the same weight.
@@ -46,24 +39,12 @@ class PseudoWords:
             for module in encoder.modules()
             if isinstance(module, nn.Embedding) and module.weight is encoder.get_input_embeddings().weight
         ]
+        self._counts: dict[nn.Embedding, Counter[int]] = {table: Counter() for table in tables}
         self._spread = {table: (table.weight.float().mean(0), table.weight.float().std(0)) for table in tables}
-        self._counts = self._tokens(tables, prompts)
-        found = self._tokens(tables, erased)
-        self._erased = {table: sorted(set(found[table]) - set(self._counts[table])) for table in tables}
-
-    def _tokens(self, tables: Sequence[nn.Embedding], prompts: Sequence[str]) -> dict[nn.Embedding, Counter[int]]:
-        """How often each token stands in prompts."""
-        counts: dict[nn.Embedding, Counter[int]] = {table: Counter() for table in tables}
-
-        def count(table: Any, args: tuple[Tensor, ...]) -> None:
-            counts[table].update(args[0].flatten().tolist())
-
         with ExitStack() as hooks:
             for table in tables:
-                hooks.callback(table.register_forward_pre_hook(count).remove)
-            if prompts:
-                self.base.encode(prompts)
-        return counts
+                hooks.callback(table.register_forward_pre_hook(self._count).remove)
+            base.encode(prompts)
 
     def encode(self, prompts: Sequence[str], generator: torch.Generator) -> Condition:
         """The condition of N prompts, each with a pseudo-word of its own.
@@ -77,15 +58,12 @@ class PseudoWords:
                 hooks.callback(table.register_forward_hook(partial(self._replace, generator)).remove)
             return self.base.encode(prompts)
 
+    def _count(self, table: Any, args: tuple[Tensor, ...]) -> None:
+        self._counts[table].update(args[0].flatten().tolist())
+
     def _replace(self, generator: torch.Generator, table: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """The embeddings [N, tokens, width] with those of every prompt's rarest token replaced."""
-        (ids,), (mean, std), count, erased = args, self._spread[table], self._counts[table], self._erased[table]
+        (ids,), (mean, std), count = args, self._spread[table], self._counts[table]
         rarest = torch.tensor([min(row, key=lambda token: (count[token], token)) for row in ids.tolist()])
-        words = torch.randn(len(ids), len(mean), generator=generator).to(mean)
-        if erased:
-            share = LEAN * torch.rand(len(ids), 1, generator=generator).to(mean)
-            chosen = torch.randint(len(erased), (len(ids),), generator=generator)
-            towards = (table.weight[torch.tensor(erased)[chosen].to(ids)].float() - mean) / std
-            words = share * towards + (1 - share**2).sqrt() * words
-        words = mean + std * words
+        words = mean + std * torch.randn(len(ids), len(mean), generator=generator).to(mean)
         return torch.where((ids == rarest.to(ids)[:, None])[..., None], words[:, None].to(out), out)

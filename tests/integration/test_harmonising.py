@@ -10,10 +10,9 @@ import torch
 import esd_lora.moments
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
-from esd_lora.families import Base, load_base
+from esd_lora.families import Base
 from esd_lora.harmonising import harmonise
 from esd_lora.interference import measure
-from esd_lora.pseudo_words import LEAN, PseudoWords
 from esd_lora.stacking import stack
 
 KEPT = ["a dog", "a hat", "a house"]
@@ -79,27 +78,3 @@ def test_batches_in_parts_are_the_same_batch(base: Base, cat: Eraser, car: Erase
     for module, pair in whole.pairs.items():
         moved = pair.delta() - start.pairs[module].delta()
         assert float((pair.delta() - parts.pairs[module].delta()).norm()) <= 0.05 * float(moved.norm()), module
-
-
-def test_pseudo_words_lean_towards_what_is_erased() -> None:
-    emoji = load_base("emoji")
-    table = emoji.pipe.text_encoder.get_input_embeddings()
-    mean, std = table.weight.mean(0), table.weight.std(0)
-    erased = ((table.weight[emoji.pipe.tokenizer("guitar").input_ids[1]] - mean) / std).detach()
-    seen: list[torch.Tensor] = []
-    kept = ["a dog in ink style", "an owl", "an apple"]
-    words, plain = PseudoWords(emoji, kept, ["a guitar", "a guitar in ink style"]), PseudoWords(emoji, kept)
-    hook = emoji.pipe.text_encoder.embeddings.register_forward_hook(lambda *args: seen.append(args[2]))
-    position = emoji.pipe.text_encoder.embeddings.position_embedding.weight[2]
-    cosines: list[torch.Tensor] = []
-    for some in (words, plain):
-        seen.clear()
-        some.encode(["an apple"] * 200, torch.Generator().manual_seed(0))
-        shown = (torch.cat(seen)[:, 2] - position - mean) / std  # after the start token and "an"
-        cosines.append(torch.nn.functional.cosine_similarity(shown, erased[None]))
-    hook.remove()
-    assert abs(cosines[1].mean()) < 0.03, "without erased prompts they lean nowhere"
-    share, length = torch.linspace(0, LEAN, 1000), erased.norm()
-    expected = share * length / (share**2 * length**2 + (1 - share**2) * len(erased)).sqrt()
-    assert float(cosines[0].mean()) == pytest.approx(float(expected.mean()), abs=0.03)
-    assert cosines[0].max() < expected.max() + 0.1
