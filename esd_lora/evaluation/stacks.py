@@ -81,9 +81,9 @@ def company(asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]) -
 
 
 def heat_map(found: dict[str, Any]) -> bytes:
-    """The matrix as a picture, PNG."""
+    """The matrix as a picture, PNG: rows are targets of a member, columns what was on."""
     names = [member["name"] for member in found["members"]]
     shares = [[cell["value"] if cell else 0.0 for cell in row] for row in found["matrix"]]
     content = io.BytesIO()
-    heat_maps({f"{found['metric']} on row's targets under column": shares}, names, last_column="all").save(content, "PNG")
+    heat_maps({found["metric"]: shares}, names, last_column="all").save(content, "PNG")
     return content.getvalue()
