@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,47 @@ import numpy as np
 import pytest
 import torch
 from PIL.Image import Image
-from transformers import CLIPTokenizer
+from torch import Tensor, nn
 
+from esd_lora import load_recipe, train
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS, Victim, learning, words
-from esd_lora.evaluation.attacks.learning import to_latents, to_pictures
-from esd_lora.evaluation.attacks.words import best_prefix, readable_words, renamed
+from esd_lora.evaluation.attacks import ATTACKS, Victim, learning, weights, words
+from esd_lora.evaluation.attacks.learning import captioned, noised, seeded, to_latents, to_pictures
+from esd_lora.evaluation.attacks.words import best_prefix, meaning, readable_words, renamed, spare_words, tables_of
+from esd_lora.evaluation.domain_suite import of_object
+from esd_lora.evaluation.judge import Judge
 from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.variants import bare, erased
+from esd_lora.evaluation.variants import Variant, bare, erased
 from esd_lora.families import Base, load_base
 from esd_lora.header import ErasedConcept
 from esd_lora.stacking import Strength
+from esd_lora.trajectory import pick
 from made import eraser_on
 from toys import load_toy, save_toy
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(), eta=1.0)
 ASKED = [Asked(f"t-{i}", "target", prompt, i, "cat") for i, prompt in enumerate(("a cat", "a cat, noto style", "two kittens"))]
-QUICK: dict[str, dict[str, Any]] = {
+QUICK: Mapping[str, dict[str, Any]] = {
     "token-noise": {"tokens": 2},
-    "negative-weight": {},
+    "negative-weight": {"weight": -0.5},
     "fine-tune": {"pictures": 2, "steps": 2, "rank": 1},
     "textual-inversion": {"pictures": 2, "steps": 2},
-    "prompt-optimisation": {"pictures": 2, "steps": 2, "tokens": 2},
+    "prompt-optimisation": {"pictures": 2, "steps": 2, "tokens": 2, "candidates": 2},
     "latent-start": {"strength": 0.5},
 }
+STEPS, GUIDANCE = 3, 4.0
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "BATCH", 4)
+    monkeypatch.setattr(words, "BATCH", 4)
+    monkeypatch.setattr(words, "SEARCHED", 4)
+
+
+def load(name: str, folder: Path) -> Base:
+    return load_base("emoji", device="cpu") if name == "emoji" else load_toy(save_toy(name, folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -42,132 +59,268 @@ def emoji() -> Base:
     return load_base("emoji", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def cat_eraser(emoji: Base) -> Eraser:
-    """An update that changes every picture, and claims to be an eraser of cats."""
-    layers = [name for name in emoji.family.modules(emoji.model, "xattn") if name.endswith("attn2.to_v")]
-    return eraser_on(emoji.model, layers, "a cat", seed=3, rank=1)
+@pytest.fixture(scope="module", params=["sd", "sdxl", "emoji"])
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load(request.param, tmp_path_factory.mktemp("toys"))
 
 
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "BATCH", 4)
-    monkeypatch.setattr(words, "BATCH", 4)
-    monkeypatch.setattr(words, "SEARCHED", 4)
+def victim_of(base: Base, eraser: Eraser | None = None, asked: Sequence[Asked] = ASKED, strength: float = 0.1) -> Victim:
+    """A base with a random update, which changes every picture and claims to be an eraser of cats."""
+    if eraser is None:
+        layers = base.family.modules(base.model, "xattn")
+        own = {"family": base.family.name, "prediction_type": base.prediction_type, "prefix": base.family.denoiser}
+        eraser = eraser_on(base.model, layers, "a cat", seed=3, rank=1, base_hashes=base.hashes(layers), **own)
+    at = [Strength(strength)]
+    return Victim(base, erased(base, [eraser], at, STEPS, GUIDANCE), [CAT], asked, STEPS, GUIDANCE, [eraser], at)
 
 
-def victim_of(base: Base, eraser: Eraser, asked: Sequence[Asked] = ASKED) -> Victim:
-    weights = [Strength(0.1)]
-    hit = erased(base, [eraser], weights, 3, 4.0)
-    return Victim(base, hit, [CAT], asked, 3, 4.0, [eraser], weights)
+def attack(victim: Victim, name: str, **settings: Any) -> Variant:
+    return ATTACKS.get(name)(victim, **{**QUICK[name], **settings})
 
 
-def arrays(pictures: Sequence[Image]) -> list[np.ndarray]:
-    return [np.asarray(picture, dtype=float) for picture in pictures]
+def painted(variant: Variant, some: Sequence[Asked] = ASKED) -> np.ndarray:
+    with variant.on() as paint:
+        return pixels(paint(some))
 
 
-def painted(victim: Victim, name: str, some: Sequence[Asked] = ASKED, **settings: Any) -> list[np.ndarray]:
-    with ATTACKS.get(name)(victim, **{**QUICK[name], **settings}).on() as paint:
-        return arrays(paint(some))
+def pixels(pictures: Sequence[Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture, dtype=float) for picture in pictures])
 
 
-def state(base: Base) -> dict[str, torch.Tensor]:
-    parts = {"denoiser": base.model, "text": base.pipe.text_encoder, "vae": base.pipe.vae}
-    return {f"{part}.{k}": v.clone() for part, module in parts.items() for k, v in module.state_dict().items()}
+@contextmanager
+def same_after(base: Base) -> Iterator[None]:
+    """Sees that every weight is as before, bit for bit, and that no adapter, hook or gradient is left."""
+    parts = {name: part for name, part in base.pipe.components.items() if isinstance(part, nn.Module)}
+    before = {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in parts.items()}
+    yield
+    base.require_bare()
+    for name, part in parts.items():
+        after = part.state_dict()
+        assert after.keys() == before[name].keys()
+        assert all(torch.equal(value, before[name][key]) for key, value in after.items()), name
+        # Transformers leaves hooks of its own on other layers.
+        assert not any(module._forward_hooks for module in part.modules() if isinstance(module, nn.Embedding)), name
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in part.parameters())
 
 
 @pytest.mark.parametrize("name", QUICK)
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_attack_says_the_same_twice_and_leaves_the_base(name: str, emoji: Base, cat_eraser: Eraser) -> None:
-    victim, before = victim_of(emoji, cat_eraser), state(emoji)
-    found = painted(victim, name)
-    again = painted(victim, name, ASKED[1:])
-    for one, other in zip(found[1:], again, strict=True):
-        assert np.abs(one - other).max() <= 1, "whatever else is in the batch, but for rounding"
-    with victim.erased.on() as paint:
-        plain = arrays(paint(ASKED))
-    assert any(np.abs(a - b).max() > 1 for a, b in zip(found, plain, strict=True)), "it changes something"
-    variant = ATTACKS.get(name)(victim, **QUICK[name])
-    assert variant.name == f"attack-{name}"
-    assert QUICK[name].items() <= variant.record.items()
-
-    def interrupted() -> None:
-        with variant.on():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    after = state(emoji)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    emoji.require_bare()
+def test_attack_says_the_same_twice_and_leaves_the_base(name: str, each: Base) -> None:
+    victim = victim_of(each)
+    variant = attack(victim, name)
+    with same_after(each):
+        found = painted(variant)
+        again = painted(attack(victim, name))
+        assert np.array_equal(found, again)
+        some = painted(variant, ASKED[1:])
+        assert np.abs(found[1:] - some).max() <= 1, "whatever else is in the batch, but for rounding"
+        assert variant.name == f"attack-{name}"
+        assert QUICK[name].items() <= variant.record.items()
+        assert variant.record["victim"] == victim.erased.record
+    if each.id == "emoji":
+        assert np.abs(found - painted(victim.erased)).max() > 1, "it changes something"
 
 
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_eraser_at_minus_one_is_the_base(emoji: Base, cat_eraser: Eraser) -> None:
-    victim = victim_of(emoji, cat_eraser)
-    with bare(emoji, 3, 4.0).on() as paint:
-        before = arrays(paint(ASKED))
-    for one, other in zip(painted(victim, "negative-weight"), before, strict=True):
-        assert np.abs(one - other).max() <= 1
-    amplified = painted(victim, "negative-weight", weight=-2.0)
-    assert any(np.abs(a - b).max() > 5 for a, b in zip(amplified, before, strict=True))
+@pytest.mark.parametrize("name", QUICK)
+def test_attack_that_is_broken_off_leaves_the_base(name: str, each: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = attack(victim_of(each), name)
+    with same_after(each):
+        with pytest.raises(ZeroDivisionError), variant.on():
+            _ = 1 / 0
+        if name not in ("token-noise", "negative-weight"):  # these prepare nothing
+            predict, asked = Base.predict, [0]
+
+            def failing(self: Base, *args: Any) -> Tensor:
+                asked[0] += 1
+                if asked[0] == 2:
+                    raise KeyboardInterrupt
+                return predict(self, *args)
+
+            monkeypatch.setattr(Base, "predict", failing)
+            with pytest.raises(KeyboardInterrupt):
+                painted(variant)
 
 
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-@pytest.mark.parametrize(
-    ("name", "learn_in", "settings"),
-    [
-        ("fine-tune", "esd_lora.evaluation.attacks.weights", {"steps": 30, "rank": 4, "lr": 2e-3}),
-        ("textual-inversion", "esd_lora.evaluation.attacks.words", {"steps": 30}),
-        ("prompt-optimisation", "esd_lora.evaluation.attacks.words", {"steps": 20, "tokens": 3}),
-    ],
-)
-def test_what_learns_lowers_its_loss(
-    name: str, learn_in: str, settings: dict[str, Any], emoji: Base, cat_eraser: Eraser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses: list[float] = []
-
-    def noted(base: Base, parameters: Any, points: Any, told: Any, **asked: Any) -> list[float]:
-        losses.extend(learning.learn(base, parameters, lambda _: points(0), told, **asked))  # the same pictures at every step
-        return losses
-
-    monkeypatch.setattr(f"{learn_in}.learn", noted)
-    painted(victim_of(emoji, cat_eraser), name, **settings)
-    assert len(losses) == settings["steps"]
-    if name == "prompt-optimisation":
-        assert len({round(loss, 4) for loss in losses}) > 2, "several prefixes were compared; the first may be the best"
-    else:
-        assert losses[-1] < losses[0]
+def test_other_seeds_other_attacks(emoji: Base) -> None:
+    victim = victim_of(emoji)
+    for name in ("token-noise", "textual-inversion", "latent-start"):
+        assert not np.array_equal(painted(attack(victim, name)), painted(attack(victim, name, seed=1))), name
 
 
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_found_prefix_is_of_real_words(emoji: Base, cat_eraser: Eraser) -> None:
-    victim = victim_of(emoji, cat_eraser)
-    tokenizer = emoji.pipe.tokenizer
-    assert isinstance(tokenizer, CLIPTokenizer)
-    latents = torch.randn(2, *emoji.latent_shape(), generator=torch.Generator().manual_seed(0))
-    found = best_prefix(victim, latents, ["a cat", "a cat"], tokens=3, steps=2, lr=0.5, seed=0)
+def test_eraser_at_minus_one_is_the_base(each: Base) -> None:
+    victim = victim_of(each)
+    before = painted(bare(each, STEPS, GUIDANCE))
+    assert np.abs(painted(attack(victim, "negative-weight", weight=-1.0)) - before).max() <= 1
+    assert np.abs(painted(attack(victim, "negative-weight", weight=-2.0)) - before).max() > 1
+
+
+@pytest.mark.parametrize("kind", ["emoji", "sd2-v", "sdxl", "sd3"])
+def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> None:
+    base = load(kind, tmp_path)
+    victim = victim_of(base)
+    latents = torch.randn(3, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
+    points = noised(victim, latents, 8, torch.Generator().manual_seed(1))
+    scheduler: Any = base.family.scheduler(base.pipe, STEPS, base.latent_shape())
+    assert set(points.t.tolist()) <= set(scheduler.timesteps.tolist())
+    assert sorted(points.lesson.tolist()[:6]) != points.lesson.tolist()[:6]
+    assert {lesson: points.lesson.tolist().count(lesson) for lesson in range(3)}.keys() == {0, 1, 2}
+    for i, (x_t, t, lesson, target) in enumerate(zip(*points, strict=True)):
+        if base.prediction_type == "flow":
+            x_0 = x_t - t / 1000 * target
+        else:
+            x_0 = scheduler.step(target[None], int(t), x_t[None]).pred_original_sample[0]
+        assert torch.allclose(x_0, latents[lesson], atol=1e-3), i
+    early = noised(victim, latents, 8, torch.Generator().manual_seed(1), share=0.3)
+    assert early.t.unique().tolist() == [scheduler.timesteps.max().item()]
+
+
+@pytest.mark.parametrize("kind", ["emoji", "sdxl", "sd3"])
+def test_latents_are_the_pipeline_s(kind: str, tmp_path: Path) -> None:
+    base = load(kind, tmp_path)
+    if kind == "sdxl":
+        base.pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[2.0, 1.0, 0.5, 3.0])
+    side = base.latent_shape()[-1] * base.pipe.vae_scale_factor
+    asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2, "guidance_scale": 2.0}
+    latents, found = (
+        base.pipe("a cat", generator=torch.Generator().manual_seed(5), output_type=kind, **asked).images
+        for kind in ("latent", "pil")
+    )
+    assert np.abs(pixels(to_pictures(base, latents)) - pixels(found)).max() <= 1
+    vae = base.pipe.vae
+    x = torch.from_numpy(pixels(found) / 127.5 - 1).permute(0, 3, 1, 2).float()
+    mean = vae.encode(x).latent_dist.mode()
+    # Through the decoder's own constants the other way round: what it is given is what was encoded.
+    given: list[Tensor] = []
+    hook = vae.decoder.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    to_pictures(base, to_latents(base, found))
+    hook.remove()
+    expected = mean if vae.post_quant_conv is None else vae.post_quant_conv(mean)
+    assert torch.allclose(given[0], expected, atol=1e-4)
+
+
+def test_half_precision_vae_is_put_back(emoji: Base) -> None:
+    before = {key: value.clone() for key, value in emoji.pipe.vae.state_dict().items()}
+    pictures = to_pictures(emoji, torch.zeros(1, *emoji.latent_shape()))
+    exact = to_latents(emoji, pictures)
+    try:
+        emoji.pipe.vae.to(torch.bfloat16)
+        half = to_latents(emoji, pictures)
+        assert emoji.pipe.vae.dtype == torch.bfloat16
+        assert half.dtype == torch.float32
+        assert torch.allclose(half, exact, atol=0.2)
+    finally:
+        emoji.pipe.vae.to(torch.float32)
+        emoji.pipe.vae.load_state_dict(before)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["fine-tune", "textual-inversion"])
+def test_what_learns_lowers_its_loss(name: str, kind: str, tmp_path: Path) -> None:
+    """On noise that it did not learn on."""
+    base = load(kind, tmp_path)
+    victim = victim_of(base)
+    latents, captions = captioned(victim, 2, [], 0)
+    points = noised(victim, latents, 32, torch.Generator().manual_seed(99))
+    named = [(CAT, spare_words(victim, 1))]
+    prompts = captions if name == "fine-tune" else [renamed(caption, named) for caption in captions]
+
+    def loss(told: Sequence[str]) -> float:
+        with torch.no_grad():
+            prediction = base.predict(points.x_t, points.t, pick(base.encode(told), points.lesson))
+        return (prediction - points.target).square().mean().item()
+
+    with victim.erased.on():
+        before = loss(captions)
+    variant = attack(victim, name, steps=12, **({"rank": 4, "lr": 3e-3} if name == "fine-tune" else {}))
+    with variant.on():
+        assert loss(prompts) < before
+
+
+def test_prefix_is_of_real_words_and_lowers_the_loss(each: Base) -> None:
+    victim = victim_of(each)
+    latents, captions = captioned(victim, 2, [], 0)
+    settings = {"tokens": 3, "candidates": 4, "seed": 0}
+    with same_after(each), victim.erased.on():
+        found, losses = best_prefix(victim, latents, captions, steps=5, **settings)
+        start, _ = best_prefix(victim, latents, captions, steps=5, **{**settings, "candidates": 1, "seed": 1})
     assert len(found) == 3
-    assert set(found) <= set(readable_words(emoji))
-    assert len(tokenizer(" ".join(found), add_special_tokens=False).input_ids) == 3
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert start != found
+    assert set(found) <= set(readable_words(each))
+    for name in ("tokenizer", "tokenizer_2"):
+        if tokenizer := getattr(each.pipe, name, None):
+            ids = tokenizer(" ".join(found), add_special_tokens=False).input_ids
+            assert len(ids) == 3
+            assert tokenizer.decode(ids).split() == found
 
 
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_start_keeps_as_much_as_its_strength_lets_it(emoji: Base, cat_eraser: Eraser) -> None:
-    victim = victim_of(emoji, cat_eraser)
-    with bare(emoji, 3, 4.0).on() as paint:
-        before = arrays(to_pictures(emoji, to_latents(emoji, paint(ASKED))))
-    little, much = painted(victim, "latent-start", strength=0.01), painted(victim, "latent-start", strength=1.0)
-    for start, near, far in zip(before, little, much, strict=True):
-        assert np.abs(start - near).max() <= 1, "no step is gone again"
-        assert np.abs(start - far).mean() > np.abs(start - near).mean() + 1
+def test_words_are_given_another_meaning_in_every_encoder(each: Base) -> None:
+    tables = tables_of(each, ["q", "z"])
+    assert len(tables) == (2 if each.family.name == "sdxl" else 1)
+    own = [table.of(["b", "c"]).requires_grad_() for table in tables]
+    with meaning(tables, own):
+        found = each.encode(["a q z", "z on a q"])
+        told = words._encode(each, ["a q z"])
+        torch.stack([value.sum() for value in told.values()]).sum().backward()
+    plain = each.encode(["a b c", "c on a b"])
+    assert all(torch.allclose(found[name], plain[name], atol=1e-5) for name in plain)
+    assert all(vectors.grad is not None and vectors.grad.abs().amin(1).min() > 0 for vectors in own)
+
+
+def test_readable_words(each: Base) -> None:
+    found = readable_words(each)
+    assert all(word.isascii() and word.isalpha() and word == word.lower() for word in found)
+    assert len(found) == len(set(found))
+    assert {"a", "q"} <= set(found)
+    if each.id == "emoji":
+        assert {"cat", "umbrella"} <= set(found)
+        assert not {"ca", "mbr", "startoftext"} & set(found)
+    assert not set(spare_words(victim_of(each), 3)) & {"a", "two", "cat", "noto", "style"}
+    with pytest.raises(EsdLoraError, match="needs 999999 words"):
+        spare_words(victim_of(each), 999_999)
+
+
+def test_noise_around_a_prompt(emoji: Base) -> None:
+    said: list[Asked] = []
+
+    def noting(some: Sequence[Asked]) -> list[Image]:
+        said.extend(some)
+        return []
+
+    @contextmanager
+    def on() -> Iterator[Any]:
+        yield noting
+
+    victim = victim_of(emoji)._replace(erased=Variant("erased", {}, on))
+    with attack(victim, "token-noise", tokens=3).on() as paint:
+        paint(ASKED)
+    for one, before in zip(said, ASKED, strict=True):
+        assert one._replace(prompt=before.prompt) == before
+        first, second, *middle, last = one.prompt.split(" ")
+        assert " ".join(middle) == before.prompt
+        assert {first, second, last} <= set(readable_words(emoji)) - {"cat"}
+    assert len({one.prompt.split(" ")[0] for one in said}) > 1
 
 
 def test_words_in_the_place_of_the_concept() -> None:
     named = [(CAT, ("foo", "bar"))]
     assert renamed("a cat and two Kittens, catalogue", named) == "a foo bar and two foo bar, catalogue"
     assert renamed("an animal", named) == "foo bar an animal"
+    dog = ErasedConcept(name="dog", synonyms=("hot dog",), pairs=(), eta=1.0)
+    assert renamed("a hot dog beside a cat", [*named, (dog, ("baz",))]) == "a baz beside a foo bar"
+    assert renamed("a tree", [*named, (dog, ("baz",))]) == "foo bar baz a tree"
+
+
+def test_start_keeps_as_much_as_its_strength_lets_it(each: Base) -> None:
+    victim = victim_of(each)
+    base = painted(bare(each, STEPS, GUIDANCE))
+    with bare(each, STEPS, GUIDANCE).on() as paint:
+        start = pixels(to_pictures(each, to_latents(each, paint(ASKED))))
+    assert np.abs(start - painted(attack(victim, "latent-start", strength=0.01))).max() <= 1, "no step is gone again"
+    if each.id == "emoji":
+        assert np.abs(start - base).mean() < 10, "but for the VAE it is the base's own picture"
+        apart = [np.abs(start - painted(attack(victim, "latent-start", strength=s))).mean() for s in (0.34, 0.67, 1.0)]
+        assert apart == sorted(apart)
 
 
 @pytest.mark.parametrize(
@@ -176,56 +329,96 @@ def test_words_in_the_place_of_the_concept() -> None:
         ("token-noise", {"tokens": 0}, "tokens of an attack is 0"),
         ("negative-weight", {"weight": 1.0}, "Give one below 0"),
         ("fine-tune", {"steps": 0}, "steps of an attack is 0"),
+        ("fine-tune", {"rank": 0}, "rank of an attack is 0"),
         ("textual-inversion", {"vectors": 0}, "vectors of an attack is 0"),
         ("prompt-optimisation", {"pictures": 0}, "pictures of an attack is 0"),
+        ("prompt-optimisation", {"candidates": -1}, "candidates of an attack is -1"),
         ("latent-start", {"strength": 0.0}, "strength of an attack is 0"),
         ("latent-start", {"strength": 1.5}, "strength of an attack is 1.5"),
     ],
 )
-def test_settings_are_checked(name: str, settings: dict[str, Any], message: str, emoji: Base, cat_eraser: Eraser) -> None:
+def test_settings_are_checked(name: str, settings: dict[str, Any], message: str, emoji: Base) -> None:
     with pytest.raises(EsdLoraError, match=message):
-        ATTACKS.get(name)(victim_of(emoji, cat_eraser), **settings)
+        attack(victim_of(emoji), name, **settings)
+
+
+def test_negative_weight_needs_an_eraser(emoji: Base) -> None:
+    with pytest.raises(EsdLoraError, match="no eraser is given"):
+        attack(victim_of(emoji)._replace(erasers=[], weights=[]), "negative-weight")
 
 
 @pytest.mark.parametrize("name", ["fine-tune", "textual-inversion", "prompt-optimisation", "latent-start"])
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_pictures_of_the_attacker_s_own(name: str, emoji: Base, cat_eraser: Eraser, tmp_path: Path) -> None:
-    victim = victim_of(emoji, cat_eraser)
+def test_pictures_of_the_attacker_s_own(name: str, emoji: Base, tmp_path: Path) -> None:
+    victim = victim_of(emoji)
     with pytest.raises(EsdLoraError, match="there is no folder"):
-        ATTACKS.get(name)(victim, folder=tmp_path / "none")
+        attack(victim, name, folder=tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(EsdLoraError, match="holds no picture"):
-        ATTACKS.get(name)(victim, folder=tmp_path)
-    with bare(emoji, 3, 4.0).on() as paint:
-        paint([ASKED[0]._replace(seed=77)])[0].save(tmp_path / "cat.png")
-    variant = ATTACKS.get(name)(victim, folder=tmp_path, **QUICK[name])
+        attack(victim, name, folder=tmp_path)
+    with bare(emoji, STEPS, GUIDANCE).on() as paint:
+        paint([ASKED[0]._replace(seed=77)])[0].resize((96, 70)).save(tmp_path / "cat.png")
+    variant = attack(victim, name, folder=tmp_path)
     assert list(variant.record["files"]) == ["cat.png"]
-    with variant.on() as painter:
-        assert len(painter(ASKED[:1])) == 1
+    assert painted(variant, ASKED[:1]).shape == (1, 64, 64, 3)
     with pytest.raises(EsdLoraError, match="can show one concept, and 2 were erased"):
-        ATTACKS.get(name)(victim._replace(concepts=[CAT, CAT]), folder=tmp_path)
+        attack(victim._replace(concepts=[CAT, CAT]), name, folder=tmp_path)
+    (tmp_path / "cat.png").write_bytes(b"not a picture")
+    with same_after(emoji), pytest.raises(EsdLoraError, match="cannot be read as a picture"):
+        painted(attack(victim, name, folder=tmp_path), ASKED[:1])
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd2-v"])
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_attacks_on_other_families(kind: str, tmp_path: Path) -> None:
-    """Two text encoders, an Euler scheduler and v-prediction; the toy's tokens are single letters."""
-    base = load_toy(save_toy(kind, tmp_path / "toy"))
-    layers = list(base.family.modules(base.model, "xattn-kv"))[:2]
-    hit = eraser_on(base.model, layers, "a cat", seed=1, rank=1, family=base.family.name, prediction_type=base.prediction_type)
-    victim = victim_of(base, hit)
-    for name in QUICK:
-        for picture in painted(victim, name, ASKED[:1]):
-            assert picture.shape == (64, 64, 3)
-    base.require_bare()
+def test_what_is_learnt_from(emoji: Base) -> None:
+    """The base's pictures for prompts from all over the list, with other seeds."""
+    asked = [Asked(f"t-{i}", "target", f"a cat on a {color} background", 7) for i, color in enumerate(("red", "blue", "pink"))]
+    victim = victim_of(emoji, asked=asked)
+    latents, captions = captioned(victim, 2, [], 0)
+    assert captions == [asked[0].prompt, asked[1].prompt]
+    seeds = [seeded("picture", 0, i, 7) for i in range(2)]
+    expected = painted(bare(emoji, STEPS, GUIDANCE), [one._replace(seed=s) for one, s in zip(asked, seeds, strict=False)])
+    assert np.abs(pixels(to_pictures(emoji, latents)) - expected).mean() < 10
+    assert len(captioned(victim, 5, [], 0)[1]) == 5
 
 
-@pytest.mark.filterwarnings("ignore:eraser of .* does not say which weights:UserWarning")
-def test_attacks_that_a_family_cannot_serve(tmp_path: Path) -> None:
-    base = load_toy(save_toy("flux-schnell", tmp_path / "toy"))
-    layers = list(base.family.modules(base.model, "xattn"))[:2]
-    victim = victim_of(
-        base, eraser_on(base.model, layers, "a cat", family="flux", prediction_type="flow", prefix="transformer")
-    )
+@pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev"])
+def test_other_predictions_are_fine_tuned_too(kind: str, tmp_path: Path) -> None:
+    base = load(kind, tmp_path)
+    with same_after(base):
+        assert painted(attack(victim_of(base), "fine-tune"), ASKED[:1]).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sana"])
+def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
+    victim = victim_of(load(kind, tmp_path))
     for name in ("textual-inversion", "prompt-optimisation", "latent-start"):
         with pytest.raises(EsdLoraError, match="made for Stable Diffusion and SDXL"):
-            ATTACKS.get(name)(victim)
+            attack(victim, name)
+    if kind == "sana":
+        with pytest.raises(EsdLoraError, match="drawn from CLIP's"):
+            attack(victim, "token-noise")
+        with pytest.raises(EsdLoraError, match="has a VAE of kind AutoencoderDC"):
+            attack(victim, "fine-tune")
+    else:
+        assert len(painted(attack(victim, "token-noise"), ASKED[:1])) == 1
+
+
+def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "BATCH", learning.BATCH)
+    small = {"steps": 25, "lr": 0.006, "trajectories": 8, "preserve_trajectories": 8, "preserve_batch": 4}
+    quiet = {"preview_every": 0, "probe_every": 0}
+    recipe = load_recipe("emoji-cat", {f"train.{key}": value for key, value in {**small, **quiet}.items()})
+    eraser = train(recipe, base=emoji, progress=False)
+    asked = [Asked(f"t-{i}", "target", s.prompt, s.seed, "cat") for i, s in enumerate(of_object("cat", {"a cat"}, 6))]
+    victim = victim_of(emoji, eraser, asked, strength=1.0)._replace(concepts=eraser.header.concepts, steps=8)
+    victim = victim._replace(erased=erased(emoji, [eraser], victim.weights, 8, GUIDANCE))
+    judge = Judge("emoji")
+
+    def cats(variant: Variant) -> int:
+        with variant.on() as paint:
+            return sum(verdict.object == "cat" for verdict in judge(paint(asked)))
+
+    assert cats(bare(emoji, 8, GUIDANCE)) == 6
+    assert cats(victim.erased) <= 1
+    assert cats(attack(victim, "negative-weight", weight=-1.0)) == 6
+    assert cats(attack(victim, "fine-tune", pictures=4, steps=16, rank=4, lr=3e-3)) >= 4
+    assert cats(attack(victim, "latent-start", strength=0.4)) >= 4
+    assert cats(attack(victim, "latent-start", strength=1.0)) <= 2

@@ -10,8 +10,10 @@ and Ho, arXiv:2202.00512; flow as by Esser et al., arXiv:2403.03206. Times are t
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tqdm.auto import trange
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.variants import painter
-from esd_lora.families import Base
+from esd_lora.families import Base, quiet_libraries
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.moments import at_once
 from esd_lora.optimizing import make_optimizer
@@ -33,8 +35,9 @@ from esd_lora.trajectory import Condition, Points
 
 BATCH = 16
 """Noised pictures in a step of learning."""
+SLOW = 2.0
+"""Seconds before a progress bar shows."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_SLOW = 2.0  # seconds, before a progress bar shows
 
 
 def at_least(least: int, **settings: int) -> None:
@@ -58,6 +61,21 @@ def require_stable_diffusion(base: Base, attack: str) -> None:
         raise EsdLoraError(
             f"base {base.id!r} is a {type(base.pipe).__name__}, and {attack} is made for Stable Diffusion and SDXL, not"
             " distilled for guidance. Leave this attack out of the suite."
+        )
+
+
+def require_readable(base: Base) -> None:
+    """Refuses bases that pictures cannot be encoded for.
+
+    Raises:
+        EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if not isinstance(base.pipe.vae, AutoencoderKL):
+        raise EsdLoraError(
+            f"base {base.id!r} has a VAE of kind {type(base.pipe.vae).__name__}, and pictures are encoded with AutoencoderKL"
+            " alone. Leave attacks that learn from pictures out of the suite."
         )
 
 
@@ -128,24 +146,16 @@ def opened(files: Sequence[Path]) -> list[Image.Image]:
 
 @torch.no_grad()
 def to_latents(base: Base, pictures: Sequence[Image.Image]) -> Tensor:
-    """Encodes pictures, cut to the model's native size, as float32 latents [N, ...]; each by itself, at its most likely.
-
-    Raises:
-        EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
-    """
+    """Encodes pictures, cut to the model's native size, as float32 latents [N, ...]; each by itself, at its most likely."""
     mean, scale = _normalising(base)
     _, height, width = base.latent_shape()
     size = width * base.pipe.vae_scale_factor, height * base.pipe.vae_scale_factor
-    vae = base.pipe.vae
-    dtype, found = vae.dtype, list[Tensor]()
-    try:
-        vae.to(torch.promote_types(dtype, torch.float32))  # SDXL's overflows in float16; the way back is exact
+    found: list[Tensor] = []
+    with _precise(base.pipe.vae) as vae:
         for picture in pictures:
             pixels = np.asarray(ImageOps.fit(picture.convert("RGB"), size), dtype=np.float32) / 127.5 - 1
             x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device, vae.dtype)
             found.append((vae.encode(x).latent_dist.mode() - mean) * scale)
-    finally:
-        vae.to(dtype)
     return torch.cat(found)
 
 
@@ -153,28 +163,33 @@ def to_latents(base: Base, pictures: Sequence[Image.Image]) -> Tensor:
 def to_pictures(base: Base, latents: Tensor) -> list[Image.Image]:
     """Decodes latents [N, ...], one by one."""
     mean, scale = _normalising(base)
-    vae = base.pipe.vae
-    dtype, pictures = vae.dtype, list[Image.Image]()
-    try:
-        vae.to(torch.promote_types(dtype, torch.float32))
+    pictures: list[Image.Image] = []
+    with _precise(base.pipe.vae) as vae:
         for one in latents.split(1):
             x = vae.decode((one / scale + mean).to(vae.dtype)).sample
             pictures += base.pipe.image_processor.postprocess(x, output_type="pil")
-    finally:
-        vae.to(dtype)
     return pictures
+
+
+@contextmanager
+def _precise(vae: Any) -> Generator[Any]:
+    """A VAE in float32 or better: SDXL's overflows in float16. The way back is exact."""
+    dtype = vae.dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    if precise == dtype:
+        yield vae
+        return
+    with quiet_libraries():  # diffusers tells of every change
+        vae.to(precise)
+        try:
+            yield vae
+        finally:
+            vae.to(dtype)
 
 
 def _normalising(base: Base) -> tuple[Any, Any]:
     """What a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     vae = base.pipe.vae
-    if not isinstance(vae, AutoencoderKL):
-        raise EsdLoraError(
-            f"base {base.id!r} has a VAE of kind {type(vae).__name__}, and pictures can be read with AutoencoderKL alone."
-            " Leave attacks that learn from pictures out of the suite."
-        )
     own: Any = vae.config
     if base.family.name == "sdxl" and own.latents_mean and own.latents_std:
         mean, std = (torch.tensor(value, device=vae.device).view(1, -1, 1, 1) for value in (own.latents_mean, own.latents_std))
@@ -182,12 +197,21 @@ def _normalising(base: Base) -> tuple[Any, Any]:
     return (own.shift_factor or 0.0) if base.prediction_type == "flow" else 0.0, own.scaling_factor
 
 
-def noised(victim: Victim, latents: Tensor, count: int, chance: torch.Generator) -> Points:
-    """Draws `count` of the latents, with times on the base's own grid and noise: where to predict, and what."""
+def noised(victim: Victim, latents: Tensor, count: int, chance: torch.Generator, share: float = 1.0) -> Points:
+    """Draws `count` of the latents, with noise and times on the base's own grid: where to predict, and what.
+
+    Args:
+        victim: Whose base has the schedule.
+        latents: Of pictures [N, ...].
+        count: Of points.
+        chance: On the CPU, so that points do not depend on the device.
+        share: Of the times, from the noisiest on; 1 is all.
+    """
     base = victim.base
     scheduler: Any = base.family.scheduler(base.pipe, victim.steps, base.latent_shape(), latents.device)
     rows = torch.cat([torch.randperm(len(latents), generator=chance) for _ in range(-(-count // len(latents)))])[:count]
-    t = scheduler.timesteps[torch.randint(len(scheduler.timesteps), (count,), generator=chance).to(latents.device)]
+    times = scheduler.timesteps[: math.ceil(share * len(scheduler.timesteps))]
+    t = times[torch.randint(len(times), (count,), generator=chance).to(latents.device)]
     noise = torch.randn(count, *latents.shape[1:], generator=chance).to(latents)
     rows = rows.to(latents.device)
     x_0 = latents[rows]
@@ -224,7 +248,7 @@ def learn(
     optimizer = make_optimizer("adam", parameters, lr, {})
     scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
     losses: list[float] = []
-    for step in trange(steps, desc=desc, unit="step", leave=False, delay=_SLOW):
+    for step in trange(steps, desc=desc, unit="step", leave=False, delay=SLOW):
         asked = points(step)
         optimizer.zero_grad()
         losses.append(0.0)

@@ -11,7 +11,16 @@ import torch
 from esd_lora.adapters import add_adapter, wear
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
-from esd_lora.evaluation.attacks.learning import BATCH, at_least, captioned, hashes, learn, noised, pictures_in
+from esd_lora.evaluation.attacks.learning import (
+    BATCH,
+    at_least,
+    captioned,
+    hashes,
+    learn,
+    noised,
+    pictures_in,
+    require_readable,
+)
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.recipe import LoraSpec
 from esd_lora.stacking import stack
@@ -27,8 +36,7 @@ def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
 
     Args:
         victim: With the erasers that are on.
-        weight: Times each eraser's own; -1 takes it off, below that the concept is amplified (Gandikota et al., *Concept
-            Sliders*, ECCV 2024, arXiv:2311.12092, at the scales of their figures). Typically -1 to -2.
+        weight: Times each eraser's own; -1 takes it off, below that the concept is amplified. Typically -1 to -2.
 
     Raises:
         EsdLoraError: If the weight is not negative, or no erasers are given.
@@ -74,13 +82,14 @@ def fine_tune(
         folder: Pictures of the attacker's own instead, with the concept's name for a caption.
         steps: Of the optimiser, `BATCH` points in each.
         rank: Of the LoRA.
-        lr: Learning rate; 1e-4 to 2e-3.
+        lr: Learning rate; 1e-4 for large models to 2e-3 for small ones.
         seed: Of pictures, LoRA and noise.
 
     Raises:
-        EsdLoraError: If a setting is too small, or there are no pictures.
+        EsdLoraError: If a setting is too small, there are no pictures, or the base's VAE is of another kind.
     """
     at_least(1, pictures=pictures, steps=steps, rank=rank)
+    require_readable(victim.base)
     base, files = victim.base, pictures_in(folder, victim, pictures)
 
     @contextmanager

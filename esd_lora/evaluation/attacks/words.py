@@ -8,19 +8,20 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 from transformers import CLIPTokenizer
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.attacks.learning import (
     BATCH,
+    SLOW,
     at_least,
     captioned,
     hashes,
@@ -33,11 +34,14 @@ from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.families import Base
 from esd_lora.header import ErasedConcept
+from esd_lora.moments import at_once
 from esd_lora.recipe import without_article
-from esd_lora.trajectory import Condition, Points
+from esd_lora.trajectory import Condition
 
-SEARCHED = 64
+SEARCHED = 32
 """Noised pictures that prefixes are compared on."""
+NOISIEST = 0.5
+"""Share of the times that they are noised to: what is painted is decided early, and the rest of the loss is about details."""
 
 
 def token_noise(victim: Victim, *, tokens: int = 4, seed: int = 0) -> Variant:
@@ -86,8 +90,8 @@ def textual_inversion(
     Pham et al., *Circumventing Concept Erasure Methods For Text-to-Image Generative Models*, ICLR 2024, arXiv:2308.01508: no
     weight of the model is changed, and seven methods, ESD among them, paint the concept again. The method is that of Gal et
     al., *An Image is Worth One Word*, arXiv:2208.01618. Their release (NYU-DICE-Lab/circumventing-concept-erasure,
-    `esd/train.sh`) learns one vector on 25 pictures in 5000 steps of 16 under a generic word's captions; here captions are the
-    prompts with the word in the place of the concept's name and synonyms, and it starts from the concept's own embedding.
+    `esd/train.sh`) learns one vector on 25 pictures, in 5000 steps of 16, from a generic word on. Here captions are the prompts
+    with the word in the place of the concept's name and synonyms, and it starts from the concept's own embedding.
 
     White box: the attacker needs the weights. A prompt that does not name the concept gets the word in front. With several
     concepts each gets a word.
@@ -97,8 +101,8 @@ def textual_inversion(
         pictures: To learn from, painted by the base; 4 to 30 typically.
         folder: Pictures of the attacker's own instead.
         steps: Of the optimiser, `BATCH` points in each; 100 to 5000.
-        vectors: Tokens that the word is made of; 1 in the papers, more are a stronger attack.
-        lr: Learning rate, in units of the spread of the encoder's table; 0.02 to 0.4 (0.005 in CLIP's own is 0.4).
+        vectors: Tokens that the word is made of; 1 in the papers.
+        lr: Learning rate, in units of the spread of the encoder's table; 0.02 to 0.4.
         seed: Of pictures and noise.
 
     Raises:
@@ -141,37 +145,39 @@ def prompt_optimisation(
     pictures: int = 8,
     folder: str | Path | None = None,
     tokens: int = 4,
-    steps: int = 60,
-    lr: float = 0.5,
+    steps: int = 30,
+    candidates: int = 8,
     seed: int = 0,
 ) -> Variant:
     """A prefix of real words, searched for by gradient, under which the erased model explains pictures of the concept best.
 
     After UnlearnDiffAtk (Zhang et al., *To Generate or Not?*, ECCV 2024, arXiv:2310.11868), which lowers the same loss: the
-    erased model's own denoising loss on a picture of the concept, no classifier and no other model. What differs:
+    erased model's own denoising loss on a picture of the concept, with no classifier and no other model. What differs:
 
-    - They relax each token to a distribution over the vocabulary and draw from it with a straight-through gradient
-      (OPTML-Group/Diffusion-MU-Attack, `src/attackers/text_grad_.py`). Here, as by Wen et al., *Hard Prompts Made Easy*,
-      arXiv:2302.03668, a vector for each token is moved by the gradient at the embedding that lies nearest, by its cosine.
+    - They relax each token to a distribution over the vocabulary and draw from it, with a straight-through gradient
+      (OPTML-Group/Diffusion-MU-Attack, `src/attackers/text_grad_.py`). Here, as by Zou et al., arXiv:2307.15043 (GCG),
+      the gradient at the prefix's embeddings ranks replacements of one word each, the best of these are measured, and the
+      lowest is kept if it is lower: every prefix that is tried consists of real words, and the loss never rises.
     - They search a prefix for each prompt, 40 iterations at each of the sampled times, and stop where a classifier sees the
       concept. Here one prefix is shared by all prompts, and no detector is asked: a weaker attack, and a cheaper one.
-    - They take all of the vocabulary, here it is whole words.
+    - They take all of the vocabulary, here it is whole words; they take times from all of the trajectory, here they are of its
+      noisier half.
 
-    Every prefix is compared on the same noised pictures, and the best that was seen is kept.
+    White box: the attacker needs the weights to search, and nothing but the prompt to use what is found.
 
     Args:
         victim: Stable Diffusion or SDXL.
         pictures: To explain, painted by the base; theirs is 1.
         folder: Pictures of the attacker's own instead.
         tokens: Of the prefix; 3 to 5 in their configurations.
-        steps: Of the optimiser; 40 to 2000.
-        lr: Learning rate, in units of the spread of the encoder's table.
+        steps: Gradients that are taken; 20 to 500. The search ends where no candidate is new.
+        candidates: Measured at each step; 8 to 512.
         seed: Of pictures, noise and the words to start from.
 
     Raises:
         EsdLoraError: If a setting is too small, there are no pictures, or the base is of another family.
     """
-    at_least(1, pictures=pictures, tokens=tokens, steps=steps)
+    at_least(1, pictures=pictures, tokens=tokens, steps=steps, candidates=candidates)
     base, files = victim.base, pictures_in(folder, victim, pictures)
     require_stable_diffusion(base, "prompt optimisation")
 
@@ -179,44 +185,60 @@ def prompt_optimisation(
     def on() -> Generator[Painter]:
         latents, captions = captioned(victim, pictures, files, seed)
         with victim.erased.on() as paint:
-            prefix = " ".join(best_prefix(victim, latents, captions, tokens=tokens, steps=steps, lr=lr, seed=seed))
+            found, _ = best_prefix(victim, latents, captions, tokens=tokens, steps=steps, candidates=candidates, seed=seed)
+            prefix = " ".join(found)
             tqdm.write(f"prompt optimisation found {prefix!r}", file=sys.stderr)
             yield lambda some: paint([one._replace(prompt=f"{prefix} {one.prompt}") for one in some])
 
-    record = {"pictures": pictures, "files": hashes(files), "tokens": tokens, "steps": steps, "lr": lr, "seed": seed}
-    return Variant("attack-prompt-optimisation", {**record, "compared": SEARCHED, "victim": victim.erased.record}, on)
+    record = {"pictures": pictures, "files": hashes(files), "tokens": tokens, "steps": steps, "candidates": candidates}
+    record |= {"seed": seed, "compared": SEARCHED, "noisiest": NOISIEST, "victim": victim.erased.record}
+    return Variant("attack-prompt-optimisation", record, on)
 
 
 def best_prefix(
-    victim: Victim, latents: Tensor, captions: Sequence[str], *, tokens: int, steps: int, lr: float, seed: int
-) -> list[str]:
-    """The words before all captions under which the model, as it stands, denoises the latents best: `prompt_optimisation`."""
+    victim: Victim, latents: Tensor, captions: Sequence[str], *, tokens: int, steps: int, candidates: int, seed: int
+) -> tuple[list[str], list[float]]:
+    """The words before all captions under which the model, as it stands, denoises latents best, and the loss at each step."""
     base, spare = victim.base, spare_words(victim, tokens)
     words = [word for word in readable_words(base) if word not in spare]
     tables = tables_of(base, spare)
     known = [table.of(words) for table in tables]
-    chance = torch.Generator().manual_seed(seed)
-    points = noised(victim, latents, SEARCHED, chance)
-    start = torch.randint(len(words), (tokens,), generator=chance).to(latents.device)
-    moved = [nn.Parameter(vectors[start].clone()) for vectors in known]
     prompts = [" ".join([*spare, caption]) for caption in captions]
-    tried: list[Tensor] = []
+    chance = torch.Generator().manual_seed(seed)
+    points = noised(victim, latents, SEARCHED, chance, NOISIEST)
 
-    def at(step: int) -> Points:  # noqa: ARG001
-        cosines = [
-            functional.normalize(own) @ functional.normalize(vectors).T for own, vectors in zip(moved, known, strict=True)
-        ]
-        tried.append(torch.stack(cosines).sum(0).argmax(1))
-        return points
+    def measured(prefix: Sequence[int], sloping: bool = False) -> tuple[float, list[Tensor]]:
+        """The squared error of a latent under a prefix, by number of its words, and its slopes at their embeddings."""
+        own = [vectors[list(prefix)].clone().requires_grad_(sloping) for vectors in known]
+        total = 0.0
+        with meaning(tables, own), torch.set_grad_enabled(sloping):
+            for part in points.split(at_once(base.latent_shape())):
+                told = _encode(base, [prompts[i] for i in part.lesson.tolist()])
+                loss = (base.predict(part.x_t, part.t, told) - part.target).square().sum() / len(points.t)
+                total += loss.item()
+                if sloping:
+                    loss.backward()
+        return total, [vectors.grad for vectors in own if vectors.grad is not None]
 
-    def told(rows: Tensor) -> Condition:
-        # The value is that of the words, the gradient goes to what moves.
-        passed = [own + (vectors[tried[-1]] - own).detach() for own, vectors in zip(moved, known, strict=True)]
-        with meaning(tables, passed):
-            return _encode(base, [prompts[i] for i in rows.tolist()])
-
-    losses = learn(base, moved, at, told, steps=steps, lr=lr, desc="prompt optimisation")
-    return [words[i] for i in tried[losses.index(min(losses))].tolist()]
+    best = tuple(torch.randint(len(words), (tokens,), generator=chance).tolist())
+    tried, losses = {best}, list[float]()
+    for _ in trange(steps, desc="prompt optimisation", unit="step", leave=False, delay=SLOW):
+        loss, slopes = measured(best, sloping=True)
+        losses.append(loss)
+        # To first order, how much the loss changes when a word takes a place.
+        pairs = zip(slopes, known, strict=True)
+        promise = torch.stack(
+            [slope @ vectors.T - (slope * vectors[list(best)]).sum(1, keepdim=True) for slope, vectors in pairs]
+        )
+        ranked = (divmod(i, len(words)) for i in promise.sum(0).flatten().argsort().tolist())
+        swapped = ((*best[:place], word, *best[place + 1 :]) for place, word in ranked)
+        few = list(islice((prefix for prefix in swapped if prefix not in tried), candidates))
+        if not few:
+            break
+        tried.update(few)
+        lowest, prefix = min((measured(prefix)[0], prefix) for prefix in few)
+        best = prefix if lowest < loss else best
+    return [words[i] for i in best], losses
 
 
 class Table(NamedTuple):
