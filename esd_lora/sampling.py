@@ -10,7 +10,6 @@ from PIL.Image import Image
 
 from esd_lora.applying import applied
 from esd_lora.eraser import Eraser
-from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.gating import Gate
 from esd_lora.manifests import load_eraser
@@ -84,8 +83,6 @@ def sweep(
     asked = [(prompt, seed) for prompt in prompts for seed in seeds]
     loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     given = strengths_of(loaded, weights)
-    if len(given) != len(loaded):
-        raise EsdLoraError(f"{len(given)} weights and {len(loaded) or 'no'} erasers: give a weight for each eraser.")
     factors = {prompt: (1.0,) * len(loaded) for prompt in prompts}
     if gate is not None:
         factors = {prompt: tuple(gate(prompt)) for prompt in factors}

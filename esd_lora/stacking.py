@@ -52,8 +52,15 @@ def _inside(module: str, block: str) -> bool:
 
 
 def strengths_of(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None) -> list[Strength]:
-    """Every member's strength, 1 where none is given."""
-    return [w if isinstance(w, Strength) else Strength(w) for w in ([1.0] * len(erasers) if weights is None else weights)]
+    """Every member's strength, 1 where none is given.
+
+    Raises:
+        EsdLoraError: If the number of weights differs.
+    """
+    given = [1.0] * len(erasers) if weights is None else weights
+    if len(given) != len(erasers):
+        raise EsdLoraError(f"{len(given)} weights and {len(erasers) or 'no'} erasers: give a weight for each eraser.")
+    return [weight if isinstance(weight, Strength) else Strength(weight) for weight in given]
 
 
 def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Eraser:
@@ -70,8 +77,8 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None 
             names a part of the model in which its eraser has no layer.
     """
     strengths = strengths_of(erasers, weights)
-    if not erasers or len(strengths) != len(erasers):
-        raise EsdLoraError(f"{len(erasers)} erasers and {len(strengths)} weights: give at least one, and a weight for each.")
+    if not erasers:
+        raise EsdLoraError("no erasers: a stack has at least one.")
     for eraser, strength in zip(erasers, strengths, strict=True):
         for block in strength.blocks:
             if not any(_inside(module, block) for module in eraser.pairs):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -89,6 +90,10 @@ def evaluate(
     if stack and len(loaded) < 2:
         raise EsdLoraError(f"a stack has two erasers or more, and {len(loaded)} are given.")
     names = ["base", *["erased"] * bool(loaded), *map(variant_name, against), *(f"attack-{name}" for name in suite.attacks)]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise EsdLoraError(
+            f"two models would be called {twice[0]!r}, and their pictures lie in one folder. Rename a base's folder."
+        )
     gates = [read_gate(text, names) for text in fail_if]
     base = base if isinstance(base, Base) else load_base(base)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
@@ -250,8 +255,9 @@ def _begin(out: Path, record: Mapping[str, Any], asked: Sequence[Asked], force: 
                 f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
             )
     else:
+        ours = file.exists()
         clear_output(out, force, _FILES)
-        for folder in ("images", "scores", "features"):
+        for folder in ("images", "scores", "features") if ours else ():  # anybody may have a folder `images`
             shutil.rmtree(out / folder, ignore_errors=True)
         write_whole(file, _json(plain))
     write_whole(out / "cases.jsonl", _lines(asked))
@@ -284,8 +290,8 @@ def _finish(
         "not_run": {**planned.not_run, **not_run, **unmeasured},
         "record": record,
     }
-    reasons = [reason for gate in gates if (reason := failed(gate, summary["variants"]))]
-    summary["gates"] = [{"gate": gate.text, "failed": any(r.startswith(gate.text) for r in reasons)} for gate in gates]
+    reasons = [failed(gate, numbers) for gate in gates]
+    summary["gates"] = [{"gate": gate.text, "failed": why is not None} for gate, why in zip(gates, reasons, strict=True)]
     write_whole(out / "evaluation.json", _json(record))
     write_whole(out / "summary.json", _json(summary))
     write_whole(out / "images.jsonl", _images(out, asked, scores, pictures))
@@ -293,8 +299,8 @@ def _finish(
         write_whole(out / "stack.png", heat_map(summary["stack"]))
     write_whole(out / "table.md", markdown(summary).encode())
     write_whole(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
-    if reasons:
-        raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))
+    if why := [reason for reason in reasons if reason]:
+        raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(why))
     return summary
 
 

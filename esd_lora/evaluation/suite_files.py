@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,6 +115,15 @@ class Suite(_Frozen):
     """Denoising steps; the base's habit unless given."""
     guidance: float | None = Field(default=None, ge=0)
     """The base's habit unless given, or as a prompt file says."""
+
+    @field_validator("prompts", "detectors", "distances", "attacks")
+    @classmethod
+    def _file_names(cls, specs: dict[str, Any]) -> dict[str, Any]:
+        # They become names of files; a case is the name of its prompts, a dash, and a number.
+        for name in specs:
+            if not re.fullmatch(r"\w[\w-]*", name):
+                raise ValueError(f"{name!r} is no name: expected letters, digits, - and _")
+        return specs
 
     @field_validator("detectors", "distances", "attacks")
     @classmethod

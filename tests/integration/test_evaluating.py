@@ -156,10 +156,33 @@ def test_another_evaluation_is_not_written_over(base: Base, suite: Path, tmp_pat
     assert files(out) == before
     assert run(base, suite, out, limit=2, force=True)["variants"]["base"]["general"]["bright.mean"]["of"] == 2
     assert len(list(out.rglob("*.png"))) == 2
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "photo.png").write_bytes(b"")
+    photo = tmp_path / "mine" / "images" / "photo.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"mine")
     with pytest.raises(EsdLoraError, match="already exists and is not empty"):
         run(base, suite, tmp_path / "mine")
+    run(base, suite, tmp_path / "mine", limit=1, force=True)
+    assert photo.read_bytes() == b"mine", "a folder that no evaluation made"
+
+
+def test_models_of_one_name_are_refused(base: Base, tiny_dir: Path, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+    """Their pictures would lie in one folder, and the second's would be taken for painted."""
+    other = shutil.copytree(tiny_dir, tmp_path / "other" / "erased")
+    with pytest.raises(EsdLoraError, match="two models would be called 'erased'"):
+        run(base, suite, tmp_path / "out", erasers=[cat_dir], against=[str(other)])
+    with pytest.raises(EsdLoraError, match="two models would be called 'negative-prompt'"):
+        run(base, suite, tmp_path / "out", concepts=["a cat"], against=["negative-prompt"] * 2)
+    with pytest.raises(EsdLoraError, match="2 weights and 1 erasers: give a weight for each eraser"):
+        run(base, suite, tmp_path / "out", erasers=[cat_dir], weights=[1.0, 2.0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_gate_is_told_by_itself(base: Base, suite: Path, tmp_path: Path) -> None:
+    gates = ["base.general.bright.mean>1", "base.general.bright.mean>1000"]  # one begins like the other
+    with pytest.raises(EsdLoraError, match=r"failed:\n  base\.general\.bright\.mean>1: "):
+        run(base, suite, tmp_path / "out", limit=2, fail_if=gates)
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["gates"]
+    assert [gate["failed"] for gate in found] == [True, False]
 
 
 def test_other_threshold_looks_again_at_the_same_pictures(base: Base, suite: Path, tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_braces_that_nothing_fills(tmp_path: Path) -> None:
         suite(tmp_path, text)
 
 
+def test_names_become_files(tmp_path: Path) -> None:
+    text = "description: x\nprompts: {../up: {role: general, templates: [a]}}\ndetectors: {}\n"
+    with pytest.raises(EsdLoraError, match=r"mine\.yaml:2: prompts: '\.\./up' is no name"):
+        suite(tmp_path, text)
+
+
 def test_settings_lie_over_the_file() -> None:
     found = load_suite("emoji-object", {"prompts.asked.count": 7, "detectors.judge.roles": ["target"]})
     assert found.prompts["asked"].count == 7
