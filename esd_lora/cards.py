@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from esd_lora.tables import INTERVALS, TITLES, difference, markdown_cell, markdown_table, number, role_rows
+from esd_lora.tables import HEAD, INTERVALS, TITLES, cells, markdown_cell, markdown_table, number, role_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,11 +119,7 @@ def _measured(header: EraserHeader) -> str:
     found = header.evaluation
     if found is None:
         return "What it removes, and what else it costs, was not measured (`esd-lora evaluate`)."
-    rows = [
-        [role, markdown_cell(name), markdown_cell(metric), number(n), difference(n), str(n["of"])]
-        for role, name, metric, n in _numbers(found)
-    ]
-    table = markdown_table(["prompts", "model", "metric", "measured", "beside the base", "pictures"], rows)
+    table = markdown_table(["prompts", *HEAD], [[role, *cells(name, metric, n)] for role, name, metric, n in _numbers(found)])
     notes = [
         f"- {name}: {yaml.safe_dump(found.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD

@@ -16,6 +16,8 @@ INTERVALS = (
     "Rates have Wilson's interval, means and differences a bootstrap one over prompts, all of 95 %. Differences are paired by"
     " prompt and seed."
 )
+HEAD = ("model", "metric", "measured", "beside the base", "pictures")
+"""Of a table of `cells`."""
 _ROWS = 60  # of a table by label that anyone reads
 
 
@@ -36,6 +38,11 @@ def difference(found: Mapping[str, Any]) -> str:
     return f"{value}{unit} ({low} to {high})"
 
 
+def cells(model: str, metric: str, found: Mapping[str, Any]) -> list[str]:
+    """A row of a table of numbers."""
+    return [markdown_cell(model), markdown_cell(metric), number(found), difference(found), str(found["of"])]
+
+
 def markdown(summary: Mapping[str, Any]) -> str:
     """The whole summary as tables, one for each role, then one by label for each metric."""
     variants: Mapping[str, Any] = summary["variants"]
@@ -43,8 +50,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for role, title in TITLES.items():
         if rows := role_rows(variants, role):
             parts.append(f"## {title}")
-            cells = [[name, metric, number(n), difference(n), str(n["of"])] for name, metric, n in rows]
-            parts.append(markdown_table(["model", "metric", "measured", "beside the base", "pictures"], cells))
+            parts.append(markdown_table(HEAD, [cells(*row) for row in rows]))
     if summary["layout"]:
         names = list(next(iter(summary["layout"].values())))
         rows = [[name, *(f"{100 * found[key]:.1f} %" for key in names)] for name, found in summary["layout"].items()]
@@ -92,13 +98,16 @@ def unlearning_accuracies(variants: Mapping[str, Any]) -> dict[str, dict[str, fl
     return out
 
 
+def member_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Members of a stack: name, and how its targets do on the base, alone and together."""
+    keys = ("base", "alone", "together")
+    return [[member["name"], *(number(member[key]) if member[key] else "" for key in keys)] for member in found["members"]]
+
+
 def _stack(found: Mapping[str, Any]) -> list[str]:
     """Members alone and together, and what is kept by their number."""
     metric = found["metric"]
-    rows = [
-        [markdown_cell(m["name"]), *(number(m[key]) if m[key] else "" for key in ("base", "alone", "together"))]
-        for m in found["members"]
-    ]
+    rows = [[markdown_cell(name), *numbers] for name, *numbers in member_rows(found)]
     kept = [[str(count), number(n) if n else ""] for count, n in enumerate(found["kept"])]
     return [
         "## Alone and in company",

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import FEATURES, NotRun, made
 from esd_lora.evaluation.detectors.frechet import frechet
+from esd_lora.evaluation.picture_files import open_picture, picture_paths
 from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.scoring import open_picture
 from esd_lora.evaluation.suite_files import DistanceSpec, Suite
 from esd_lora.outputs import hash_file, told, write_whole
 
@@ -69,7 +69,7 @@ def distances(
 
 def _photos(spec: DistanceSpec) -> list[Path]:
     folder = Path(str(spec.reference))
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = picture_paths(folder)
     if len(files) < 2:
         raise EsdLoraError(f"{folder} has {len(files)} pictures. Expected the photos to measure from, two or more.")
     return files

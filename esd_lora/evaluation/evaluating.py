@@ -8,12 +8,8 @@ on; on one machine, two evaluations with the same record give the same numbers.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,9 @@ from esd_lora.evaluation.attacks import ATTACKS, Victim
 from esd_lora.evaluation.detectors import NotRun, made
 from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
-from esd_lora.evaluation.planning import Asked, Plan, plan
-from esd_lora.evaluation.scoring import Scores, paint_missing, picture, score_missing
+from esd_lora.evaluation.planning import Plan, plan
+from esd_lora.evaluation.recording import as_json, begin, hash_all, picture_lines, pictures_of, suite_record
+from esd_lora.evaluation.scoring import paint_missing, picture, score_missing
 from esd_lora.evaluation.stacks import company, heat_map, member_variants
 from esd_lora.evaluation.suite_files import Suite, load_suite
 from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
@@ -32,11 +29,10 @@ from esd_lora.evaluation.variants import Variant, bare, base_record, blocked, er
 from esd_lora.families import Base, load_base
 from esd_lora.header import ErasedConcept
 from esd_lora.manifests import load_eraser
-from esd_lora.outputs import clear_output, hash_file, write_whole
+from esd_lora.outputs import write_whole
 from esd_lora.stacking import Strength, strengths_of
 from esd_lora.tables import markdown, unlearning_accuracies
 
-_FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 _ALIASES = {"sld": "sld-medium"}
 
 
@@ -81,16 +77,15 @@ def evaluate(
             everything is written.
     """
     out = Path(out)
-    suite_name = "custom" if isinstance(suite, Suite) else Path(suite).stem
-    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    name, suite = _suite(suite, settings)
     against = [_ALIASES.get(kind, kind) for kind in against if kind != "base"]  # which is always there
     loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed = _concepts(loaded, concepts)
     planned = plan(suite, removed, limit)
     if stack and len(loaded) < 2:
         raise EsdLoraError(f"a stack has two erasers or more, and {len(loaded)} are given.")
-    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against), *(f"attack-{name}" for name in suite.attacks)]
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
+    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against), *(f"attack-{attack}" for attack in suite.attacks)]
+    if twice := [same for same, times in Counter(names).items() if times > 1]:
         raise EsdLoraError(
             f"two models would be called {twice[0]!r}, and their pictures lie in one folder. Rename a base's folder."
         )
@@ -109,7 +104,7 @@ def evaluate(
             planned.not_run[variant_name(kind)] = str(reason)
     if suite.attacks:
         variants += _attacks(suite, planned, removed, variants, loaded, strengths_of(loaded, weights), base, sampler)
-    record = _record(suite_name, suite, planned, [concept.name for concept in removed], limit)
+    record = suite_record(name, suite, planned, [concept.name for concept in removed], limit)
     record |= {
         "base": base_record(base),
         "variants": {variant.name: variant.record for variant in variants},
@@ -117,7 +112,7 @@ def evaluate(
         "latents": base.latent_shape(),
         "device": base.model.device.type,
     }
-    _begin(out, record, planned.asked, force)
+    begin(out, record, planned.asked, force)
     paint_missing(out, variants, planned.asked, progress=progress)
     pictures = {
         v.name: {one.case: picture(out, v.name, one.case) for one in planned.asked if one.role in v.roles} for v in variants
@@ -155,38 +150,22 @@ def score_pictures(
         EsdLoraError: As `evaluate`, and if a picture is missing; the message counts them.
     """
     pictures, out = Path(pictures), Path(out)
-    suite_name = "custom" if isinstance(suite, Suite) else Path(suite).stem
-    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    name, suite = _suite(suite, settings)
     folders = sorted(folder for folder in pictures.glob("*") if folder.is_dir())
     if not folders:
         raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
     planned = plan(suite, _concepts((), concepts), limit)
-    found = {folder.name: _found(folder, planned.asked) for folder in folders}
+    found = {folder.name: pictures_of(folder, planned.asked) for folder in folders}
     gates = [read_gate(text, list(found)) for text in fail_if]
-    hashes = {name: _hash_all(files.values()) for name, files in found.items()}
-    record = _record(suite_name, suite, planned, concepts, limit) | {"pictures": hashes}
-    _begin(out, record, planned.asked, force)
+    hashes = {name: hash_all(files.values()) for name, files in found.items()}
+    record = suite_record(name, suite, planned, concepts, limit) | {"pictures": hashes}
+    begin(out, record, planned.asked, force)
     return _finish(out, suite, planned, record, found, gates, progress)
 
 
-def _found(folder: Path, asked: Sequence[Asked]) -> dict[str, Path]:
-    """The picture of each prompt in a folder that others filled."""
-    there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")}
-    files: dict[str, Path] = {}
-    missing: list[str] = []
-    for one in asked:
-        own = one.case.partition("-")[2]
-        file = next((there[name] for name in (one.case, own, f"{own}_0") if name in there), None)
-        if file is None:
-            missing.append(one.case)
-        else:
-            files[one.case] = file
-    if missing:
-        shown = ", ".join(f"{case}.png" for case in missing[:3])
-        raise EsdLoraError(
-            f"{folder} lacks {len(missing)} of {len(asked)} pictures ({shown}). Add them, or leave prompts out with --limit."
-        )
-    return files
+def _suite(suite: str | Path | Suite, settings: Mapping[str, Any] | None) -> tuple[str, Suite]:
+    """A suite with its name for the record."""
+    return ("custom", suite) if isinstance(suite, Suite) else (Path(suite).stem, load_suite(suite, settings))
 
 
 def _attacks(
@@ -222,47 +201,6 @@ def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedCon
     ]
 
 
-def _record(name: str, suite: Suite, planned: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """What the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
-    said = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
-    return {
-        "suite": name,
-        "settings": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16],
-        "concepts": list(concepts),
-        "limit": limit,
-        "files": planned.files,
-        "cases": hashlib.sha256(_lines(planned.asked)).hexdigest()[:16],
-        "versions": {package: version(package) for package in ("esd-lora", "torch", "diffusers", "transformers", "pillow")},
-    }
-
-
-def _lines(asked: Sequence[Asked]) -> bytes:
-    return "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in asked).encode()
-
-
-def _begin(out: Path, record: Mapping[str, Any], asked: Sequence[Asked], force: bool) -> None:
-    """Makes the directory, or sees that the evaluation in it is this one."""
-    file = out / "evaluation.json"
-    plain = json.loads(json.dumps(record))
-    if file.exists() and not force:
-        try:
-            earlier = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error
-        differ = [key for key in plain if earlier.get(key) != plain[key]]
-        if differ:
-            raise EsdLoraError(
-                f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
-            )
-    else:
-        ours = file.exists()
-        clear_output(out, force, _FILES)
-        for folder in ("images", "scores", "features") if ours else ():  # anybody may have a folder `images`
-            shutil.rmtree(out / folder, ignore_errors=True)
-        write_whole(file, _json(plain))
-    write_whole(out / "cases.jsonl", _lines(asked))
-
-
 def _finish(
     out: Path,
     suite: Suite,
@@ -292,9 +230,9 @@ def _finish(
     }
     reasons = [failed(gate, numbers) for gate in gates]
     summary["gates"] = [{"gate": gate.text, "failed": why is not None} for gate, why in zip(gates, reasons, strict=True)]
-    write_whole(out / "evaluation.json", _json(record))
-    write_whole(out / "summary.json", _json(summary))
-    write_whole(out / "images.jsonl", _images(out, asked, scores, pictures))
+    write_whole(out / "evaluation.json", as_json(record))
+    write_whole(out / "summary.json", as_json(summary))
+    write_whole(out / "images.jsonl", picture_lines(out, asked, scores, pictures))
     if summary["stack"]:
         write_whole(out / "stack.png", heat_map(summary["stack"]))
     write_whole(out / "table.md", markdown(summary).encode())
@@ -302,29 +240,3 @@ def _finish(
     if why := [reason for reason in reasons if reason]:
         raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(why))
     return summary
-
-
-def _images(out: Path, asked: Sequence[Asked], scores: Scores, pictures: Mapping[str, Mapping[str, Path]]) -> bytes:
-    """A line for each picture: what was asked for, where it lies, what each detector said."""
-    lines: list[str] = []
-    for variant, files in pictures.items():
-        for one in asked:
-            file = files.get(one.case)
-            if file is None:
-                continue
-            shown = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
-            said = {
-                name: {"values": dict(score.values), "details": dict(score.details)}
-                for name, score in scores[variant, one.case].items()
-            }
-            line = {"variant": variant, **one._asdict(), "image": shown, "scores": said}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _hash_all(files: Iterable[Path]) -> str:
-    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:16]

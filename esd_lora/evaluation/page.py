@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment
 
 from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.scoring import Scores, open_picture
+from esd_lora.evaluation.scoring import Scores, open_painted
 from esd_lora.evaluation.stacks import heat_map
 from esd_lora.evaluation.suite_files import ROLES, Suite
-from esd_lora.tables import TITLES, difference, label_tables, number, role_rows
+from esd_lora.tables import TITLES, difference, label_tables, member_rows, number, role_rows
 
 _SAMPLES = 10  # pictures of each role on the page
 _SIDE = 256  # pixels; larger ones are made smaller for the page
@@ -84,9 +84,8 @@ def _stack(found: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of members alone and together."""
     if not found:
         return {}
-    rows = [[m["name"], *(number(m[key]) if m[key] else "" for key in ("base", "alone", "together"))] for m in found["members"]]
-    kept = [number for number in found["kept"] if number]
-    return {"members": rows, "kept": kept, "picture": base64.b64encode(heat_map(found)).decode()}
+    kept = [share for share in found["kept"] if share]
+    return {"members": member_rows(found), "kept": kept, "picture": base64.b64encode(heat_map(found)).decode()}
 
 
 def _cards(variants: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -110,7 +109,7 @@ def _cards(variants: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _shown(file: Path, one: Asked, variant: str, scores: Scores) -> dict[str, Any]:
     """A picture of the sheet, built in, with what was said of it."""
-    image = open_picture(file)
+    image = open_painted(file)
     small = max(image.size) < _SIDE
     image.thumbnail((_SIDE, _SIDE))
     content = io.BytesIO()

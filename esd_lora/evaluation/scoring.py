@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun, Score, made
+from esd_lora.evaluation.picture_files import open_picture
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
@@ -111,26 +112,23 @@ def score_missing(
     return scores, records, not_run
 
 
-def open_picture(file: Path) -> Image.Image:
-    """A picture in RGB.
+def open_painted(file: Path) -> Image.Image:
+    """A picture of the evaluation.
 
     Raises:
         EsdLoraError: If it is missing or damaged.
     """
+    if not file.exists():
+        raise EsdLoraError(f"there is no picture {file}. Paint it, and run again.")
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise EsdLoraError(f"there is no picture {file}. Paint it, and run again.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise EsdLoraError(
-            f"picture {file} is damaged ({error}). Delete it and run again; only it will be made anew."
-        ) from error
+        return open_picture(file)
+    except EsdLoraError as error:
+        raise EsdLoraError(f"picture {file} is damaged. Delete it and run again; only it will be made anew.") from error
 
 
 def _look(pictures: Mapping[str, Mapping[str, Path]], variant: str, one: Asked) -> Look:
-    before = open_picture(pictures["base"][one.case]) if variant != "base" and "base" in pictures else None
-    return Look(open_picture(pictures[variant][one.case]), one.prompt, one.label, one.rest, before)
+    before = open_painted(pictures["base"][one.case]) if variant != "base" and "base" in pictures else None
+    return Look(open_painted(pictures[variant][one.case]), one.prompt, one.label, one.rest, before)
 
 
 def _resume(file: Path, record: Mapping[str, Any]) -> dict[tuple[str, str], Score]:

@@ -28,7 +28,7 @@ def first(count: int) -> str:
 
 
 def member_variants(
-    base: Base, members: Sequence[Eraser], weights: Sequence[Strength], steps: int | None, guidance: float | None
+    base: Base, members: Sequence[Eraser], weights: Sequence[Strength], steps: int, guidance: float
 ) -> list[Variant]:
     """Every member alone, then the first two together, the first three, and so on; all of them are `erased` already."""
     out = [

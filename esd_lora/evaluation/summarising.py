@@ -26,14 +26,14 @@ def summarise(asked: Sequence[Asked], scores: Scores, variants: Sequence[str]) -
     out: dict[str, Any] = {}
     for variant in variants:
         for role in ROLES:
-            found = columns(variant, [one for one in asked if one.role == role], scores)
-            for metric, column in found.items():
+            some = [one for one in asked if one.role == role]
+            before = columns("base", some, scores) if variant != "base" else {}
+            for metric, column in columns(variant, some, scores).items():
                 measured = number(list(column.values()))
-                base = columns("base", [one for one in asked if one.role == role], scores).get(metric, {})
-                both = [case for case in column if case in base]
-                if variant != "base" and both:
-                    after, before = [float(column[case]) for case in both], [float(base[case]) for case in both]
-                    measured["difference"] = _rounded(paired_difference(after, before))
+                base = before.get(metric, {})
+                if both := [case for case in column if case in base]:
+                    after, before_it = [float(column[case]) for case in both], [float(base[case]) for case in both]
+                    measured["difference"] = _rounded(paired_difference(after, before_it))
                 out.setdefault(variant, {}).setdefault(role, {})[metric] = measured
     return out
 

@@ -27,7 +27,7 @@ from esd_lora.stacking import Strength
 from esd_lora.tensor_files import hash_tensors
 
 Painter = Callable[[Sequence[Asked]], list[Image]]
-Blocking: TypeAlias = "Callable[[Base, Sequence[ErasedConcept], int | None, float | None], Variant]"
+Blocking: TypeAlias = "Callable[[Base, Sequence[ErasedConcept], int, float], Variant]"
 """Makes a variant of base, concepts to block, steps and guidance."""
 
 
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     """Of the prompts that it paints."""
 
 
-def painter(base: Base, steps: int | None, guidance: float | None, **asked: Any) -> Painter:
+def painter(base: Base, steps: int, guidance: float, **asked: Any) -> Painter:
     """Paints with a base as it stands, every picture with guidance of its own where its prompt says so."""
 
     def painted(some: Sequence[Asked]) -> list[Image]:
@@ -59,7 +59,7 @@ def painter(base: Base, steps: int | None, guidance: float | None, **asked: Any)
     return painted
 
 
-def bare(base: Base, steps: int | None, guidance: float | None) -> Variant:
+def bare(base: Base, steps: int, guidance: float) -> Variant:
     """The base as it is."""
     return Variant("base", {}, lambda: nullcontext(painter(base, steps, guidance)))
 
@@ -68,8 +68,8 @@ def erased(
     base: Base,
     erasers: Sequence[Eraser],
     weights: Sequence[Strength],
-    steps: int | None,
-    guidance: float | None,
+    steps: int,
+    guidance: float,
     name: str = "erased",
 ) -> Variant:
     """The base with erasers on."""
@@ -91,7 +91,7 @@ def variant_name(kind: str) -> str:
     return kind if kind in BLOCKING else slug(Path(kind).name)
 
 
-def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:
     """Another way to keep concepts out, or another base altogether.
 
     Args:
@@ -117,7 +117,7 @@ def blocked(kind: str, base: Base, concepts: Sequence[ErasedConcept], steps: int
     return BLOCKING[kind](base, concepts, steps, guidance)
 
 
-def _negative_prompt(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+def _negative_prompt(base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:
     """The concepts' names in the place of the empty prompt: what users do without any eraser."""
     names = _names(concepts)
     paint = painter(base, steps, guidance, negative_prompt=names)
@@ -127,10 +127,10 @@ def _negative_prompt(base: Base, concepts: Sequence[ErasedConcept], steps: int |
 def _sld(strength: str) -> Blocking:
     """Safe Latent Diffusion at a published strength, away from its own concept if that names what was erased."""
 
-    def variant(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+    def variant(base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:
         published = SLD_STRENGTHS[strength]
         # Published for 50 steps: with others, guidance sets in at the same level of noise.
-        chosen = published._replace(warmup_steps=round(published.warmup_steps * (steps or base.steps) / 50))
+        chosen = published._replace(warmup_steps=round(published.warmup_steps * steps / 50))
         concept = SLD_CONCEPT if all(one.named_in(SLD_CONCEPT) for one in concepts) else _names(concepts)
 
         @contextmanager
@@ -143,7 +143,7 @@ def _sld(strength: str) -> Blocking:
     return variant
 
 
-def _safety_checker(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:  # noqa: ARG001
+def _safety_checker(base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:  # noqa: ARG001
     """Pictures as the base paints them, black where its own safety checker flags them."""
     checker = SafetyChecker(base.source, str(base.model.device))
     paint = painter(base, steps, guidance)
@@ -155,7 +155,7 @@ def _safety_checker(base: Base, concepts: Sequence[ErasedConcept], steps: int | 
     return Variant("safety-checker", checker.record(), lambda: nullcontext(checked))
 
 
-def _black_list(base: Base, concepts: Sequence[ErasedConcept], steps: int | None, guidance: float | None) -> Variant:
+def _black_list(base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:
     """Pictures as the base paints them, black where the prompt names a concept."""
     words = BlackList([name for concept in concepts for name in (concept.name, *concept.synonyms)])
     paint = painter(base, steps, guidance)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from esd_lora import load_recipe, train
 from esd_lora.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS, Victim, learning, weights, words
-from esd_lora.evaluation.attacks.learning import captioned, noised, seeded, to_latents, to_pictures
-from esd_lora.evaluation.attacks.words import best_prefix, meaning, readable_words, renamed, spare_words, tables_of
+from esd_lora.evaluation.attacks import ATTACKS, Victim, learning, vocabulary, words
+from esd_lora.evaluation.attacks.latents import to_latents, to_pictures
+from esd_lora.evaluation.attacks.learning import captioned, noised, seeded
+from esd_lora.evaluation.attacks.vocabulary import meaning, readable_words, spare_words, tables_of
+from esd_lora.evaluation.attacks.words import best_prefix, renamed
 from esd_lora.evaluation.domain_suite import of_object
 from esd_lora.evaluation.judge import Judge
 from esd_lora.evaluation.planning import Asked
@@ -29,6 +31,8 @@ from esd_lora.stacking import Strength
 from esd_lora.trajectory import pick
 from made import eraser_on
 from toys import load_toy, save_toy
+
+_BATCH = learning.BATCH
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(), eta=1.0)
 ASKED = [Asked(f"t-{i}", "target", prompt, i, "cat") for i, prompt in enumerate(("a cat", "a cat, noto style", "two kittens"))]
@@ -45,8 +49,7 @@ STEPS, GUIDANCE = 3, 4.0
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "BATCH", 4)
-    monkeypatch.setattr(words, "BATCH", 4)
+    monkeypatch.setattr(learning, "BATCH", 4)
     monkeypatch.setattr(words, "SEARCHED", 4)
 
 
@@ -260,7 +263,7 @@ def test_words_are_given_another_meaning_in_every_encoder(each: Base) -> None:
     own = [table.of(["b", "c"]).requires_grad_() for table in tables]
     with meaning(tables, own):
         found = each.encode(["a q z", "z on a q"])
-        told = words._encode(each, ["a q z"])
+        told = vocabulary.encode(each, ["a q z"])
         torch.stack([value.sum() for value in told.values()]).sum().backward()
     plain = each.encode(["a b c", "c on a b"])
     assert all(torch.allclose(found[name], plain[name], atol=1e-5) for name in plain)
@@ -402,7 +405,7 @@ def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "BATCH", learning.BATCH)
+    monkeypatch.setattr(learning, "BATCH", _BATCH)
     small = {"steps": 25, "lr": 0.006, "trajectories": 8, "preserve_trajectories": 8, "preserve_batch": 4}
     quiet = {"preview_every": 0, "probe_every": 0}
     recipe = load_recipe("emoji-cat", {f"train.{key}": value for key, value in {**small, **quiet}.items()})

@@ -101,7 +101,9 @@ def test_latents_as_by_the_paper(toy: Base) -> None:
 @pytest.mark.filterwarnings("ignore")  # of a pipeline that diffusers no longer tends
 @pytest.mark.parametrize("strength", SLD_STRENGTHS)
 def test_latents_as_by_the_authors(tmp_path: Path, strength: str) -> None:
-    diffusers = pytest.importorskip("diffusers.pipelines.deprecated.stable_diffusion_safe")
+    diffusers = pytest.importorskip(
+        "diffusers.pipelines.deprecated.stable_diffusion_safe", reason="this diffusers has dropped the authors' pipeline"
+    )
     base = load("sd", tmp_path)
     parts = {name: base.pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

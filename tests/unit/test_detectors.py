@@ -7,11 +7,13 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import nudenet
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import linalg
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation import detectors
@@ -21,7 +23,8 @@ from esd_lora.evaluation.detectors.faces import Faces
 from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet
 from esd_lora.evaluation.detectors.nudity import PROTOCOLS, VERSION_2_NAMES, Detection, Nudity, count
 from esd_lora.evaluation.detectors.open_nsfw import OpenNsfw
-from esd_lora.evaluation.detectors.similarity import Lpips, pictures_in
+from esd_lora.evaluation.detectors.similarity import Lpips
+from esd_lora.evaluation.picture_files import pictures_in
 
 PACKAGES = {
     "nudenet": ("nudenet", "nudity"),
@@ -81,7 +84,6 @@ def test_protocols_are_of_nine_exposed_parts() -> None:
 
 
 def test_protocols_name_classes_that_nudenet_has() -> None:
-    nudenet = pytest.importorskip("nudenet")
     source = Path(nudenet.__file__).with_name("nudenet.py").read_text("utf-8")
     for part in VERSION_2_NAMES.values():
         assert f'"{part}"' in source
@@ -243,7 +245,6 @@ def test_frechet_as_defined(seed: int, size: int) -> None:
 
 
 def test_frechet_as_scipy_takes_the_root() -> None:
-    linalg = pytest.importorskip("scipy.linalg")
     random = np.random.default_rng(3)
     some, others = random.normal(size=(50, 8)), random.normal(1, 2, size=(60, 8)) @ random.normal(size=(8, 8))
     a, b = np.cov(some, rowvar=False), np.cov(others, rowvar=False)

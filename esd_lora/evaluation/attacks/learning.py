@@ -1,4 +1,4 @@
-"""What attacks that learn share: pictures of the concept, as latents, noised, and the loss that a base is trained with.
+"""What attacks that learn share: pictures of the concept, noised, and the loss that a base is trained with.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise        noise and v models, with a_t from the base's own schedule
     x_t = (1 - sigma_t) x_0 + sigma_t noise          flow models
@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import trange
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
+from esd_lora.evaluation.attacks.latents import to_latents
+from esd_lora.evaluation.picture_files import SUFFIXES, open_picture, picture_paths
 from esd_lora.evaluation.variants import painter
-from esd_lora.families import Base, quiet_libraries
+from esd_lora.families import Base
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.moments import at_once
 from esd_lora.optimizing import make_optimizer
@@ -37,7 +36,6 @@ BATCH = 16
 """Noised pictures in a step of learning."""
 SLOW = 2.0
 """Seconds before a progress bar shows."""
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def at_least(least: int, **settings: int) -> None:
@@ -64,21 +62,6 @@ def require_stable_diffusion(base: Base, attack: str) -> None:
         )
 
 
-def require_readable(base: Base) -> None:
-    """Refuses bases that pictures cannot be encoded for.
-
-    Raises:
-        EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    if not isinstance(base.pipe.vae, AutoencoderKL):
-        raise EsdLoraError(
-            f"base {base.id!r} has a VAE of kind {type(base.pipe.vae).__name__}, and pictures are encoded with AutoencoderKL"
-            " alone. Leave attacks that learn from pictures out of the suite."
-        )
-
-
 def seeded(*parts: object) -> int:
     """A seed that depends on all parts and on nothing else."""
     return random.Random(" ".join(map(str, parts))).getrandbits(32)
@@ -95,9 +78,9 @@ def pictures_in(folder: str | Path | None, victim: Victim, count: int | None = N
         return []
     if not Path(folder).is_dir():
         raise EsdLoraError(f"there is no folder {folder}. Expected one with pictures of the concept.")
-    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _PICTURES)
+    found = picture_paths(Path(folder))
     if not found:
-        raise EsdLoraError(f"{folder} holds no picture. Expected some of the concept, as {', '.join(_PICTURES)}.")
+        raise EsdLoraError(f"{folder} holds no picture. Expected some of the concept, as {', '.join(SUFFIXES)}.")
     if len(victim.concepts) != 1:
         raise EsdLoraError(
             f"the pictures in {folder} can show one concept, and {len(victim.concepts)} were erased. Attack one at a time, or"
@@ -121,80 +104,16 @@ def captioned(victim: Victim, count: int, files: Sequence[Path], seed: int) -> t
         seed: Of what is painted.
     """
     if files:
-        return to_latents(victim.base, opened(files)), [victim.concepts[0].name] * len(files)
+        return to_latents(victim.base, list(map(open_picture, files))), [victim.concepts[0].name] * len(files)
     chosen = [victim.asked[i * len(victim.asked) // count] for i in range(count)]
     asked = [one._replace(seed=seeded("picture", seed, i, one.seed)) for i, one in enumerate(chosen)]
     pictures = painter(victim.base, victim.steps, victim.guidance)(asked)
     return to_latents(victim.base, pictures), [one.prompt for one in asked]
 
 
-def opened(files: Sequence[Path]) -> list[Image.Image]:
-    """Pictures of files.
-
-    Raises:
-        EsdLoraError: If one cannot be read.
-    """
-    pictures: list[Image.Image] = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                pictures.append(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise EsdLoraError(f"{file} cannot be read as a picture ({error}). Expected PNG, JPEG or WebP.") from error
-    return pictures
-
-
-@torch.no_grad()
-def to_latents(base: Base, pictures: Sequence[Image.Image]) -> Tensor:
-    """Encodes pictures, cut to the model's native size, as float32 latents [N, ...]; each by itself, at its most likely."""
-    mean, scale = _normalising(base)
-    _, height, width = base.latent_shape()
-    size = width * base.pipe.vae_scale_factor, height * base.pipe.vae_scale_factor
-    found: list[Tensor] = []
-    with _precise(base.pipe.vae) as vae:
-        for picture in pictures:
-            pixels = np.asarray(ImageOps.fit(picture.convert("RGB"), size), dtype=np.float32) / 127.5 - 1
-            x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device, vae.dtype)
-            found.append((vae.encode(x).latent_dist.mode() - mean) * scale)
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def to_pictures(base: Base, latents: Tensor) -> list[Image.Image]:
-    """Decodes latents [N, ...], one by one."""
-    mean, scale = _normalising(base)
-    pictures: list[Image.Image] = []
-    with _precise(base.pipe.vae) as vae:
-        for one in latents.split(1):
-            x = vae.decode((one / scale + mean).to(vae.dtype)).sample
-            pictures += base.pipe.image_processor.postprocess(x, output_type="pil")
-    return pictures
-
-
-@contextmanager
-def _precise(vae: Any) -> Generator[Any]:
-    """A VAE in float32 or better: SDXL's overflows in float16. The way back is exact."""
-    dtype = vae.dtype
-    precise = torch.promote_types(dtype, torch.float32)
-    if precise == dtype:
-        yield vae
-        return
-    with quiet_libraries():  # diffusers tells of every change
-        vae.to(precise)
-        try:
-            yield vae
-        finally:
-            vae.to(dtype)
-
-
-def _normalising(base: Base) -> tuple[Any, Any]:
-    """What a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
-    vae = base.pipe.vae
-    own: Any = vae.config
-    if base.family.name == "sdxl" and own.latents_mean and own.latents_std:
-        mean, std = (torch.tensor(value, device=vae.device).view(1, -1, 1, 1) for value in (own.latents_mean, own.latents_std))
-        return mean, own.scaling_factor / std
-    return (own.shift_factor or 0.0) if base.prediction_type == "flow" else 0.0, own.scaling_factor
+def batches(victim: Victim, latents: Tensor, seed: int) -> Callable[[int], Points]:
+    """From a step of learning to its `BATCH` points."""
+    return lambda step: noised(victim, latents, BATCH, torch.Generator().manual_seed(seed * 100_003 + step))
 
 
 def noised(victim: Victim, latents: Tensor, count: int, chance: torch.Generator, share: float = 1.0) -> Points:

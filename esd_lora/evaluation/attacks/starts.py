@@ -13,15 +13,9 @@ from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
-from esd_lora.evaluation.attacks.learning import (
-    hashes,
-    opened,
-    pictures_in,
-    require_stable_diffusion,
-    seeded,
-    to_latents,
-    to_pictures,
-)
+from esd_lora.evaluation.attacks.latents import to_latents, to_pictures
+from esd_lora.evaluation.attacks.learning import hashes, pictures_in, require_stable_diffusion, seeded
+from esd_lora.evaluation.picture_files import open_picture
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Painter, Variant, painter
 from esd_lora.moments import at_once
@@ -60,7 +54,7 @@ def latent_start(victim: Victim, *, strength: float = 0.7, folder: str | Path | 
         """Latents of the picture that each starts from."""
         if files:
             drawn = [files[seeded("picture", seed, one.case) % len(files)] for one in some]
-            return to_latents(base, opened(drawn))
+            return to_latents(base, list(map(open_picture, drawn)))
         return to_latents(base, painter(base, victim.steps, victim.guidance)(some))
 
     @torch.no_grad()

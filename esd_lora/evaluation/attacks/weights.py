@@ -6,20 +6,18 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from esd_lora.adapters import add_adapter, wear
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
+from esd_lora.evaluation.attacks.latents import require_readable
 from esd_lora.evaluation.attacks.learning import (
     BATCH,
     at_least,
+    batches,
     captioned,
     hashes,
     learn,
-    noised,
     pictures_in,
-    require_readable,
 )
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.recipe import LoraSpec
@@ -103,7 +101,7 @@ def fine_tune(
                 learn(
                     base,
                     parameters,
-                    lambda step: noised(victim, latents, BATCH, torch.Generator().manual_seed(seed * 100_003 + step)),
+                    batches(victim, latents, seed),
                     lambda rows: pick(conditions, rows),
                     steps=steps,
                     lr=lr,

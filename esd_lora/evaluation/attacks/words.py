@@ -6,23 +6,20 @@ import random
 import re
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
-from transformers import CLIPTokenizer
 
-from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.attacks.learning import (
     BATCH,
     SLOW,
     at_least,
+    batches,
     captioned,
     hashes,
     learn,
@@ -30,13 +27,12 @@ from esd_lora.evaluation.attacks.learning import (
     pictures_in,
     require_stable_diffusion,
 )
+from esd_lora.evaluation.attacks.vocabulary import encode, meaning, readable_words, spare_words, tables_of
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Painter, Variant
-from esd_lora.families import Base
 from esd_lora.header import ErasedConcept
 from esd_lora.moments import at_once
 from esd_lora.recipe import without_article
-from esd_lora.trajectory import Condition
 
 SEARCHED = 32
 """Noised pictures that prefixes are compared on."""
@@ -127,8 +123,8 @@ def textual_inversion(
             learn(
                 base,
                 learnt,
-                lambda step: noised(victim, latents, BATCH, torch.Generator().manual_seed(seed * 100_003 + step)),
-                lambda rows: _encode(base, [prompts[i] for i in rows.tolist()]),
+                batches(victim, latents, seed),
+                lambda rows: encode(base, [prompts[i] for i in rows.tolist()]),
                 steps=steps,
                 lr=lr,
                 desc="textual inversion",
@@ -213,7 +209,7 @@ def best_prefix(
         total = 0.0
         with meaning(tables, own), torch.set_grad_enabled(sloping):
             for part in points.split(at_once(base.latent_shape())):
-                told = _encode(base, [prompts[i] for i in part.lesson.tolist()])
+                told = encode(base, [prompts[i] for i in part.lesson.tolist()])
                 loss = (base.predict(part.x_t, part.t, told) - part.target).square().sum() / len(points.t)
                 total += loss.item()
                 if sloping:
@@ -239,104 +235,6 @@ def best_prefix(
         lowest, prefix = min((measured(prefix)[0], prefix) for prefix in few)
         best = prefix if lowest < loss else best
     return [words[i] for i in best], losses
-
-
-class Table(NamedTuple):
-    """A text encoder's table of embeddings, in units of its spread, and the tokens that are given another meaning."""
-
-    layer: nn.Embedding
-    tokenizer: Any
-    spread: Tensor
-    spare: Tensor
-    """[K], ids of the words that are free to mean something else."""
-
-    def of(self, words: Sequence[str]) -> Tensor:
-        """Embeddings [N, width] of words of one token each."""
-        return self.layer.weight[_ids(self.tokenizer, words).to(self.spare)].float() / self.spread
-
-    def mean_of(self, text: str) -> Tensor:
-        """The mean embedding [width] of a text's tokens."""
-        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids).to(self.spare)
-        return self.layer.weight[ids].float().mean(0) / self.spread
-
-
-def tables_of(base: Base, spare: Sequence[str]) -> list[Table]:
-    """One for each text encoder of Stable Diffusion or SDXL."""
-    tables: list[Table] = []
-    for name in ("", "_2"):
-        if (encoder := getattr(base.pipe, f"text_encoder{name}", None)) is not None:
-            layer, tokenizer = encoder.get_input_embeddings(), getattr(base.pipe, f"tokenizer{name}")
-            spare_ids = _ids(tokenizer, spare).to(layer.weight.device)
-            tables.append(Table(layer, tokenizer, layer.weight.float().std(), spare_ids))
-    return tables
-
-
-@contextmanager
-def meaning(tables: Sequence[Table], vectors: Sequence[Tensor]) -> Generator[None]:
-    """Has the spare words mean vectors [K, width], of each table, for the length of a `with` block.
-
-    The table itself stays as it is: what it answers is changed on the way.
-    """
-    with ExitStack() as hooks:
-        for table, own in zip(tables, vectors, strict=True):
-            hooks.callback(table.layer.register_forward_hook(partial(_replace, table, own)).remove)
-        yield
-
-
-def _replace(table: Table, vectors: Tensor, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:  # noqa: ARG001
-    """The embeddings [N, tokens, width] with those of the spare words replaced."""
-    same = args[0][..., None] == table.spare
-    return torch.where(same.any(-1, keepdim=True), same.to(out.dtype) @ (vectors * table.spread).to(out.dtype), out)
-
-
-def _encode(base: Base, prompts: Sequence[str]) -> Condition:
-    """The condition of prompts as `Base.encode` gives it, with a gradient."""
-    told = base.family.encode(base.pipe, prompts)
-    return {name: value.to(base.model.dtype) for name, value in told.items()}
-
-
-def readable_words(base: Base) -> list[str]:
-    """Words of plain letters that are one token to each CLIP tokenizer of a base, the most frequent first.
-
-    Raises:
-        EsdLoraError: If it has no such tokenizer.
-    """
-    every = [part for name, part in sorted(base.pipe.components.items()) if name.startswith("tokenizer")]
-    tokenizers = [part for part in every if isinstance(part, CLIPTokenizer)]
-    if not tokenizers:
-        kinds = ", ".join(type(part).__name__ for part in every) or "no tokenizer"
-        raise EsdLoraError(
-            f"base {base.id!r} has {kinds}, and words are drawn from CLIP's. Leave this attack out of the suite."
-        )
-    vocabulary = sorted(tokenizers[0].get_vocab().items(), key=lambda entry: entry[1])
-    words = [token.removesuffix("</w>") for token, _ in vocabulary if token.endswith("</w>")]
-    words = [word for word in words if word.isascii() and word.isalpha()]
-    for tokenizer in tokenizers:
-        own = tokenizer(words, add_special_tokens=False).input_ids
-        one = [
-            len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == f"{word}</w>"
-            for word, ids in zip(words, own, strict=True)
-        ]
-        words = [word for word, alone in zip(words, one, strict=True) if alone]
-    return words
-
-
-def spare_words(victim: Victim, count: int) -> list[str]:
-    """The rarest words that stand in no prompt asked for, to be given another meaning.
-
-    Raises:
-        EsdLoraError: If there are not so many.
-    """
-    said = {word for one in victim.asked for word in re.findall(r"\w+", one.prompt.lower())}
-    said |= {word for one in victim.concepts for word in re.findall(r"\w+", one.name.lower())}
-    free = [word for word in readable_words(victim.base) if word not in said]
-    if len(free) < count:
-        raise EsdLoraError(f"this attack needs {count} words that no prompt has, and {len(free)} are left. Ask for less.")
-    return free[-count:]
-
-
-def _ids(tokenizer: Any, words: Sequence[str]) -> Tensor:
-    return torch.tensor(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words]))
 
 
 def renamed(prompt: str, named: Sequence[tuple[ErasedConcept, Sequence[str]]]) -> str:

@@ -10,34 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Look, NotRun, Score, package
+from esd_lora.evaluation.picture_files import pictures_in
 from esd_lora.outputs import hash_file
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def pictures_in(folder: Path) -> dict[Path, Image.Image]:
-    """Path to picture of every picture that lies in a folder, by name, turned as the camera was held.
-
-    Raises:
-        EsdLoraError: If there is none, or one cannot be read.
-    """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
-    if not paths:
-        raise EsdLoraError(f"no pictures were found in {folder}. Expected a folder with {', '.join(_SUFFIXES)} files.")
-    pictures: dict[Path, Image.Image] = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                pictures[path] = ImageOps.exif_transpose(image).convert("RGB")
-        except OSError as error:
-            raise EsdLoraError(f"{path} cannot be read as a picture ({error}). Mend or remove it.") from error
-    return pictures
 
 
 class Ssim:

@@ -1,0 +1,116 @@
+"""Words of Stable Diffusion's text encoders: which there are, and giving some of them another meaning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.attacks import Victim
+from esd_lora.families import Base
+from esd_lora.trajectory import Condition
+
+
+class Table(NamedTuple):
+    """A text encoder's table of embeddings, in units of its spread, and the tokens that are given another meaning."""
+
+    layer: nn.Embedding
+    tokenizer: Any
+    spread: Tensor
+    spare: Tensor
+    """[K], ids of the words that are free to mean something else."""
+
+    def of(self, words: Sequence[str]) -> Tensor:
+        """Embeddings [N, width] of words of one token each."""
+        return self.layer.weight[_ids(self.tokenizer, words).to(self.spare)].float() / self.spread
+
+    def mean_of(self, text: str) -> Tensor:
+        """The mean embedding [width] of a text's tokens."""
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids).to(self.spare)
+        return self.layer.weight[ids].float().mean(0) / self.spread
+
+
+def tables_of(base: Base, spare: Sequence[str]) -> list[Table]:
+    """One for each text encoder of Stable Diffusion or SDXL."""
+    tables: list[Table] = []
+    for name in ("", "_2"):
+        if (encoder := getattr(base.pipe, f"text_encoder{name}", None)) is not None:
+            layer, tokenizer = encoder.get_input_embeddings(), getattr(base.pipe, f"tokenizer{name}")
+            spare_ids = _ids(tokenizer, spare).to(layer.weight.device)
+            tables.append(Table(layer, tokenizer, layer.weight.float().std(), spare_ids))
+    return tables
+
+
+@contextmanager
+def meaning(tables: Sequence[Table], vectors: Sequence[Tensor]) -> Generator[None]:
+    """Has the spare words mean vectors [K, width], of each table, for the length of a `with` block.
+
+    The table itself stays as it is: what it answers is changed on the way.
+    """
+    with ExitStack() as hooks:
+        for table, own in zip(tables, vectors, strict=True):
+            hooks.callback(table.layer.register_forward_hook(partial(_replace, table, own)).remove)
+        yield
+
+
+def _replace(table: Table, vectors: Tensor, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:  # noqa: ARG001
+    """The embeddings [N, tokens, width] with those of the spare words replaced."""
+    same = args[0][..., None] == table.spare
+    return torch.where(same.any(-1, keepdim=True), same.to(out.dtype) @ (vectors * table.spread).to(out.dtype), out)
+
+
+def encode(base: Base, prompts: Sequence[str]) -> Condition:
+    """The condition of prompts as `Base.encode` gives it, with a gradient."""
+    told = base.family.encode(base.pipe, prompts)
+    return {name: value.to(base.model.dtype) for name, value in told.items()}
+
+
+def readable_words(base: Base) -> list[str]:
+    """Words of plain letters that are one token to each CLIP tokenizer of a base, the most frequent first.
+
+    Raises:
+        EsdLoraError: If it has no such tokenizer.
+    """
+    every = [part for name, part in sorted(base.pipe.components.items()) if name.startswith("tokenizer")]
+    tokenizers = [part for part in every if isinstance(part, CLIPTokenizer)]
+    if not tokenizers:
+        kinds = ", ".join(type(part).__name__ for part in every) or "no tokenizer"
+        raise EsdLoraError(
+            f"base {base.id!r} has {kinds}, and words are drawn from CLIP's. Leave this attack out of the suite."
+        )
+    vocabulary = sorted(tokenizers[0].get_vocab().items(), key=lambda entry: entry[1])
+    words = [token.removesuffix("</w>") for token, _ in vocabulary if token.endswith("</w>")]
+    words = [word for word in words if word.isascii() and word.isalpha()]
+    for tokenizer in tokenizers:
+        own = tokenizer(words, add_special_tokens=False).input_ids
+        one = [
+            len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == f"{word}</w>"
+            for word, ids in zip(words, own, strict=True)
+        ]
+        words = [word for word, alone in zip(words, one, strict=True) if alone]
+    return words
+
+
+def spare_words(victim: Victim, count: int) -> list[str]:
+    """The rarest words that stand in no prompt asked for, to be given another meaning.
+
+    Raises:
+        EsdLoraError: If there are not so many.
+    """
+    said = {word for one in victim.asked for word in re.findall(r"\w+", one.prompt.lower())}
+    said |= {word for one in victim.concepts for word in re.findall(r"\w+", one.name.lower())}
+    free = [word for word in readable_words(victim.base) if word not in said]
+    if len(free) < count:
+        raise EsdLoraError(f"this attack needs {count} words that no prompt has, and {len(free)} are left. Ask for less.")
+    return free[-count:]
+
+
+def _ids(tokenizer: Any, words: Sequence[str]) -> Tensor:
+    return torch.tensor(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words]))
