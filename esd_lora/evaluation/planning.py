@@ -73,7 +73,7 @@ def plan(suite: Suite, concepts: Sequence[ErasedConcept], limit: int | None = No
         if limit is not None and len(asked) > limit:
             asked = [asked[i * len(asked) // limit] for i in range(limit)]
         made.asked.extend(_cast(one, suite, concepts) for one in asked)
-    if concepts and not any(one.role == "target" for one in made.asked):
+    if suite.targets and concepts and not any(one.role == "target" for one in made.asked):
         names = ", ".join(concept.name for concept in concepts)
         raise EsdLoraError(
             f"no prompt of this suite is about what was erased ({names}). Choose another suite, or give --concept."
@@ -99,8 +99,8 @@ def _filled(name: str, prompts: PromptSet, concepts: Sequence[ErasedConcept]) ->
 
 
 def _article(prompt: str) -> str:
-    """ "a owl" is "an owl": templates do not know what fills them."""
-    return re.sub(r"\b([Aa]) (?=[aeiouAEIO])", r"\1n ", prompt)
+    """ "a owl" is "an owl": templates do not know what fills them. A protocol that says "A Architectures image" is quoted."""
+    return re.sub(r"\ba (?=[aeiouAEIO])", "an ", prompt)
 
 
 def _domain(name: str, prompts: PromptSet, suite: Suite, concepts: Sequence[ErasedConcept]) -> Iterator[Asked]:

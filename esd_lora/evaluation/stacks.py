@@ -50,18 +50,9 @@ def company(asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]) -
     names = [", ".join(member.names) for member in members]
     single = [alone(member, i + 1) for i, member in enumerate(members)]
     growing = ["base", single[0], *(first(count) for count in range(2, len(members))), "erased"]
-    targets = [
-        [
-            one
-            for one in asked
-            if one.role == "target" and any(c.named_in(one.label or one.prompt) for c in member.header.concepts)
-        ]
-        for member in members
-    ]
+    targets = [[one for one in asked if one.role == "target" and _erases(member, one)] for member in members]
     rest = [one for one in asked if one.role in ("neighbour", "general")]
-    metric = next(
-        (m for m, column in columns("erased", asked, scores).items() if all(isinstance(v, bool) for v in column.values())), None
-    )
+    metric = _rate_metric("erased", asked, scores)
     if metric is None:
         return {}
 
@@ -78,6 +69,54 @@ def company(asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]) -
         "matrix": [[rate(variant, some) for variant in (*single, "erased")] for some in targets],
         "kept": [rate(variant, rest) for variant in growing],
     }
+
+
+def erased_and_others(
+    asked: Sequence[Asked], scores: Scores, variants: Sequence[str], members: Sequence[Eraser] = ()
+) -> dict[str, dict[str, float]]:
+    """Accuracy on the erased class and on all others, before and after: table 2 of the ESD paper (arXiv:2303.07345).
+
+    Args:
+        asked: All prompts.
+        scores: Of all pictures.
+        variants: Models, `base` among them.
+        members: Of a stack that was measured member by member: each is a row, with its own class erased and all others kept;
+            the last row is their average. Otherwise each model but the base is a row.
+    """
+    metric = _rate_metric(variants[-1], asked, scores)
+    if metric is None or "base" not in variants:
+        return {}
+
+    def share(variant: str, some: Sequence[Asked]) -> float | None:
+        found = list(columns(variant, some, scores).get(metric, {}).values())
+        return sum(found) / len(found) if found else None
+
+    whole: dict[str, Eraser | None] = {variant: None for variant in variants if variant != "base"}
+    out: dict[str, dict[str, float]] = {}
+    for name, member in ({alone(m, i + 1): m for i, m in enumerate(members)} or whole).items():
+        own = {one.case for one in asked if (_erases(member, one) if member else one.role == "target")}
+        for part, some in {
+            "erased class": [one for one in asked if one.case in own],
+            "other classes": [one for one in asked if one.case not in own],
+        }.items():
+            for when, model in {"base": "base", "erased": name}.items():
+                if (value := share(model, some)) is not None:
+                    out.setdefault(name, {})[f"{part}, {when}"] = value
+    out = {name: found for name, found in out.items() if len(found) == 4}  # a member may erase nothing that the suite has
+    if members and out:
+        heads = next(iter(out.values()))
+        out["average"] = {head: sum(found[head] for found in out.values()) / len(out) for head in heads}
+    return out
+
+
+def _erases(member: Eraser, one: Asked) -> bool:
+    return any(concept.named_in(one.label or one.prompt) for concept in member.header.concepts)
+
+
+def _rate_metric(variant: str, asked: Sequence[Asked], scores: Scores) -> str | None:
+    """The first metric that says yes or no of every picture."""
+    found = columns(variant, asked, scores).items()
+    return next((metric for metric, column in found if all(isinstance(value, bool) for value in column.values())), None)
 
 
 def heat_map(found: dict[str, Any]) -> bytes:

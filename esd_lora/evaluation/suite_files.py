@@ -107,8 +107,10 @@ class Suite(_Frozen):
     attacks: dict[str, AttackSpec] = {}
     neighbours: dict[str, tuple[str, ...]] = {}
     """Groups of labels; those beside an erased one are its neighbours."""
-    layout: Literal["ua-ira-cra"] | None = None
-    """Numbers that a paper's table has, beside the suite's own: see `tables.unlearning_accuracies`."""
+    layout: Literal["ua-ira-cra", "erased-and-others"] | None = None
+    """Numbers that a paper's table has, beside the suite's own: `tables.unlearning_accuracies`, `stacks.erased_and_others`."""
+    targets: bool = True
+    """Whether some prompt must be about what was erased; not where the suite is about what erasing costs."""
     sensitive: bool = False
     """Whether pictures are blurred on the page until they are clicked."""
     steps: int | None = Field(default=None, ge=1)

@@ -16,14 +16,10 @@ import torch
 from PIL import Image, ImageFilter
 from skimage import data
 from skimage.metrics import structural_similarity
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
-    ConvNextImageProcessorPil,
-    ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
 )
@@ -38,11 +34,11 @@ from esd_lora.evaluation.detectors.nudity import Nudity
 from esd_lora.evaluation.detectors.open_nsfw import OpenNsfw
 from esd_lora.evaluation.detectors.similarity import Lpips, Ssim
 from esd_lora.outputs import hash_file
+from networks import IMAGENET, ToyInception, resnet_config, save_alexnet, save_classifier, save_clip, save_script
 from tiny import tiny_tokenizer
 
 CATS = (281, 282, 285)  # ImageNet: tabby, tiger cat, Egyptian cat
 ESPRESSO = 967
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NAMES = ["tench, Tinca tinca", "crane", "church", "crane", "cat", "dog", "gas pump"]
 
 
@@ -74,57 +70,17 @@ def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AlexNet as torchvision saves it, its classifier too, with weights by chance."""
-    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    random = torch.Generator().manual_seed(0)
-    state = {"classifier.1.weight": torch.zeros(2, 2)}
-    for i, (outputs, inputs, kernel) in shapes.items():
-        weight = torch.randn(outputs, inputs, kernel, kernel, generator=random)
-        state[f"features.{i}.weight"] = weight * (2 / (inputs * kernel**2)) ** 0.5
-        state[f"features.{i}.bias"] = 0.1 * torch.randn(outputs, generator=random)
-    torch.save(state, path)
-    return path
+    return save_alexnet(tmp_path_factory.mktemp("alexnet") / "alexnet.pth")
 
 
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny_tokenizer(10**6)  # some are saved without knowing how much the model reads
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(1)  # whose cosines are above 0
-        model = CLIPModel(
-            CLIPConfig(text_config=small | words, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def resnet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resnet")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ResNetForImageClassification(resnet_config())
-    model.save_pretrained(folder)
-    mean, deviation = IMAGENET  # as microsoft/resnet-50 has them
-    ConvNextImageProcessorPil(size={"shortest_edge": 32}, image_mean=mean, image_std=deviation).save_pretrained(folder)
-    return folder
-
-
-def resnet_config() -> ResNetConfig:
-    names = dict(enumerate(NAMES))
-    return ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names)
+    return save_classifier(tmp_path_factory.mktemp("resnet"), NAMES)
 
 
 def test_nudenet_sees_a_face_and_nothing_exposed() -> None:
@@ -221,7 +177,7 @@ def test_classifier_reads_labels_of_its_own(resnet_dir: Path) -> None:
 
 def test_classifier_without_its_head_is_refused(resnet_dir: Path, tmp_path: Path) -> None:
     """transformers would fill the head by chance and classify with that."""
-    ResNetModel(resnet_config()).save_pretrained(tmp_path)
+    ResNetModel(resnet_config(NAMES)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_bytes((resnet_dir / "preprocessor_config.json").read_bytes())
     with pytest.raises(EsdLoraError, match=r"lacks 2 weights, classifier.*Expected a model trained to classify"):
         Classifier(path=tmp_path)
@@ -357,6 +313,14 @@ def test_lpips_as_torchmetrics_has_it(alexnet: Path, monkeypatch: pytest.MonkeyP
     assert found[0] == 0 < found[1] < found[2]
 
 
+def test_lpips_of_a_tiny_picture(alexnet: Path) -> None:
+    tiny = Image.new("RGB", (40, 30))
+    with pytest.raises(EsdLoraError, match=r"a picture of 40 x 30 pixels, expected 31 or more"):
+        Lpips(path=alexnet)([look(tiny, before=tiny)])
+    small = Image.new("RGB", (31, 31))
+    assert values(Lpips(path=alexnet), look(small, before=small)) == [{"lpips": 0.0}]
+
+
 @pytest.mark.parametrize("kind", ["ssim", "lpips"])
 def test_the_likest_original_counts_at_its_size(kind: str, alexnet: Path, tmp_path: Path) -> None:
     small = {"astronaut": ASTRONAUT.resize((96, 96)), "cat": CAT.resize((120, 80)), "rocket": ROCKET.resize((96, 64))}
@@ -389,24 +353,11 @@ def test_efficientnet_features_tell_sets_apart() -> None:
     assert 0 < near < far / 2
 
 
-class ToyInception(nn.Module):
-    """Called like NVIDIA's script: whole numbers in, features or probabilities out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 5)
-
-    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
-        assert img.dtype == torch.uint8
-        x = self.linear(img.float().mean((2, 3)))
-        return x if return_features else x.softmax(1)
-
-
 # torch deprecates TorchScript, and NVIDIA's Inception is published as nothing else.
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")
 def test_inception_features_as_computed_plainly(tmp_path: Path) -> None:
     path, toy = tmp_path / "inception.pt", ToyInception()
-    torch.jit.script(toy).save(str(path))
+    save_script(toy, path)
     features = InceptionFeatures(path=path)
     means = np.array([np.array(image).mean((0, 1)) for image in (CAT, COFFEE, ROCKET)])
     expected = means @ toy.linear.weight.detach().numpy().T + toy.linear.bias.detach().numpy()

@@ -220,7 +220,7 @@ def test_pictures_as_a_whole(base: Base, suite: Path, tmp_path: Path, cat_dir: P
 
 def test_members_alone_and_in_company(base: Base, suite: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
     out = tmp_path / "out"
-    over = {"prompts.all.fill.class": ["cat", "car", "dog"], "prompts.all.label": "{class}"}
+    over = {"prompts.all.fill.class": ["cat", "car", "dog"], "prompts.all.label": "{class}", "layout": "erased-and-others"}
     summary = run(base, suite, out, erasers=[cat_dir, car_dir, cat_dir], stack=True, settings=over)
     assert list(summary["variants"]) == ["base", "erased", "1-a-cat", "2-a-car", "3-a-cat", "first-2"]
     found, labels = summary["stack"], summary["labels"]
@@ -231,6 +231,13 @@ def test_members_alone_and_in_company(base: Base, suite: Path, tmp_path: Path, c
     assert found["matrix"][0][1] == labels["cat"]["2-a-car"]["bright.bright"]
     assert [number["of"] for number in found["kept"]] == [2, 2, 2, 2]
     assert found["kept"][2]["hits"] == summary["variants"]["first-2"]["general"]["bright.bright"]["hits"]
+    assert list(summary["layout"]) == ["1-a-cat", "2-a-car", "3-a-cat", "average"]
+    row = summary["layout"]["2-a-car"]
+    rest = [labels[name]["2-a-car"]["bright.bright"] for name in ("cat", "dog")]
+    assert row["erased class, base"] == labels["car"]["base"]["bright.bright"]["value"]
+    assert row["erased class, erased"] == labels["car"]["2-a-car"]["bright.bright"]["value"]
+    assert row["other classes, erased"] == sum(number["hits"] for number in rest) / sum(number["of"] for number in rest)
+    assert "| 2-a-car |" in (out / "table.md").read_text().partition("| average |")[0]
     pictures = {path.relative_to(out / "images").as_posix(): path.read_bytes() for path in out.rglob("images/*/*.png")}
     assert pictures["1-a-cat/all-00000.png"] == pictures["3-a-cat/all-00000.png"] != pictures["first-2/all-00000.png"]
     with Image.open(out / "stack.png") as image:

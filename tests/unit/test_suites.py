@@ -27,7 +27,6 @@ def suite(tmp_path: Path, text: str) -> Suite:
 def test_shipped_suites_are_whole(name: str) -> None:
     found = load_suite(name)
     assert found.description.endswith(".")
-    assert any(prompts.role == "target" for prompts in found.prompts.values()) or found.prompts
     for key, prompts in found.prompts.items():
         assert prompts.source or prompts.templates or prompts.domain, key
 
@@ -72,6 +71,13 @@ def test_settings_lie_over_the_file() -> None:
     assert found.detectors["judge"].roles == ("target",)
     with pytest.raises(EsdLoraError, match=r"--set: prompts\.asked\.count: .*found 0"):
         load_suite("emoji-object", {"prompts.asked.count": 0})
+
+
+def test_published_templates_are_quoted() -> None:
+    """UnlearnCanvas' sampling script says "A" whatever follows."""
+    asked = plan(load_suite("unlearncanvas"), [ErasedConcept(name="Van Gogh", pairs=(), eta=None)]).asked
+    assert len(asked) == 50 * 20 * 5
+    assert "A Architectures image in Van Gogh style." in {one.prompt for one in asked if one.role == "target"}
 
 
 FILLED = """description: x

@@ -69,10 +69,11 @@ class Lpips:
 
     Raises:
         NotRun: If torchmetrics is not installed or no path is given.
-        EsdLoraError: If the file does not hold AlexNet, or the folder no pictures.
+        EsdLoraError: If the file does not hold AlexNet, the folder no pictures, or a picture has a side under 31 pixels.
     """
 
     _taps = (1, 4, 7, 9, 11)  # the ReLUs, whose outputs are compared
+    _smallest = 31  # pixels, of which the last ReLU sees one
 
     def __init__(self, path: str | Path | None = None, originals: str | Path | None = None, device: str = "cpu"):
         self._package = package("torchmetrics", "metrics")
@@ -98,6 +99,9 @@ class Lpips:
 
     def _features(self, image: Image.Image) -> list[Tensor]:
         """What each ReLU gives, as unit vectors over the channels."""
+        if min(image.size) < self._smallest:
+            size = f"{image.width} x {image.height} pixels"
+            raise EsdLoraError(f"lpips was asked about a picture of {size}, expected {self._smallest} or more a side.")
         shift, scale = (
             torch.tensor(values, device=self._device)[:, None, None]
             for values in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
