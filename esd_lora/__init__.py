@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esd_lora.cataloging import catalog
     from esd_lora.eraser import Eraser
     from esd_lora.errors import EsdLoraError
     from esd_lora.evaluation.attaching import attach
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from esd_lora.families import load_base
     from esd_lora.fusing import fuse
     from esd_lora.gating import Gate
+    from esd_lora.hub import pull, search
     from esd_lora.importing import import_lora
     from esd_lora.inspecting import diff, inspect_file
     from esd_lora.manifests import load_eraser
     from esd_lora.merging import merge
+    from esd_lora.pushing import push
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
     from esd_lora.sampling import generate, sweep
@@ -45,6 +48,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Strength": "stacking",
     "attach": "evaluation.attaching",
+    "catalog": "cataloging",
     "compress": "stacking",
     "diff": "inspecting",
     "evaluate": "evaluation.evaluating",
@@ -58,7 +62,10 @@ _HOMES = {
     "load_eraser": "manifests",
     "load_recipe": "recipe_files",
     "merge": "merging",
+    "pull": "hub",
+    "push": "pushing",
     "score_pictures": "evaluation.evaluating",
+    "search": "hub",
     "stack": "stacking",
     "sweep": "sampling",
     "train": "training",
@@ -71,6 +78,7 @@ __all__ = [
     "Recipe",
     "Strength",
     "attach",
+    "catalog",
     "compress",
     "diff",
     "evaluate",
@@ -84,7 +92,10 @@ __all__ = [
     "load_eraser",
     "load_recipe",
     "merge",
+    "pull",
+    "push",
     "score_pictures",
+    "search",
     "stack",
     "sweep",
     "train",

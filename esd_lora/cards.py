@@ -1,12 +1,17 @@
-"""An eraser in words: the model card that the Hub shows."""
+"""An eraser in words: the model card that the Hub shows, filled from the header alone."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
+from esd_lora.bases import BUILT_IN
+from esd_lora.outputs import slug
+from esd_lora.recipe_files import dump_recipe
 from esd_lora.tables import HEAD, INTERVALS, TITLES, cells, markdown_cell, markdown_table, number, role_rows
 
 if TYPE_CHECKING:
@@ -14,73 +19,204 @@ if TYPE_CHECKING:
     from typing import Any
 
     from esd_lora.header import ErasedConcept, EraserHeader, Measured
+    from esd_lora.licences import Licence
 
+TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
+_FAMILY_TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"], "sdxl": ["stable-diffusion-xl"]}
 _RECORD = ("sampler", "detectors", "files", "versions")  # of an evaluation, for the card
-_TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"]}
+_RECIPE_LINES = 120  # longer ones are read in their own file
 
 _CARD = """---
 {front}---
 
 # Eraser: {names}
 
-A LoRA for `{base}` that {effect}. It has no trigger word: load it and prompt as before.
+A LoRA for {base} that {effect}. It has no trigger word: load it and prompt as before.
+{gallery}
+## Use it
+
+With diffusers alone:
 
 ```python
-pipe.load_lora_weights("path/to/this/folder")
+{diffusers}
 ```
+
+With esd-lora (`pip install esd-lora`), at any strength, beside other erasers, or merged into the base for good:
+
+```sh
+esd-lora generate "a prompt" --base {base_word} --eraser {place}:1 --compare -o pictures
+esd-lora stack {place} another-eraser -o both
+esd-lora merge {place} --base {base_word} -o merged
+```
+
+In ComfyUI, A1111 and Forge: {kohya}, put it where LoRA files go, and load it at strength 1.
+
+## What is erased
 
 {pairs}
 
-- Base: `{base}`{revision}, family `{family}`, {prediction_type} prediction
-- Scope `{scope}`, objective `{objective}`, eta {etas}, {layers} layers
+- Base: {base}{revision}, family `{family}`, {prediction_type} prediction{weights}
+- Scope `{scope}`, objective `{objective}`, eta {etas}, {layers} layers, rank {ranks}, {steps} steps
 - Prompts held in place during training: {preserve}
 - Made {created} with {versions}{origin}{making}
 
 {measured}
 
-Whoever holds both the base and this file can leave the file out. To ship a model without the concept, merge it:
-`esd-lora merge path/to/this/folder --base {base} -o merged`.
+## Limits
+
+- Removable by design: whoever holds both the base and this file can leave the file out. To ship a model without the concept,
+  merge it, and keep the base to yourself.
+- It stops prompts, not an attacker: who searches for prompts against it, or trains on a few pictures, may bring the concept
+  back.
+- What was measured holds for this base, these prompts and this sampler; other prompts and fine-tunes of the base may differ.
+
+## Licence
+
+{licence}
+{recipe}
+## Cite
+
+```bibtex
+@inproceedings{{gandikota2023erasing,
+  title = {{Erasing Concepts from Diffusion Models}},
+  author = {{Gandikota, Rohit and Materzy{{\\'n}}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David}},
+  booktitle = {{Proceedings of the IEEE/CVF International Conference on Computer Vision}},
+  year = {{2023}},
+  note = {{arXiv:2303.07345}}
+}}
+```
 """
 
 
-def render_card(header: EraserHeader, layers: int) -> str:
-    """Renders the card in Markdown, with the YAML front matter that the Hub indexes (FORMATS: model cards)."""
-    names = ", ".join(concept.name for concept in header.concepts)
-    front: dict[str, object] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", "lora", "concept-erasure", "esd-lora", *_TAGS.get(header.family, [])],
-    }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", header.base):  # a Hub id; other bases have no page to point at
-        front |= {"base_model": header.base, "base_model_relation": "adapter"}
-    shown = [(prompt, anchor) for concept in header.concepts for prompt, anchor in concept.pairs][:12]
-    rows = [[markdown_cell(prompt), markdown_cell(anchor) or "(empty prompt)"] for prompt, anchor in shown]
-    total = sum(len(concept.pairs) for concept in header.concepts)
-    if total > len(shown):
-        rows.append([f"and {total - len(shown)} more, in `recipe.yaml`", ""])
-    pairs = markdown_table(["erased prompt", "what should appear instead"], rows) if rows else "Its prompts are not known."
-    return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
-        names=names,
-        effect=effect(header.concepts),
-        base=header.base,
-        revision=f" at `{header.base_revision}`" if header.base_revision else "",
+class Sample(NamedTuple):
+    """What the base and the eraser paint for one prompt and seed; places are relative to the card."""
+
+    prompt: str
+    erased: str
+    base: str | None = None
+
+
+class Publication(NamedTuple):
+    """What a card on the Hub says beside the header."""
+
+    repo: str
+    licence: Licence
+    samples: Sequence[Sample] = ()
+    kohya: str | None = None
+    """Place of the file for A1111, Forge and ComfyUI, if there is one."""
+    sensitive: bool = False
+    """Masks the concepts' names, and warns of the page."""
+
+
+def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), published: Publication | None = None) -> str:
+    """Renders the card in Markdown, with the YAML front matter that the Hub indexes.
+
+    Args:
+        header: Of the eraser.
+        layers: How many it touches.
+        ranks: Of its layers.
+        published: Where it will stand; without, the card is one for its own directory.
+    """
+    sensitive = published is not None and published.sensitive
+    base_word, place = _word(header.base), _word(published.repo if published else "path/to/this/folder")
+    card = _CARD.format(
+        front=yaml.safe_dump(_front(header, published), sort_keys=False, allow_unicode=True, width=1000),
+        names=", ".join(markdown_cell(concept.name) for concept in header.concepts),
+        effect=markdown_cell(effect(header.concepts)),
+        base=_code(header.base),
+        base_word=base_word,
+        place=place,
+        gallery=_gallery(published.samples) if published else "",
+        diffusers=_diffusers(header, place),
+        kohya=(
+            f"take {_code(published.kohya)}"
+            if published and published.kohya
+            else f"make kohya's file with `esd-lora export {place} --layout kohya -o eraser.safetensors`"
+        ),
+        revision=f" at {_code(header.base_revision)}" if header.base_revision else "",
+        weights=f", weights {_code(base_hash(header))}" if header.base_hashes else "",
         family=header.family,
         prediction_type=header.prediction_type or "unknown",
         scope=header.scope,
         objective=header.objective,
         etas=", ".join("unknown" if eta is None else f"{eta:g}" for eta in dict.fromkeys(c.eta for c in header.concepts)),
         layers=layers,
-        pairs=pairs,
+        ranks=f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else str(*set(ranks)) or "unknown",
+        steps=", ".join(str(n) for n in dict.fromkeys(recipe.train.steps for recipe in header.recipes)) or "unknown",
+        pairs=_pairs(header),
         preserve=f"{len(header.preserve)}" if header.preserve else "none",
-        created=header.created,
+        created=markdown_cell(header.created),
         origin="".join(
             f"\n- {o.how.capitalize()} from {', '.join(map(_code, o.files))}: provenance unknown" for o in header.origins
         ),
         making="".join(f"\n- {line.capitalize()}" for line in making(header)),
-        versions=", ".join(f"{name} {version}" for name, version in header.versions.items()),
+        versions=", ".join(f"{markdown_cell(name)} {markdown_cell(version)}" for name, version in header.versions.items()),
         measured=_measured(header),
+        licence=published.licence.told(_code(header.base)) if published else "The base's terms hold for whoever uses the two.",
+        recipe="" if sensitive else _recipe(header),
     )
+    return _masked(card, header, place) if sensitive else card
+
+
+def _front(header: EraserHeader, published: Publication | None) -> dict[str, object]:
+    """What the Hub indexes. No `instance_prompt`: its page would call that a trigger word."""
+    front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    tags = [*TAGS, *_FAMILY_TAGS.get(header.family, [])]
+    if published:
+        front |= published.licence.front()
+        tags += ["not-for-all-audiences"] if published.sensitive else [f"erases:{slug(c.name)}" for c in header.concepts]
+    front["tags"] = list(dict.fromkeys(tags))
+    if is_hub_id(header.base):  # other bases have no page to point at
+        front |= {"base_model": header.base, "base_model_relation": "adapter"}
+    if published and published.samples:
+        shown = [(f"{s.prompt} (base)", s.base) for s in published.samples], [(s.prompt, s.erased) for s in published.samples]
+        pairs = [both for pair in zip(*shown, strict=True) for both in pair]
+        front["widget"] = [{"text": text, "output": {"url": place}} for text, place in pairs if place]
+    return front
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base's name is `owner/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None
+
+
+def base_hash(header: EraserHeader) -> str:
+    """One hash for the base's weights under all the layers that an eraser touches, 16 hex digits."""
+    return hashlib.sha256(json.dumps(header.base_hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _gallery(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    rows = [[markdown_cell(s.prompt), f"![]({s.base})" if s.base else "", f"![]({s.erased})"] for s in samples]
+    return "\n" + markdown_table(["prompt", "base", "with the eraser"], rows) + "\n"
+
+
+def _diffusers(header: EraserHeader, place: str) -> str:
+    built_in = header.base in BUILT_IN
+    base = (
+        f"esd_lora.load_base({header.base!r}).pipe"
+        if built_in
+        else f'DiffusionPipeline.from_pretrained("{_word(header.base)}")'
+    )
+    lines = ["import esd_lora" if built_in else "from diffusers import DiffusionPipeline", "", f"pipe = {base}"]
+    return "\n".join([*lines, f'pipe.load_lora_weights("{place}")', 'image = pipe("a prompt").images[0]'])
+
+
+def _pairs(header: EraserHeader) -> str:
+    shown = [pair for concept in header.concepts for pair in concept.pairs]
+    rows = [[markdown_cell(prompt), markdown_cell(anchor) or "(empty prompt)"] for prompt, anchor in shown[:12]]
+    if len(shown) > len(rows):
+        rows.append([f"and {len(shown) - len(rows)} more, in `recipe.yaml`", ""])
+    return markdown_table(["erased prompt", "what should appear instead"], rows) if rows else "Its prompts are not known."
+
+
+def _recipe(header: EraserHeader) -> str:
+    text = "---\n".join(dump_recipe(recipe) for recipe in header.recipes)
+    if not text or text.count("\n") > _RECIPE_LINES:
+        return ""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return f"\n## Recipe\n\n{fence}yaml\n{text}{fence}\n"
 
 
 def effect(concepts: Sequence[ErasedConcept]) -> str:
@@ -118,7 +254,7 @@ def _measured(header: EraserHeader) -> str:
     """What it does, in numbers, with all that they depend on."""
     found = header.evaluation
     if found is None:
-        return "What it removes, and what else it costs, was not measured (`esd-lora evaluate`)."
+        return "## What else it costs\n\nNot measured: neither what it removes nor what else it costs (`esd-lora evaluate`)."
     table = markdown_table(["prompts", *HEAD], [[role, *cells(name, metric, n)] for role, name, metric, n in _numbers(found)])
     notes = [
         f"- {name}: {yaml.safe_dump(found.record[name], width=1000, default_flow_style=True).strip()}"
@@ -127,7 +263,8 @@ def _measured(header: EraserHeader) -> str:
     ]
     notes += [f"- Not run: {name}, {reason}" for name, reason in found.not_run.items()]
     lines = "\n".join(map(markdown_cell, notes))
-    return f"## Measured\n\n{table}\n\nSuite {_code(found.suite)}, {markdown_cell(found.date)}. {INTERVALS}\n\n{lines}"
+    head = "## Measured: is it gone, and what else does it cost?"
+    return f"{head}\n\n{table}\n\nSuite {_code(found.suite)}, {markdown_cell(found.date)}. {INTERVALS}\n\n{lines}"
 
 
 def measured(header: EraserHeader) -> str:
@@ -149,6 +286,19 @@ def _blocks(concept: ErasedConcept) -> str:
     return "".join(f", {block} x {factor:g}" for block, factor in concept.blocks.items())
 
 
+def _masked(card: str, header: EraserHeader, place: str) -> str:
+    """A card in which the words of concepts' names show their first letter alone; its own address stays."""
+    names = [name for concept in header.concepts for name in (concept.name, *concept.synonyms)]
+    words = sorted({word for name in names for word in re.findall(r"\w{3,}", name)}, key=len, reverse=True)
+    pattern = re.compile("|".join([re.escape(place), *(rf"\b{re.escape(word)}\b" for word in words)]), re.IGNORECASE)
+    return pattern.sub(lambda found: found[0] if found[0] == place else found[0][0] + "•" * (len(found[0]) - 1), card)
+
+
 def _code(text: str) -> str:
     """Inline code in Markdown."""
-    return f"`{text.replace('`', '')}`"
+    return f"`{_word(text)}`"
+
+
+def _word(text: str) -> str:
+    """A name as it may stand in code: what would end the code, a line or a string is left out."""
+    return re.sub(r"[`\s\"'$\\<>|;&]+", " ", text).strip()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.cards import render_card
+from esd_lora.cards import Publication, render_card
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.outputs import told, write_whole
@@ -24,7 +24,12 @@ from esd_lora.recipe_files import dump_recipe
 from esd_lora.tensor_files import file_content, read_header, read_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-RUN_FILES = (WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png")
+SAMPLES = 4
+"""Most prompts that are shown with an eraser, before and after."""
+RUN_FILES = (
+    *(WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png"),
+    *(f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")),
+)
 """What a run writes into its directory, previews aside."""
 
 
@@ -80,6 +85,10 @@ class Eraser:
             out[f"{self.header.prefix}.{module}.lora_B.weight"] = pair.up.contiguous()
         return out
 
+    def card(self, published: Publication | None = None) -> str:
+        """The model card, for the eraser's own directory or for where it is published: see `cards.render_card`."""
+        return render_card(self.header, len(self.pairs), [pair.rank for pair in self.pairs.values()], published)
+
     def save(self, directory: str | Path) -> Path:
         """Writes the eraser's directory and returns it; each file appears whole or not at all.
 
@@ -93,7 +102,7 @@ class Eraser:
         documents = [dump_recipe(recipe) for recipe in self.header.recipes]
         if documents:
             write_whole(directory / "recipe.yaml", "---\n".join(documents).encode())
-        write_whole(directory / "README.md", render_card(self.header, len(self.pairs)).encode())
+        write_whole(directory / "README.md", self.card().encode())
         write_whole(directory / WEIGHTS_NAME, weights)
         return directory
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esd_lora.cards import effect
+from esd_lora.cards import effect, is_hub_id
 from esd_lora.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.header import HEADER_KEY
@@ -57,11 +57,20 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
         return out
     if out.suffix != ".safetensors":
         raise EsdLoraError(f"output {out}: layout {layout!r} is one file, give it a name that ends in .safetensors.")
-    tensors = kohya_tensors(eraser) if layout == "kohya" else eraser.state_dict()
-    metadata = _own(eraser) | (_kohya_metadata(eraser, tensors) if layout == "kohya" else {})
+    content = kohya_content(eraser) if layout == "kohya" else file_content(eraser.state_dict(), _own(eraser))
     clear_file(out, force)
-    write_whole(out, file_content(tensors, metadata))
+    write_whole(out, content)
     return out
+
+
+def kohya_content(eraser: Eraser) -> bytes:
+    """The file for A1111, Forge and ComfyUI.
+
+    Raises:
+        EsdLoraError: If kohya's files have no name for a layer.
+    """
+    tensors = kohya_tensors(eraser)
+    return file_content(tensors, _own(eraser) | _kohya_metadata(eraser, tensors))
 
 
 def _own(eraser: Eraser) -> dict[str, str]:
@@ -123,7 +132,7 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
     alpha = f"{max(ranks)}"
     made = datetime.fromisoformat(header.created)
     digest = hash_tensors(tensors)
-    base = header.base if re.fullmatch(r"[\w.-]+/[\w.-]+", header.base) else Path(header.base).name
+    base = header.base if is_hub_id(header.base) else Path(header.base).name
     found = {
         "ss_output_name": slug(f"no {names}"),
         "ss_sd_model_name": base,

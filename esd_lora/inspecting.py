@@ -11,6 +11,7 @@ from esd_lora.cards import making, measured
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY
+from esd_lora.hub import located
 from esd_lora.importing import import_lora
 from esd_lora.manifests import load_eraser
 from esd_lora.outputs import hash_file
@@ -113,12 +114,12 @@ class Inspected(NamedTuple):
 
 
 def inspect_file(path: str | Path) -> Inspected:
-    """Looks into an eraser, a stack manifest, or any LoRA file that `importing.import_lora` reads.
+    """Looks into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `importing.import_lora` reads.
 
     Raises:
         EsdLoraError: If there is no such file, it is damaged, or no plain LoRA.
     """
-    path = Path(path)
+    path = located(path)
     file = path / WEIGHTS_NAME if (path / WEIGHTS_NAME).is_file() else path
     foreign = file.is_file() and file.suffix.lower() not in (".yaml", ".yml")
     if foreign and file.suffix.lower() == ".safetensors":

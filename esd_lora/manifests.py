@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.hub import MANIFEST_NAME, located
 from esd_lora.outputs import hash_file, write_whole
 from esd_lora.stacking import Strength, stack
 
-MANIFEST_NAME = "stack.yaml"
 _SUFFIXES = (".yaml", ".yml")
 _LIMIT = 2**20  # bytes; a thousand members have a tenth of it
 
@@ -41,15 +41,16 @@ class Manifest(BaseModel):
 
 
 def load_eraser(path: str | Path) -> Eraser:
-    """Loads an eraser: its directory, its safetensors file, or the manifest of a stack (`.yaml`, or a directory with one).
+    """Loads an eraser: its directory, its file, the manifest of a stack (`.yaml`, or a directory with one), or a Hub id.
 
-    A manifest stands for the exact stack that it describes; its members may be manifests too.
+    A manifest stands for the exact stack that it describes; its members may be manifests too. `owner/name` and
+    `owner/name@revision` are fetched from the Hub, unless there is a path of that name.
 
     Raises:
         EsdLoraError: As `Eraser.load` does, and if a manifest is damaged, names itself, a member outside its own directory, or
             one that has changed since.
     """
-    return _load(Path(path), ())
+    return _load(located(path), ())
 
 
 def _load(path: Path, within: tuple[Path, ...]) -> Eraser:
@@ -85,7 +86,8 @@ def _checked(file: Path, member: Member) -> Path:
     place = PurePosixPath(member.file)
     found = file.parent / place
     inside = not place.is_absolute() and ".." not in place.parts and "\\" not in member.file
-    if not inside or not found.resolve().is_relative_to(file.parent.resolve()):
+    homes = file.parent.resolve(), file.resolve().parent  # apart in the Hub's cache, whose files are links to its blobs
+    if not inside or not any(found.resolve().is_relative_to(home) for home in homes):
         raise EsdLoraError(f"{file} names {member.file!r}, which is outside its directory. Move the eraser below it.")
     if member.sha256 and _file(found).is_file() and hash_file(_file(found)) != member.sha256:
         raise EsdLoraError(f"{file}: {member.file} has changed since the manifest was written. Write the manifest again.")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from tqdm.auto import trange
+
+from esd_lora.eraser import SAMPLES
+from esd_lora.errors import EsdLoraError
 
 if TYPE_CHECKING:
     from esd_lora.families import Base
@@ -133,3 +137,36 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[st
                 draw.text((corner[0] + 10, corner[1] + cell // 2 - 8), f"{value:.2f}", fill="black", font=font)
         x += width
     return sheet
+
+
+_PROMPT = "parameters"  # where A1111 and most viewers look for it in a PNG
+
+
+def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> None:
+    """Saves pictures for a model card, `1_base.png`, `1_erased.png` and so on, each with its prompt inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1):
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt(_PROMPT, prompt)
+        for name, picture in zip(("base", "erased"), pair, strict=True):
+            picture.save(folder / f"{i}_{name}.png", pnginfo=note)
+
+
+def read_samples(folder: Path) -> dict[str, tuple[Path, Path | None]]:
+    """What `save_samples` left: prompt to the pictures of the eraser and of the base. None where there is no such folder.
+
+    Raises:
+        EsdLoraError: If one cannot be read.
+    """
+    samples: dict[str, tuple[Path, Path | None]] = {}
+    for i in range(1, SAMPLES + 1):
+        erased, before = (folder / f"{i}_{name}.png" for name in ("erased", "base"))
+        if not erased.is_file():
+            continue
+        try:
+            with Image.open(erased) as picture:
+                prompt = " ".join(str(picture.info.get(_PROMPT, "")).split())
+        except (OSError, SyntaxError, ValueError) as error:
+            raise EsdLoraError(f"{erased} cannot be read as a picture ({error}). Remove it, or make it again.") from error
+        samples[prompt] = erased, before if before.is_file() else None
+    return samples

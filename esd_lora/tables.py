@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,5 +148,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """A user's text as it may stand in a cell, or anywhere in Markdown: no line breaks, no HTML."""
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    """A user's text as it may stand in a cell, or anywhere in Markdown: no line breaks, HTML, links, pictures, or emphasis."""
+    return " ".join(re.sub(r"([\\|\[\]*`~]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;").split())

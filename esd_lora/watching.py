@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from esd_lora.checkpoints import TrainState
+from esd_lora.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import Base
 from esd_lora.lessons import Teacher
-from esd_lora.pictures import grid, paint
+from esd_lora.pictures import grid, paint, save_samples
 from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.trajectory import Points
@@ -169,6 +170,9 @@ class Previews:
         place = "samples/before_after.png" if report.last else f"previews/step_{report.state.step:05d}.png"
         (self.directory / place).parent.mkdir(exist_ok=True)
         sheet.save(self.directory / place)
+        if report.last:
+            shown = slice(None) if len(prompts) <= SAMPLES else slice(None, None, -(-len(prompts) // SAMPLES))
+            save_samples(self.directory / "samples", prompts[shown], self._before[shown], erased[shown])
 
 
 class Checkpoints:

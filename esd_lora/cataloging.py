@@ -1,0 +1,101 @@
+"""The erasers on this machine: in folders and in the Hub's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esd_lora.cards import measured
+from esd_lora.eraser import WEIGHTS_NAME
+from esd_lora.errors import EsdLoraError
+from esd_lora.header import HEADER_KEY, EraserHeader, parse_header
+from esd_lora.tensor_files import read_header
+
+_SKIPPED = {".git", ".venv", "venv", "node_modules", "__pycache__"}
+
+
+class Entry(NamedTuple):
+    """An eraser that lies here; its tensors were not read."""
+
+    place: str
+    """Path, or for one in the cache its Hub id."""
+    header: EraserHeader
+    layers: int
+    size: int
+    """Of the file, bytes."""
+
+    def row(self) -> list[str]:
+        """Place, what it erases, base, scope, layers, size, and whether it was measured."""
+        header = self.header
+        names = ", ".join(f"{c.name}" if c.weight == 1 else f"{c.name} x {c.weight:g}" for c in header.concepts)
+        told = [self.place, names, header.base, header.scope, str(self.layers), f"{self.size / 1000:,.0f} kB"]
+        return [*told, measured(header).partition(":")[0]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for other programs."""
+        return {
+            "place": self.place,
+            "layers": self.layers,
+            "size": self.size,
+            "header": self.header.model_dump(mode="json"),
+        }
+
+
+HEAD = ("where", "erases", "base", "scope", "layers", "size", "measured")
+"""Of a table of `Entry.row`."""
+
+
+def catalog(folders: Sequence[str | Path] = (".",), *, cache: bool = True) -> list[Entry]:
+    """Lists the erasers below some folders, and those that were fetched from the Hub.
+
+    Args:
+        folders: Looked through to any depth, but for environments, links to folders, and what starts with a dot.
+        cache: Whether to look into the Hub's cache, too.
+
+    Raises:
+        EsdLoraError: If a folder is not there.
+    """
+    found: list[Entry] = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise EsdLoraError(f"there is no folder {folder} to look for erasers in.")
+        found += [entry for file in _files(folder) if (entry := _entry(file, str(file.parent)))]
+    return found + (_cached() if cache else [])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for here, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if name not in _SKIPPED and not name.startswith("."))
+        if WEIGHTS_NAME in names:
+            yield Path(here, WEIGHTS_NAME)
+
+
+def _cached() -> list[Entry]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    found: list[Entry] = []
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+            name = f"{repo.repo_id}@{next(iter(sorted(revision.refs)), revision.commit_hash[:12])}"
+            weights = [file.file_path for file in revision.files if file.file_name == WEIGHTS_NAME]
+            found += [entry for file in weights if (entry := _entry(file, name))]
+    return found
+
+
+def _entry(file: Path, place: str) -> Entry | None:
+    """What a file says; `None` of one that is no eraser of ours, or is damaged: a list is no place to stop at."""
+    try:
+        head = read_header(file)
+        text = head.metadata.get(HEADER_KEY)
+        if text is None:
+            return None
+        return Entry(place, parse_header(text, file), len(head.tensors) // 2, file.stat().st_size)
+    except EsdLoraError:
+        return None

@@ -1,0 +1,131 @@
+"""`esd-lora push`, `pull`, `search`, `catalog`: erasers on the Hub and on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from esd_lora.shell import force_option
+
+if TYPE_CHECKING:
+    from esd_lora.pushing import Draft
+
+
+@click.command()
+@click.argument("eraser", type=click.Path())
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository one that only you see.")
+@click.option("--revision", help="Branch to push to; made if it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--kohya", is_flag=True, help="Put a file for A1111, Forge and ComfyUI beside it.")
+@click.option(
+    "--license", "licence", metavar="NAME", help="Hub's name of a licence, or NAME=URL; default: that of a known base."
+)
+@click.option("--base-model", metavar="OWNER/NAME", help="The base on the Hub, if a copy on this machine was trained on.")
+@click.option("--sensitive", is_flag=True, help="Mask the concept's name in the card, and leave the base's pictures out.")
+@click.option("--dry-run", is_flag=True, help="Show what would become public, and send nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def push(
+    eraser: str,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    kohya: bool,
+    licence: str | None,
+    base_model: str | None,
+    sensitive: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Publish an eraser on the Hugging Face Hub, with its card, recipe and pictures.
+
+    \b
+    esd-lora push no-cat me/no-cat --dry-run
+    esd-lora push no-style me/no-style --kohya --base-model stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    from esd_lora.pushing import push as run
+
+    def confirm(draft: Draft) -> bool:
+        click.echo("\n".join(draft.lines()))
+        if dry_run:
+            click.echo("\nThe card:\n\n" + draft.files["README.md"].decode())
+            return False
+        return yes or click.confirm("push this?")
+
+    done = run(
+        eraser,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        kohya=kohya,
+        licence=licence,
+        base_model=base_model,
+        sensitive=sensitive,
+        confirm=confirm,
+    )
+    if done is None:
+        click.echo("nothing was sent")
+    else:
+        click.echo(f"{'pushed' if done.changed else 'nothing changed'}: {done.url}")
+
+
+@click.command()
+@click.argument("repo", metavar="OWNER/NAME[@REVISION]")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
+@force_option
+def pull(repo: str, out: Path, force: bool) -> None:
+    """Fetch an eraser from the Hub with its card and pictures, checked before anything is written."""
+    from esd_lora.hub import pull as run
+
+    done = run(repo, out, force=force)
+    for name in done.left_out:
+        click.echo(f"left out: {name!r}, not a kind of file that is taken", err=True)
+    click.echo(f"{repo} at {done.commit[:12]}, {len(done.files)} files: {done.directory}")
+
+
+@click.command()
+@click.argument("text", required=False)
+@click.option("--concept", help="What it should erase.")
+@click.option("--base", metavar="OWNER/NAME", help="The base it was made for.")
+@click.option("--tag", "tags", multiple=True, help="Further tags it must have.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int, as_json: bool) -> None:
+    """Find erasers on the Hub, by words of their name, concept, base and tags."""
+    from esd_lora.hub import search as run
+
+    found = run(text, concept=concept, base=base, tags=tags, limit=limit)
+    if as_json:
+        click.echo(json.dumps([one._asdict() for one in found], indent=2))
+        return
+    rows = [[one.repo, ", ".join(one.erases), one.base, str(one.downloads), str(one.likes), one.updated] for one in found]
+    click.echo(_table(("repository", "erases", "base", "downloads", "likes", "updated"), rows) if rows else "none found")
+
+
+@click.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--cache/--no-cache", default=True, help="List what was fetched from the Hub, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
+    """List the erasers below FOLDERS (default: here) and in the Hub's cache."""
+    from esd_lora.cataloging import HEAD
+    from esd_lora.cataloging import catalog as run
+
+    found = run(folders or (Path(),), cache=cache)
+    if as_json:
+        click.echo(json.dumps([entry.as_json() for entry in found], indent=2))
+        return
+    click.echo(_table(HEAD, [entry.row() for entry in found]) if found else "none found")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, as wide as their widest cell; control characters of a stranger's file are shown, not obeyed."""
+    lines = [head, *([cell if cell.isprintable() else repr(cell)[1:-1] for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,561 @@
+"""Push, pull, search and catalog against a real wire: huggingface_hub's own client and a stand-in for the Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import loopback_hub
+from esd_lora.cataloging import catalog
+from esd_lora.cli import main
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.hub import HubId, pull, search
+from esd_lora.manifests import load_eraser, write_manifest
+from esd_lora.pictures import save_samples
+from esd_lora.pushing import drafted, push
+from esd_lora.stacking import Strength
+from loopback_hub import LoopbackHub
+from made import made_eraser, made_header, made_pair
+
+hub = loopback_hub.hub  # the fixture
+
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@pytest.fixture
+def ada(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """The stand-in with somebody signed in."""
+    hub.user("ada", "hf_ada_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_ada_secret")
+    return hub
+
+
+def made_for(base: str, *names: str) -> Eraser:
+    """An eraser on two layers that Stable Diffusion has."""
+    made, random = made_header(*names, base=base), torch.Generator().manual_seed(0)
+    block = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    return Eraser(
+        {f"{block}.to_{x}": made_pair((8, 6), rank, random, torch.float32) for x, rank in {"k": 1, "v": 2}.items()}, made
+    )
+
+
+@pytest.fixture
+def no_cat(tmp_path: Path) -> Path:
+    """An eraser with pictures, on a base whose licence is known."""
+    folder = made_for(BASE, "a cat").save(tmp_path / "no-cat")
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    save_samples(folder / "samples", ["a cat", "a dog"], pictures, pictures[::-1])
+    (folder / "train_log.jsonl").write_text("{}\n")
+    (folder / "checkpoint.pt").write_bytes(b"not for others")
+    return folder
+
+
+def invoke(*args: object, **how: Any) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], **how)
+
+
+def fault(*args: object) -> str:
+    """The sentence of a command that fails as a user's mistake should; never with the token in it."""
+    result = invoke(*args)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "hf_ada_secret" not in result.output
+    return result.stderr
+
+
+def sent(hub: LoopbackHub) -> list[str]:
+    """What carried content to the Hub."""
+    return [
+        f"{r.method} {r.path}" for r in hub.log if r.method == "PUT" or "/commit/" in r.path or r.path == "/api/repos/create"
+    ]
+
+
+# Push
+
+
+def test_push_publishes_what_it_said(ada: LoopbackHub, no_cat: Path) -> None:
+    result = invoke("push", no_cat, "ada/no-cat", "--kohya", "--yes")
+    assert result.exit_code == 0, result.output
+    assert f"pushed: {ada.endpoint}/ada/no-cat" in result.stdout
+    files = {name: data for name, data in ada.files("ada/no-cat").items() if name != ".gitattributes"}
+    pictures = [f"samples/{i}_{name}.png" for i in (1, 2) for name in ("base", "erased")]
+    assert sorted(files) == sorted(["README.md", "recipe.yaml", WEIGHTS_NAME, "kohya/no-cat.safetensors", *pictures])
+    for name, data in files.items():
+        assert re.search(rf"{len(data):,} bytes  {re.escape(name)}", result.stdout), name
+    assert "public: anyone can see and fetch it" in result.stdout
+    assert f"erases a cat from {BASE}; licence creativeml-openrail-m" in result.stdout
+    assert files[WEIGHTS_NAME] == (no_cat / WEIGHTS_NAME).read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert data["license"] == "creativeml-openrail-m"
+    assert data["base_model"] == BASE
+    assert data["base_model_relation"] == "adapter"
+    assert {"lora", "diffusers", "template:sd-lora", "concept-erasure", "esd", "erases:a-cat"} <= set(data["tags"])
+    assert "instance_prompt" not in data
+    shown = [(one["text"], one["output"]["url"]) for one in data["widget"]]
+    assert shown[:2] == [("a cat (base)", "samples/1_base.png"), ("a cat", "samples/1_erased.png")]
+    assert "hf_ada_secret" not in result.output
+
+
+def test_nothing_leaves_before_it_is_confirmed(ada: LoopbackHub, no_cat: Path) -> None:
+    shown = invoke("push", no_cat, "ada/no-cat", "--dry-run")
+    assert shown.exit_code == 0
+    assert "# Eraser: a cat" in shown.stdout
+    assert "nothing was sent" in shown.stdout
+    assert invoke("push", no_cat, "ada/no-cat", input="n\n").stdout.endswith("nothing was sent\n")
+    assert invoke("push", no_cat, "ada/no-cat", input="").exit_code == 1  # nobody there to ask
+    assert ada.log == []
+    assert invoke("push", no_cat, "ada/no-cat", input="y\n").exit_code == 0
+    assert "ada/no-cat" in ada.repos
+
+
+def test_pushing_again_sends_only_what_changed(ada: LoopbackHub, no_cat: Path) -> None:
+    first = push(no_cat, "ada/no-cat", kohya=True)
+    assert first is not None
+    assert first.changed
+    ada.log.clear()
+    again = push(no_cat, "ada/no-cat", kohya=True)
+    assert again is not None
+    assert (again.changed, again.commit) == (False, first.commit)
+    assert [line for line in sent(ada) if line.startswith("PUT")] == []
+    (no_cat / "samples" / "2_base.png").unlink()
+    (no_cat / "samples" / "2_erased.png").unlink()
+    ada.log.clear()
+    third = push(no_cat, "ada/no-cat")
+    assert third is not None
+    assert third.changed
+    assert [line for line in sent(ada) if line.startswith("PUT")] == []
+    left = set(ada.files("ada/no-cat"))
+    assert "samples/1_base.png" in left
+    assert not {"samples/2_base.png", "samples/2_erased.png", "kohya/no-cat.safetensors"} & left
+
+
+def test_files_of_others_stay(ada: LoopbackHub, no_cat: Path) -> None:
+    ada.plant("ada/no-cat", {"samples/mine.png": b"x", "notes.md": b"y"})
+    push(no_cat, "ada/no-cat")
+    assert ada.files("ada/no-cat")["samples/mine.png"] == b"x"
+    assert ada.files("ada/no-cat")["notes.md"] == b"y"
+
+
+def test_a_branch_and_a_pull_request(ada: LoopbackHub, no_cat: Path) -> None:
+    push(no_cat, "ada/no-cat", revision="v2")
+    assert WEIGHTS_NAME in ada.files("ada/no-cat", "v2")
+    assert WEIGHTS_NAME not in ada.files("ada/no-cat")
+    ada.user("bob", "hf_bob")
+    ada.plant("bob/eraser", {"README.md": b"mine"})
+    asked = push(no_cat, "bob/eraser", create_pr=True)
+    assert asked is not None
+    assert asked.url.endswith("/bob/eraser/discussions/1")
+    assert ada.files("bob/eraser") == {"README.md": b"mine"}
+    assert WEIGHTS_NAME in ada.files("bob/eraser", "refs/pr/1")
+
+
+def test_a_private_repository(ada: LoopbackHub, no_cat: Path) -> None:
+    result = invoke("push", no_cat, "ada/secret", "--private", "--yes")
+    assert "ada/secret, private" in result.stdout
+    assert ada.repos["ada/secret"].private
+
+
+def test_a_cut_push_goes_on(ada: LoopbackHub, no_cat: Path) -> None:
+    # Every try of the client is cut; what arrived before stays, and is not public.
+    ada.cut(r"^PUT .*", 1000, times=50)
+    ada.multipart_above = 10**9
+    message = fault("push", no_cat, "ada/no-cat", "--yes")
+    assert "Run the same command again" in message
+    assert "the connection to the Hub failed on ada/no-cat" in message
+    assert WEIGHTS_NAME not in ada.files("ada/no-cat")
+    ada.calm()
+    kept = set(ada.repos["ada/no-cat"].objects)
+    ada.log.clear()
+    assert invoke("push", no_cat, "ada/no-cat", "--yes").exit_code == 0
+    puts = [r.path for r in ada.log if r.method == "PUT"]
+    assert not [path for path in puts if any(oid in path for oid in kept)]
+    assert ada.files("ada/no-cat")[WEIGHTS_NAME] == (no_cat / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "pattern", "status", "headers", "said"),
+    [
+        (None, "ada/x", None, 0, {}, "hf auth login"),
+        ("hf_nobody", "ada/x", None, 0, {}, "does not know the token here"),
+        ("hf_reader", "ada/x", None, 0, {}, "may not do that to ada/x"),
+        ("hf_ada_secret", "bob/theirs", None, 0, {}, "may not do that to bob/theirs"),
+        ("hf_ada_secret", "ada/x", "commit", 413, {}, "takes no file of that size"),
+        ("hf_ada_secret", "ada/x", "preupload", 500, {}, "the Hub is in trouble (status 500"),
+        ("hf_ada_secret", "ada/x", "create", 429, {"Retry-After": "77"}, "Try again in 77 seconds"),
+        ("hf_ada_secret", "ada/x", "create", 429, {}, "Try again later"),
+        ("hf_ada_secret", "ada/x", "commit", 403, {}, "write access"),
+    ],
+    ids=["no token", "unknown token", "read token", "not owned", "413", "500", "429 with wait", "429", "403"],
+)
+def test_what_the_hub_refuses_to_take(
+    token: str | None,
+    repo: str,
+    pattern: str | None,
+    status: int,
+    headers: dict[str, str],
+    said: str,
+    ada: LoopbackHub,
+    no_cat: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ada.user("reader", "hf_reader", role="read")
+    ada.plant("bob/theirs", {"README.md": b"theirs"})
+    monkeypatch.delenv("HF_TOKEN")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if pattern:
+        ada.trouble(pattern, status, times=50, headers=headers)
+    message = fault("push", no_cat, repo, "--yes")
+    assert said in message
+    assert not token or token not in message
+    assert ada.files("bob/theirs") == {"README.md": b"theirs"}
+
+
+def test_nobody_answers(hub: LoopbackHub, no_cat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    for server in hub.servers:
+        server.stop()
+    assert "the connection to the Hub failed on ada/x" in fault("push", no_cat, "ada/x", "--yes")
+    assert "the connection to the Hub failed on ada/x" in fault("pull", "ada/x", "-o", no_cat.parent / "out")
+    assert not (no_cat.parent / "out").exists() or not any((no_cat.parent / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({"base": "/home/me/model"}, [], "made for base '/home/me/model', which nobody else has"),
+        ({"base": "owner/unknown"}, [], "licence of base 'owner/unknown' is not known"),
+        ({}, ["--license", "My Own"], "expected the Hub's name of a licence"),
+        ({}, ["--license", "other"], "says nothing"),
+        ({}, ["--license", "mine=http://x"], "expected the Hub's name of a licence"),
+        ({}, ["--base-model", "nowhere"], "made for base"),
+    ],
+)
+def test_what_is_not_pushed(
+    changes: dict[str, str], options: list[str], said: str, ada: LoopbackHub, no_cat: Path, tmp_path: Path
+) -> None:
+    eraser = Eraser.load(no_cat)
+    folder = Eraser(eraser.pairs, eraser.header.model_copy(update=changes)).save(tmp_path / "changed")
+    assert said in fault("push", folder, "ada/x", "--yes", *options)
+    assert ada.log == []
+
+
+def test_damaged_erasers_are_not_pushed(ada: LoopbackHub, no_cat: Path) -> None:
+    eraser = Eraser.load(no_cat)
+    next(iter(eraser.pairs.values())).up[0, 0] = float("nan")
+    eraser.save(no_cat)
+    assert "NaN" in fault("push", no_cat, "ada/x", "--yes")
+    assert "no name of a repository" in fault("push", no_cat, "x", "--yes")
+    made_for(BASE).save(no_cat)
+    (no_cat / "samples" / "1_erased.png").write_bytes(b"no picture")
+    assert "cannot be read as a picture" in fault("push", no_cat, "ada/x", "--yes")
+    assert ada.log == []
+
+
+def test_no_path_of_this_machine_becomes_public(ada: LoopbackHub, tmp_path: Path) -> None:
+    here = "/home/me/models/sd"
+    made = made_for(here)
+    recipes = tuple(
+        recipe.model_copy(update={"base": here, "base_config": "/home/me/config"}) for recipe in made.header.recipes
+    )
+    header = made.header.model_copy(update={"base": here, "recipes": recipes})
+    folder = Eraser(made.pairs, header).save(tmp_path / "one")
+    push(folder, "ada/one", base_model=f"{BASE}@abc", kohya=True)
+    for name, data in ada.files("ada/one").items():
+        assert b"/home/me" not in data, name
+    pushed = pull("ada/one", tmp_path / "two")
+    header = Eraser.load(pushed.directory).header
+    assert (header.base, header.base_revision, header.recipes[0].base) == (BASE, "abc", BASE)
+
+
+def test_sensitive_pages(ada: LoopbackHub, no_cat: Path) -> None:
+    push(no_cat, "ada/no-cat", sensitive=True)
+    files = ada.files("ada/no-cat")
+    assert not [name for name in files if name.endswith("_base.png")]
+    text = files["README.md"].decode()
+    assert "c••" in text
+    assert not re.search(r"\bcat\b", text.replace("ada/no-cat", ""), re.IGNORECASE)
+    assert "esd-lora merge ada/no-cat" in text
+    data = ModelCard(text).data.to_dict()
+    assert "not-for-all-audiences" in data["tags"]
+    assert not [tag for tag in data["tags"] if tag.startswith("erases:")]
+
+
+def test_card_from_hostile_words(tmp_path: Path) -> None:
+    """Names of users stand in the card as text: no HTML, link, picture, table cell, code or front matter of theirs."""
+    name = "x | y\n---\n<script>alert(1)</script> [l](http://e.vil) ![p](http://e.vil/p.png) `code` *bold*"
+    made = made_eraser({"conv": 1})
+    header = made_header(name, base=BASE).model_copy(update={"versions": {"<b>": "`1`"}, "base_revision": "`<i>`"})
+    Eraser(made.pairs, header).save(tmp_path)
+    card = drafted(tmp_path, "ada/x").files["README.md"].decode()
+    front, _, body = card[4:].partition("\n---\n")
+    assert set(yaml.safe_load(front)) == {
+        *("library_name", "pipeline_tag", "license", "tags", "base_model", "base_model_relation"),
+    }
+    prose = re.sub(r"```yaml.*?```", "", body, flags=re.DOTALL)
+    assert "<script" not in prose
+    assert "<b>" not in prose
+    assert "<i>" not in prose
+    assert not re.search(r"(?<!\\)\]\(http://e", prose)
+    row = next(line for line in prose.splitlines() if line.startswith("| x"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    fenced = re.search(r"\n(`{3,})yaml\n.*?\n\1\n", body, flags=re.DOTALL)
+    assert fenced is not None
+    assert "e.vil" in fenced[0]
+
+
+# Pull
+
+
+def test_pull_gives_the_same_eraser(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/no-cat")
+    ada.plant("ada/no-cat", {"evil.pt": b"\x80\x04pickle", "run.py": b"import os", ".env": b"x=1"})
+    result = invoke("pull", "ada/no-cat", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "left out: 'evil.pt'" in result.stderr
+    there = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert there == sorted(
+        ["README.md", "recipe.yaml", WEIGHTS_NAME, *(f"samples/{i}_{n}.png" for i in "12" for n in ("base", "erased"))]
+    )
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == (no_cat / WEIGHTS_NAME).read_bytes()
+    assert "already exists" in fault("pull", "ada/no-cat", "-o", tmp_path / "out")
+    assert invoke("pull", "ada/no-cat", "-o", tmp_path / "out", "--force").exit_code == 0
+
+
+@pytest.mark.usefixtures("ada")
+def test_a_revision_by_name(no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/no-cat", revision="v2")
+    assert "no such branch" in fault("pull", "ada/no-cat@v3", "-o", tmp_path / "out")
+    assert "holds no eraser" in fault("pull", "ada/no-cat", "-o", tmp_path / "out")
+    assert pull("ada/no-cat@v2", tmp_path / "out").files
+    assert load_eraser("ada/no-cat@v2").names == ["a cat"]
+
+
+def test_a_gated_and_a_private_repository(
+    ada: LoopbackHub, no_cat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {WEIGHTS_NAME: (no_cat / WEIGHTS_NAME).read_bytes()}
+    ada.plant("bob/gated", weights, gated=True)
+    ada.plant("bob/private", weights, private=True)
+    assert "is gated: accept its terms on" in fault("pull", "bob/gated", "-o", tmp_path / "out")
+    assert "no repository bob/private on the Hub, or your token may not see it" in fault(
+        "pull", "bob/private", "-o", tmp_path / "out"
+    )
+    assert "no repository bob/none on the Hub" in fault(
+        "generate", "a cat", "--base", "emoji", "--eraser", "bob/none:0.5", "-o", tmp_path / "p"
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    assert "log in to see it" in fault("pull", "bob/private", "-o", tmp_path / "out")
+    assert "is no repository on the Hub" in fault("pull", "no-cat", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def bomb() -> bytes:
+    """A pickle that would leave a trace."""
+    return b"cos\nsystem\n(S'touch pwned'\ntR."
+
+
+@pytest.mark.parametrize(
+    ("files", "lies", "said"),
+    [
+        ({"../../evil.json": b"{}"}, {}, "leads out of its directory"),
+        ({"/etc/evil.json": b"{}"}, {}, "leads out of its directory"),
+        ({"a\\..\\evil.md": b""}, {}, "leads out of its directory"),
+        ({"a/../../evil.png": b""}, {}, "leads out of its directory"),
+        ({"evil\n.md": b""}, {}, "leads out of its directory"),
+        ({"C:evil.md": b""}, {}, "leads out of its directory"),
+        ({WEIGHTS_NAME: struct.pack("<Q", 2**30) + b"{}"}, {}, "header of 1,073,741,824 bytes"),
+        ({WEIGHTS_NAME: bomb()}, {}, "no safetensors file"),
+        ({WEIGHTS_NAME: b"PK\x03\x04" + bytes(50)}, {}, "is a pickle"),
+        ({"huge.png": b"x"}, {"huge.png": {"size": 10**12}}, "too large for an eraser's"),
+        ({"more.safetensors": b"x" * 99}, {"more.safetensors": {"sha256": "0" * 64}}, "as the Hub announced"),
+        ({"notes.md": b"hello"}, {"notes.md": {"oid": "0" * 40}}, "as the Hub announced"),
+        ({f"{i}.md": b"" for i in range(600)}, {}, "more than 500"),
+    ],
+    ids=[
+        *("up", "absolute", "backslash", "up inside", "newline", "drive", "1 GB header", "pickle", "zip", "huge"),
+        *("wrong sha256", "wrong oid", "many"),
+    ],
+)
+def test_poisoned_repositories(
+    files: dict[str, bytes],
+    lies: dict[str, dict[str, Any]],
+    said: str,
+    ada: LoopbackHub,
+    no_cat: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    ada.plant("bob/evil", {WEIGHTS_NAME: (no_cat / WEIGHTS_NAME).read_bytes(), **files}, lies=lies)
+    before = set(tmp_path.rglob("*"))
+    assert said in fault("pull", "bob/evil", "-o", work / "out")
+    assert set(tmp_path.rglob("*")) - before <= {work / "out"}
+    assert not any(work.rglob("out/*"))
+    # What is wrong stays wrong the second time, when something of it may lie in the cache.
+    assert said in fault("pull", "bob/evil", "-o", work / "out")
+
+
+def test_code_in_yaml_and_html_in_the_card_stay_text(ada: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evil = "!!python/object/apply:os.system ['touch pwned']\n"
+    ada.plant("bob/evil", {"stack.yaml": f"stack: {evil}".encode(), "README.md": b"<script>x</script>"})
+    assert "no stack manifest" in fault("pull", "bob/evil", "-o", tmp_path / "out")
+    outside = "stack:\n- {file: ../../../../../etc, weight: 1}\n"
+    ada.plant("bob/evil", {"stack.yaml": outside.encode()})
+    assert "outside its directory" in fault("pull", "bob/evil", "-o", tmp_path / "out")
+    assert "outside its directory" in fault("inspect", "bob/evil")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_poisoned_file_does_not_stay_in_the_cache(ada: LoopbackHub, no_cat: Path) -> None:
+    good = (no_cat / WEIGHTS_NAME).read_bytes()
+    ada.plant("bob/flip", {WEIGHTS_NAME: good}, lies={WEIGHTS_NAME: {"sha256": "1" * 64}})
+    with pytest.raises(EsdLoraError, match="as the Hub announced"):
+        load_eraser("bob/flip")
+    ada.plant("bob/flip", {WEIGHTS_NAME: good})
+    assert load_eraser("bob/flip").names == ["a cat"]
+
+
+# Hub ids wherever an eraser is
+
+
+@pytest.mark.usefixtures("ada")
+def test_hub_ids_are_erasers(tiny_dir: Path, cat_dir: Path, car_dir: Path, tmp_path: Path) -> None:
+    for name, folder in {"cat": cat_dir, "car": car_dir}.items():
+        push(folder, f"ada/{name}", base_model=BASE)
+    local = invoke(
+        "generate", "a cat", "--base", tiny_dir, "--eraser", f"{cat_dir}:0.5", "-o", tmp_path / "local", "--steps", 2
+    )
+    there = invoke("generate", "a cat", "--base", tiny_dir, "--eraser", "ada/cat:0.5", "-o", tmp_path / "hub", "--steps", 2)
+    assert (local.exit_code, there.exit_code) == (0, 0), there.output
+    name = "000_seed0.png"
+    assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert invoke("stack", "ada/cat", "ada/car@main:2", "-o", tmp_path / "both").exit_code == 0
+    assert Eraser.load(tmp_path / "both").names == ["a cat", "a car"]
+    assert invoke("merge", "ada/cat", "--base", tiny_dir, "-o", tmp_path / "merged").exit_code == 0
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+    assert "erases" in invoke("inspect", "ada/cat").stdout
+    assert "identical" in invoke("diff", "ada/cat", "ada/cat@main").stdout or invoke("diff", "ada/cat", cat_dir).exit_code == 0
+    assert invoke("export", "ada/cat", "--layout", "kohya", "-o", tmp_path / "cat.safetensors").exit_code == 0
+
+
+def test_cached_erasers_need_no_hub(ada: LoopbackHub, no_cat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(no_cat, "ada/no-cat")
+    expected = load_eraser("ada/no-cat").state_dict()
+    for server in ada.servers:
+        server.stop()
+    found = load_eraser("ada/no-cat").state_dict()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    with pytest.raises(EsdLoraError, match="the connection to the Hub failed on ada/other"):
+        load_eraser("ada/other")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_eraser("ada/no-cat").names == ["a cat"]
+    with pytest.raises(EsdLoraError, match="HF_HUB_OFFLINE is set"):
+        load_eraser("ada/other")
+
+
+def test_stacks_by_manifest_on_the_hub(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
+    made_eraser({"conv": 1}, "a hat").save(tmp_path / "hat")
+    write_manifest(tmp_path / "stack.yaml", [no_cat, tmp_path / "hat"], [Strength(1.0), Strength(0.5)])
+    files = {
+        place.relative_to(tmp_path).as_posix(): place.read_bytes()
+        for place in tmp_path.rglob("*")
+        if place.suffix in (".yaml", ".safetensors")
+    }
+    ada.plant("bob/stack", files)
+    assert load_eraser("bob/stack").names == ["a cat", "a hat"]
+    pulled = pull("bob/stack", tmp_path / "pulled")
+    assert load_eraser(pulled.directory).names == ["a cat", "a hat"]
+
+
+@pytest.mark.parametrize(
+    ("text", "repo"),
+    [
+        ("ada/no-cat", ("ada/no-cat", None)),
+        ("ada/no-cat@v1.0", ("ada/no-cat", "v1.0")),
+        ("ada/no-cat@refs/pr/1", ("ada/no-cat", "refs/pr/1")),
+        ("no-cat", None),
+        ("./no-cat", None),
+        ("a/b/c", None),
+        ("/abs/path", None),
+        ("out/cat.safetensors", None),
+        ("out/stack.yaml", None),
+        ("../up", None),
+        ("~/home", None),
+        ("ada/no-cat@", None),
+        ("ada/no cat", None),
+    ],
+)
+def test_hub_ids(text: str, repo: tuple[str, str | None] | None) -> None:
+    assert HubId.read(text) == repo
+
+
+def test_a_path_comes_before_a_repository(hub: LoopbackHub, no_cat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(no_cat.parent.parent)
+    assert load_eraser(f"{no_cat.parent.name}/no-cat").names == ["a cat"]
+    assert hub.log == []
+
+
+# Search and catalog
+
+
+def test_search(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/no-cat")
+    made = made_for("owner/other", "Van Gogh")
+    folder = made.save(tmp_path / "gogh")
+    push(folder, "ada/no-gogh", licence="mit")
+    ada.plant("bob/lora", {"README.md": b"---\ntags: [lora]\n---\n"})
+    assert {one.repo for one in search()} == {"ada/no-cat", "ada/no-gogh"}
+    (gogh,) = search(concept="Van Gogh")
+    assert (gogh.repo, gogh.erases, gogh.base) == ("ada/no-gogh", ["Van Gogh"], "owner/other")
+    assert [one.repo for one in search(base=BASE)] == ["ada/no-cat"]
+    assert [one.repo for one in search("gogh")] == ["ada/no-gogh"]
+    assert search(tags=("nothing",)) == []
+    shown = invoke("search", "--concept", "a cat").stdout.splitlines()
+    assert shown[0].split()[:2] == ["repository", "erases"]
+    assert shown[1].split()[0] == "ada/no-cat"
+    assert json.loads(invoke("search", "gogh", "--json").stdout)[0]["repo"] == "ada/no-gogh"
+    assert invoke("search", "nothing-of-the-kind").stdout == "none found\n"
+
+
+@pytest.mark.usefixtures("ada")
+def test_catalog(no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/on-hub")
+    load_eraser("ada/on-hub")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / WEIGHTS_NAME).write_bytes(b"no tensors")
+    shutil.copytree(no_cat, tmp_path / ".venv" / "copy")
+    entries = catalog([tmp_path])
+    assert [entry.place for entry in entries] == [
+        str(no_cat),
+        "ada/on-hub@main",
+    ]
+    assert entries[0].row()[1:4] == ["a cat", BASE, "xattn"]
+    assert [entry.place for entry in catalog([tmp_path], cache=False)] == [str(no_cat)]
+    shown = invoke("catalog", tmp_path).stdout
+    assert str(no_cat) in shown
+    assert shown.splitlines()[0].split() == ["where", "erases", "base", "scope", "layers", "size", "measured"]
+    assert json.loads(invoke("catalog", tmp_path, "--json").stdout)[0]["header"]["base"] == BASE
+    assert "no folder" in fault("catalog", tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert invoke("catalog", empty, "--no-cache").stdout == "none found\n"
