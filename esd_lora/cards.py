@@ -259,7 +259,7 @@ def _measured(header: EraserHeader) -> str:
     notes = [
         f"- {name}: {yaml.safe_dump(found.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD
-        if name in found.record
+        if found.record.get(name)
     ]
     notes += [f"- Not run: {name}, {reason}" for name, reason in found.not_run.items()]
     lines = "\n".join(map(markdown_cell, notes))

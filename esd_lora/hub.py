@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from esd_lora.eraser import RUN_FILES, WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
@@ -216,11 +216,16 @@ def _listing(hub_id: HubId) -> tuple[str, list[RepoFile], list[str]]:
 
 def _download(hub_id: HubId, file: RepoFile) -> Path:
     """One file in the cache, once it is seen to be what the Hub announced; another one is thrown out of the cache."""
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub
 
-    with asked(str(hub_id)):
-        # By the name that was asked for, so that the cache knows it when the Hub is away; the hash says if it moved meanwhile.
-        place = Path(hf_hub_download(hub_id.repo, file.path, revision=hub_id.revision))
+    try:
+        with asked(str(hub_id)):
+            # By the name that was asked for, so that the cache knows it when the Hub is away; the hash tells if it moved.
+            half_typed = cast("Any", huggingface_hub)
+            place = Path(half_typed.hf_hub_download(hub_id.repo, file.path, revision=hub_id.revision))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise EsdLoraError(f"{file.path} of {hub_id} could not be fetched ({reason}). Try again.") from error
     announced = file.lfs.sha256 if file.lfs else file.blob_id
     if place.stat().st_size != file.size or (hash_file(place) if file.lfs else _blob_id(place)) != announced:
         blob = place.resolve()

@@ -30,6 +30,8 @@ def asked(what: str, again: str = "Try again.") -> Generator[None]:
         raise EsdLoraError(f"{what} is no name that the Hub takes: {_first_line(error)}") from error
     except errors.LocalTokenNotFoundError as error:
         raise EsdLoraError(f"the Hub wants to know who asks, and there is no token here. {_TOKEN}") from error
+    except ValueError as error:  # the client's, when the Hub finds fault with a card, or answers what is no JSON
+        raise EsdLoraError(f"the Hub and its client do not agree on {what}: {' '.join(str(error).split())}") from error
     except (OSError, RuntimeError, transport) as error:
         # The client wraps what stopped a transfer: RuntimeError around an upload, LocalEntryNotFoundError around a download.
         reasons = list(_causes(error))

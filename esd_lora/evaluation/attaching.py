@@ -35,5 +35,7 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
             f"these numbers are of {eraser} at another strength than it has. Evaluate it at 1, or stack it first."
         )
     told = {key: summary[key] for key in ("suite", "concepts", "variants", "not_run", "record")}
-    found = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told)
+    found, earlier = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told), loaded.header.evaluation
+    if earlier is not None and found.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
+        return directory  # nothing new was measured, so the file stays the same to the byte
     return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from esd_lora.cli import main
-from esd_lora.eraser import Eraser
+from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation import scoring
+from esd_lora.evaluation import attaching, scoring
 from esd_lora.evaluation.attaching import attach
 from esd_lora.evaluation.detectors import Look, NotRun, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
@@ -337,7 +338,9 @@ def test_damaged_picture_is_told_and_made_anew(base: Base, suite: Path, tmp_path
     assert files(out) == before
 
 
-def test_attached_numbers_travel_with_the_eraser(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
+def test_attached_numbers_travel_with_the_eraser(
+    base: Base, suite: Path, tmp_path: Path, cat_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = shutil.copytree(cat_dir, tmp_path / "cat")
     before = Eraser.load(mine)
     summary = run(base, suite, tmp_path / "out", erasers=[mine])
@@ -350,6 +353,12 @@ def test_attached_numbers_travel_with_the_eraser(base: Base, suite: Path, tmp_pa
     assert "measured  suite toy, 20" in "\n".join(inspect_file(mine).lines())
     again = run(base, suite, tmp_path / "out", erasers=[mine])
     assert again == summary, "numbers in the header change no tensor"
+    content = (mine / WEIGHTS_NAME).read_bytes()
+    monkeypatch.setattr(
+        attaching, "datetime", Mock(**{"datetime.now.return_value.date.return_value.isoformat.return_value": "2099"})
+    )
+    attach(mine, again)
+    assert (mine / WEIGHTS_NAME).read_bytes() == content, "on another day the same numbers are no news"
     with pytest.raises(EsdLoraError, match=r"not of .* as it is now"):
         attach(mine, run(base, suite, tmp_path / "base", limit=1))
     with pytest.raises(EsdLoraError, match="at another strength"):

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import loopback_hub
+from esd_lora.bases import base_files
 from esd_lora.cataloging import catalog
 from esd_lora.cli import main
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
@@ -226,6 +228,12 @@ def test_what_the_hub_refuses_to_take(
     assert ada.files("bob/theirs") == {"README.md": b"theirs"}
 
 
+def test_a_card_that_the_hub_refuses(ada: LoopbackHub, no_cat: Path) -> None:
+    ada.card_errors = ["license is not a known one"]
+    assert "license is not a known one" in fault("push", no_cat, "ada/no-cat", "--yes")
+    assert WEIGHTS_NAME not in ada.files("ada/no-cat")
+
+
 def test_nobody_answers(hub: LoopbackHub, no_cat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     for server in hub.servers:
@@ -386,11 +394,12 @@ def bomb() -> bytes:
         ({"huge.png": b"x"}, {"huge.png": {"size": 10**12}}, "too large for an eraser's"),
         ({"more.safetensors": b"x" * 99}, {"more.safetensors": {"sha256": "0" * 64}}, "as the Hub announced"),
         ({"notes.md": b"hello"}, {"notes.md": {"oid": "0" * 40}}, "as the Hub announced"),
+        ({"notes.md": b"hello"}, {"notes.md": {"size": 3}}, "could not be fetched"),
         ({f"{i}.md": b"" for i in range(600)}, {}, "more than 500"),
     ],
     ids=[
         *("up", "absolute", "backslash", "up inside", "newline", "drive", "1 GB header", "pickle", "zip", "huge"),
-        *("wrong sha256", "wrong oid", "many"),
+        *("wrong sha256", "wrong oid", "wrong size", "many"),
     ],
 )
 def test_poisoned_repositories(
@@ -513,6 +522,43 @@ def test_a_path_comes_before_a_repository(hub: LoopbackHub, no_cat: Path, monkey
     monkeypatch.chdir(no_cat.parent.parent)
     assert load_eraser(f"{no_cat.parent.name}/no-cat").names == ["a cat"]
     assert hub.log == []
+
+
+def test_from_training_to_plain_diffusers_elsewhere(ada: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, measure, attach, push; then, with an empty cache, pull, and load with diffusers alone: the same picture."""
+    quick = {"steps": 4, "trajectories": 2, "preserve_trajectories": 1, "trajectory_steps": 4, "lr": 0.01, "preview_every": 4}
+    settings = [part for key, value in quick.items() for part in ("-s", f"train.{key}={value}")]
+    mine = tmp_path / "no-cat"
+    measure = ["--base", "emoji", "--suite", "emoji-object", "--limit", 2, "-s", "steps=3", "-o", tmp_path / "measured"]
+    for command in (
+        ["train", "--concept", "a cat", "--base", "emoji", *settings, "-o", mine],
+        ["evaluate", mine, *measure, "--attach"],
+        ["push", mine, "ada/no-cat", "--yes"],
+    ):
+        result = invoke(*command)
+        assert result.exit_code == 0, result.output
+    loopback_hub.connect(ada, tmp_path / "elsewhere", monkeypatch)
+    assert invoke("pull", "ada/no-cat", "-o", tmp_path / "pulled").exit_code == 0
+    pulled = Eraser.load(tmp_path / "pulled")
+    assert pulled.header.evaluation is not None
+    assert pulled.header.evaluation.suite == "emoji-object"
+    card = (tmp_path / "pulled" / "README.md").read_text("utf-8")
+    assert "## Measured: is it gone" in card
+    assert "| target | erased | accuracy |" in card
+    assert "| a cat | ![](samples/1_base.png) | ![](samples/1_erased.png) |" in card
+    assert ModelCard(card).data.to_dict()["license"] == "apache-2.0"
+
+    def picture(lora: object | None) -> bytes:
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_files("emoji")).to(torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        if lora is not None:
+            pipe.load_lora_weights(lora)
+        random = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=3, generator=random, height=64, width=64).images[0].tobytes()
+
+    loopback_hub.connect(ada, tmp_path / "third", monkeypatch)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert picture("ada/no-cat") == picture(mine) != picture(None)
 
 
 # Search and catalog

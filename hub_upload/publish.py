@@ -1,0 +1,127 @@
+"""Makes and publishes the collection: every eraser of collection.yaml is trained, measured and pushed.
+
+    python hub_upload/publish.py                        # trains and measures what is not there, shows what would be pushed
+    python hub_upload/publish.py --only emoji-no-cat --publish
+
+What lies in `--out` is not made again, measuring goes on where it stopped, and files that a repository holds already are not
+sent again, so the same command may be run as often as one likes. An eraser that fails one of its gates is not pushed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import esd_lora
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.pushing import Draft
+from esd_lora.yaml_files import checked, read_yaml
+
+
+class Entry(BaseModel):
+    """One eraser of the collection."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    """Name or path, as `esd-lora train` takes it."""
+    repo: str
+    """Name of the repository; the owner stands above."""
+    licence: str
+    kohya: bool = False
+    sensitive: bool = False
+    suite: str
+    settings: dict[str, Any] = {}
+    """Dotted keys over the suite."""
+    concepts: tuple[str, ...] = ()
+    """What counts as erased, where the recipe's names are not the suite's."""
+    limit: int | None = None
+    fail_if: tuple[str, ...] = Field(min_length=1)
+    """Gates: an eraser is not published if one of them fails."""
+
+
+class Collection(BaseModel):
+    """What collection.yaml says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: str
+    erasers: tuple[Entry, ...]
+
+
+def read_collection(path: Path) -> Collection:
+    """Reads and checks the collection's file."""
+    return checked(Collection, read_yaml(path, "collection", "owner: me"), kind="collection", source=str(path))
+
+
+def make(entry: Entry, out: Path) -> Path:
+    """The eraser's directory, trained if it is not there and measured as far as it is not.
+
+    Raises:
+        EsdLoraError: If something is missing, or a gate fails.
+    """
+    folder, recipe = out / entry.repo, esd_lora.load_recipe(entry.recipe)
+    if not (folder / "README.md").exists():
+        esd_lora.train(recipe, out=folder, force=True)
+    base = esd_lora.load_base(recipe.base)
+    measured = out / f"{entry.repo}-measured"
+    asked = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
+    esd_lora.attach(folder, esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **asked))
+    return folder
+
+
+def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: bool = False) -> list[str]:
+    """Makes every eraser and pushes it, or shows what would be pushed; what fails is told at the end.
+
+    Raises:
+        EsdLoraError: If an eraser is asked for that the collection does not have.
+    """
+    names = [entry.repo for entry in collection.erasers]
+    for name in only:
+        if name not in names:
+            raise EsdLoraError(f"the collection has no {name!r}{did_you_mean(name, names)}. It has {', '.join(names)}.")
+
+    def confirm(draft: Draft) -> bool:
+        print("\n".join(draft.lines()), flush=True)
+        return send
+
+    failed: list[str] = []
+    for entry in collection.erasers:
+        if only and entry.repo not in only:
+            continue
+        terms = {"licence": entry.licence, "kohya": entry.kohya, "sensitive": entry.sensitive}
+        try:
+            done = esd_lora.push(make(entry, out), f"{collection.owner}/{entry.repo}", **terms, confirm=confirm)
+        except EsdLoraError as error:
+            failed.append(f"{entry.repo}: {error}")
+            continue
+        print(
+            f"{'pushed' if done.changed else 'nothing changed'}: {done.url}" if done else "  not sent: --publish sends it",
+            flush=True,
+        )
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collection", type=Path, default=Path(__file__).with_name("collection.yaml"))
+    parser.add_argument("--out", type=Path, default=Path("out/collection"))
+    parser.add_argument("--only", action="append", default=[], metavar="REPO", help="One eraser; may be given several times.")
+    parser.add_argument("--publish", action="store_true", help="Send it; otherwise this is a dry run.")
+    options = parser.parse_args()
+    try:
+        failed = publish(read_collection(options.collection), options.out, options.only, options.publish)
+    except EsdLoraError as error:
+        failed = [str(error)]
+    for reason in failed:
+        print(f"error: {reason}", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

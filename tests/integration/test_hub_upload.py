@@ -1,0 +1,107 @@
+"""The published collection: its file, the loop that makes it, and the Space that shows it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import loopback_hub
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.suite_files import load_suite
+from esd_lora.evaluation.summarising import read_gate
+from esd_lora.licences import licence_of
+from esd_lora.recipe_files import load_recipe
+from esd_lora.training import train
+from loopback_hub import LoopbackHub
+
+hub = loopback_hub.hub  # the fixture
+
+FOLDER = Path(__file__).parents[2] / "hub_upload"
+
+
+def script(place: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"hub_upload_{Path(place).stem}", FOLDER / place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # pydantic looks there
+    spec.loader.exec_module(module)
+    return module
+
+
+PUBLISH = script("publish.py")
+COLLECTION = PUBLISH.read_collection(FOLDER / "collection.yaml")
+
+
+@pytest.mark.parametrize("entry", COLLECTION.erasers, ids=lambda entry: entry.repo)
+def test_entries_name_what_there_is(entry: Any) -> None:
+    base = load_recipe(entry.recipe).base
+    assert licence_of(base, entry.licence) == licence_of(base, None)
+    suite = load_suite(entry.suite, entry.settings)
+    assert suite.sensitive <= entry.sensitive
+    for gate in entry.fail_if:
+        read_gate(gate, ["base", "erased"])
+
+
+def test_every_repository_is_named_once() -> None:
+    names = [entry.repo for entry in COLLECTION.erasers]
+    assert len(set(names)) == len(names)
+
+
+QUICK = """extends: fast
+base: emoji
+train: {steps: 2, trajectories: 2, preserve_trajectories: 1, trajectory_steps: 2, preview_every: 0, probe_every: 0}
+"""
+TOY = """owner: ada
+erasers:
+  - &good
+    recipe: RECIPE
+    repo: good
+    licence: apache-2.0
+    suite: emoji-object
+    settings: {steps: 2}
+    limit: 1
+    fail_if: ["erased.accuracy>1"]
+  - {<<: *good, repo: bad, fail_if: ["erased.accuracy>-1"]}
+"""
+
+
+def test_publishing(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.user("ada", "hf_ada")
+    monkeypatch.setenv("HF_TOKEN", "hf_ada")
+    (tmp_path / "quick.yaml").write_text(QUICK + "concepts: [a cat]\n")
+    (tmp_path / "toy.yaml").write_text(TOY.replace("RECIPE", str(tmp_path / "quick.yaml")))
+    collection = PUBLISH.read_collection(tmp_path / "toy.yaml")
+    (reason,) = PUBLISH.publish(collection, tmp_path / "out")
+    assert reason.startswith("bad: the evaluation is written, and failed")
+    assert "erased.accuracy>-1" in reason
+    assert "not sent: --publish sends it" in capsys.readouterr().out
+    assert hub.log == []
+    PUBLISH.publish(collection, tmp_path / "out", send=True)
+    assert f"pushed: {hub.endpoint}/ada/good" in capsys.readouterr().out
+    assert set(hub.repos) == {"ada/good"}
+    assert b"## Measured" in hub.files("ada/good")["README.md"]
+    hub.log.clear()
+    assert PUBLISH.publish(collection, tmp_path / "out", ["good"], send=True) == []
+    assert "nothing changed" in capsys.readouterr().out
+    assert [request for request in hub.log if request.method == "PUT"] == []
+    with pytest.raises(EsdLoraError, match=r"no 'god' \(did you mean 'good'\?\)"):
+        PUBLISH.publish(collection, tmp_path / "out", ["god"])
+
+
+def test_the_space_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"steps": 2, "trajectories": 2, "preserve_trajectories": 1, "lr": 0.05, "preview_every": 0, "probe_every": 0}
+    recipe = load_recipe("emoji-cat", {f"train.{key}": value for key, value in quick.items()})
+    train(recipe, out=tmp_path / "cat", progress=False)
+    monkeypatch.setenv("ERASERS", str(tmp_path / "cat"))
+    space = script("space/app.py")
+    before, untouched = space.paint("a cat", 3, 0.0)
+    same, erased = space.paint("a cat", 3.0, 1.0)
+    assert before.size == (256, 256)
+    assert before.tobytes() == untouched.tobytes() == same.tobytes() != erased.tobytes()
