@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
 from esd_lora.bases import BUILT_IN
+from esd_lora.describing import base_hash, effect, is_hub_id, making, measured_numbers
 from esd_lora.outputs import slug
 from esd_lora.recipe_files import dump_recipe
-from esd_lora.tables import HEAD, INTERVALS, TITLES, cells, markdown_cell, markdown_table, number, role_rows
+from esd_lora.tables import HEAD, INTERVALS, cells, markdown_cell, markdown_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
-    from esd_lora.header import ErasedConcept, EraserHeader, Measured
+    from esd_lora.header import EraserHeader
     from esd_lora.licences import Licence
 
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
@@ -175,16 +173,6 @@ def _front(header: EraserHeader, published: Publication | None) -> dict[str, obj
     return front
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether a base's name is `owner/name`."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None
-
-
-def base_hash(header: EraserHeader) -> str:
-    """One hash for the base's weights under all the layers that an eraser touches, 16 hex digits."""
-    return hashlib.sha256(json.dumps(header.base_hashes, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _gallery(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
@@ -219,43 +207,14 @@ def _recipe(header: EraserHeader) -> str:
     return f"\n## Recipe\n\n{fence}yaml\n{text}{fence}\n"
 
 
-def effect(concepts: Sequence[ErasedConcept]) -> str:
-    """What the eraser does to a base, concept by concept, strengths included where they are not 1."""
-
-    def told(chosen: list[ErasedConcept]) -> str:
-        return ", ".join(
-            c.name if c.weight == 1 and not c.blocks else f"{c.name} (at strength {c.weight:g}{_blocks(c)})" for c in chosen
-        )
-
-    removed, amplified = [c for c in concepts if c.weight >= 0], [c for c in concepts if c.weight < 0]
-    effects = [f"removes {told(removed)}"] * bool(removed) + [f"amplifies {told(amplified)}"] * bool(amplified)
-    return " and ".join(effects)
-
-
-def making(header: EraserHeader) -> list[str]:
-    """How a stack was fused and harmonised, a line each."""
-    lines: list[str] = []
-    for fusion in header.fusions:
-        text = (
-            f"fused from {len(fusion.members)} erasers beside {fusion.kept} kept prompts (lam {fusion.lam:g}, mu {fusion.mu:g})"
-        )
-        if fusion.objective is not None:
-            text += f": objective {fusion.objective:.2f} of no update's, plain sum {fusion.objective_summed:.2f}"
-        lines.append(f"{text}; {fusion.evaluations} evaluations of the base, {fusion.seconds:.0f} s")
-    for spent in header.distillations:
-        text = f"harmonised in {spent.steps} steps"
-        if spent.last_loss is not None:
-            text += f": loss {spent.first_loss:.2g} to {spent.last_loss:.2g}"
-        lines.append(f"{text}; {spent.evaluations} evaluations, {spent.seconds:.0f} s")
-    return lines
-
-
 def _measured(header: EraserHeader) -> str:
     """What it does, in numbers, with all that they depend on."""
     found = header.evaluation
     if found is None:
         return "## What else it costs\n\nNot measured: neither what it removes nor what else it costs (`esd-lora evaluate`)."
-    table = markdown_table(["prompts", *HEAD], [[role, *cells(name, metric, n)] for role, name, metric, n in _numbers(found)])
+    table = markdown_table(
+        ["prompts", *HEAD], [[role, *cells(name, metric, n)] for role, name, metric, n in measured_numbers(found)]
+    )
     notes = [
         f"- {name}: {yaml.safe_dump(found.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD
@@ -265,25 +224,6 @@ def _measured(header: EraserHeader) -> str:
     lines = "\n".join(map(markdown_cell, notes))
     head = "## Measured: is it gone, and what else does it cost?"
     return f"{head}\n\n{table}\n\nSuite {_code(found.suite)}, {markdown_cell(found.date)}. {INTERVALS}\n\n{lines}"
-
-
-def measured(header: EraserHeader) -> str:
-    """The numbers on what was erased, in a line."""
-    found = header.evaluation
-    if found is None:
-        return "no"
-    targets = [f"{metric} {number(n)} ({name})" for role, name, metric, n in _numbers(found) if role == "target"]
-    return f"suite {found.suite}, {found.date}: {'; '.join(targets)}"
-
-
-def _numbers(found: Measured) -> list[tuple[str, str, str, Mapping[str, Any]]]:
-    """Role, model, metric and number of everything measured."""
-    plain = found.model_dump(exclude_none=True)["variants"]
-    return [(role, *row) for role in TITLES for row in role_rows(plain, role)]
-
-
-def _blocks(concept: ErasedConcept) -> str:
-    return "".join(f", {block} x {factor:g}" for block, factor in concept.blocks.items())
 
 
 def _masked(card: str, header: EraserHeader, place: str) -> str:

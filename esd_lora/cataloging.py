@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esd_lora.cards import measured
+from esd_lora.describing import measured
 from esd_lora.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY, EraserHeader, parse_header

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esd_lora.cards import effect, is_hub_id
+from esd_lora.describing import effect, is_hub_id
 from esd_lora.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.header import HEADER_KEY

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import yaml
 
 from esd_lora.bases import BUILT_IN
-from esd_lora.cards import Publication, Sample, is_hub_id
+from esd_lora.cards import Publication, Sample
+from esd_lora.describing import is_hub_id
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import kohya_content

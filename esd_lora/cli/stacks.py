@@ -113,7 +113,7 @@ def stack(
 def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
     """The closed form, and what it went by."""
     from esd_lora.bases import read_prompts
-    from esd_lora.cards import making
+    from esd_lora.describing import making
     from esd_lora.fusing import fuse
 
     prompts = None if keep in (None, "default") else read_prompts(keep)

@@ -18,7 +18,19 @@ PACKAGE = Path(esd_lora.__file__).parent
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "yaml_files", "bases", "outputs"},
     1: {
-        *("cards", "tables", "trajectory", "header", "eraser", "tensor_files", "fitting", "stacking", "manifests", "prompting"),
+        *(
+            "cards",
+            "describing",
+            "tables",
+            "trajectory",
+            "header",
+            "eraser",
+            "tensor_files",
+            "fitting",
+            "stacking",
+            "manifests",
+            "prompting",
+        ),
         *("naming", "exporting", "importing", "inspecting", "licences", "hub", "hub_answers", "cataloging"),
     },
     2: {"families", "pictures"},
