@@ -9,6 +9,7 @@ import yaml
 
 from esd_lora.bases import BUILT_IN
 from esd_lora.describing import base_hash, effect, is_hub_id, making, measured_numbers
+from esd_lora.licences import Licence, base_licence
 from esd_lora.outputs import slug
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.tables import HEAD, INTERVALS, cells, markdown_cell, markdown_table
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esd_lora.header import EraserHeader
-    from esd_lora.licences import Licence
 
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
 _FAMILY_TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"], "sdxl": ["stable-diffusion-xl"]}
@@ -150,7 +150,7 @@ def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), pu
         making="".join(f"\n- {line.capitalize()}" for line in making(header)),
         versions=", ".join(f"{markdown_cell(name)} {markdown_cell(version)}" for name, version in header.versions.items()),
         measured=_measured(header),
-        licence=published.licence.told(_code(header.base)) if published else "The base's terms hold for whoever uses the two.",
+        licence=_licence(header.base, published),
         recipe="" if sensitive else _recipe(header),
     )
     return _masked(card, header, place) if sensitive else card
@@ -197,6 +197,13 @@ def _pairs(header: EraserHeader) -> str:
     if len(shown) > len(rows):
         rows.append([f"and {len(shown) - len(rows)} more, in `recipe.yaml`", ""])
     return markdown_table(["erased prompt", "what should appear instead"], rows) if rows else "Its prompts are not known."
+
+
+def _licence(base: str, published: Publication | None) -> str:
+    theirs = base_licence(base)
+    named = f"{_code(base)} ({theirs.told()})" if theirs else _code(base)
+    terms = f"The terms of the base, {named}, hold for whoever uses the two together."
+    return f"{published.licence.told()}. {terms}" if published else terms
 
 
 def _recipe(header: EraserHeader) -> str:

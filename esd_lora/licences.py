@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import NamedTuple
 
 from esd_lora.errors import EsdLoraError
@@ -40,14 +41,13 @@ class Licence(NamedTuple):
             {"license": "other", "license_name": self.name, "license_link": self.link} if self.link else {"license": self.name}
         )
 
-    def told(self, base: str) -> str:
-        """As a card says it."""
-        name = f"[{self.name}]({self.link})" if self.link else f"`{self.name}`"
-        return f"{name}. The terms of the base, {base}, hold for whoever uses the two together."
+    def told(self) -> str:
+        """In Markdown."""
+        return f"[{self.name}]({self.link})" if self.link else f"`{self.name}`"
 
 
 def licence_of(base: str, said: str | None) -> Licence:
-    """The licence that was asked for, or else that of the base.
+    """The licence that was asked for, or else that of the base; warns where the two are known to differ.
 
     Args:
         base: What the eraser was made for.
@@ -56,17 +56,28 @@ def licence_of(base: str, said: str | None) -> Licence:
     Raises:
         EsdLoraError: If none is said and that of the base is not known, or what is said is of neither form.
     """
-    text = said or _KNOWN.get(base)
-    if text is None:
-        raise EsdLoraError(
-            f"the licence of base {base!r} is not known here. Look at its page and give --license NAME, or NAME=URL for one"
-            " that the Hub has no name for."
-        )
-    name, _, link = text.partition("=")
+    theirs = base_licence(base)
+    if said is None:
+        if theirs is None:
+            raise EsdLoraError(
+                f"the licence of base {base!r} is not known here. Look at its page and give --license NAME, or NAME=URL for one"
+                " that the Hub has no name for."
+            )
+        return theirs
+    name, _, link = said.partition("=")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) or not (link == "" or re.fullmatch(r"https://[\w./~#%-]+", link)):
         raise EsdLoraError(
-            f"--license {text!r}: expected the Hub's name of a licence, such as openrail++ or cc-by-nc-4.0, or NAME=https://..."
+            f"--license {said!r}: expected the Hub's name of a licence, such as openrail++ or cc-by-nc-4.0, or NAME=https://..."
         )
     if name == "other" and not link:
         raise EsdLoraError("--license other says nothing. Give its name and address: NAME=https://...")
-    return Licence(name, link or None)
+    ours = Licence(name, link or None)
+    if theirs not in (None, ours):
+        warnings.warn(f"{base} has the licence {theirs.name}, and this says {name}. See that its terms let you.", stacklevel=2)
+    return ours
+
+
+def base_licence(base: str) -> Licence | None:
+    """The licence of a base, if it is known here."""
+    name, _, link = _KNOWN.get(base, "").partition("=")
+    return Licence(name, link or None) if name else None

@@ -11,7 +11,7 @@ import yaml
 
 from esd_lora.bases import BUILT_IN
 from esd_lora.cards import Publication, Sample
-from esd_lora.describing import is_hub_id
+from esd_lora.describing import is_hub_id, measured
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import kohya_content
@@ -47,6 +47,7 @@ class Draft(NamedTuple):
         return [
             f"{self.repo}, {'private' if self.private else 'public: anyone can see and fetch it'}",
             f"  erases {names} from {self.header.base}; licence {self.licence.name}",
+            f"  measured: {measured(self.header)}",
             *(f"  {size:>{width}} bytes  {place}" for place, size in sizes.items()),
             f"  {sum(map(len, self.files.values())):,} bytes in all; the weights' header and recipe.yaml name every prompt",
         ]

@@ -99,6 +99,7 @@ def test_push_publishes_what_it_said(ada: LoopbackHub, no_cat: Path) -> None:
     for name, data in files.items():
         assert re.search(rf"{len(data):,} bytes  {re.escape(name)}", result.stdout), name
     assert "public: anyone can see and fetch it" in result.stdout
+    assert "measured: no" in result.stdout
     assert f"erases a cat from {BASE}; licence creativeml-openrail-m" in result.stdout
     assert files[WEIGHTS_NAME] == (no_cat / WEIGHTS_NAME).read_bytes()
     card = ModelCard(files["README.md"].decode())
@@ -144,6 +145,21 @@ def test_pushing_again_sends_only_what_changed(ada: LoopbackHub, no_cat: Path) -
     left = set(ada.files("ada/no-cat"))
     assert "samples/1_base.png" in left
     assert not {"samples/2_base.png", "samples/2_erased.png", "kohya/no-cat.safetensors"} & left
+
+
+def test_large_files_go_in_parts(ada: LoopbackHub, no_cat: Path) -> None:
+    ada.multipart_above = ada.part_size = 500
+    push(no_cat, "ada/no-cat")
+    assert ada.files("ada/no-cat")[WEIGHTS_NAME] == (no_cat / WEIGHTS_NAME).read_bytes()
+    assert len([r for r in ada.log if r.method == "PUT" and r.length == 500]) > 2
+
+
+def test_another_licence_than_the_base_has(ada: LoopbackHub, no_cat: Path) -> None:
+    with pytest.warns(UserWarning, match="has the licence creativeml-openrail-m, and this says mit"):
+        push(no_cat, "ada/no-cat", licence="mit")
+    text = ada.files("ada/no-cat")["README.md"].decode()
+    assert "`mit`. The terms of the base" in text
+    assert "(`creativeml-openrail-m`)" in text
 
 
 def test_files_of_others_stay(ada: LoopbackHub, no_cat: Path) -> None:
