@@ -64,6 +64,10 @@ def evaluate(
     paths, weights = unweighted(erasers)
     if attach and len(paths) != 1:
         raise EsdLoraError(f"--attach writes into one eraser, and {len(paths)} are given. Stack them first, or leave it out.")
+    if attach:
+        from esd_lora.evaluation.attaching import attachable
+
+        attachable(paths[0])  # before an hour of painting
     if pictures is not None:
         if paths or base or against:
             raise EsdLoraError("--score-only measures pictures as they are: leave out erasers, --base and --against.")

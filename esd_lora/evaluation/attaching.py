@@ -23,9 +23,7 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
     Raises:
         EsdLoraError: If there is no such directory, or something else was measured.
     """
-    directory = Path(eraser)
-    if not (directory / WEIGHTS_NAME).is_file():
-        raise EsdLoraError(f"{eraser} is no directory of an eraser, so there is no card to write numbers into.")
+    directory = attachable(eraser)
     loaded = Eraser.load(directory)
     measured = summary["record"].get("variants", {}).get("erased", {}).get("erasers", [])
     if [member["sha256"] for member in measured] != [hash_tensors(loaded.state_dict())]:
@@ -39,3 +37,17 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
     if earlier is not None and found.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
         return directory  # nothing new was measured, so the file stays the same to the byte
     return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)
+
+
+def attachable(eraser: str | Path) -> Path:
+    """The directory that numbers can be written into.
+
+    Raises:
+        EsdLoraError: If it is none.
+    """
+    directory = Path(eraser)
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise EsdLoraError(
+            f"{eraser} is no directory of an eraser, so there is no card to write numbers into. Give one, or pull it first."
+        )
+    return directory

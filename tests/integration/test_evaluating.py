@@ -407,6 +407,7 @@ def test_faults_of_the_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_
         ("--suite", suite): "give --base, or --score-only",
         ("--suite", suite, "--base", tiny_dir, "--score-only", tmp_path): "leave out erasers, --base and --against",
         ("--suite", suite, "--base", tiny_dir, "--attach"): "--attach writes into one eraser, and 0 are given",
+        (cat_dir / WEIGHTS_NAME, "--suite", suite, "--base", tiny_dir, "--attach"): "is no directory of an eraser",
         ("--suite", suite, "--base", tiny_dir, "--prompts", suite): "this suite takes no prompt file",
         ("--suite", "nudty", "--base", tiny_dir): "no suite 'nudty'",
         ("--suite", suite, "--base", tiny_dir, "--fail-if", "accuracy"): "expected VARIANT",
