@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from esd_lora.families import load_base
     from esd_lora.fusing import fuse
     from esd_lora.gating import Gate
-    from esd_lora.hub import pull, search
+    from esd_lora.hub import pull
     from esd_lora.importing import import_lora
     from esd_lora.inspecting import diff, inspect_file
     from esd_lora.manifests import load_eraser
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
     from esd_lora.sampling import generate, sweep
+    from esd_lora.searching import search
     from esd_lora.stacking import Strength, compress, stack
     from esd_lora.training import train
     from esd_lora.verifying import verify
@@ -65,7 +66,7 @@ _HOMES = {
     "pull": "hub",
     "push": "pushing",
     "score_pictures": "evaluation.evaluating",
-    "search": "hub",
+    "search": "searching",
     "stack": "stacking",
     "sweep": "sampling",
     "train": "training",

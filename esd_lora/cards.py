@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
@@ -10,12 +12,14 @@ import yaml
 from esd_lora.bases import BUILT_IN
 from esd_lora.describing import base_hash, effect, is_hub_id, making, measured_numbers
 from esd_lora.licences import Licence, base_licence
+from esd_lora.masking import mask_of, masked_header
 from esd_lora.outputs import slug
+from esd_lora.recipe import without_article
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.tables import HEAD, INTERVALS, cells, markdown_cell, markdown_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from esd_lora.header import EraserHeader
 
@@ -23,67 +27,7 @@ TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasu
 _FAMILY_TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"], "sdxl": ["stable-diffusion-xl"]}
 _RECORD = ("sampler", "detectors", "files", "versions")  # of an evaluation, for the card
 _RECIPE_LINES = 120  # longer ones are read in their own file
-
-_CARD = """---
-{front}---
-
-# Eraser: {names}
-
-A LoRA for {base} that {effect}. It has no trigger word: load it and prompt as before.
-{gallery}
-## Use it
-
-With diffusers alone:
-
-```python
-{diffusers}
-```
-
-With esd-lora (`pip install esd-lora`), at any strength, beside other erasers, or merged into the base for good:
-
-```sh
-esd-lora generate "a prompt" --base {base_word} --eraser {place}:1 --compare -o pictures
-esd-lora stack {place} another-eraser -o both
-esd-lora merge {place} --base {base_word} -o merged
-```
-
-In ComfyUI, A1111 and Forge: {kohya}, put it where LoRA files go, and load it at strength 1.
-
-## What is erased
-
-{pairs}
-
-- Base: {base}{revision}, family `{family}`, {prediction_type} prediction{weights}
-- Scope `{scope}`, objective `{objective}`, eta {etas}, {layers} layers, rank {ranks}, {steps} steps
-- Prompts held in place during training: {preserve}
-- Made {created} with {versions}{origin}{making}
-
-{measured}
-
-## Limits
-
-- Removable by design: whoever holds both the base and this file can leave the file out. To ship a model without the concept,
-  merge it, and keep the base to yourself.
-- It stops prompts, not an attacker: who searches for prompts against it, or trains on a few pictures, may bring the concept
-  back.
-- What was measured holds for this base, these prompts and this sampler; other prompts and fine-tunes of the base may differ.
-
-## Licence
-
-{licence}
-{recipe}
-## Cite
-
-```bibtex
-@inproceedings{{gandikota2023erasing,
-  title = {{Erasing Concepts from Diffusion Models}},
-  author = {{Gandikota, Rohit and Materzy{{\\'n}}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David}},
-  booktitle = {{Proceedings of the IEEE/CVF International Conference on Computer Vision}},
-  year = {{2023}},
-  note = {{arXiv:2303.07345}}
-}}
-```
-"""
+_FEW = 12  # concepts in a heading, and tags for them
 
 
 class Sample(NamedTuple):
@@ -99,11 +43,18 @@ class Publication(NamedTuple):
 
     repo: str
     licence: Licence
+    revision: str | None = None
+    """Branch, where it is not the main one."""
     samples: Sequence[Sample] = ()
     kohya: str | None = None
     """Place of the file for A1111, Forge and ComfyUI, if there is one."""
     sensitive: bool = False
     """Masks the concepts' names, and warns of the page."""
+
+    @property
+    def place(self) -> str:
+        """As this toolkit takes it."""
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
 
 def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), published: Publication | None = None) -> str:
@@ -115,17 +66,25 @@ def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), pu
         ranks: Of its layers.
         published: Where it will stand; without, the card is one for its own directory.
     """
-    sensitive = published is not None and published.sensitive
-    base_word, place = _word(header.base), _word(published.repo if published else "path/to/this/folder")
-    card = _CARD.format(
-        front=yaml.safe_dump(_front(header, published), sort_keys=False, allow_unicode=True, width=1000),
-        names=", ".join(markdown_cell(concept.name) for concept in header.concepts),
+    front, recipe = _front(header, published), _recipe(header)
+    samples = published.samples if published else ()
+    mask: Callable[[str], str] = str
+    if published and published.sensitive:
+        mask, recipe = mask_of(name for concept in header.concepts for name in (concept.name, *concept.synonyms)), ""
+        header, samples = masked_header(header, mask), [s._replace(prompt=mask(s.prompt)) for s in samples]
+    if samples:
+        front["widget"] = _widget(samples)
+    place = _word(published.place if published else "path/to/this/folder")
+    template = Template(Path(__file__).with_name("card.md").read_text("utf-8"))
+    return template.substitute(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
+        names=markdown_cell(_few([concept.name for concept in header.concepts])),
         effect=markdown_cell(effect(header.concepts)),
         base=_code(header.base),
-        base_word=base_word,
+        base_word=_word(header.base),
         place=place,
-        gallery=_gallery(published.samples) if published else "",
-        diffusers=_diffusers(header, place),
+        gallery=_gallery(samples),
+        diffusers=_diffusers(header, published),
         kohya=(
             f"take {_code(published.kohya)}"
             if published and published.kohya
@@ -133,10 +92,10 @@ def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), pu
         ),
         revision=f" at {_code(header.base_revision)}" if header.base_revision else "",
         weights=f", weights {_code(base_hash(header))}" if header.base_hashes else "",
-        family=header.family,
-        prediction_type=header.prediction_type or "unknown",
-        scope=header.scope,
-        objective=header.objective,
+        family=_code(header.family),
+        prediction_type=markdown_cell(header.prediction_type or "unknown"),
+        scope=_code(header.scope),
+        objective=_code(header.objective),
         etas=", ".join("unknown" if eta is None else f"{eta:g}" for eta in dict.fromkeys(c.eta for c in header.concepts)),
         layers=layers,
         ranks=f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else str(*set(ranks)) or "unknown",
@@ -149,11 +108,10 @@ def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), pu
         ),
         making="".join(f"\n- {line.capitalize()}" for line in making(header)),
         versions=", ".join(f"{markdown_cell(name)} {markdown_cell(version)}" for name, version in header.versions.items()),
-        measured=_measured(header),
+        measured=mask(_measured(header)),
         licence=_licence(header.base, published),
-        recipe="" if sensitive else _recipe(header),
+        recipe=recipe,
     )
-    return _masked(card, header, place) if sensitive else card
 
 
 def _front(header: EraserHeader, published: Publication | None) -> dict[str, object]:
@@ -162,15 +120,28 @@ def _front(header: EraserHeader, published: Publication | None) -> dict[str, obj
     tags = [*TAGS, *_FAMILY_TAGS.get(header.family, [])]
     if published:
         front |= published.licence.front()
-        tags += ["not-for-all-audiences"] if published.sensitive else [f"erases:{slug(c.name)}" for c in header.concepts]
+        tags += ["not-for-all-audiences"] if published.sensitive else [erases(c.name) for c in header.concepts[:_FEW]]
     front["tags"] = list(dict.fromkeys(tags))
     if is_hub_id(header.base):  # other bases have no page to point at
         front |= {"base_model": header.base, "base_model_relation": "adapter"}
-    if published and published.samples:
-        shown = [(f"{s.prompt} (base)", s.base) for s in published.samples], [(s.prompt, s.erased) for s in published.samples]
-        pairs = [both for pair in zip(*shown, strict=True) for both in pair]
-        front["widget"] = [{"text": text, "output": {"url": place}} for text, place in pairs if place]
     return front
+
+
+def erases(concept: str) -> str:
+    """The tag that erasers of a concept have, whatever its article and case."""
+    return f"erases:{slug(without_article(concept)).casefold()}"
+
+
+def _few(names: Sequence[str]) -> str:
+    """Names with commas between; of many the first ones."""
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more
+
+
+def _widget(samples: Sequence[Sample]) -> list[dict[str, object]]:
+    """What the Hub shows on top of the page."""
+    shown = [pair for s in samples for pair in ((f"{s.prompt} (base)", s.base), (s.prompt, s.erased))]
+    return [{"text": text, "output": {"url": place}} for text, place in shown if place]
 
 
 def _gallery(samples: Sequence[Sample]) -> str:
@@ -180,7 +151,7 @@ def _gallery(samples: Sequence[Sample]) -> str:
     return "\n" + markdown_table(["prompt", "base", "with the eraser"], rows) + "\n"
 
 
-def _diffusers(header: EraserHeader, place: str) -> str:
+def _diffusers(header: EraserHeader, published: Publication | None) -> str:
     built_in = header.base in BUILT_IN
     base = (
         f"esd_lora.load_base({header.base!r}).pipe"
@@ -188,7 +159,9 @@ def _diffusers(header: EraserHeader, place: str) -> str:
         else f'DiffusionPipeline.from_pretrained("{_word(header.base)}")'
     )
     lines = ["import esd_lora" if built_in else "from diffusers import DiffusionPipeline", "", f"pipe = {base}"]
-    return "\n".join([*lines, f'pipe.load_lora_weights("{place}")', 'image = pipe("a prompt").images[0]'])
+    told = f', revision="{_word(published.revision)}"' if published and published.revision else ""
+    place = _word(published.repo if published else "path/to/this/folder")
+    return "\n".join([*lines, f'pipe.load_lora_weights("{place}"{told})', 'image = pipe("a prompt").images[0]'])
 
 
 def _pairs(header: EraserHeader) -> str:
@@ -231,14 +204,6 @@ def _measured(header: EraserHeader) -> str:
     lines = "\n".join(map(markdown_cell, notes))
     head = "## Measured: is it gone, and what else does it cost?"
     return f"{head}\n\n{table}\n\nSuite {_code(found.suite)}, {markdown_cell(found.date)}. {INTERVALS}\n\n{lines}"
-
-
-def _masked(card: str, header: EraserHeader, place: str) -> str:
-    """A card in which the words of concepts' names show their first letter alone; its own address stays."""
-    names = [name for concept in header.concepts for name in (concept.name, *concept.synonyms)]
-    words = sorted({word for name in names for word in re.findall(r"\w{3,}", name)}, key=len, reverse=True)
-    pattern = re.compile("|".join([re.escape(place), *(rf"\b{re.escape(word)}\b" for word in words)]), re.IGNORECASE)
-    return pattern.sub(lambda found: found[0] if found[0] == place else found[0][0] + "•" * (len(found[0]) - 1), card)
 
 
 def _code(text: str) -> str:

@@ -78,14 +78,14 @@ def _cached() -> list[Entry]:
 
     try:
         repos = scan_cache_dir().repos
-    except CacheNotFound:
+    except (CacheNotFound, ValueError):  # there is none, or a file where it should be
         return []
     found: list[Entry] = []
-    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+    for repo in sorted((repo for repo in repos if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
-            name = f"{repo.repo_id}@{next(iter(sorted(revision.refs)), revision.commit_hash[:12])}"
-            weights = [file.file_path for file in revision.files if file.file_name == WEIGHTS_NAME]
-            found += [entry for file in weights if (entry := _entry(file, name))]
+            name = f"{repo.repo_id}@{next(iter(sorted(revision.refs)), revision.commit_hash)}"
+            file = revision.snapshot_path / WEIGHTS_NAME
+            found += [entry] if file.is_file() and (entry := _entry(file, name)) else []
     return found
 
 

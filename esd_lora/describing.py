@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from esd_lora.header import ErasedConcept, EraserHeader, Measured
 
 
+HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
+"""Pattern of `owner/name`."""
+
+
 def is_hub_id(base: str) -> bool:
-    """Whether a base's name is `owner/name`."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None
+    """Whether a base's name is `owner/name`, and not a file's."""
+    return re.fullmatch(HUB_NAME, base) is not None and not base.lower().endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
 def base_hash(header: EraserHeader) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Recipe, mentions
@@ -109,6 +110,16 @@ class Fusion(BaseModel):
     """The same of the plain sum."""
 
 
+class Difference(BaseModel):
+    """How far a number is from the base's, and the interval that holds the true distance in 95 of 100 measurements."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+
 class Number(BaseModel):
     """A measured rate or mean, with the interval that holds the true one in 95 of 100 measurements."""
 
@@ -123,7 +134,7 @@ class Number(BaseModel):
     """Of a rate."""
     sum: int | None = None
     """Of counts."""
-    difference: dict[Literal["value", "low", "high"], float] | None = None
+    difference: Difference | None = None
     """From the base on the same prompts and seeds."""
 
 
@@ -184,6 +195,12 @@ class EraserHeader(BaseModel):
     truncation: float = 0.0
     """Share of the update's norm that compressing cut off; in a stack, that of the member that lost most."""
 
+    @field_validator("created")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        datetime.fromisoformat(value)
+        return value
+
 
 def parse_header(text: str, file: Path) -> EraserHeader:
     """The header from its JSON.
@@ -193,8 +210,8 @@ def parse_header(text: str, file: Path) -> EraserHeader:
     """
     try:
         found = re.search(r'"format"\s*:\s*(\d+)', text)
-        if found and int(found[1]) > FORMAT:
-            raise EsdLoraError(f"{file} has format {found[1]}, this version reads up to {FORMAT}. Upgrade esd-lora.")
+        if found and (len(found[1]) > 9 or int(found[1]) > FORMAT):
+            raise EsdLoraError(f"{file} has format {found[1][:9]}, this version reads up to {FORMAT}. Upgrade esd-lora.")
         return EraserHeader.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from esd_lora.eraser import RUN_FILES, WEIGHTS_NAME
+from esd_lora.describing import HUB_NAME
+from esd_lora.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.hub_answers import asked
-from esd_lora.outputs import clear_output, hash_file, slug, told, write_whole
-from esd_lora.tensor_files import read_header
+from esd_lora.outputs import clear_output, hash_file, partial_name, told
+from esd_lora.tensor_files import PICKLES, read_header
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -26,6 +30,7 @@ ALLOWED = (".safetensors", ".json", ".yaml", ".md", ".png")
 _LARGEST = {".safetensors": 4 * 2**30}
 _LARGE = 64 * 2**20  # bytes, of a document or a picture
 _MOST = 500  # files; an eraser has a dozen
+_FIRST = (WEIGHTS_NAME, MANIFEST_NAME)  # one of these makes a repository an eraser's
 
 
 class HubId(NamedTuple):
@@ -40,8 +45,8 @@ class HubId(NamedTuple):
     @classmethod
     def read(cls, text: str) -> HubId | None:
         """The id, or `None` if the text is none, but a path."""
-        found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?", text)
-        if not found or found[1].lower().endswith((*ALLOWED, ".yml", ".pt", ".ckpt", ".bin")):
+        found = re.fullmatch(rf"({HUB_NAME})(?:@([A-Za-z0-9][\w./-]*))?", text, re.ASCII)
+        if not found or found[1].lower().endswith((*ALLOWED, ".yml", *PICKLES)):
             return None
         return cls(found[1], found[2])
 
@@ -52,42 +57,40 @@ def located(eraser: str | Path) -> Path:
     Raises:
         EsdLoraError: If it has to be fetched and cannot be.
     """
-    hub_id = None if Path(eraser).exists() else HubId.read(str(eraser))
-    return fetch(hub_id) if hub_id else Path(eraser)
+    hub_id = HubId.read(eraser) if isinstance(eraser, str) else None
+    return Path(eraser) if hub_id is None or Path(eraser).exists() else fetch(hub_id)
 
 
 def fetch(hub_id: HubId) -> Path:
     """Fetches what makes an eraser or a stack, and no pictures, into the Hub's cache.
 
-    What is in the cache is used when the Hub cannot be reached.
+    What is in the cache is used when the Hub cannot be reached, or has too much to do.
 
     Raises:
         EsdLoraError: If there is no such eraser, it may not be read, or it is not to be trusted.
     """
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    def needed(names: Collection[str]) -> list[str]:
+        return [WEIGHTS_NAME] if WEIGHTS_NAME in names else [n for n in names if n.endswith((".safetensors", ".yaml"))]
 
     try:
-        with asked(str(hub_id)):
-            _, files, _ = _listing(hub_id)
+        places = _take(hub_id, needed).places
+        return places[next(name for name in _FIRST if name in places)].parent
     except EsdLoraError as error:
-        if error.__cause__ is None or isinstance(error.__cause__, HfHubHTTPError):  # it was reached
+        cause = error.__cause__
+        if isinstance(cause, RepositoryNotFoundError):
+            raise EsdLoraError(f"there is no path {hub_id} here, and {error}") from cause
+        if cause is None or isinstance(cause, HFValidationError):
             raise
-        for name in (WEIGHTS_NAME, MANIFEST_NAME):
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500 and cause.response.status_code != 429:
+            raise
+        for name in _FIRST:
             cached = try_to_load_from_cache(hub_id.repo, name, revision=hub_id.revision)
             if isinstance(cached, str):
                 return Path(cached).parent
         raise
-    wanted = [file for file in files if file.path == WEIGHTS_NAME]
-    if not wanted:
-        wanted = [file for file in files if file.path.endswith((".safetensors", ".yaml"))]
-        if MANIFEST_NAME not in (file.path for file in wanted):
-            there = ", ".join(sorted(file.path for file in wanted)[:5]) or "no safetensors file"
-            raise EsdLoraError(
-                f"{hub_id} on the Hub holds no eraser: expected {WEIGHTS_NAME} or {MANIFEST_NAME}, found {there}."
-            )
-    places = {file.path: _download(hub_id, file) for file in wanted}
-    return next(places[name] for name in (WEIGHTS_NAME, MANIFEST_NAME) if name in places).parent
 
 
 class Pulled(NamedTuple):
@@ -108,78 +111,78 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
     Args:
         repo: `owner/name`, or `owner/name@revision` with a branch, a tag, a commit or `refs/pr/1`.
         out: Directory, new or empty.
-        force: Write over what is there.
+        force: Write over what is there; files of other names stay.
 
     Raises:
         EsdLoraError: If there is no such repository, it may not be read, the Hub cannot be reached, or something in it is not
-            as it should be; then nothing was written.
+            as it should be; then what was there is as it was.
     """
     from esd_lora.manifests import load_eraser
 
     hub_id, out = HubId.read(repo), Path(out)
     if hub_id is None:
         raise EsdLoraError(f"{repo!r} is no repository on the Hub: expected owner/name, or owner/name@revision.")
+    new = not out.exists()
     clear_output(out, force, ())
-    with asked(str(hub_id)):
-        commit, files, left_out = _listing(hub_id)
-    names = [file.path for file in files]
-    if not {WEIGHTS_NAME, MANIFEST_NAME} & set(names):
-        there = ", ".join(names[:5]) or "none that may be taken"
-        raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {WEIGHTS_NAME} or {MANIFEST_NAME}, found {there}.")
-    places = {file.path: _download(hub_id, file) for file in files}
-    first = WEIGHTS_NAME if WEIGHTS_NAME in places else MANIFEST_NAME
-    load_eraser(places[first].parent)
-    clear_output(out, force, RUN_FILES)
-    for name, place in places.items():
-        with told(out):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out / name, place.read_bytes())
-    return Pulled(out, commit, names, left_out)
+    try:
+        taken = _take(hub_id, list)
+        load_eraser(taken.places[next(name for name in _FIRST if name in taken.places)].parent)
+        for name in taken.places:
+            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents if place.is_relative_to(out)):
+                raise EsdLoraError(f"output {out}: {name} cannot be put there, where a file or folder of that name is.")
+        with told(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as folder:
+            for i, place in enumerate(taken.places.values()):
+                shutil.copyfile(place, Path(folder, str(i)))
+            names = dict(zip(taken.places, map(str, range(len(taken.places))), strict=True))
+            for name in sorted(names, key=lambda name: name in _FIRST):  # what makes it an eraser comes last
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, names[name]).replace(out / name)
+            for name in set(_FIRST) - set(names):
+                (out / name).unlink(missing_ok=True)
+    except BaseException:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return Pulled(out, taken.commit, list(taken.places), taken.left_out)
 
 
-class Found(NamedTuple):
-    """An eraser on the Hub."""
-
-    repo: str
-    erases: list[str]
-    base: str
-    downloads: int
-    likes: int
-    updated: str
+class _Taken(NamedTuple):
+    commit: str
+    places: dict[str, Path]
+    left_out: list[str]
 
 
-def search(
-    text: str | None = None, *, concept: str | None = None, base: str | None = None, tags: tuple[str, ...] = (), limit: int = 20
-) -> list[Found]:
-    """Finds erasers on the Hub, those downloaded most first.
-
-    Args:
-        text: Words of a repository's name.
-        concept: What is to be erased; a card of this toolkit has a tag for each concept.
-        base: Hub id of the base it was made for.
-        tags: Further tags that it must have.
-        limit: Most to find.
+def _take(hub_id: HubId, choose: Callable[[Collection[str]], list[str]]) -> _Taken:
+    """Lists a repository and puts what is chosen into the cache, all of one commit, each file as the Hub announced it.
 
     Raises:
-        EsdLoraError: If the Hub cannot be reached.
+        EsdLoraError: If it holds no eraser, or something in it is not as it should be.
     """
-    from huggingface_hub import HfApi
+    for last in (False, True):
+        with asked(str(hub_id)):
+            commit, files, left_out = _listing(hub_id)
+        if not files.keys() & set(_FIRST):
+            there = ", ".join(sorted(files)[:5]) or "nothing that may be taken"
+            raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(_FIRST)}, found {there}.")
+        places = {name: _download(hub_id, files[name]) for name in choose(files)}
+        wrong = [name for name, place in places.items() if not _is_as_announced(place, files[name])]
+        apart = len({place.parents[name.count("/")] for name, place in places.items()}) > 1
+        if not wrong and not apart:
+            for place in places.values():
+                if place.suffix.lower() == ".safetensors":
+                    read_header(place)
+            return _Taken(commit, places, left_out)
+        for name in wrong:
+            places[name].resolve().unlink(missing_ok=True)
+            places[name].unlink(missing_ok=True)
+        if last:  # the first time it may have been changed between listing and fetching
+            what = wrong[0] if wrong else "what it holds"
+            raise EsdLoraError(f"{what} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
+    raise AssertionError
 
-    filters = ["esd-lora", *([f"erases:{slug(concept)}"] if concept else []), *([f"base_model:{base}"] if base else []), *tags]
-    with asked("the list of models"):
-        models = list(HfApi().list_models(filter=filters, search=text, sort="downloads", limit=limit, full=True))
-    found: list[Found] = []
-    for model in models:
-        said = model.tags or []
-        bases = [tag.rpartition(":")[2] for tag in said if re.fullmatch(r"base_model:[^:]+", tag)]
-        erases = [tag.removeprefix("erases:").replace("-", " ") for tag in said if tag.startswith("erases:")]
-        day = model.last_modified.date().isoformat() if model.last_modified else ""
-        found.append(Found(model.id, erases, ", ".join(bases), model.downloads or 0, model.likes or 0, day))
-    return found
 
-
-def _listing(hub_id: HubId) -> tuple[str, list[RepoFile], list[str]]:
-    """Commit, the files that may be taken, and the names of those that are left out.
+def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
+    """Commit, the files that may be taken by name, and the names of those that are left out.
 
     Raises:
         EsdLoraError: If a name leads elsewhere, or files are too many or too large.
@@ -188,19 +191,17 @@ def _listing(hub_id: HubId) -> tuple[str, list[RepoFile], list[str]]:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    commit = api.model_info(hub_id.repo, revision=hub_id.revision).sha
-    if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+    commit = api.model_info(hub_id.repo, revision=hub_id.revision).sha or ""
+    if not re.fullmatch("[0-9a-f]{40}", commit):
         raise EsdLoraError(f"the Hub gave no commit for {hub_id}. Try again later.")
-    assert commit is not None
-    entries = list(api.list_repo_tree(hub_id.repo, recursive=True, revision=commit))
-    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    files = [file for file in api.list_repo_tree(hub_id.repo, recursive=True, revision=commit) if isinstance(file, RepoFile)]
     if len(files) > _MOST:
         raise EsdLoraError(f"{hub_id} holds {len(files):,} files, more than {_MOST}: that is no eraser. Nothing was fetched.")
-    taken: list[RepoFile] = []
+    taken: dict[str, RepoFile] = {}
     left_out: list[str] = []
     for file in files:
         parts = file.path.split("/")
-        if any(re.fullmatch(r"\.*", part) or re.search(r"[\\:\x00-\x1f\x7f]", part) or len(part) > 200 for part in parts):
+        if any(re.fullmatch(r"[. ]*", p) or re.search(r"[\\:]|[. ]$", p) or not p.isprintable() or len(p) > 120 for p in parts):
             raise EsdLoraError(f"{hub_id} holds a file named {file.path!r}, which leads out of its directory. Do not trust it.")
         kind = PurePosixPath(file.path).suffix.lower()
         if kind not in ALLOWED or any(part.startswith(".") for part in parts):
@@ -210,33 +211,27 @@ def _listing(hub_id: HubId) -> tuple[str, list[RepoFile], list[str]]:
             raise EsdLoraError(
                 f"{hub_id} holds {file.path} of {file.size:,} bytes, too large for an eraser's. Nothing was fetched."
             )
-        taken.append(file)
+        taken[file.path] = file
+    if sum(file.size for file in taken.values()) > 2 * _LARGEST[".safetensors"]:
+        raise EsdLoraError(f"{hub_id} is too large in all for an eraser. Nothing was fetched.")
     return commit, taken, left_out
 
 
 def _download(hub_id: HubId, file: RepoFile) -> Path:
-    """One file in the cache, once it is seen to be what the Hub announced; another one is thrown out of the cache."""
+    """One file in the cache."""
     import huggingface_hub
 
-    try:
-        with asked(str(hub_id)):
-            # By the name that was asked for, so that the cache knows it when the Hub is away; the hash tells if it moved.
-            half_typed = cast("Any", huggingface_hub)
-            place = Path(half_typed.hf_hub_download(hub_id.repo, file.path, revision=hub_id.revision))
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise EsdLoraError(f"{file.path} of {hub_id} could not be fetched ({reason}). Try again.") from error
-    announced = file.lfs.sha256 if file.lfs else file.blob_id
-    if place.stat().st_size != file.size or (hash_file(place) if file.lfs else _blob_id(place)) != announced:
-        blob = place.resolve()
-        place.unlink()
-        blob.unlink(missing_ok=True)
-        raise EsdLoraError(
-            f"{file.path} of {hub_id} did not arrive as the Hub announced it. Fetch it again; if it stays so, do not trust it."
-        )
-    if place.suffix.lower() == ".safetensors":
-        read_header(place)
-    return place
+    with asked(str(hub_id)):
+        # By the name that was asked for, so that the cache knows it when the Hub is away.
+        half_typed = cast("Any", huggingface_hub)
+        return Path(half_typed.hf_hub_download(hub_id.repo, file.path, revision=hub_id.revision))
+
+
+def _is_as_announced(place: Path, file: RepoFile) -> bool:
+    """Whether size and hash are: SHA-256 of a large file, git's of a small one."""
+    return place.stat().st_size == file.size and (
+        hash_file(place) == file.lfs.sha256 if file.lfs else _blob_id(place) == file.blob_id
+    )
 
 
 def _blob_id(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 from esd_lora.errors import EsdLoraError
@@ -20,30 +21,48 @@ def asked(what: str, again: str = "Try again.") -> Generator[None]:
         what: The repository, for the message.
         again: What to do when the connection broke.
     """
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     # httpx's HTTPError, or httpx2's: versions of the client differ.
     transport = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
+    library = import_module(transport.__module__.partition(".")[0])
     try:
         yield
-    except errors.HFValidationError as error:
-        raise EsdLoraError(f"{what} is no name that the Hub takes: {_first_line(error)}") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise EsdLoraError(f"the Hub wants to know who asks, and there is no token here. {_TOKEN}") from error
-    except ValueError as error:  # the client's, when the Hub finds fault with a card, or answers what is no JSON
-        raise EsdLoraError(f"the Hub and its client do not agree on {what}: {' '.join(str(error).split())}") from error
-    except (OSError, RuntimeError, transport) as error:
-        # The client wraps what stopped a transfer: RuntimeError around an upload, LocalEntryNotFoundError around a download.
-        reasons = list(_causes(error))
-        answer = next((reason for reason in reasons if isinstance(reason, errors.HfHubHTTPError)), None)
-        if answer is not None:
-            raise EsdLoraError(_refusal(answer, what)) from answer
-        if constants.HF_HUB_OFFLINE:
-            raise EsdLoraError(f"{what} was not fetched: HF_HUB_OFFLINE is set, and it is not in the cache.") from error
-        if not any(isinstance(reason, (ConnectionError, TimeoutError, transport)) for reason in reasons):
-            raise
-        reason = _first_line(reasons[-1]) or type(reasons[-1]).__name__
-        raise EsdLoraError(f"the connection to the Hub failed on {what} ({reason}). {again}") from error
+    except (OSError, RuntimeError, ValueError, transport, library.InvalidURL) as error:
+        cause, said = _told(error, what, again)
+        token = _token()
+        raise EsdLoraError(said.replace(token, "***") if token else said) from cause
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _told(error: Exception, what: str, again: str) -> tuple[BaseException, str]:
+    """What is behind an error of the client, and the sentence for it.
+
+    The client wraps what stopped a transfer: RuntimeError around an upload, LocalEntryNotFoundError around a download.
+    """
+    from huggingface_hub import constants, errors
+
+    reasons = list(_causes(error))
+    answer = next((reason for reason in reasons if isinstance(reason, errors.HfHubHTTPError)), None)
+    if answer is not None:
+        return answer, _refusal(answer, what)
+    if isinstance(error, errors.HFValidationError):
+        return error, f"{what} is no name that the Hub takes: {_first_line(error)}"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return error, f"the Hub wants to know who asks, and there is no token here. {_TOKEN}"
+    if isinstance(error, UnicodeError):
+        return error, f"the token here has characters that no token has. {_TOKEN}"
+    if isinstance(error, ValueError):  # the Hub finds fault with a card, or answers what is no JSON
+        return error, f"the Hub and its client do not agree on {what}: {' '.join(str(error).split())}"
+    if constants.HF_HUB_OFFLINE:
+        return error, f"HF_HUB_OFFLINE is set, so the Hub was not asked about {what}. Unset it, or take what lies here."
+    reason = _first_line(reasons[-1]) or type(reasons[-1]).__name__
+    return error, f"the connection to the Hub failed on {what} ({reason}). {again}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -54,11 +73,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _refusal(error: Any, what: str) -> str:
-    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub import constants, errors
 
-    status, token = error.response.status_code, get_token()
+    status, token = error.response.status_code, _token()
     said = " ".join((error.server_message or _first_line(error)).split())
-    said = said.replace(token, "***") if token else said
     page = f"{constants.ENDPOINT}/{what.partition('@')[0]}"
     if isinstance(error, errors.GatedRepoError):
         return f"{what} is gated: accept its terms on {page}, then ask again{'' if token else f'. {_TOKEN}'}"

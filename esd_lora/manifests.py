@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.hub import MANIFEST_NAME, located
+from esd_lora.hub import MANIFEST_NAME, HubId, located
 from esd_lora.outputs import hash_file, write_whole
 from esd_lora.stacking import Strength, stack
 
 _SUFFIXES = (".yaml", ".yml")
 _LIMIT = 2**20  # bytes; a thousand members have a tenth of it
+_MOST = 1000  # erasers that a manifest and those it names come to
 
 
 class Member(BaseModel):
@@ -50,12 +51,16 @@ def load_eraser(path: str | Path) -> Eraser:
         EsdLoraError: As `Eraser.load` does, and if a manifest is damaged, names itself, a member outside its own directory, or
             one that has changed since.
     """
-    return _load(located(path), ())
+    return _load(located(path), (), [])
 
 
-def _load(path: Path, within: tuple[Path, ...]) -> Eraser:
+def _load(path: Path, within: tuple[Path, ...], read: list[Path]) -> Eraser:
+    """An eraser, for the manifests in `within`; what was loaded for them before stands in `read`."""
     file = _file(path)
-    return _read(file, within) if file.suffix.lower() in _SUFFIXES else Eraser.load(path)
+    read.append(file)
+    if len(read) > _MOST:
+        raise EsdLoraError(f"{within[0]} stands for more than {_MOST} erasers. Stack fewer.")
+    return _read(file, within, read) if file.suffix.lower() in _SUFFIXES else Eraser.load(path)
 
 
 def _file(path: Path) -> Path:
@@ -64,8 +69,8 @@ def _file(path: Path) -> Path:
     return path / next(names, "")
 
 
-def _read(file: Path, within: tuple[Path, ...]) -> Eraser:
-    """The stack of a manifest, which is being read for those in `within`."""
+def _read(file: Path, within: tuple[Path, ...], read: list[Path]) -> Eraser:
+    """The stack of a manifest."""
     if file.resolve() in within:
         raise EsdLoraError(f"{file} is a member of itself. Take it out of the manifests that name it.")
     try:
@@ -76,16 +81,17 @@ def _read(file: Path, within: tuple[Path, ...]) -> Eraser:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
         raise EsdLoraError(f"{file} is no stack manifest ({where}: {first['msg']}). Expected 'stack:' and members.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise EsdLoraError(f"no stack manifest can be read from {file} ({str(error).splitlines()[0]}).") from error
-    erasers = [_load(_checked(file, member), (*within, file.resolve())) for member in manifest.stack]
+    erasers = [_load(_checked(file, member), (*within, file.resolve()), read) for member in manifest.stack]
     return stack(erasers, [Strength(member.weight, member.blocks) for member in manifest.stack])
 
 
 def _checked(file: Path, member: Member) -> Path:
     place = PurePosixPath(member.file)
     found = file.parent / place
-    inside = not place.is_absolute() and ".." not in place.parts and "\\" not in member.file
+    named = "\\" not in member.file and member.file.isprintable() and all(len(part) < 250 for part in place.parts)
+    inside = named and not place.is_absolute() and ".." not in place.parts
     homes = file.parent.resolve(), file.resolve().parent  # apart in the Hub's cache, whose files are links to its blobs
     if not inside or not any(found.resolve().is_relative_to(home) for home in homes):
         raise EsdLoraError(f"{file} names {member.file!r}, which is outside its directory. Move the eraser below it.")
@@ -108,6 +114,11 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
     Raises:
         EsdLoraError: If a member lies elsewhere, cannot be read, or they do not fit each other.
     """
+    for member in members:
+        if not Path(member).exists() and HubId.read(str(member)):
+            raise EsdLoraError(
+                f"a manifest names files beside it, and {member} is on the Hub. Pull it first, below {file.parent}."
+            )
     whole = stack([load_eraser(member) for member in members], strengths)
     here = file.parent.resolve()
     entries: list[dict[str, object]] = []

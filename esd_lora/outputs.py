@@ -90,6 +90,11 @@ def partial_name(output: Path) -> str:
     return f".{output.name[:_LONGEST]}.partial-"
 
 
+def printable(text: str) -> str:
+    """A stranger's text as a terminal may have it: control characters, line breaks among them, are shown and not obeyed."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def slug(text: str) -> str:
     """A concept's name as part of a file name: letters and digits of any script, the rest as `-`, cut to a sane length."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -139,7 +141,8 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[st
     return sheet
 
 
-_PROMPT = "parameters"  # where A1111 and most viewers look for it in a PNG
+PROMPT_KEY = "parameters"
+"""Of a PNG's text, where A1111 and most viewers look for the prompt."""
 
 
 def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> None:
@@ -147,26 +150,41 @@ def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Im
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1):
         note = PngImagePlugin.PngInfo()
-        note.add_itxt(_PROMPT, prompt)
+        note.add_itxt(PROMPT_KEY, prompt)
         for name, picture in zip(("base", "erased"), pair, strict=True):
             picture.save(folder / f"{i}_{name}.png", pnginfo=note)
 
 
-def read_samples(folder: Path) -> dict[str, tuple[Path, Path | None]]:
-    """What `save_samples` left: prompt to the pictures of the eraser and of the base. None where there is no such folder.
+def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
+    """What `save_samples` left: prompt, picture of the eraser, and of the base. None where there is no such folder.
 
     Raises:
-        EsdLoraError: If one cannot be read.
+        EsdLoraError: If a file is no PNG that can be read.
     """
-    samples: dict[str, tuple[Path, Path | None]] = {}
+    samples: list[tuple[str, Path, Path | None]] = []
     for i in range(1, SAMPLES + 1):
         erased, before = (folder / f"{i}_{name}.png" for name in ("erased", "base"))
-        if not erased.is_file():
-            continue
-        try:
-            with Image.open(erased) as picture:
-                prompt = " ".join(str(picture.info.get(_PROMPT, "")).split())
-        except (OSError, SyntaxError, ValueError) as error:
-            raise EsdLoraError(f"{erased} cannot be read as a picture ({error}). Remove it, or make it again.") from error
-        samples[prompt] = erased, before if before.is_file() else None
+        found = [path for path in (erased, before) if path.is_file()]
+        prompts: list[str] = []
+        for path in found:
+            try:
+                with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as picture:
+                    picture.load()
+                    prompts.append(" ".join(str(picture.info.get(PROMPT_KEY, "")).split()))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+                raise EsdLoraError(f"{path} cannot be read as a PNG ({error}). Remove it, or make it again.") from error
+        if erased in found:
+            samples.append((prompts[0], erased, before if before in found else None))
     return samples
+
+
+def clean_png(path: Path, prompt: str | None) -> bytes:
+    """A picture with nothing in it but its pixels and its prompt."""
+    note, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    if prompt:
+        note.add_itxt(PROMPT_KEY, prompt)
+    with Image.open(path) as picture:
+        clean = picture.convert("RGB")
+    clean.info.clear()
+    clean.save(content, "PNG", pnginfo=note)
+    return content.getvalue()

@@ -1,4 +1,4 @@
-"""Pushing an eraser to the Hugging Face Hub: what will be public is laid out and checked before a byte leaves."""
+"""Pushing an eraser to the Hugging Face Hub: what will be public is laid out, checked and shown before a byte leaves."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import NamedTuple
 
 import yaml
 
-from esd_lora.bases import BUILT_IN
+from esd_lora.anonymising import without_paths
 from esd_lora.cards import Publication, Sample
-from esd_lora.describing import is_hub_id, measured
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.describing import HUB_NAME, measured
+from esd_lora.eraser import SAMPLES, WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import kohya_content
 from esd_lora.header import HEADER_KEY, EraserHeader
-from esd_lora.hub import HubId
 from esd_lora.hub_answers import asked
 from esd_lora.licences import Licence, licence_of
 from esd_lora.manifests import load_eraser
-from esd_lora.pictures import read_samples
+from esd_lora.outputs import printable
+from esd_lora.pictures import clean_png, read_samples
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.tensor_files import file_content
-
-_OURS = re.compile(r"(samples/\d+_(base|erased)\.png|kohya/[^/]+\.safetensors)")
-"""Files of an earlier push that a later one may no longer have."""
 
 
 class Draft(NamedTuple):
     """What a push would make public."""
 
     repo: str
-    private: bool
     licence: Licence
     header: EraserHeader
     """As it will stand in the file."""
     files: dict[str, bytes]
     """Place in the repository to content."""
+    target: str = ""
+    """Where it goes and who will see it, once the Hub was asked."""
+    removed: tuple[str, ...] = ()
+    """Files of an earlier push that are taken out."""
 
     def lines(self) -> list[str]:
         """For reading before it is too late."""
@@ -45,11 +45,15 @@ class Draft(NamedTuple):
         sizes = {place: f"{len(content):,}" for place, content in self.files.items()}
         width = max(map(len, sizes.values()))
         return [
-            f"{self.repo}, {'private' if self.private else 'public: anyone can see and fetch it'}",
-            f"  erases {names} from {self.header.base}; licence {self.licence.name}",
-            f"  measured: {measured(self.header)}",
-            *(f"  {size:>{width}} bytes  {place}" for place, size in sizes.items()),
-            f"  {sum(map(len, self.files.values())):,} bytes in all; the weights' header and recipe.yaml name every prompt",
+            printable(line)
+            for line in (
+                f"{self.repo}{self.target and ', '}{self.target}",
+                f"  erases {names} from {self.header.base}; licence {self.licence.name}",
+                f"  measured: {measured(self.header)}",
+                *(f"  {size:>{width}} bytes  {place}" for place, size in sizes.items()),
+                *(f"  taken out  {place}" for place in self.removed),
+                f"  {sum(map(len, self.files.values())):,} bytes in all; the weights' header and recipe.yaml name every prompt",
+            )
         ]
 
 
@@ -76,107 +80,111 @@ def push(
     sensitive: bool = False,
     confirm: Callable[[Draft], bool] = lambda _: True,
 ) -> Pushed | None:
-    """Publishes an eraser: weights, card, recipe, and the pictures that its training or evaluation left.
+    """Publishes an eraser: weights, card, recipe, and the pictures that its training left.
 
     Files that the repository holds already are not sent again, so a push that broke off goes on when it is repeated.
 
     Args:
-        eraser: Directory, safetensors file, or manifest of a stack.
+        eraser: Directory, safetensors file, manifest of a stack, or Hub id.
         repo: `owner/name`; made if it is not there.
         private: Of a new repository: only its owner sees it.
-        revision: Branch to push to, made if it is not there; `main` unless given.
+        revision: Branch to push to, made if it is not there, or `refs/pr/1`; `main` unless given.
         create_pr: Open a pull request instead.
         kohya: Put a file for A1111, Forge and ComfyUI beside it, as `kohya/NAME.safetensors`.
         licence: See `licences.licence_of`; that of the base unless given.
         base_model: Hub id of the base, where the eraser was trained on a local copy. It takes the path's place everywhere.
         sensitive: Mask the concepts' names in the card, leave the base's pictures out, and mark the page as not for all
             audiences.
-        confirm: Is shown the draft; nothing is sent unless it says yes.
+        confirm: Is shown the draft, once the Hub has said what is there; nothing is sent unless it says yes.
 
     Returns:
         Where it is; `None` if it was not sent.
 
     Raises:
-        EsdLoraError: If the eraser cannot be read, its base or licence cannot be told, or the Hub refuses; what had arrived by
-            then is not public unless all had.
+        EsdLoraError: If the eraser cannot be read, its base or licence cannot be told, or the Hub refuses.
     """
-    draft = drafted(eraser, repo, private, kohya=kohya, licence=licence, base_model=base_model, sensitive=sensitive)
+    if revision is not None and not re.fullmatch(r"[A-Za-z0-9][\w./-]*", revision):
+        raise EsdLoraError(f"revision {revision!r} is no name of a branch. Expected letters, digits and . _ - / in it.")
+    draft = drafted(eraser, repo, revision=revision, kohya=kohya, licence=licence, base_model=base_model, sensitive=sensitive)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    api, there, branch = HfApi(), None, True
+    with asked(repo):
+        try:
+            there = api.model_info(repo)
+            there = api.model_info(repo, revision=revision) if revision else there
+        except RevisionNotFoundError:
+            branch = False
+        except RepositoryNotFoundError:
+            if create_pr:
+                raise
+    if there and private and not there.private:
+        raise EsdLoraError(f"{repo} is there and public. Make it private on its page, or push without --private.")
+    seen = "private" if (there.private if there else private) else "public: anyone can see and fetch it"
+    where = "as a pull request" if create_pr else f"on branch {revision}" if revision else ""
+    held = [sibling.rfilename for sibling in there.siblings or []] if there and not create_pr else []
+    removed = tuple(place for place in held if place in _written(repo) - {*draft.files})
+    draft = draft._replace(target=", ".join(filter(None, (where, "new" * (there is None), seen))), removed=removed)
     if not confirm(draft):
         return None
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api = HfApi()
+    names = "a concept" if sensitive else ", ".join(concept.name for concept in draft.header.concepts)
     with asked(repo, "Run the same command again: what arrived is not sent twice."):
-        if not create_pr:
+        if there is None:
             api.create_repo(repo, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo, branch=revision, exist_ok=True)
-        before = api.model_info(repo, revision=revision)
-        there = [sibling.rfilename for sibling in before.siblings or []]
-        stale = [name for name in there if _OURS.fullmatch(name) and name not in draft.files]
-        changes = [CommitOperationAdd(place, content) for place, content in draft.files.items()]
-        names = ", ".join(concept.name for concept in draft.header.concepts) if not sensitive else "a concept"
+        if revision and not revision.startswith("refs/") and not (there and branch):
+            api.create_branch(repo, branch=revision, exist_ok=True)
         done = api.create_commit(
             repo,
-            [*changes, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=f"Eraser of {names}"[:70],
+            [
+                *(CommitOperationAdd(place, content) for place, content in draft.files.items()),
+                *map(CommitOperationDelete, removed),
+            ],
+            commit_message=printable(f"Eraser of {names}")[:70],
             revision=revision,
             create_pr=create_pr,
         )
-    return Pushed(done.pr_url or str(done.repo_url), done.oid, done.oid != before.sha)
+    return Pushed(done.pr_url or str(done.repo_url), done.oid, there is None or done.oid != there.sha)
 
 
 def drafted(
     eraser: str | Path,
     repo: str,
-    private: bool = False,
     *,
+    revision: str | None = None,
     kohya: bool = False,
     licence: str | None = None,
     base_model: str | None = None,
     sensitive: bool = False,
 ) -> Draft:
-    """Lays out what a push would make public, and sends nothing: see `push` for arguments and errors."""
-    asked_id = HubId.read(repo)
-    if asked_id is None or asked_id.revision:
+    """Lays out what a push would make public, and does not ask the Hub: see `push` for arguments and errors."""
+    if not re.fullmatch(HUB_NAME, repo):
         raise EsdLoraError(f"{repo!r} is no name of a repository: expected owner/name, such as me/no-cat.")
     loaded = load_eraser(eraser)
-    header = _published(loaded.header, base_model)
+    header = without_paths(loaded.header, base_model)
     published = Eraser(loaded.pairs, header)
     terms = licence_of(header.base, licence)
     files = {WEIGHTS_NAME: file_content(published.state_dict(), {"format": "pt", HEADER_KEY: header.model_dump_json()})}
     if header.recipes:
         files["recipe.yaml"] = "---\n".join(map(dump_recipe, header.recipes)).encode()
     samples: list[Sample] = []
-    folder = Path(eraser) / "samples" if Path(eraser).is_dir() else Path(eraser).parent / "samples"
-    for prompt, (erased, before) in read_samples(folder).items():
-        shown = {f"samples/{erased.name}": erased} | ({f"samples/{before.name}": before} if before and not sensitive else {})
-        files |= {place: path.read_bytes() for place, path in shown.items()}
+    of_this = (Path(eraser) / WEIGHTS_NAME).is_file()  # beside a file or a manifest lie pictures of anything
+    for prompt, *pair in read_samples(Path(eraser) / "samples") if of_this else []:
+        shown = {f"samples/{path.name}": path for path in (pair[:1] if sensitive else pair) if path}
+        files |= {place: clean_png(path, None if sensitive else prompt) for place, path in shown.items()}
         samples.append(Sample(prompt, *shown))
     name = f"kohya/{repo.partition('/')[2]}.safetensors" if kohya else None
     if name:
         files[name] = kohya_content(published)
-    card = published.card(Publication(repo, terms, samples, name, sensitive))
+    card = published.card(Publication(repo, terms, revision, samples, name, sensitive))
     _check_card(card)
-    return Draft(repo, private, terms, header, {"README.md": card.encode(), **files})
+    return Draft(repo, terms, header, {"README.md": card.encode(), **files})
 
 
-def _published(header: EraserHeader, base_model: str | None) -> EraserHeader:
-    """The header without the name that the base has on this machine alone."""
-    base, _, revision = (base_model or header.base).partition("@")
-    if not is_hub_id(base) and base not in BUILT_IN:
-        raise EsdLoraError(
-            f"the eraser was made for base {header.base!r}, which nobody else has under that name. Say which model on the Hub"
-            " it is with --base-model owner/name."
-        )
-    if base == header.base and not base_model:
-        return header
-    recipes = [recipe.model_copy(update={"base": base, "base_config": None}) for recipe in header.recipes]
-    changes = {"base": base, "base_revision": revision or header.base_revision, "recipes": tuple(recipes)}
-    if header.evaluation and header.evaluation.record.get("base", {}).get("id") == header.base:
-        record = header.evaluation.record | {"base": header.evaluation.record["base"] | {"id": base}}
-        changes["evaluation"] = header.evaluation.model_copy(update={"record": record})
-    return header.model_copy(update=changes)
+def _written(repo: str) -> set[str]:
+    """What a push may write into a repository beside weights and card."""
+    pictures = {f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")}
+    return {"recipe.yaml", f"kohya/{repo.partition('/')[2]}.safetensors"} | pictures
 
 
 def _check_card(card: str) -> None:

@@ -14,6 +14,7 @@ import click
 import yaml
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.outputs import printable
 
 if TYPE_CHECKING:
     from esd_lora.stacking import Strength
@@ -38,7 +39,7 @@ class Commands(click.Group):
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 return super().invoke(ctx)
         except EsdLoraError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
             sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

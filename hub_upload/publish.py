@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 import esd_lora
+from esd_lora.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.pushing import Draft
+from esd_lora.pushing import Draft, drafted
 from esd_lora.yaml_files import checked, read_yaml
 
 
@@ -66,8 +67,10 @@ def make(entry: Entry, out: Path) -> Path:
         EsdLoraError: If something is missing, or a gate fails.
     """
     folder, recipe = out / entry.repo, esd_lora.load_recipe(entry.recipe)
-    if not (folder / "README.md").exists():
+    if not (folder / WEIGHTS_NAME).exists():
         esd_lora.train(recipe, out=folder, force=True)
+    elif esd_lora.Eraser.load(folder).header.recipes != (recipe,):
+        raise EsdLoraError(f"{folder} was made by another recipe than {entry.recipe} is now. Remove it to make it anew.")
     base = esd_lora.load_base(recipe.base)
     measured = out / f"{entry.repo}-measured"
     asked = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
@@ -86,9 +89,9 @@ def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: b
         if name not in names:
             raise EsdLoraError(f"the collection has no {name!r}{did_you_mean(name, names)}. It has {', '.join(names)}.")
 
-    def confirm(draft: Draft) -> bool:
+    def show(draft: Draft) -> bool:
         print("\n".join(draft.lines()), flush=True)
-        return send
+        return True
 
     failed: list[str] = []
     for entry in collection.erasers:
@@ -96,14 +99,15 @@ def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: b
             continue
         terms = {"licence": entry.licence, "kohya": entry.kohya, "sensitive": entry.sensitive}
         try:
-            done = esd_lora.push(make(entry, out), f"{collection.owner}/{entry.repo}", **terms, confirm=confirm)
+            folder, repo = make(entry, out), f"{collection.owner}/{entry.repo}"
+            if send:
+                done = esd_lora.push(folder, repo, **terms, confirm=show)
+                print(f"{'pushed' if done.changed else 'nothing changed'}: {done.url}", flush=True)
+            else:
+                show(drafted(folder, repo, **terms))
+                print("  not sent: --publish sends it", flush=True)
         except EsdLoraError as error:
             failed.append(f"{entry.repo}: {error}")
-            continue
-        print(
-            f"{'pushed' if done.changed else 'nothing changed'}: {done.url}" if done else "  not sent: --publish sends it",
-            flush=True,
-        )
     return failed
 
 

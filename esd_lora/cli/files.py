@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from esd_lora.outputs import printable
 from esd_lora.shell import ERASER, Weighted, force_option, unweighted
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
@@ -46,7 +47,7 @@ def inspect(file: str, as_json: bool, layers: bool | None) -> None:
     from esd_lora.inspecting import inspect_file
 
     found = inspect_file(file)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines(layers)))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(map(printable, found.lines(layers))))
 
 
 @click.command()
@@ -56,7 +57,7 @@ def diff(first: str, second: str) -> None:
     """Compare two LoRA files: headers, layers, and how far apart their updates are."""
     from esd_lora.inspecting import diff as run
 
-    click.echo("\n".join(run(first, second).lines()))
+    click.echo("\n".join(map(printable, run(first, second).lines())))
 
 
 @click.command()

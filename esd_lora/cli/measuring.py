@@ -67,7 +67,7 @@ def evaluate(
     if attach:
         from esd_lora.evaluation.attaching import attachable
 
-        attachable(paths[0])  # before an hour of painting
+        attachable(paths[0], weights[0])  # before an hour of painting
     if pictures is not None:
         if paths or base or against:
             raise EsdLoraError("--score-only measures pictures as they are: leave out erasers, --base and --against.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from esd_lora.outputs import printable
 from esd_lora.shell import force_option
 
 if TYPE_CHECKING:
@@ -48,27 +49,20 @@ def push(
     esd-lora push no-cat me/no-cat --dry-run
     esd-lora push no-style me/no-style --kohya --base-model stable-diffusion-v1-5/stable-diffusion-v1-5
     """
+    from esd_lora.pushing import drafted
     from esd_lora.pushing import push as run
+
+    how: dict[str, Any] = {"revision": revision, "kohya": kohya, "licence": licence, "base_model": base_model}
+    if dry_run:
+        draft = drafted(eraser, repo, sensitive=sensitive, **how)
+        click.echo("\n".join([*draft.lines(), "", "The card:", "", draft.files["README.md"].decode(), "nothing was sent"]))
+        return
 
     def confirm(draft: Draft) -> bool:
         click.echo("\n".join(draft.lines()))
-        if dry_run:
-            click.echo("\nThe card:\n\n" + draft.files["README.md"].decode())
-            return False
         return yes or click.confirm("push this?")
 
-    done = run(
-        eraser,
-        repo,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        kohya=kohya,
-        licence=licence,
-        base_model=base_model,
-        sensitive=sensitive,
-        confirm=confirm,
-    )
+    done = run(eraser, repo, private=private, create_pr=create_pr, sensitive=sensitive, confirm=confirm, **how)
     if done is None:
         click.echo("nothing was sent")
     else:
@@ -98,7 +92,7 @@ def pull(repo: str, out: Path, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int, as_json: bool) -> None:
     """Find erasers on the Hub, by words of their name, concept, base and tags."""
-    from esd_lora.hub import search as run
+    from esd_lora.searching import search as run
 
     found = run(text, concept=concept, base=base, tags=tags, limit=limit)
     if as_json:
@@ -126,6 +120,6 @@ def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, as wide as their widest cell; control characters of a stranger's file are shown, not obeyed."""
-    lines = [head, *([cell if cell.isprintable() else repr(cell)[1:-1] for cell in row] for row in rows)]
+    lines = [head, *(list(map(printable, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

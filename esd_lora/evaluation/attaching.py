@@ -10,6 +10,7 @@ from typing import Any
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.header import Measured
+from esd_lora.stacking import Strength
 from esd_lora.tensor_files import hash_tensors
 
 
@@ -28,10 +29,7 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
     measured = summary["record"].get("variants", {}).get("erased", {}).get("erasers", [])
     if [member["sha256"] for member in measured] != [hash_tensors(loaded.state_dict())]:
         raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
-    if measured[0]["weight"] != 1 or measured[0]["blocks"]:
-        raise EsdLoraError(
-            f"these numbers are of {eraser} at another strength than it has. Evaluate it at 1, or stack it first."
-        )
+    attachable(eraser, Strength(measured[0]["weight"], measured[0]["blocks"]))
     told = {key: summary[key] for key in ("suite", "concepts", "variants", "not_run", "record")}
     found, earlier = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told), loaded.header.evaluation
     if earlier is not None and found.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
@@ -39,15 +37,19 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
     return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)
 
 
-def attachable(eraser: str | Path) -> Path:
-    """The directory that numbers can be written into.
+def attachable(eraser: str | Path, strength: Strength | None = None) -> Path:
+    """The directory that numbers of an eraser at some strength can be written into.
 
     Raises:
-        EsdLoraError: If it is none.
+        EsdLoraError: If it is none, or the eraser has another strength.
     """
     directory = Path(eraser)
     if not (directory / WEIGHTS_NAME).is_file():
         raise EsdLoraError(
             f"{eraser} is no directory of an eraser, so there is no card to write numbers into. Give one, or pull it first."
+        )
+    if strength not in (None, Strength()):
+        raise EsdLoraError(
+            f"numbers of {eraser} at another strength than it has do not go with it. Evaluate it at 1, or stack it first."
         )
     return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -19,14 +20,19 @@ from PIL import Image
 
 import loopback_hub
 from esd_lora.bases import base_files
+from esd_lora.cards import Publication, Sample
 from esd_lora.cataloging import catalog
 from esd_lora.cli import main
 from esd_lora.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.hub import HubId, pull, search
+from esd_lora.header import Measured, Origin
+from esd_lora.hub import HubId, pull
+from esd_lora.licences import licence_of
 from esd_lora.manifests import load_eraser, write_manifest
 from esd_lora.pictures import save_samples
 from esd_lora.pushing import drafted, push
+from esd_lora.recipe import Neighbours
+from esd_lora.searching import search
 from esd_lora.stacking import Strength
 from loopback_hub import LoopbackHub
 from made import made_eraser, made_header, made_pair
@@ -107,7 +113,7 @@ def test_push_publishes_what_it_said(ada: LoopbackHub, no_cat: Path) -> None:
     assert data["license"] == "creativeml-openrail-m"
     assert data["base_model"] == BASE
     assert data["base_model_relation"] == "adapter"
-    assert {"lora", "diffusers", "template:sd-lora", "concept-erasure", "esd", "erases:a-cat"} <= set(data["tags"])
+    assert {"lora", "diffusers", "template:sd-lora", "concept-erasure", "esd", "erases:cat"} <= set(data["tags"])
     assert "instance_prompt" not in data
     shown = [(one["text"], one["output"]["url"]) for one in data["widget"]]
     assert shown[:2] == [("a cat (base)", "samples/1_base.png"), ("a cat", "samples/1_erased.png")]
@@ -119,9 +125,11 @@ def test_nothing_leaves_before_it_is_confirmed(ada: LoopbackHub, no_cat: Path) -
     assert shown.exit_code == 0
     assert "# Eraser: a cat" in shown.stdout
     assert "nothing was sent" in shown.stdout
-    assert invoke("push", no_cat, "ada/no-cat", input="n\n").stdout.endswith("nothing was sent\n")
-    assert invoke("push", no_cat, "ada/no-cat", input="").exit_code == 1  # nobody there to ask
     assert ada.log == []
+    assert invoke("push", no_cat, "ada/no-cat", input="n\n").stdout.endswith("nothing was sent\n")
+    nobody = invoke("push", no_cat, "ada/no-cat", input="")
+    assert (nobody.exit_code, nobody.stderr) == (1, "Aborted!\n")
+    assert {request.method for request in ada.log} == {"GET"}
     assert invoke("push", no_cat, "ada/no-cat", input="y\n").exit_code == 0
     assert "ada/no-cat" in ada.repos
 
@@ -163,10 +171,27 @@ def test_another_licence_than_the_base_has(ada: LoopbackHub, no_cat: Path) -> No
 
 
 def test_files_of_others_stay(ada: LoopbackHub, no_cat: Path) -> None:
-    ada.plant("ada/no-cat", {"samples/mine.png": b"x", "notes.md": b"y"})
+    others = {"samples/mine.png": b"x", "notes.md": b"y", "kohya/style.safetensors": b"z", "samples/9_base.png": b"p"}
+    old = {"samples/4_base.png": b"x", "kohya/no-cat.safetensors": b"y"}
+    ada.plant("ada/no-cat", {**others, **old})
+    shown = invoke("push", no_cat, "ada/no-cat", "--create-pr", "--yes").stdout
+    assert "as a pull request" in shown
+    assert "taken out" not in shown
+    assert set(old) <= set(ada.files("ada/no-cat", "refs/pr/1"))
+    shown = invoke("push", no_cat, "ada/no-cat", "--yes").stdout
+    assert [line.split()[-1] for line in shown.splitlines() if "taken out" in line] == sorted(old)
+    files = ada.files("ada/no-cat")
+    assert {name: files[name] for name in others} == others
+    assert not set(old) & set(files)
+
+
+def test_pictures_of_something_else_are_not_taken(ada: LoopbackHub, no_cat: Path) -> None:
+    made_for(BASE, "a hat").save(no_cat.parent / "hat")
+    shutil.copy(no_cat.parent / "hat" / WEIGHTS_NAME, no_cat / "hat.safetensors")
+    assert not [name for name in drafted(no_cat / "hat.safetensors", "ada/hat").files if name.startswith("samples/")]
     push(no_cat, "ada/no-cat")
-    assert ada.files("ada/no-cat")["samples/mine.png"] == b"x"
-    assert ada.files("ada/no-cat")["notes.md"] == b"y"
+    assert not [name for name in drafted("ada/no-cat", "ada/copy").files if name.startswith("samples/")]
+    assert ada.log
 
 
 def test_a_branch_and_a_pull_request(ada: LoopbackHub, no_cat: Path) -> None:
@@ -184,8 +209,12 @@ def test_a_branch_and_a_pull_request(ada: LoopbackHub, no_cat: Path) -> None:
 
 def test_a_private_repository(ada: LoopbackHub, no_cat: Path) -> None:
     result = invoke("push", no_cat, "ada/secret", "--private", "--yes")
-    assert "ada/secret, private" in result.stdout
+    assert "ada/secret, new, private" in result.stdout
     assert ada.repos["ada/secret"].private
+    assert "ada/secret, private" in invoke("push", no_cat, "ada/secret", "--yes").stdout
+    push(no_cat, "ada/open")
+    assert "is there and public" in fault("push", no_cat, "ada/open", "--private", "--yes")
+    assert "is there and public" in fault("push", no_cat, "ada/open", "--private", "--create-pr", "--yes")
 
 
 def test_a_cut_push_goes_on(ada: LoopbackHub, no_cat: Path) -> None:
@@ -287,7 +316,7 @@ def test_damaged_erasers_are_not_pushed(ada: LoopbackHub, no_cat: Path) -> None:
     assert "no name of a repository" in fault("push", no_cat, "x", "--yes")
     made_for(BASE).save(no_cat)
     (no_cat / "samples" / "1_erased.png").write_bytes(b"no picture")
-    assert "cannot be read as a picture" in fault("push", no_cat, "ada/x", "--yes")
+    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--yes")
     assert ada.log == []
 
 
@@ -307,6 +336,40 @@ def test_no_path_of_this_machine_becomes_public(ada: LoopbackHub, tmp_path: Path
     assert (header.base, header.base_revision, header.recipes[0].base) == (BASE, "abc", BASE)
 
 
+def test_no_path_of_any_member_becomes_public(ada: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "my-sd").mkdir(parents=True)
+    cat, hat = made_for(BASE, "a cat"), made_for(BASE, "a hat")
+    here = hat.header.recipes[0].model_copy(
+        update={
+            "base": "models/my-sd",
+            "base_config": "/opt/config",
+            "neighbours": Neighbours(vocabulary="/srv/secret/words.txt", count=3),
+        }
+    )
+    record = {"base": {"id": "/srv/copy"}, "variants": {"other": {"base": {"id": "models/my-sd"}}}, "note": "~/x/y.csv"}
+    changes = {
+        "recipes": (*cat.header.recipes, here),
+        "origins": (Origin(how="imported", files={}, layout="kohya", notes={"ss_vae_name": "C:\\Users\\me\\vae.pt"}),),
+        "evaluation": Measured(suite="s", date="2026-01-01", concepts=("/not/a/path",), variants={}, record=record),
+    }
+    Eraser(cat.pairs, cat.header.model_copy(update=changes)).save(tmp_path / "both")
+    push(tmp_path / "both", "ada/both", kohya=True)
+    for name, data in ada.files("ada/both").items():
+        for part in (b"/srv", b"/opt", b"models/my-sd", b"Users", b"~/x"):
+            assert part not in data, (name, part)
+    header = Eraser.load(pull("ada/both", tmp_path / "pulled").directory).header
+    assert header.recipes[1].base == BASE
+    assert header.recipes[1].neighbours is not None
+    assert header.recipes[1].neighbours.vocabulary == "words.txt"
+    local = made_for("models/my-sd", "a cat").save(tmp_path / "local")
+    assert "nobody else has under that name" in fault("push", local, "ada/x", "--yes", "--license", "mit")
+    inside = made_for(BASE).header.model_copy(update={"versions": {"torch": f"{tmp_path}/torch"}})
+    Eraser(cat.pairs, inside).save(tmp_path / "inside")
+    push(tmp_path / "inside", "ada/inside")
+    assert str(tmp_path).encode() not in ada.files("ada/inside")[WEIGHTS_NAME]
+
+
 def test_sensitive_pages(ada: LoopbackHub, no_cat: Path) -> None:
     push(no_cat, "ada/no-cat", sensitive=True)
     files = ada.files("ada/no-cat")
@@ -320,27 +383,112 @@ def test_sensitive_pages(ada: LoopbackHub, no_cat: Path) -> None:
     assert not [tag for tag in data["tags"] if tag.startswith("erases:")]
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt", "shown"),
+    [
+        ("a stable full of horses", "two horses in a stable", "two h••••• in a s•••••"),
+        ("text on an image", "an image with text", "an i•••• with t•••"),
+        ("the LoRA style", "a LoRA", "a L•••"),
+        ("license plate", "license plates", "l•••••• p•••••"),
+        ("nude", "three nudes", "three n••••"),
+        ("裸体", "裸体 painting", "裸• painting"),
+        ("xx", "xx", "x•"),
+    ],
+)
+def test_masking_touches_no_key_tag_or_address(name: str, prompt: str, shown: str, ada: LoopbackHub, tmp_path: Path) -> None:
+    made = made_for(BASE, name)
+    concept = made.header.concepts[0].model_copy(update={"pairs": ((prompt, ""),)})
+    folder = Eraser(made.pairs, made.header.model_copy(update={"concepts": (concept,)})).save(tmp_path / "one")
+    save_samples(folder / "samples", [prompt], [Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))])
+    push(folder, "ada/one", sensitive=True, kohya=True)
+    files = ada.files("ada/one")
+    card = ModelCard(files["README.md"].decode())
+    data = card.data.to_dict()
+    assert (data["license"], data["base_model"], data["pipeline_tag"]) == ("creativeml-openrail-m", BASE, "text-to-image")
+    assert {"template:sd-lora", "esd-lora", "lora"} <= set(data["tags"])
+    assert [one["text"] for one in data["widget"]] == [shown]
+    assert f"| {shown} | (empty prompt) |" in card.text
+    assert "take `kohya/one.safetensors`" in card.text
+    assert f'from_pretrained("{BASE}")' in card.text
+    with Image.open(io.BytesIO(files["samples/1_erased.png"])) as picture:
+        assert picture.info == {}
+
+
 def test_card_from_hostile_words(tmp_path: Path) -> None:
-    """Names of users stand in the card as text: no HTML, link, picture, table cell, code or front matter of theirs."""
-    name = "x | y\n---\n<script>alert(1)</script> [l](http://e.vil) ![p](http://e.vil/p.png) `code` *bold*"
-    made = made_eraser({"conv": 1})
-    header = made_header(name, base=BASE).model_copy(update={"versions": {"<b>": "`1`"}, "base_revision": "`<i>`"})
-    Eraser(made.pairs, header).save(tmp_path)
-    card = drafted(tmp_path, "ada/x").files["README.md"].decode()
+    """Text of users stands in the card as text: no HTML, link, picture, table cell, heading, code or front matter of theirs."""
+    evil = "x | y\n---\n\n# Fake\n<script>alert(1)</script> [l](http://e.vil) ![p](http://e.vil/p.png) `code` *bold* $base"
+    made = made_for(BASE, evil)
+    strings = [
+        name
+        for name, field in type(made.header).model_fields.items()
+        if str(field.annotation).startswith(("<class 'str", "str |"))
+    ]
+    assert {"family", "scope", "objective", "prediction_type"} <= set(strings)
+    changes = {name: evil for name in strings if name not in ("base", "created", "prefix", "family")}
+    made.header.versions.clear()
+    header = made.header.model_copy(update={**changes, "versions": {evil: evil}, "preserve": (evil,), "family": f"sd{evil}"})
+    card = Eraser(made.pairs, header).card(
+        Publication("ada/x", licence_of(BASE, None), None, [Sample(evil, "samples/1_erased.png")])
+    )
     front, _, body = card[4:].partition("\n---\n")
     assert set(yaml.safe_load(front)) == {
-        *("library_name", "pipeline_tag", "license", "tags", "base_model", "base_model_relation"),
+        *("library_name", "pipeline_tag", "license", "tags", "base_model", "base_model_relation", "widget"),
     }
-    prose = re.sub(r"```yaml.*?```", "", body, flags=re.DOTALL)
-    assert "<script" not in prose
-    assert "<b>" not in prose
-    assert "<i>" not in prose
+    prose = re.sub(r"(`{3,})\w+\n.*?\n\1\n", "", body, flags=re.DOTALL)
+    prose = re.sub(r"(?<!\\)`[^`\n]*`", "code", prose)
+    assert "<" not in prose.replace("&lt;", "")
+    assert "# Fake" not in "\n".join(line for line in prose.splitlines() if line.startswith("#") and "Eraser:" not in line)
     assert not re.search(r"(?<!\\)\]\(http://e", prose)
-    row = next(line for line in prose.splitlines() if line.startswith("| x"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 3
-    fenced = re.search(r"\n(`{3,})yaml\n.*?\n\1\n", body, flags=re.DOTALL)
-    assert fenced is not None
-    assert "e.vil" in fenced[0]
+    assert not [line for line in prose.splitlines() if line.startswith("---")]
+    for row in (line for line in prose.splitlines() if line.startswith("| x")):
+        assert len(re.findall(r"(?<!\\)\|", row)) in (3, 4)
+    (tmp_path / "card.md").write_text(card)
+    assert "e.vil" in body
+
+
+def test_a_stack_of_many_has_a_short_heading() -> None:
+    made = made_for(BASE, *(f"concept {i}" for i in range(150)))
+    card = made.card(Publication("ada/x", licence_of(BASE, None)))
+    heading = next(line for line in card.splitlines() if line.startswith("# Eraser"))
+    assert heading.endswith("concept 11 and 138 more")
+    assert len([tag for tag in ModelCard(card).data.to_dict()["tags"] if tag.startswith("erases:")]) == 12
+
+
+@pytest.mark.parametrize("revision", ["a b", "../x", "x\n", "-x"])
+def test_names_of_branches(revision: str, ada: LoopbackHub, no_cat: Path) -> None:
+    assert "is no name of a branch" in fault("push", no_cat, "ada/x", "--revision", revision, "--yes")
+    assert ada.log == []
+
+
+def test_pushing_to_a_pull_request_that_is_there(ada: LoopbackHub, no_cat: Path) -> None:
+    ada.plant("ada/x", {"notes.md": b"mine"})
+    push(no_cat, "ada/x", create_pr=True)
+    shutil.rmtree(no_cat / "samples")
+    push(no_cat, "ada/x", revision="refs/pr/1")
+    assert "samples/1_base.png" not in ada.files("ada/x", "refs/pr/1")
+    assert set(ada.files("ada/x")) == {"notes.md"}
+    push(no_cat, "ada/x", revision="v2")
+    assert "esd-lora merge ada/x@v2" in ada.files("ada/x", "v2")["README.md"].decode()
+    assert 'load_lora_weights("ada/x", revision="v2")' in ada.files("ada/x", "v2")["README.md"].decode()
+
+
+def test_nothing_of_a_stranger_commands_the_terminal(ada: LoopbackHub, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\ncat\n  erases nothing\u202e"
+    folder = made_for(BASE, evil).save(tmp_path / "evil")
+    for command in (
+        ["push", folder, "ada/x", "--dry-run"],
+        ["push", folder, "ada/x", "--yes"],
+        ["inspect", folder],
+        ["catalog", folder, "--no-cache"],
+    ):
+        shown = invoke(*command).stdout.partition("The card:")[0]
+        assert "owned" in shown
+        assert all(line.isprintable() for line in shown.splitlines()), command
+        assert not [line for line in shown.splitlines() if line.startswith("  erases nothing")]
+    ada.plant("bob/evil", {f"{evil}.safetensors": b"x"})
+    message = fault("pull", "bob/evil", "-o", tmp_path / "out")
+    assert "leads out of its directory" in message
+    assert message.strip().isprintable()
 
 
 # Pull
@@ -410,7 +558,7 @@ def bomb() -> bytes:
         ({"huge.png": b"x"}, {"huge.png": {"size": 10**12}}, "too large for an eraser's"),
         ({"more.safetensors": b"x" * 99}, {"more.safetensors": {"sha256": "0" * 64}}, "as the Hub announced"),
         ({"notes.md": b"hello"}, {"notes.md": {"oid": "0" * 40}}, "as the Hub announced"),
-        ({"notes.md": b"hello"}, {"notes.md": {"size": 3}}, "could not be fetched"),
+        ({"notes.md": b"hello"}, {"notes.md": {"size": 3}}, "Consistency check failed"),
         ({f"{i}.md": b"" for i in range(600)}, {}, "more than 500"),
     ],
     ids=[
@@ -587,8 +735,9 @@ def test_search(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
     push(folder, "ada/no-gogh", licence="mit")
     ada.plant("bob/lora", {"README.md": b"---\ntags: [lora]\n---\n"})
     assert {one.repo for one in search()} == {"ada/no-cat", "ada/no-gogh"}
-    (gogh,) = search(concept="Van Gogh")
-    assert (gogh.repo, gogh.erases, gogh.base) == ("ada/no-gogh", ["Van Gogh"], "owner/other")
+    assert [one.repo for one in search(concept="A CAT")] == [one.repo for one in search(concept="cat")] == ["ada/no-cat"]
+    (gogh,) = search(concept="van Gogh")
+    assert (gogh.repo, gogh.erases, gogh.base) == ("ada/no-gogh", ["van gogh"], "owner/other")
     assert [one.repo for one in search(base=BASE)] == ["ada/no-cat"]
     assert [one.repo for one in search("gogh")] == ["ada/no-gogh"]
     assert search(tags=("nothing",)) == []
