@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import loopback_hub
+from esd_lora.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.suite_files import load_suite
 from esd_lora.evaluation.summarising import read_gate
@@ -91,6 +92,11 @@ def test_publishing(
     assert PUBLISH.publish(collection, tmp_path / "out", ["good"], send=True) == []
     assert "nothing changed" in capsys.readouterr().out
     assert [request for request in hub.log if request.method == "PUT"] == []
+    (tmp_path / "quick.yaml").write_text(QUICK + "concepts: [a dog]\n")
+    (reason,) = PUBLISH.publish(collection, tmp_path / "out", ["good"], send=True)
+    assert "made by another recipe" in reason
+    (tmp_path / "out" / "good" / WEIGHTS_NAME).unlink()
+    assert PUBLISH.publish(collection, tmp_path / "out", ["good"]) != []
     with pytest.raises(EsdLoraError, match=r"no 'god' \(did you mean 'good'\?\)"):
         PUBLISH.publish(collection, tmp_path / "out", ["god"])
 

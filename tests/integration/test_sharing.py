@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import loopback_hub
+from esd_lora import hub as module
 from esd_lora.bases import base_files
 from esd_lora.cards import Publication, Sample
 from esd_lora.cataloging import catalog
@@ -34,6 +37,7 @@ from esd_lora.pushing import drafted, push
 from esd_lora.recipe import Neighbours
 from esd_lora.searching import search
 from esd_lora.stacking import Strength
+from esd_lora.tensor_files import file_content
 from loopback_hub import LoopbackHub
 from made import made_eraser, made_header, made_pair
 
@@ -606,6 +610,175 @@ def test_a_poisoned_file_does_not_stay_in_the_cache(ada: LoopbackHub, no_cat: Pa
         load_eraser("bob/flip")
     ada.plant("bob/flip", {WEIGHTS_NAME: good})
     assert load_eraser("bob/flip").names == ["a cat"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("inside", ["README.md", "samples/1_base.png", "x.md"])
+def test_a_pull_that_cannot_be_finished_changes_nothing(ada: LoopbackHub, no_cat: Path, tmp_path: Path, inside: str) -> None:
+    """Where a file should go there is a folder, or a file where a folder should."""
+    push(no_cat, "ada/no-cat")
+    ada.plant("ada/no-cat", {"x.md/y.md": b"", "new.md": b""} if inside == "x.md" else {"new.md": b""})
+    out = made_for(BASE, "a hat").save(tmp_path / "out")
+    if inside == "README.md":
+        (out / inside).unlink()
+        (out / inside).mkdir()
+    else:
+        (out / inside.partition("/")[0]).write_bytes(b"in the way")
+    before = tree(out)
+    assert "cannot be put there" in fault("pull", "ada/no-cat", "-o", out, "--force")
+    assert tree(out) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "no-cat"}
+
+
+@pytest.mark.usefixtures("ada")
+def test_pull_over_another_eraser(no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/no-cat")
+    out = made_for(BASE, "a hat").save(tmp_path / "out")
+    for name in ("checkpoint.pt", "mine.txt", "stack.yaml"):
+        (out / name).write_bytes(b"here before")
+    assert invoke("pull", "ada/no-cat", "-o", out, "--force").exit_code == 0
+    assert Eraser.load(out).names == ["a cat"]
+    assert {"checkpoint.pt", "mine.txt"} <= set(tree(out))
+    assert "stack.yaml" not in tree(out)
+    assert "no repository ada/none" in fault("pull", "ada/none", "-o", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    assert "is a file, expected a directory" in fault("pull", "ada/no-cat", "-o", tmp_path / "file")
+
+
+@pytest.mark.parametrize("repo", ["ada/no--cat", "ada/a..b", "ada/x.git", f"ada/{'x' * 120}"])
+def test_names_that_the_client_does_not_take(repo: str, ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
+    assert "is no name that the Hub takes" in fault("pull", repo, "-o", tmp_path / "out")
+    assert "is no name that the Hub takes" in fault("inspect", repo)
+    assert "is no name that the Hub takes" in fault("push", no_cat, repo, "--yes")
+    assert ada.log == []
+
+
+def test_a_mistyped_path(hub: LoopbackHub) -> None:
+    assert "there is no path out/no-cta here, and there is no repository" in fault("inspect", "out/no-cta")
+    asked = len(hub.log)
+    with pytest.raises(EsdLoraError, match="no eraser at out/no-cta"):
+        load_eraser(Path("out/no-cta"))
+    assert len(hub.log) == asked, "a Path is never a Hub id"
+    assert "no eraser at" in fault("export", "x" * 300, "--layout", "kohya", "-o", "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ('{"format": ' + "9" * 5000 + "}", "has format 999999999"),
+        ('{"format": "x"}', "damaged header"),
+        ("[" * 100_000, "damaged header"),
+        ('"\\ud800"', "damaged header"),
+    ],
+)
+def test_damaged_headers(header: str, said: str, no_cat: Path) -> None:
+    tensors = Eraser.load(no_cat).state_dict()
+    (no_cat / WEIGHTS_NAME).write_bytes(file_content(tensors, {"format": "pt", "esd_lora": header}))
+    assert said in fault("inspect", no_cat)
+    assert invoke("catalog", no_cat, "--no-cache").stdout == "none found\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stack: [{file: 2020-13-45}]",
+        "2024-99-99: x",
+        f"stack: [{{file: a, weight: {'9' * 5000}}}]",
+        'stack: [{file: "a\\0b"}]',
+        f"stack: [{{file: {'a' * 300}}}]",
+    ],
+    ids=["date", "key", "digits", "nul", "long"],
+)
+def test_strange_manifests(text: str, ada: LoopbackHub, tmp_path: Path) -> None:
+    ada.plant("bob/evil", {"stack.yaml": text.encode()})
+    for command in (["pull", "bob/evil", "-o", tmp_path / "out"], ["inspect", "bob/evil"]):
+        assert re.search("no stack manifest|outside its directory|no eraser at", fault(*command))
+
+
+def test_manifests_that_multiply(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
+    files = {"e/" + WEIGHTS_NAME: (no_cat / WEIGHTS_NAME).read_bytes()}
+    for level in range(4):
+        below = "e" if level == 3 else f"{level + 1}.yaml"
+        name = f"{level}.yaml" if level else "stack.yaml"
+        files[name] = f"stack: [{', '.join(['{file: ' + below + '}'] * 11)}]".encode()
+    ada.plant("bob/bomb", files)
+    assert "stands for more than 1000 erasers" in fault("pull", "bob/bomb", "-o", tmp_path / "out")
+
+
+def test_a_repository_that_changes_meanwhile(
+    ada: LoopbackHub, no_cat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between listing and fetching the card is changed: it is listed anew. If that goes on, it is told."""
+    push(no_cat, "ada/no-cat")
+    left, listing = [1], module._listing
+
+    def changing(hub_id: HubId) -> Any:
+        found = listing(hub_id)
+        if left[0] > 0:
+            left[0] -= 1
+            ada.plant("ada/no-cat", {"README.md": f"changed {left[0]}".encode()})
+        return found
+
+    monkeypatch.setattr(module, "_listing", changing)
+    pulled = pull("ada/no-cat", tmp_path / "out")
+    assert (pulled.directory / "README.md").read_bytes() == b"changed 0"
+    left[0] = 9
+    with pytest.raises(EsdLoraError, match="as the Hub announced"):
+        pull("ada/no-cat", tmp_path / "again")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_and_an_eraser_in_the_cache(status: int, ada: LoopbackHub, no_cat: Path) -> None:
+    push(no_cat, "ada/no-cat")
+    load_eraser("ada/no-cat")
+    ada.trouble("GET /api", status, times=99)
+    assert load_eraser("ada/no-cat").names == ["a cat"]
+    with pytest.raises(EsdLoraError, match=r"too many requests|in trouble"):
+        load_eraser("ada/other")
+
+
+@pytest.mark.usefixtures("ada")
+def test_no_manifest_of_hub_ids(no_cat: Path, tmp_path: Path) -> None:
+    push(no_cat, "ada/no-cat")
+    result = invoke("stack", "ada/no-cat", "ada/no-cat@main", "-o", tmp_path / "both.yaml")
+    assert result.exit_code == 1
+    assert "Pull it first" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "both.yaml").exists()
+
+
+def test_a_token_is_never_shown(ada: LoopbackHub, no_cat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ada.trouble("GET /api/models", 400, body={"error": "you sent hf_ada_secret"})
+    assert "you sent ***" in fault("pull", "ada/x", "-o", tmp_path / "out")
+    ada.card_errors = ["hf_ada_secret is in it"]
+    assert "*** is in it" in fault("push", no_cat, "ada/x", "--yes")
+    monkeypatch.setenv("HF_TOKEN", "hf_m\u00fcller")
+    assert "characters that no token has" in fault("pull", "ada/x", "-o", tmp_path / "out")
+
+
+def test_a_wrong_endpoint(hub: LoopbackHub, tmp_path: Path) -> None:
+    environment = loopback_hub.environment(hub, tmp_path, None) | {"HF_ENDPOINT": "nonsense"}
+    command = [str(Path(sys.executable).with_name("esd-lora")), "pull", "ada/x", "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: the connection to the Hub failed on ada/x")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\nrest", b"no picture"])
+def test_pictures_that_are_none(content: bytes, no_cat: Path) -> None:
+    (no_cat / "samples" / "1_base.png").write_bytes(content)
+    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
+
+
+def test_a_picture_too_large_and_one_of_another_kind(no_cat: Path) -> None:
+    Image.new("RGB", (8, 8)).save(no_cat / "samples" / "1_base.png", "JPEG")
+    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
+    Image.new("1", (20_000, 20_000)).save(no_cat / "samples" / "1_base.png")
+    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
 
 
 # Hub ids wherever an eraser is
