@@ -71,7 +71,7 @@ BROUGHT: dict[int, set[str]] = {
     4: {"click"},
 }
 """What each floor may import from outside, beside the standard library and what those below it may."""
-VERBS = {"training", "sampling", "merging", "extracting", "verifying", "fusing"}
+VERBS = {"training", "sampling", "merging", "extracting", "verifying", "fusing", "pushing"}
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in PACKAGE.rglob("*.py"))
 
 
