@@ -51,7 +51,7 @@ def catalog(folders: Sequence[str | Path] = (".",), *, cache: bool = True) -> li
     """Lists the erasers below some folders, and those that were fetched from the Hub.
 
     Args:
-        folders: Looked through to any depth, but for environments, links to folders, and what starts with a dot.
+        folders: Looked through to any depth, but for environments, links to folders, the Hub's cache, and what starts with a dot.
         cache: Whether to look into the Hub's cache, too.
 
     Raises:
@@ -67,7 +67,7 @@ def catalog(folders: Sequence[str | Path] = (".",), *, cache: bool = True) -> li
 
 def _files(folder: Path) -> Iterator[Path]:
     for here, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if name not in _SKIPPED and not name.startswith("."))
+        below[:] = sorted(name for name in below if name not in _SKIPPED and not name.startswith((".", "models--")))
         if WEIGHTS_NAME in names:
             yield Path(here, WEIGHTS_NAME)
 

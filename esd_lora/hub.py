@@ -207,7 +207,7 @@ def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
             raise EsdLoraError(f"{hub_id} holds a file named {file.path!r}, which leads out of its directory. Do not trust it.")
         kind = PurePosixPath(file.path).suffix.lower()
         if kind not in ALLOWED or any(part.startswith(".") for part in parts):
-            left_out.append(file.path)
+            left_out += [file.path] if file.path != ".gitattributes" else []  # which every repository has
             continue
         if file.size > _LARGEST.get(kind, _LARGE):
             raise EsdLoraError(
