@@ -51,7 +51,7 @@ def catalog(folders: Sequence[str | Path] = (".",), *, cache: bool = True) -> li
     """Lists the erasers below some folders, and those that were fetched from the Hub.
 
     Args:
-        folders: Looked through to any depth, but for environments, links to folders, the Hub's cache, and what starts with a dot.
+        folders: Looked through to any depth, but for environments, links to folders, caches, and what starts with a dot.
         cache: Whether to look into the Hub's cache, too.
 
     Raises:
