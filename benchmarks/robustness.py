@@ -1,11 +1,12 @@
 """Erasers on the built-in base under attack: what is left, what is kept, and what each attack brings back.
 
-    OMP_NUM_THREADS=1 python benchmarks/robustness.py [--seeds 0,1,2] [--concepts cat] [--scopes xattn,noxattn,full]
-        [--objectives esd,contrast] [--part 0/1]
+    OMP_NUM_THREADS=1 python benchmarks/robustness.py [--seeds 0,1,2] [--concept cat] [--anchor dog]
+        [--scopes xattn,noxattn,full] [--objectives esd,contrast] [--part 0/1]
 
 Every eraser is trained by `fast`, with another scope and objective, and measured by the suite `emoji-attack`: 40 pictures on
 prompts that it was not trained on, painted by the base, with the eraser, and under each attack, and all other objects and
-styles. What lies in `--out` is not made again; `--part 0/2` does every second.
+styles. `esd` has the empty anchor and eta 3, `contrast` the anchor and eta 1 (with the empty one it would be `esd`). What lies
+in `--out` is not made again; `--part 0/2` does every second.
 
 - left: pictures of what was erased where the judge still names it; of the base, its own rate.
 - kept: pictures of the rest with object and style right.
@@ -19,6 +20,7 @@ import datetime
 from itertools import product
 from pathlib import Path
 
+from esd_lora.evaluation.domain_suite import wording
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.families import load_base
 from esd_lora.recipe_files import load_recipe
@@ -29,30 +31,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/robustness"))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--concepts", default="cat")
+    parser.add_argument("--concept", default="cat")
+    parser.add_argument("--anchor", default="dog", help="of `contrast`: what appears instead")
     parser.add_argument("--scopes", default="xattn,noxattn,full")
     parser.add_argument("--objectives", default="esd,contrast")
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
     base, rows = load_base("emoji"), dict[tuple[str, ...], list[dict[str, dict[str, int]]]]()
-    asked = (options.concepts, options.scopes, options.objectives, options.seeds)
-    for number, (concept, scope, objective, seed) in enumerate(product(*(text.split(",") for text in asked))):
+    asked = (options.scopes, options.objectives, options.seeds)
+    for number, (scope, objective, seed) in enumerate(product(*(text.split(",") for text in asked))):
         if number % parts != part:
             continue
-        folder = options.out / "-".join((concept, scope, objective, seed))
+        folder = options.out / "-".join((options.concept, scope, objective, seed))
         if not (folder / "eraser" / "README.md").exists():
             settings = {"train.seed": int(seed), "train.preview_every": 0, "train.probe_every": 0}
-            recipe = load_recipe("fast", settings, concepts=[f"a {concept}"], scope=scope, objective=objective)
+            concept = {"name": options.concept, "prompts": [wording("{a}", options.concept)]}
+            if objective == "contrast":
+                concept, settings = concept | {"anchor": wording("{a}", options.anchor)}, settings | {"eta": 1.0}
+            recipe = load_recipe("fast", settings, concepts=[concept], scope=scope, objective=objective)
             train(recipe, base=base, out=folder / "eraser", force=True)
         found = evaluate(base, "emoji-attack", folder / "measured", erasers=[folder / "eraser"])["variants"]
         columns = {"left": found["erased"]["target"]["accuracy"], "kept": found["erased"]["general"]["accuracy"]}
         columns["base"] = found["base"]["target"]["accuracy"]
         attacks = {name.removeprefix("attack-"): of["target"]["accuracy"] for name, of in found.items() if "attack" in name}
-        rows.setdefault((concept, scope, objective), []).append({**columns, **attacks})
+        rows.setdefault((scope, objective), []).append({**columns, **attacks})
     print(f"\n{datetime.date.today()}; training seeds {options.seeds}; shares over all, and of how many pictures\n")
     names = list(next(iter(rows.values()))[0])
-    print(f"| concept | scope | objective | {' | '.join(names)} |\n" + "|---" * (3 + len(names)) + "|")
+    print(f"| scope | objective | {' | '.join(names)} |\n" + "|---" * (2 + len(names)) + "|")
     for row, found in rows.items():
         counts = [(sum(of[name]["hits"] for of in found), sum(of[name]["of"] for of in found)) for name in names]
         print(f"| {' | '.join(row)} | {' | '.join(f'{hits / of:.1%} (of {of})' for hits, of in counts)} |")
