@@ -133,13 +133,13 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
             if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents if place.is_relative_to(out)):
                 raise EsdLoraError(f"output {out}: {name} cannot be put there, where a file or folder of that name is.")
         with told(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as folder:
-            for i, place in enumerate(taken.places.values()):
-                shutil.copyfile(place, Path(folder, str(i)))
-            names = dict(zip(taken.places, map(str, range(len(taken.places))), strict=True))
-            for name in sorted(names, key=lambda name: name in _FIRST):  # what makes it an eraser comes last
+            beside = {name: Path(folder, str(i)) for i, name in enumerate(taken.places)}
+            for name, place in beside.items():
+                shutil.copyfile(taken.places[name], place)
+            for name in sorted(beside, key=lambda name: name in _FIRST):  # what makes it an eraser comes last
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                Path(folder, names[name]).replace(out / name)
-            for name in set(_FIRST) - set(names):
+                beside[name].replace(out / name)
+            for name in set(_FIRST) - set(beside):
                 (out / name).unlink(missing_ok=True)
     except BaseException:
         if new and not any(out.iterdir()):
