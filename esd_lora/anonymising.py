@@ -33,20 +33,21 @@ def without_paths(header: EraserHeader, base_model: str | None) -> EraserHeader:
             return {name: v if name in _PROMPTS else scrubbed(v, name) for name, v in named.items()}
         if isinstance(value, list):
             return [scrubbed(v, key) for v in cast("list[Any]", value)]
-        if not isinstance(value, str) or not (_is_local(value) or value == header.base):
+        if not isinstance(value, str) or not (_is_local(value) or (value == header.base != base)):
             return value
         return base if key in ("base", "id") else None if key == "base_config" else re.split(r"[\\/]", value.rstrip("\\/"))[-1]
 
     plain = scrubbed(header.model_dump(mode="json"))
-    if base != header.base:
-        plain["base"], plain["base_revision"] = base, revision or None
-    text = EraserHeader.model_validate(plain)
+    plain["base"] = base
+    if base != header.base or revision:
+        plain["base_revision"] = revision or None
+    clean = EraserHeader.model_validate(plain)
     for place in (Path.home(), Path.cwd()):
-        if len(place.parts) > 1 and f"{place}/" in text.model_dump_json():
+        if len(place.parts) > 1 and f"{place}/" in clean.model_dump_json():
             raise EsdLoraError(
                 f"the eraser's header names files below {place}, which would become public. Make it without them."
             )
-    return text
+    return clean
 
 
 def _is_local(text: str) -> bool:
