@@ -15,10 +15,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from esd_lora.checkpoints import CHECKPOINT_NAME
-from esd_lora.eraser import WEIGHTS_NAME, Eraser, hash_weight
+from esd_lora.eraser import RUN_FILES, WEIGHTS_NAME, Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import Base, load_base
 from esd_lora.optimizing import learning_rate
+from esd_lora.pictures import read_samples
 from esd_lora.recipe import SCOPES, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
@@ -78,7 +79,12 @@ def test_run_directory(tiny_dir: Path, tmp_path: Path, preset: str) -> None:
         "train_log.jsonl",
         "previews/step_00003.png",
         "samples/before_after.png",
+        *(f"samples/{i}_{name}.png" for i in (1, 2, 3) for name in ("base", "erased")),
     }
+    samples = read_samples(tmp_path / "run" / "samples")
+    assert [prompt for prompt, _, _ in samples] == ["a cat", "a dog", "a hat"]
+    assert all(before is not None and erased.read_bytes() != before.read_bytes() for _, erased, before in samples)
+    assert names - {"README.md"} <= {*RUN_FILES, "previews/step_00003.png"}
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
     assert_same_eraser(Eraser.load(tmp_path / "run"), eraser)
 
