@@ -80,7 +80,7 @@ def push(
     sensitive: bool = False,
     confirm: Callable[[Draft], bool] = lambda _: True,
 ) -> Pushed | None:
-    """Publishes an eraser: weights, card, recipe, and the pictures that its training left.
+    """Publishes an eraser: weights, card, recipe, and the pictures that its training or evaluation left.
 
     Files that the repository holds already are not sent again, so a push that broke off goes on when it is repeated.
 

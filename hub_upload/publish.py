@@ -74,7 +74,8 @@ def make(entry: Entry, out: Path) -> Path:
     base = esd_lora.load_base(recipe.base)
     measured = out / f"{entry.repo}-measured"
     asked = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
-    esd_lora.attach(folder, esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **asked))
+    summary = esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **asked)
+    esd_lora.attach(folder, summary, None if entry.sensitive else measured)
     return folder
 
 

@@ -87,7 +87,7 @@ def evaluate(
     if attach:
         from esd_lora.evaluation.attaching import attach as write
 
-        write(paths[0], summary)
+        write(paths[0], summary, None if load_suite(suite, over).sensitive else out)
     click.echo((out / "table.md").read_text("utf-8"))
     for name, reason in summary["not_run"].items():
         click.echo(f"not run: {name}: {reason}", err=True)

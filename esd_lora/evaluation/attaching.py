@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.eraser import SAMPLES, WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.scoring import open_painted, picture
 from esd_lora.header import Measured
+from esd_lora.pictures import read_samples, save_samples
 from esd_lora.stacking import Strength
 from esd_lora.tensor_files import hash_tensors
 
 
-def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
+def attach(eraser: str | Path, summary: Mapping[str, Any], pictures: Path | None = None) -> Path:
     """Writes an evaluation into an eraser's directory: header and model card. Its tensors stay as they are.
 
     Args:
         eraser: Directory of the eraser that was measured.
         summary: What `evaluating.evaluate` gave back.
+        pictures: The evaluation's directory, from which pictures for the card are taken if training left none.
 
     Raises:
         EsdLoraError: If there is no such directory, or something else was measured.
@@ -31,10 +35,24 @@ def attach(eraser: str | Path, summary: Mapping[str, Any]) -> Path:
         raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
     attachable(eraser, Strength(measured[0]["weight"], measured[0]["blocks"]))
     told = {key: summary[key] for key in ("suite", "concepts", "variants", "not_run", "record")}
+    if pictures is not None and not read_samples(directory / "samples"):
+        _take_samples(pictures, directory / "samples")
     found, earlier = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told), loaded.header.evaluation
     if earlier is not None and found.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
         return directory  # nothing new was measured, so the file stays the same to the byte
     return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)
+
+
+def _take_samples(evaluation: Path, folder: Path) -> None:
+    """Pictures of what was erased and of the rest, spread over all that there are, base and erased."""
+    asked = [json.loads(line) for line in (evaluation / "cases.jsonl").read_text("utf-8").splitlines()]
+    targets = [one for one in asked if one["role"] == "target"]
+    rest = [one for one in asked if one["role"] in ("neighbour", "general")]
+    half = SAMPLES // 2
+    chosen = [some[i * len(some) // half] for some in (targets, rest) if some for i in range(min(half, len(some)))]
+    files = {name: [picture(evaluation, name, one["case"]) for one in chosen] for name in ("base", "erased")}
+    before, erased = ([open_painted(file) for file in files[name]] for name in ("base", "erased"))
+    save_samples(folder, [one["prompt"] for one in chosen], before, erased)
 
 
 def attachable(eraser: str | Path, strength: Strength | None = None) -> Path:

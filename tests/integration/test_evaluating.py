@@ -24,6 +24,7 @@ from esd_lora.evaluation.detectors import Look, NotRun, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
 from esd_lora.families import Base, load_base
 from esd_lora.inspecting import inspect_file
+from esd_lora.pictures import read_samples
 from made import eraser_on
 
 SUITE = """description: Brightness of toy pictures.
@@ -353,6 +354,12 @@ def test_attached_numbers_travel_with_the_eraser(
     assert "measured  suite toy, 20" in "\n".join(inspect_file(mine).lines())
     again = run(base, suite, tmp_path / "out", erasers=[mine])
     assert again == summary, "numbers in the header change no tensor"
+    assert not (mine / "samples").exists()
+    attach(mine, summary, tmp_path / "out")
+    shown = read_samples(mine / "samples")
+    assert [prompt for prompt, _, _ in shown] == ["a photo of a cat"] * 2 + ["a photo of a dog", "a photo of a <script>x"]
+    with Image.open(shown[0][1]) as image, Image.open(tmp_path / "out" / "images" / "erased" / "all-00000.png") as painted:
+        assert image.tobytes() == painted.tobytes()
     content = (mine / WEIGHTS_NAME).read_bytes()
     monkeypatch.setattr(
         attaching, "datetime", Mock(**{"datetime.now.return_value.date.return_value.isoformat.return_value": "2099"})
