@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from esd_lora.header import EraserHeader
 
-TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
+_TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
 _FAMILY_TAGS = {"sd": ["stable-diffusion", "stable-diffusion-diffusers"], "sdxl": ["stable-diffusion-xl"]}
 _RECORD = ("sampler", "detectors", "files", "versions")  # of an evaluation, for the card
 _RECIPE_LINES = 120  # longer ones are read in their own file
-_FEW = 12  # concepts in a heading, and tags for them
+_FEW = 12  # concepts in a heading, tags for them, and prompts
 
 
 class Sample(NamedTuple):
@@ -117,7 +117,7 @@ def render_card(header: EraserHeader, layers: int, ranks: Sequence[int] = (), pu
 def _front(header: EraserHeader, published: Publication | None) -> dict[str, object]:
     """What the Hub indexes. No `instance_prompt`: its page would call that a trigger word."""
     front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    tags = [*TAGS, *_FAMILY_TAGS.get(header.family, [])]
+    tags = [*_TAGS, *_FAMILY_TAGS.get(header.family, [])]
     if published:
         front |= published.licence.front()
         tags += ["not-for-all-audiences"] if published.sensitive else [erases(c.name) for c in header.concepts[:_FEW]]
@@ -166,7 +166,7 @@ def _diffusers(header: EraserHeader, published: Publication | None) -> str:
 
 def _pairs(header: EraserHeader) -> str:
     shown = [pair for concept in header.concepts for pair in concept.pairs]
-    rows = [[markdown_cell(prompt), markdown_cell(anchor) or "(empty prompt)"] for prompt, anchor in shown[:12]]
+    rows = [[markdown_cell(prompt), markdown_cell(anchor) or "(empty prompt)"] for prompt, anchor in shown[:_FEW]]
     if len(shown) > len(rows):
         rows.append([f"and {len(shown) - len(rows)} more, in `recipe.yaml`", ""])
     return markdown_table(["erased prompt", "what should appear instead"], rows) if rows else "Its prompts are not known."

@@ -13,7 +13,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.tensor_files import read_header
 
-_SKIPPED = {".git", ".venv", "venv", "node_modules", "__pycache__"}
+_SKIPPED = {"venv", "node_modules", "__pycache__"}
 
 
 class Entry(NamedTuple):
@@ -29,18 +29,13 @@ class Entry(NamedTuple):
     def row(self) -> list[str]:
         """Place, what it erases, base, scope, layers, size, and whether it was measured."""
         header = self.header
-        names = ", ".join(f"{c.name}" if c.weight == 1 else f"{c.name} x {c.weight:g}" for c in header.concepts)
+        names = ", ".join(c.name if c.weight == 1 else f"{c.name} x {c.weight:g}" for c in header.concepts)
         told = [self.place, names, header.base, header.scope, str(self.layers), f"{self.size / 1000:,.0f} kB"]
         return [*told, measured(header).partition(":")[0]]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for other programs."""
-        return {
-            "place": self.place,
-            "layers": self.layers,
-            "size": self.size,
-            "header": self.header.model_dump(mode="json"),
-        }
+        return self._asdict() | {"header": self.header.model_dump(mode="json")}
 
 
 HEAD = ("where", "erases", "base", "scope", "layers", "size", "measured")

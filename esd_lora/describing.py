@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from esd_lora.tables import TITLES, number, role_rows
+from esd_lora.tensor_files import PICKLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     from esd_lora.header import ErasedConcept, EraserHeader, Measured
 
 
-HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
-"""Pattern of `owner/name`."""
+_FILES = (".safetensors", ".json", ".yaml", ".yml", ".md", ".png", *PICKLES)
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether a base's name is `owner/name`, and not a file's."""
-    return re.fullmatch(HUB_NAME, base) is not None and not base.lower().endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+def is_hub_id(name: str) -> bool:
+    """Whether a name is `owner/name`, and not a file's."""
+    found = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+    return found is not None and not name.lower().endswith(_FILES)
 
 
 def base_hash(header: EraserHeader) -> str:

@@ -24,6 +24,7 @@ from esd_lora.recipe_files import dump_recipe
 from esd_lora.tensor_files import file_content, read_header, read_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+MANIFEST_NAME = "stack.yaml"
 SAMPLES = 4
 """Most prompts that are shown with an eraser, before and after."""
 RUN_FILES = (

@@ -14,21 +14,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from esd_lora.describing import HUB_NAME
-from esd_lora.eraser import WEIGHTS_NAME
+from esd_lora.describing import is_hub_id
+from esd_lora.eraser import MANIFEST_NAME, WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.hub_answers import asked
 from esd_lora.outputs import clear_output, hash_file, partial_name, told
-from esd_lora.tensor_files import PICKLES, read_header
+from esd_lora.tensor_files import read_header
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-MANIFEST_NAME = "stack.yaml"
 ALLOWED = (".safetensors", ".json", ".yaml", ".md", ".png")
 """Kinds of files that are taken from a repository."""
-_LARGEST = {".safetensors": 4 * 2**30}
-_LARGE = 64 * 2**20  # bytes, of a document or a picture
+_WEIGHTS, _OTHERS = 4 * 2**30, 64 * 2**20  # bytes of the largest file that is taken
 _MOST = 500  # files; an eraser has a dozen
 _FIRST = (WEIGHTS_NAME, MANIFEST_NAME)  # one of these makes a repository an eraser's
 
@@ -45,10 +43,9 @@ class HubId(NamedTuple):
     @classmethod
     def read(cls, text: str) -> HubId | None:
         """The id, or `None` if the text is none, but a path."""
-        found = re.fullmatch(rf"({HUB_NAME})(?:@([A-Za-z0-9][\w./-]*))?", text, re.ASCII)
-        if not found or found[1].lower().endswith((*ALLOWED, ".yml", *PICKLES)):
-            return None
-        return cls(found[1], found[2])
+        repo, at, revision = text.partition("@")
+        named = not at or re.fullmatch(r"[A-Za-z0-9][\w./-]*", revision, re.ASCII)
+        return cls(repo, revision or None) if named and is_hub_id(repo) else None
 
 
 def located(eraser: str | Path) -> Path:
@@ -154,33 +151,36 @@ class _Taken(NamedTuple):
     left_out: list[str]
 
 
-def _take(hub_id: HubId, choose: Callable[[Collection[str]], list[str]]) -> _Taken:
+def _take(hub_id: HubId, choose: Callable[[Collection[str]], list[str]], again: bool = True) -> _Taken:
     """Lists a repository and puts what is chosen into the cache, all of one commit, each file as the Hub announced it.
+
+    Args:
+        hub_id: What to take.
+        choose: From the names that may be taken those that are.
+        again: Whether to list once more if something differs: it may have been changed between listing and fetching.
 
     Raises:
         EsdLoraError: If it holds no eraser, or something in it is not as it should be.
     """
-    for last in (False, True):
-        with asked(str(hub_id)):
-            commit, files, left_out = _listing(hub_id)
-        if not files.keys() & set(_FIRST):
-            there = ", ".join(sorted(files)[:5]) or "nothing that may be taken"
-            raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(_FIRST)}, found {there}.")
-        places = {name: _download(hub_id, files[name]) for name in choose(files)}
-        wrong = [name for name, place in places.items() if not _is_as_announced(place, files[name])]
-        apart = len({place.parents[name.count("/")] for name, place in places.items()}) > 1
-        if not wrong and not apart:
-            for place in places.values():
-                if place.suffix.lower() == ".safetensors":
-                    read_header(place)
-            return _Taken(commit, places, left_out)
-        for name in wrong:
-            places[name].resolve().unlink(missing_ok=True)
-            places[name].unlink(missing_ok=True)
-        if last:  # the first time it may have been changed between listing and fetching
-            what = wrong[0] if wrong else "what it holds"
-            raise EsdLoraError(f"{what} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
-    raise AssertionError
+    with asked(str(hub_id)):
+        commit, files, left_out = _listing(hub_id)
+    if not files.keys() & set(_FIRST):
+        there = ", ".join(sorted(files)[:5]) or "nothing that may be taken"
+        raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(_FIRST)}, found {there}.")
+    places = {name: _download(hub_id, files[name]) for name in choose(files)}
+    wrong = [name for name, place in places.items() if not _is_as_announced(place, files[name])]
+    for name in wrong:
+        places[name].resolve().unlink(missing_ok=True)
+        places[name].unlink(missing_ok=True)
+    if wrong or len({place.parents[name.count("/")] for name, place in places.items()}) > 1:
+        if again:
+            return _take(hub_id, choose, again=False)
+        what = wrong[0] if wrong else "what it holds"
+        raise EsdLoraError(f"{what} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
+    for place in places.values():
+        if place.suffix.lower() == ".safetensors":
+            read_header(place)
+    return _Taken(commit, places, left_out)
 
 
 def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
@@ -209,12 +209,12 @@ def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
         if kind not in ALLOWED or any(part.startswith(".") for part in parts):
             left_out += [file.path] if file.path != ".gitattributes" else []  # which every repository has
             continue
-        if file.size > _LARGEST.get(kind, _LARGE):
+        if file.size > (_WEIGHTS if kind == ".safetensors" else _OTHERS):
             raise EsdLoraError(
                 f"{hub_id} holds {file.path} of {file.size:,} bytes, too large for an eraser's. Nothing was fetched."
             )
         taken[file.path] = file
-    if sum(file.size for file in taken.values()) > 2 * _LARGEST[".safetensors"]:
+    if sum(file.size for file in taken.values()) > 2 * _WEIGHTS:
         raise EsdLoraError(f"{hub_id} is too large in all for an eraser. Nothing was fetched.")
     return commit, taken, left_out
 

@@ -35,6 +35,12 @@ class Licence(NamedTuple):
     name: str
     link: str | None = None
 
+    @classmethod
+    def read(cls, text: str) -> Licence:
+        """`NAME` or `NAME=URL`."""
+        name, _, link = text.partition("=")
+        return cls(name, link or None)
+
     def front(self) -> dict[str, object]:
         """As the Hub's front matter has it."""
         return (
@@ -64,20 +70,20 @@ def licence_of(base: str, said: str | None) -> Licence:
                 " that the Hub has no name for."
             )
         return theirs
-    name, _, link = said.partition("=")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) or not (link == "" or re.fullmatch(r"https://[\w./~#%-]+", link)):
+    ours = Licence.read(said)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*(=https://[\w./~#%-]+)?", said):
         raise EsdLoraError(
             f"--license {said!r}: expected the Hub's name of a licence, such as openrail++ or cc-by-nc-4.0, or NAME=https://..."
         )
-    if name == "other" and not link:
+    if ours == Licence("other"):
         raise EsdLoraError("--license other says nothing. Give its name and address: NAME=https://...")
-    ours = Licence(name, link or None)
     if theirs not in (None, ours):
-        warnings.warn(f"{base} has the licence {theirs.name}, and this says {name}. See that its terms let you.", stacklevel=2)
+        warnings.warn(
+            f"{base} has the licence {theirs.name}, and this says {ours.name}. See that its terms let you.", stacklevel=2
+        )
     return ours
 
 
 def base_licence(base: str) -> Licence | None:
     """The licence of a base, if it is known here."""
-    name, _, link = _KNOWN.get(base, "").partition("=")
-    return Licence(name, link or None) if name else None
+    return Licence.read(_KNOWN[base]) if base in _KNOWN else None

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.eraser import MANIFEST_NAME, WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.hub import MANIFEST_NAME, HubId, located
+from esd_lora.hub import HubId, located
 from esd_lora.outputs import hash_file, write_whole
 from esd_lora.stacking import Strength, stack
 

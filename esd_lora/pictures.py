@@ -141,18 +141,15 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[st
     return sheet
 
 
-PROMPT_KEY = "parameters"
-"""Of a PNG's text, where A1111 and most viewers look for the prompt."""
+_PROMPT = "parameters"  # of a PNG's text, where A1111 and most viewers look for the prompt
 
 
 def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> None:
     """Saves pictures for a model card, `1_base.png`, `1_erased.png` and so on, each with its prompt inside."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1):
-        note = PngImagePlugin.PngInfo()
-        note.add_itxt(PROMPT_KEY, prompt)
         for name, picture in zip(("base", "erased"), pair, strict=True):
-            picture.save(folder / f"{i}_{name}.png", pnginfo=note)
+            picture.save(folder / f"{i}_{name}.png", pnginfo=_note(prompt))
 
 
 def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
@@ -170,7 +167,7 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
             try:
                 with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as picture:
                     picture.load()
-                    prompts.append(" ".join(str(picture.info.get(PROMPT_KEY, "")).split()))
+                    prompts.append(" ".join(str(picture.info.get(_PROMPT, "")).split()))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
                 raise EsdLoraError(f"{path} cannot be read as a PNG ({error}). Remove it, or make it again.") from error
         if erased in found:
@@ -180,11 +177,17 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
 
 def clean_png(path: Path, prompt: str | None) -> bytes:
     """A picture with nothing in it but its pixels and its prompt."""
-    note, content = PngImagePlugin.PngInfo(), io.BytesIO()
-    if prompt:
-        note.add_itxt(PROMPT_KEY, prompt)
+    content = io.BytesIO()
     with Image.open(path) as picture:
         clean = picture.convert("RGB")
     clean.info.clear()
-    clean.save(content, "PNG", pnginfo=note)
+    clean.save(content, "PNG", pnginfo=_note(prompt))
     return content.getvalue()
+
+
+def _note(prompt: str | None) -> PngImagePlugin.PngInfo:
+    """What is written into a PNG beside its pixels."""
+    note = PngImagePlugin.PngInfo()
+    if prompt:
+        note.add_itxt(_PROMPT, prompt)
+    return note

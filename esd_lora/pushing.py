@@ -11,7 +11,7 @@ import yaml
 
 from esd_lora.anonymising import without_paths
 from esd_lora.cards import Publication, Sample
-from esd_lora.describing import HUB_NAME, measured
+from esd_lora.describing import is_hub_id, measured
 from esd_lora.eraser import SAMPLES, WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.exporting import kohya_content
@@ -158,7 +158,7 @@ def drafted(
     sensitive: bool = False,
 ) -> Draft:
     """Lays out what a push would make public, and does not ask the Hub: see `push` for arguments and errors."""
-    if not re.fullmatch(HUB_NAME, repo):
+    if not is_hub_id(repo):
         raise EsdLoraError(f"{repo!r} is no name of a repository: expected owner/name, such as me/no-cat.")
     loaded = load_eraser(eraser)
     header = without_paths(loaded.header, base_model)

@@ -171,7 +171,7 @@ class Previews:
         (self.directory / place).parent.mkdir(exist_ok=True)
         sheet.save(self.directory / place)
         if report.last:
-            shown = slice(None) if len(prompts) <= SAMPLES else slice(None, None, -(-len(prompts) // SAMPLES))
+            shown = slice(None, None, -(-len(prompts) // SAMPLES))
             save_samples(self.directory / "samples", prompts[shown], self._before[shown], erased[shown])
 
 

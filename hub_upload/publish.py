@@ -67,11 +67,11 @@ def make(entry: Entry, out: Path) -> Path:
         EsdLoraError: If something is missing, or a gate fails.
     """
     folder, recipe = out / entry.repo, esd_lora.load_recipe(entry.recipe)
+    base = esd_lora.load_base(recipe.base)
     if not (folder / WEIGHTS_NAME).exists():
-        esd_lora.train(recipe, out=folder, force=True)
+        esd_lora.train(recipe, base=base, out=folder, force=True)
     elif esd_lora.Eraser.load(folder).header.recipes != (recipe,):
         raise EsdLoraError(f"{folder} was made by another recipe than {entry.recipe} is now. Remove it to make it anew.")
-    base = esd_lora.load_base(recipe.base)
     measured = out / f"{entry.repo}-measured"
     asked = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
     summary = esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **asked)

@@ -456,7 +456,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if re.fullmatch(r"/api/models/[^/]+|/[^/]+/resolve/.+", path):
                     raise no_repo(self.user() is not None)
                 if path.startswith("/api/"):
-                    raise NotImplementedError(f"{self.command} {path}")
+                    raise LookupError(f"the stand-in has no answer to {self.command} {path}: add a route")
                 raise Refusal(404, "Not Found")
         except Refusal as refusal:
             return refusal.answer()

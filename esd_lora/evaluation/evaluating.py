@@ -19,10 +19,10 @@ from esd_lora.evaluation.attacks import ATTACKS, Victim
 from esd_lora.evaluation.detectors import NotRun, made
 from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
-from esd_lora.evaluation.planning import Asked, Plan, plan
+from esd_lora.evaluation.planning import Plan, plan
 from esd_lora.evaluation.recording import as_json, begin, hash_all, picture_lines, pictures_of, suite_record
-from esd_lora.evaluation.scoring import Scores, paint_missing, picture, score_missing
-from esd_lora.evaluation.stacks import company, erased_and_others, heat_map, member_variants
+from esd_lora.evaluation.scoring import paint_missing, picture, score_missing
+from esd_lora.evaluation.stacks import as_in_paper, company, heat_map, member_variants
 from esd_lora.evaluation.suite_files import Suite, load_suite
 from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
 from esd_lora.evaluation.variants import Variant, bare, base_record, blocked, erased, variant_name
@@ -31,7 +31,7 @@ from esd_lora.header import ErasedConcept
 from esd_lora.manifests import load_eraser
 from esd_lora.outputs import write_whole
 from esd_lora.stacking import Strength, strengths_of
-from esd_lora.tables import markdown, unlearning_accuracies
+from esd_lora.tables import markdown
 
 _ALIASES = {"sld": "sld-medium"}
 
@@ -201,15 +201,6 @@ def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedCon
     ]
 
 
-def _layout(
-    suite: Suite, numbers: Mapping[str, Any], asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]
-) -> dict[str, dict[str, float]]:
-    """The numbers as the paper's table has them, for suites that follow one."""
-    if suite.layout == "ua-ira-cra":
-        return unlearning_accuracies(numbers)
-    return erased_and_others(asked, scores, list(numbers), members) if suite.layout else {}
-
-
 def _finish(
     out: Path,
     suite: Suite,
@@ -231,7 +222,7 @@ def _finish(
         "concepts": record["concepts"],
         "variants": numbers,
         "labels": by_label(asked, scores, variants),
-        "layout": _layout(suite, numbers, asked, scores, members),
+        "layout": as_in_paper(suite, numbers, asked, scores, members),
         "stack": company(asked, scores, members) if members else {},
         "distances": apart,
         "not_run": {**planned.not_run, **not_run, **unmeasured},

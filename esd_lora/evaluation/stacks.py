@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esd_lora.eraser import Eraser
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.scoring import Scores
+from esd_lora.evaluation.suite_files import Suite
 from esd_lora.evaluation.summarising import columns, number
 from esd_lora.evaluation.variants import Variant, erased
 from esd_lora.families import Base
 from esd_lora.outputs import slug
 from esd_lora.pictures import heat_maps
 from esd_lora.stacking import Strength
+from esd_lora.tables import unlearning_accuracies
 
 
 def alone(member: Eraser, number: int) -> str:
@@ -69,6 +71,15 @@ def company(asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]) -
         "matrix": [[rate(variant, some) for variant in (*single, "erased")] for some in targets],
         "kept": [rate(variant, rest) for variant in growing],
     }
+
+
+def as_in_paper(
+    suite: Suite, numbers: Mapping[str, Any], asked: Sequence[Asked], scores: Scores, members: Sequence[Eraser]
+) -> dict[str, dict[str, float]]:
+    """The numbers as a paper's table has them, for suites that follow one."""
+    if suite.layout == "ua-ira-cra":
+        return unlearning_accuracies(numbers)
+    return erased_and_others(asked, scores, list(numbers), members) if suite.layout else {}
 
 
 def erased_and_others(
