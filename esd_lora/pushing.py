@@ -176,7 +176,8 @@ def drafted(
     name = f"kohya/{repo.partition('/')[2]}.safetensors" if kohya else None
     if name:
         files[name] = kohya_content(published)
-    card = published.card(Publication(repo, terms, revision, samples, name, sensitive))
+    branch = None if revision and revision.startswith("refs/") else revision  # a pull request's card is read once it is merged
+    card = published.card(Publication(repo, terms, branch, samples, name, sensitive))
     _check_card(card)
     return Draft(repo, terms, header, {"README.md": card.encode(), **files})
 

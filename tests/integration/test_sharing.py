@@ -470,6 +470,9 @@ def test_pushing_to_a_pull_request_that_is_there(ada: LoopbackHub, no_cat: Path)
     shutil.rmtree(no_cat / "samples")
     push(no_cat, "ada/x", revision="refs/pr/1")
     assert "samples/1_base.png" not in ada.files("ada/x", "refs/pr/1")
+    card = ada.files("ada/x", "refs/pr/1")["README.md"].decode()
+    assert "esd-lora merge ada/x --base" in card
+    assert "refs/pr" not in card
     assert set(ada.files("ada/x")) == {"notes.md"}
     push(no_cat, "ada/x", revision="v2")
     assert "esd-lora merge ada/x@v2" in ada.files("ada/x", "v2")["README.md"].decode()
