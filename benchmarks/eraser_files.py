@@ -57,11 +57,11 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 def write_erasers(model: str, folder: Path) -> None:
     """Ten erasers of all layers, ten of cross-attention, with random factors of rank 4 and the size of trained ones."""
     import torch
-
-    from esd_lora.eraser import Eraser, LoraPair
     from made import made_header
     from published import layers_of
     from real import denoiser
+
+    from esd_lora.erasers.eraser import Eraser, LoraPair
 
     unet = denoiser(model)
     layers = dict(unet.named_modules())
@@ -80,12 +80,11 @@ def write_erasers(model: str, folder: Path) -> None:
 
 def write_unet(folder: Path) -> None:
     """SD 1.5's U-Net in float32 under the original names."""
+    import ldm
     import torch
+    from real import denoiser
     from real_size import fill
     from safetensors.torch import save_file
-
-    import ldm
-    from real import denoiser
 
     save_file(
         {n: t.contiguous() for n, t in ldm.unet(fill(denoiser("sd15"), torch.float32)).items()}, folder / "unet.safetensors"
@@ -97,8 +96,8 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     import warnings
 
     warnings.simplefilter("ignore")  # the erasers are of no weights in particular
-    from esd_lora.merging import merge
-    from esd_lora.verifying import verify
+    from esd_lora.weights.merging import merge
+    from esd_lora.weights.verifying import verify
 
     model = "sdxl" if name == "sdxl" else "sd15"
     source, out, copy = folder / f"{name}.safetensors", folder / "merged.safetensors", folder / "copy.safetensors"
@@ -134,14 +133,14 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     import warnings
 
     warnings.simplefilter("ignore")
-    from esd_lora.eraser import Eraser
-    from esd_lora.exporting import export
-    from esd_lora.extracting import extract
-    from esd_lora.importing import import_lora
-    from esd_lora.inspecting import diff, inspect_file
-    from esd_lora.interference import measure
-    from esd_lora.merging import merge
-    from esd_lora.stacking import compress, stack
+    from esd_lora.erasers.eraser import Eraser
+    from esd_lora.erasers.stacking import compress, stack
+    from esd_lora.formats.exporting import export
+    from esd_lora.formats.importing import import_lora
+    from esd_lora.formats.inspecting import diff, inspect_file
+    from esd_lora.fusing.interference import measure
+    from esd_lora.weights.extracting import extract
+    from esd_lora.weights.merging import merge
 
     paths = [folder / f"{model}-full-{i}" for i in range(ERASERS)]
     source, tuned = folder / f"{model}.safetensors", folder / f"{model}-tuned.safetensors"
@@ -164,7 +163,7 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     if model == "sd15":  # of SDXL's size it takes more than an hour here
 
         def on_base() -> None:
-            from esd_lora.families import load_base
+            from esd_lora.bases.loading import load_base
 
             measure(members[:2], base=load_base(source, vae=False))
 
@@ -180,10 +179,11 @@ def fusing_steps(model: str, folder: Path) -> dict[str, Any]:
     from unittest.mock import patch
 
     warnings.simplefilter("ignore")
-    from esd_lora.eraser import Eraser
-    from esd_lora.families import Base, load_base
-    from esd_lora.fusing import fuse
-    from esd_lora.moments import Moment
+    from esd_lora.bases.base import Base
+    from esd_lora.bases.loading import load_base
+    from esd_lora.erasers.eraser import Eraser
+    from esd_lora.fusing.closed_form import fuse
+    from esd_lora.fusing.moments import Moment
 
     members = [Eraser.load(folder / f"{model}-xattn-{i}") for i in range(ERASERS)]
     dtype = "float32" if model == "sd15" else "bfloat16"
@@ -218,12 +218,12 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     import copy
 
     import torch
+    from real import denoiser
     from real_size import fill
 
-    from esd_lora.applying import Fused
-    from esd_lora.eraser import Eraser
-    from esd_lora.stacking import stack
-    from real import denoiser
+    from esd_lora.adapter import Fused
+    from esd_lora.erasers.eraser import Eraser
+    from esd_lora.erasers.stacking import stack
 
     base: Any = fill(denoiser("sd15"), torch.float32)
     members = [Eraser.load(folder / f"sd15-xattn-{i}") for i in range(ERASERS)]

@@ -18,16 +18,17 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
-from esd_lora.applying import applied
-from esd_lora.bases import domain
-from esd_lora.eraser import Eraser
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.built_in import domain
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.domain_suite import Scored, Shot, count, every_pair, kept, of_object, of_style, score, wording
 from esd_lora.evaluation.judge import Judge
-from esd_lora.families import Base, load_base
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe import SCOPES
 from esd_lora.recipe_files import load_recipe
-from esd_lora.stacking import stack
 from esd_lora.training import train
 
 OBJECTS, STYLE, SHOTS = ("cat", "rocket", "pizza"), "twemoji", 120

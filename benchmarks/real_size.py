@@ -82,10 +82,10 @@ def write_single_file(name: str, folder: Path) -> Path:
 def write_directory(name: str, folder: Path) -> Path:
     """A diffusers directory with the real denoiser, and text encoders of the width it reads."""
     import diffusers
+    from real import denoiser
     from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
     import toys
-    from real import denoiser
 
     transformer, tokenizer = fill(denoiser(name), torch.bfloat16), toys.byte_tokenizer()
     if name == "sana":
@@ -107,8 +107,8 @@ def write_directory(name: str, folder: Path) -> Path:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Reads, trains, saves, and loads the eraser with plain diffusers."""
-    from esd_lora.eraser import Eraser
-    from esd_lora.families import load_base
+    from esd_lora.bases.loading import load_base
+    from esd_lora.erasers.eraser import Eraser
     from esd_lora.recipe_files import load_recipe
     from esd_lora.training import train
 

@@ -20,9 +20,9 @@ import datetime
 from itertools import product
 from pathlib import Path
 
+from esd_lora.bases.loading import load_base
 from esd_lora.evaluation.domain_suite import wording
 from esd_lora.evaluation.evaluating import evaluate
-from esd_lora.families import load_base
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 

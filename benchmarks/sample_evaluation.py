@@ -28,8 +28,8 @@ def measure() -> dict[str, list[float]]:
     """Milliseconds a sample of each kind of work, `REPEATS` times."""
     import torch
 
-    from esd_lora.adapters import add_adapter
-    from esd_lora.families import load_base
+    from esd_lora.adapter import add_adapter
+    from esd_lora.bases.loading import load_base
     from esd_lora.recipe_files import load_recipe
 
     torch.set_num_threads(THREADS)

@@ -27,18 +27,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esd_lora.applying import applied
-from esd_lora.bases import domain
-from esd_lora.eraser import Eraser
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.built_in import domain
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.domain_suite import Shot, every_pair, of_object, of_style, wording
 from esd_lora.evaluation.judge import Judge, Verdict
-from esd_lora.families import Base, load_base
-from esd_lora.fusing import fuse
+from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.prompts import keep_list, own_prompts
 from esd_lora.gating import Gate
 from esd_lora.pictures import grid, paint
-from esd_lora.prompting import keep_list, own_prompts
 from esd_lora.recipe_files import load_recipe
-from esd_lora.stacking import stack
 from esd_lora.training import train
 
 ERASED_SHOTS = 120

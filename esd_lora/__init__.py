@@ -16,61 +16,60 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esd_lora.cataloging import catalog
-    from esd_lora.eraser import Eraser
+    from esd_lora.bases.loading import load_base
+    from esd_lora.erasers.eraser import Eraser
+    from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.erasers.stacking import Strength, compress, stack
     from esd_lora.errors import EsdLoraError
     from esd_lora.evaluation.attaching import attach
     from esd_lora.evaluation.evaluating import evaluate, score_pictures
-    from esd_lora.exporting import export
-    from esd_lora.extracting import extract
-    from esd_lora.families import load_base
-    from esd_lora.fusing import fuse
+    from esd_lora.formats.exporting import export
+    from esd_lora.formats.importing import import_lora
+    from esd_lora.formats.inspecting import diff, inspect_file
+    from esd_lora.fusing.closed_form import fuse
     from esd_lora.gating import Gate
-    from esd_lora.hub import pull
-    from esd_lora.importing import import_lora
-    from esd_lora.inspecting import diff, inspect_file
-    from esd_lora.manifests import load_eraser
-    from esd_lora.merging import merge
-    from esd_lora.pushing import push
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
     from esd_lora.sampling import generate, sweep
-    from esd_lora.searching import search
-    from esd_lora.stacking import Strength, compress, stack
+    from esd_lora.sharing.catalog import catalog, search
+    from esd_lora.sharing.pulling import pull
+    from esd_lora.sharing.pushing import push
     from esd_lora.training import train
-    from esd_lora.verifying import verify
+    from esd_lora.weights.extracting import extract
+    from esd_lora.weights.merging import merge
+    from esd_lora.weights.verifying import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Eraser": "eraser",
+    "Eraser": "erasers.eraser",
     "EsdLoraError": "errors",
     "Gate": "gating",
     "Recipe": "recipe",
-    "Strength": "stacking",
+    "Strength": "erasers.stacking",
     "attach": "evaluation.attaching",
-    "catalog": "cataloging",
-    "compress": "stacking",
-    "diff": "inspecting",
+    "catalog": "sharing.catalog",
+    "compress": "erasers.stacking",
+    "diff": "formats.inspecting",
     "evaluate": "evaluation.evaluating",
-    "export": "exporting",
-    "extract": "extracting",
-    "fuse": "fusing",
+    "export": "formats.exporting",
+    "extract": "weights.extracting",
+    "fuse": "fusing.closed_form",
     "generate": "sampling",
-    "import_lora": "importing",
-    "inspect_file": "inspecting",
-    "load_base": "families",
-    "load_eraser": "manifests",
+    "import_lora": "formats.importing",
+    "inspect_file": "formats.inspecting",
+    "load_base": "bases.loading",
+    "load_eraser": "erasers.manifests",
     "load_recipe": "recipe_files",
-    "merge": "merging",
-    "pull": "hub",
-    "push": "pushing",
+    "merge": "weights.merging",
+    "pull": "sharing.pulling",
+    "push": "sharing.pushing",
     "score_pictures": "evaluation.evaluating",
-    "search": "searching",
-    "stack": "stacking",
+    "search": "sharing.catalog",
+    "stack": "erasers.stacking",
     "sweep": "sampling",
     "train": "training",
-    "verify": "verifying",
+    "verify": "weights.verifying",
 }
 __all__ = [
     "Eraser",

@@ -8,15 +8,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from esd_lora.applying import applied
+from esd_lora.adapter import applied
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.evaluating import evaluate
-from esd_lora.families import load_base
-from esd_lora.merging import merge
-from esd_lora.outputs import clear_output
+from esd_lora.files import prepare_directory
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe_files import load_recipe
-from esd_lora.stacking import stack
 from esd_lora.training import train
+from esd_lora.weights.merging import merge
 
 OBJECT, STYLE = "cat", "twemoji"
 _COLUMNS = (
@@ -44,7 +44,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
         EsdLoraError: If `out` is not empty and `force` is not set.
     """
     started, out = time.monotonic(), Path(out)
-    clear_output(out, force, ("grid.png",))
+    prepare_directory(out, force, ("grid.png",))
     base = load_base("emoji")
     erasers = [train(load_recipe(f"emoji-{name}"), base=base, out=out / f"no-{name}", force=True) for name in (OBJECT, STYLE)]
     stack(erasers).save(out / "stack")

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
+from esd_lora.erasers.manifests import load_eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, family_of
-from esd_lora.header import ErasedConcept
-from esd_lora.manifests import load_eraser
-from esd_lora.recipe import without_article
+from esd_lora.families import family_of
+from esd_lora.wording import without_article
 
 if TYPE_CHECKING:
     from collections.abc import Callable

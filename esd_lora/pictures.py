@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from tqdm.auto import trange
 
-from esd_lora.eraser import SAMPLES
+from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError
 
 if TYPE_CHECKING:
-    from esd_lora.families import Base
+    from esd_lora.bases.base import Base
     from esd_lora.trajectory import Condition
 
 _BATCH = 32
@@ -65,7 +65,7 @@ def paint(
         pictures += base.pipe(
             **asked,
             **native,
-            **base.family.asks(base.pipe),
+            **base.family.call_kwargs(base.pipe),
             num_inference_steps=steps or base.steps,
             guidance_scale=base.guidance if guidance is None else guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],

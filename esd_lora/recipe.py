@@ -7,14 +7,14 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from esd_lora.errors import did_you_mean
 from esd_lora.objectives import OBJECTIVES
-from esd_lora.optimizing import OPTIMIZERS
+from esd_lora.optimizers import OPTIMIZERS
+from esd_lora.wording import mentions
 
 SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
 """Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
@@ -25,17 +25,6 @@ REGEX_SCOPE = "re:"
 class _Frozen(BaseModel):
     # The docstrings below the fields are what editors show: recipes/schema.json holds them.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def mentions(text: str, names: Iterable[str]) -> bool:
-    """Whether a prompt holds one of the names: as whole words, singular or plural, without article."""
-    words = map(without_article, names)
-    return any(re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) for word in words)
-
-
-def without_article(name: str) -> str:
-    """`a cat` is `cat`."""
-    return re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE)
 
 
 class PromptPair(_Frozen):

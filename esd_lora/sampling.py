@@ -8,13 +8,14 @@ from typing import Any
 
 from PIL.Image import Image
 
-from esd_lora.applying import applied
-from esd_lora.eraser import Eraser
-from esd_lora.families import Base, load_base
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.gating import Gate
-from esd_lora.manifests import load_eraser
 from esd_lora.pictures import paint
-from esd_lora.stacking import Strength, strengths_of
 
 
 def generate(

@@ -18,19 +18,20 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from esd_lora.adapters import add_adapter, dropping, read_pairs
-from esd_lora.checkpoints import CHECKPOINT_NAME, TrainState
-from esd_lora.eraser import RUN_FILES, Eraser
+from esd_lora.adapter import add_adapter, dropout_enabled, read_pairs
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import RUN_FILES, Eraser
+from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
-from esd_lora.header import ErasedConcept, EraserHeader
-from esd_lora.lessons import Lesson, Teacher, nearest, plan
+from esd_lora.files import prepare_directory
+from esd_lora.lessons import Lesson, nearest, plan
 from esd_lora.objectives import OBJECTIVES
-from esd_lora.optimizing import learning_rate, make_optimizer
-from esd_lora.outputs import clear_output
-from esd_lora.recipe import Recipe
+from esd_lora.optimizers import make_optimizer
+from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
-from esd_lora.replay import Buffers, latent_shapes, refresh, seed_of
+from esd_lora.teacher import Buffers, Teacher, latent_shapes, refresh, seed_of
+from esd_lora.train_state import CHECKPOINT_NAME, TrainState
 from esd_lora.watching import Interruption, StepReport, Watcher, watchers_for
 
 
@@ -84,7 +85,7 @@ def train(
     try:
         optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
         if out and not resume:
-            clear_output(out, force, RUN_FILES)
+            prepare_directory(out, force, RUN_FILES)
         watchers = [*watchers_for(recipe, out, state, track, progress), *on_step]
         teacher = Teacher(base, recipe, lessons)
         if ours:
@@ -115,7 +116,7 @@ def train(
                 total = 0.0
                 for points in buffers[step % len(shapes)].batches(spec, chance):
                     # The student's prediction for the erased prompt, against the target the teacher set.
-                    with dropping(base, recipe.lora, seed_of(spec.seed, 4, step)):
+                    with dropout_enabled(base, recipe.lora, seed_of(spec.seed, 4, step)):
                         prediction = base.predict(points.x_t, points.t, teacher.condition(points.lesson))
                     error = (prediction - points.target).square().flatten(1).mean(1)
                     loss = (weights[points.lesson] * error).sum() / (spec.batch_size * spec.accumulate)
@@ -185,3 +186,12 @@ def cost(state: TrainState, teacher: Teacher) -> dict[str, float]:
         "sample_evaluations": state.evaluations_before + teacher.evaluations,
         "student_samples": state.student_samples,
     }
+
+
+def learning_rate(spec: TrainSpec, step: int) -> float:
+    """The rate of one step (from 0): up to `lr` in the warm-up, then constant, or down to a tenth of it."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(spec.steps - spec.warmup, 1)
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[spec.lr_schedule]
+    return spec.lr * (0.1 + 0.9 * left)

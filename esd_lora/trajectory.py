@@ -6,7 +6,7 @@ the student should predict there, and hands out random batches of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -139,3 +139,12 @@ class TrajectoryBuffer:
         rounds = -(-count // max(len(self), 1))
         order = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(rounds)])
         return Points(*(tensor[order[:count].to(tensor.device)] for tensor in self.points))
+
+
+_AT_ONCE = 2**15
+"""Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
+
+
+def latents_per_batch(shape: Sequence[int]) -> int:
+    """Latents of a shape (channels, height, width) in one batch: bounds memory, and changes results by rounding alone."""
+    return max(1, _AT_ONCE // (shape[-2] * shape[-1]))

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.checkpoints import TrainState
-from esd_lora.eraser import SAMPLES
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families import Base
-from esd_lora.lessons import Teacher
 from esd_lora.pictures import grid, paint, save_samples
 from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
+from esd_lora.teacher import Teacher
+from esd_lora.train_state import TrainState
 from esd_lora.trajectory import Points
 
 
@@ -121,7 +121,7 @@ class ErasureProbe:
             short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8})
             chance = torch.Generator().manual_seed(spec.seed + 2**40)
             self._erased = teacher.fill(lesson, chance, short).points
-            with teacher.speaking():
+            with teacher.adapter_disabled():
                 self._start = teacher.predict(self._erased.x_t, self._erased.t, teacher.condition(self._erased.lesson))
         return self._erased, self._start
 
@@ -163,7 +163,7 @@ class Previews:
         prompts += [lesson.prompt for lesson in report.teacher.lessons if lesson.preserves][:4]
         seeds = list(range(len(prompts)))
         if self._before is None:
-            with report.teacher.speaking():
+            with report.teacher.adapter_disabled():
                 self._before = paint(report.base, prompts, seeds, encode=report.teacher.encode)
         erased = paint(report.base, prompts, seeds, encode=report.teacher.encode)
         sheet = grid({"base": self._before, "erased": erased}, prompts)

@@ -18,9 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 import esd_lora
-from esd_lora.eraser import WEIGHTS_NAME
+from esd_lora.erasers.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.pushing import Draft, drafted
+from esd_lora.sharing.pushing import Draft, drafted
 from esd_lora.yaml_files import checked, read_yaml
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from esd_lora.eraser import Eraser
-from esd_lora.families import Base, load_base
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.training import train
 from tiny import save_tiny, tiny_recipe
 

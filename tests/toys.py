@@ -36,7 +36,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from esd_lora.families import Base, load_base
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
 from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
 
 WIDTH = 16  # of every text encoder but SDXL's second

@@ -8,10 +8,10 @@ from esd_lora import __version__
 from esd_lora.cli.files import diff, export, extract, import_, inspect, merge
 from esd_lora.cli.making import demo, generate, train
 from esd_lora.cli.measuring import evaluate
+from esd_lora.cli.options import Commands
 from esd_lora.cli.recipes import recipes
 from esd_lora.cli.sharing import catalog, pull, push, search
 from esd_lora.cli.stacks import stack
-from esd_lora.shell import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

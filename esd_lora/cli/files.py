@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from esd_lora.outputs import printable
-from esd_lora.shell import ERASER, Weighted, force_option, unweighted
+from esd_lora.cli.options import ERASER, Weighted, force_option, unweighted
+from esd_lora.wording import printable
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -24,13 +24,13 @@ _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT",
 @force_option
 def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, force: bool) -> None:
     """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
-    from esd_lora.merging import merge as run
+    from esd_lora.weights.merging import merge as run
 
     paths, strengths = unweighted(erasers)
     run(paths, base, out, weights=strengths, force=force)
     click.echo(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
     if verify:
-        from esd_lora.verifying import verify as prove
+        from esd_lora.weights.verifying import verify as prove
 
         proved = prove(out, base, paths, weights=strengths)
         click.echo(
@@ -44,7 +44,7 @@ def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, for
 @click.option("--layers/--no-layers", default=None, help="Show every layer; default: if there are not too many.")
 def inspect(file: str, as_json: bool, layers: bool | None) -> None:
     """Show what an eraser, a stack manifest or any LoRA file removes, how much, and where it came from."""
-    from esd_lora.inspecting import inspect_file
+    from esd_lora.formats.inspecting import inspect_file
 
     found = inspect_file(file)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(map(printable, found.lines(layers))))
@@ -55,7 +55,7 @@ def inspect(file: str, as_json: bool, layers: bool | None) -> None:
 @click.argument("second", type=click.Path())
 def diff(first: str, second: str) -> None:
     """Compare two LoRA files: headers, layers, and how far apart their updates are."""
-    from esd_lora.inspecting import diff as run
+    from esd_lora.formats.inspecting import diff as run
 
     click.echo("\n".join(map(printable, run(first, second).lines())))
 
@@ -67,8 +67,8 @@ def diff(first: str, second: str) -> None:
 @force_option
 def export(eraser: str, layout: str, out: Path, force: bool) -> None:
     """Write an eraser for another program, its update unchanged."""
-    from esd_lora.exporting import export as run
-    from esd_lora.manifests import load_eraser
+    from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.formats.exporting import export as run
 
     click.echo(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
 
@@ -91,12 +91,12 @@ def import_(
     force: bool,
 ) -> None:
     """Make an eraser of a LoRA file of kohya, LECO, SPM, ai-toolkit, peft or Concept Sliders (.pt)."""
-    from esd_lora.eraser import RUN_FILES
-    from esd_lora.importing import import_lora
-    from esd_lora.outputs import clear_output
+    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.files import prepare_directory
+    from esd_lora.formats.importing import import_lora
 
     eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
-    clear_output(out, force, RUN_FILES)
+    prepare_directory(out, force, RUN_FILES)
     eraser.save(out)
     unknown = "; where it came from is not known" if eraser.header.origins else ""
     click.echo(
@@ -116,13 +116,13 @@ def extract(
     base: str, tuned: str, out: Path, rank: int | None, energy: float | None, concepts: tuple[str, ...], force: bool
 ) -> None:
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
-    from esd_lora.eraser import RUN_FILES
-    from esd_lora.extracting import extract as run
-    from esd_lora.outputs import clear_output
+    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.files import prepare_directory
+    from esd_lora.weights.extracting import extract as run
 
-    clear_output(out, force, ())  # before minutes of work are lost on it
+    prepare_directory(out, force, ())  # before minutes of work are lost on it
     found = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
-    clear_output(out, force, RUN_FILES)
+    prepare_directory(out, force, RUN_FILES)
     found.eraser.save(out)
     for module, share in found.energy.items():
         click.echo(f"  {module}  rank {found.eraser.pairs[module].rank}  energy kept {share:.4%}")

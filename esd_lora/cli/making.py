@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, numbers, overrides, unweighted
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import load_recipe
-from esd_lora.shell import ERASER, Weighted, base_option, device_options, force_option, numbers, overrides, unweighted
 
 
 @click.command()
@@ -72,8 +72,8 @@ def train(
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:
-        from esd_lora.exporting import export
-        from esd_lora.outputs import slug
+        from esd_lora.formats.exporting import export
+        from esd_lora.wording import slug
 
         # In a folder of its own: load_lora_weights takes a directory with one file in it.
         file = export(eraser, out / "kohya" / f"{slug('no ' + ' '.join(eraser.names))}.safetensors", layout="kohya", force=True)
@@ -125,10 +125,10 @@ def generate(
     esd-lora generate "a cat" --eraser no-cat:1,mid=0 --strengths=-1,0,0.5,1,1.5 -o pictures
     esd-lora generate "a cat" "a dog" --eraser no-cat --eraser no-car --gate -o pictures
     """
-    from esd_lora.families import load_base
+    from esd_lora.bases.loading import load_base
+    from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.files import prepare_directory, write_atomically
     from esd_lora.gating import THRESHOLD, Gate
-    from esd_lora.manifests import load_eraser
-    from esd_lora.outputs import clear_output, write_whole
     from esd_lora.pictures import grid
     from esd_lora.sampling import sweep
 
@@ -143,9 +143,9 @@ def generate(
     names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
     model = load_base(base, device=device, dtype=dtype, config=base_config)
     opened = Gate(model, loaded, threshold=gate_threshold or THRESHOLD) if gate or gate_threshold is not None else None
-    clear_output(out, force, [*names, "comparison.png", "strengths.png", "gates.json"])
+    prepare_directory(out, force, [*names, "comparison.png", "strengths.png", "gates.json"])
     if opened:
-        write_whole(out / "gates.json", json.dumps(opened.record(prompts), indent=1, ensure_ascii=False).encode())
+        write_atomically(out / "gates.json", json.dumps(opened.record(prompts), indent=1, ensure_ascii=False).encode())
     asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
     wanted = [1.0, *rows, *([0.0] if compare else [])]
     found = sweep(model, prompts, wanted, erasers=loaded, weights=weights, gate=opened, **asked)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, overrides, unweighted
 from esd_lora.errors import EsdLoraError
-from esd_lora.shell import ERASER, Weighted, base_option, device_options, force_option, overrides, unweighted
 
 
 @click.command()
@@ -77,8 +77,8 @@ def evaluate(
     else:
         if base is None:
             raise EsdLoraError("there is nothing to paint with: give --base, or --score-only with pictures made elsewhere.")
+        from esd_lora.bases.loading import load_base
         from esd_lora.evaluation.evaluating import evaluate as run
-        from esd_lora.families import load_base
 
         load_suite(suite, over)  # before gigabytes of weights come
         model = load_base(base, device=device, dtype=dtype, config=base_config)

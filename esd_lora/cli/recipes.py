@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from esd_lora.cli.options import force_option, overrides
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import dump_recipe, kind_of, load_recipe, recipe_names, recipe_path, recipe_schema
-from esd_lora.shell import force_option, overrides
 
 
 @click.group()

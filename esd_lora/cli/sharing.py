@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.outputs import printable
-from esd_lora.shell import force_option
+from esd_lora.cli.options import force_option
+from esd_lora.wording import printable
 
 if TYPE_CHECKING:
-    from esd_lora.pushing import Draft
+    from esd_lora.sharing.pushing import Draft
 
 
 @click.command()
@@ -49,8 +49,8 @@ def push(
     esd-lora push no-cat me/no-cat --dry-run
     esd-lora push no-style me/no-style --kohya --base-model stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    from esd_lora.pushing import drafted
-    from esd_lora.pushing import push as run
+    from esd_lora.sharing.pushing import drafted
+    from esd_lora.sharing.pushing import push as run
 
     how: dict[str, Any] = {"revision": revision, "kohya": kohya, "licence": licence, "base_model": base_model}
     if dry_run:
@@ -75,7 +75,7 @@ def push(
 @force_option
 def pull(repo: str, out: Path, force: bool) -> None:
     """Fetch an eraser from the Hub with its card and pictures, checked before anything is written."""
-    from esd_lora.hub import pull as run
+    from esd_lora.sharing.pulling import pull as run
 
     done = run(repo, out, force=force)
     for name in done.left_out:
@@ -92,7 +92,7 @@ def pull(repo: str, out: Path, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int, as_json: bool) -> None:
     """Find erasers on the Hub, by words of their name, concept, base and tags."""
-    from esd_lora.searching import search as run
+    from esd_lora.sharing.catalog import search as run
 
     found = run(text, concept=concept, base=base, tags=tags, limit=limit)
     if as_json:
@@ -108,8 +108,8 @@ def search(text: str | None, concept: str | None, base: str | None, tags: tuple[
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
     """List the erasers below FOLDERS (default: here) and in the Hub's cache."""
-    from esd_lora.cataloging import HEAD
-    from esd_lora.cataloging import catalog as run
+    from esd_lora.sharing.catalog import HEAD
+    from esd_lora.sharing.catalog import catalog as run
 
     found = run(folders or (Path(),), cache=cache)
     if as_json:

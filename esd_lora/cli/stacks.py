@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, unweighted
 from esd_lora.errors import EsdLoraError
-from esd_lora.shell import ERASER, Weighted, base_option, device_options, force_option, unweighted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esd_lora.eraser import Eraser
-    from esd_lora.families import Base
-    from esd_lora.stacking import Strength
+    from esd_lora.bases.base import Base
+    from esd_lora.erasers.eraser import Eraser
+    from esd_lora.erasers.stacking import Strength
 
 _MANIFESTS = (".yaml", ".yml")
 _HARMONISE = 400  # steps of --harmonise without a number
@@ -64,11 +64,11 @@ def stack(
     esd-lora stack no-cat no-style -o stack.yaml                   # a document instead of a file
     esd-lora stack no-cat no-style --fuse sum --report --base emoji -o no-both
     """
-    from esd_lora.eraser import RUN_FILES
-    from esd_lora.interference import REPORT_FILES, measure
-    from esd_lora.manifests import load_eraser, write_manifest
-    from esd_lora.outputs import clear_file, clear_output
-    from esd_lora.stacking import stack as add_up
+    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.erasers.manifests import load_eraser, write_manifest
+    from esd_lora.erasers.stacking import stack as add_up
+    from esd_lora.files import prepare_directory, prepare_file
+    from esd_lora.fusing.interference import REPORT_FILES, measure
 
     paths, strengths = unweighted(erasers)
     manifest = out.suffix.lower() in _MANIFESTS
@@ -83,10 +83,10 @@ def stack(
     if manifest and (rank is not None or energy is not None or how != "sum"):
         raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
     members = [load_eraser(path) for path in paths]
-    clear_file(out, force) if manifest else clear_output(out, force, ())  # before minutes of work are lost on it
+    prepare_file(out, force) if manifest else prepare_directory(out, force, ())  # before minutes of work are lost on it
     loaded = None
     if base:
-        from esd_lora.families import load_base
+        from esd_lora.bases.loading import load_base
 
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False)
     if loaded and how == "closed-form":
@@ -100,7 +100,7 @@ def stack(
             )
         stacked = write_manifest(out, paths, strengths) if manifest else _cut(add_up(members, strengths), rank, energy)
     if not manifest:
-        clear_output(out, force, [*RUN_FILES, *REPORT_FILES])
+        prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
         stacked.save(out)
     if report:
         found = measure(members, strengths, base=loaded, whole=stacked if loaded else None)
@@ -112,9 +112,9 @@ def stack(
 
 def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
     """The closed form, and what it went by."""
-    from esd_lora.bases import read_prompts
-    from esd_lora.describing import making
-    from esd_lora.fusing import fuse
+    from esd_lora.built_in import read_prompts
+    from esd_lora.erasers.describing import making
+    from esd_lora.fusing.closed_form import fuse
 
     prompts = None if keep in (None, "default") else read_prompts(keep)
     fused = fuse(members, base, weights=strengths, keep=prompts, **chosen)
@@ -128,7 +128,7 @@ def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base,
 
 def _cut(stacked: Eraser, rank: int | None, energy: float | None) -> Eraser:
     """A sum at lower ranks, if asked for, and what that cost."""
-    from esd_lora.stacking import compress
+    from esd_lora.erasers.stacking import compress
 
     if rank is None and energy is None:
         return stacked

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esd_lora.eraser import SAMPLES, WEIGHTS_NAME, Eraser
+from esd_lora.erasers.eraser import SAMPLES, WEIGHTS_NAME, Eraser
+from esd_lora.erasers.measured import Measured
+from esd_lora.erasers.stacking import Strength
+from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.scoring import open_painted, picture
-from esd_lora.header import Measured
 from esd_lora.pictures import read_samples, save_samples
-from esd_lora.stacking import Strength
-from esd_lora.tensor_files import hash_tensors
 
 
 def attach(eraser: str | Path, summary: Mapping[str, Any], pictures: Path | None = None) -> Path:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from esd_lora.bases.loading import choose_device, quiet_libraries
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import NotRun
-from esd_lora.families import choose_device, quiet_libraries
-from esd_lora.outputs import hash_folder
-from esd_lora.recipe import mentions
+from esd_lora.files import hash_folder
+from esd_lora.wording import mentions
 
 _CHECKED_AT_ONCE = 32  # pictures; bounds memory, changes no result
 

@@ -18,7 +18,7 @@ from esd_lora.evaluation.detectors.frechet import frechet
 from esd_lora.evaluation.picture_files import open_picture, picture_paths
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.suite_files import DistanceSpec, Suite
-from esd_lora.outputs import hash_file, told, write_whole
+from esd_lora.files import hash_file, reporting_write_errors, write_atomically
 
 
 def distances(
@@ -82,9 +82,9 @@ def _features(folder: Path, features: Any, files: Sequence[Path]) -> np.ndarray:
     if file.exists():
         return np.load(file, allow_pickle=False)
     found = np.concatenate([features([open_picture(path) for path in files[i : i + 32]]) for i in range(0, len(files), 32)])
-    with told(file):
+    with reporting_write_errors(file):
         folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.save(content, found, allow_pickle=False)
-    write_whole(file, content.getvalue())
+    write_atomically(file, content.getvalue())
     return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from esd_lora import bases
+from esd_lora import built_in
+from esd_lora.bases.base import Base
 from esd_lora.evaluation.judge import Judge, Verdict
-from esd_lora.families import Base
 from esd_lora.pictures import paint
 
 
@@ -48,7 +48,7 @@ def wording(template: str, object: str = "", style: str = "") -> str:
 
 def every_pair(base: str = "emoji", seed: int = 0) -> list[Shot]:
     """One shot of every object in every style, held-out pairs left out; wordings and seeds take turns."""
-    known = bases.domain(base)
+    known = built_in.domain(base)
     held_out = {tuple(pair) for pair in known["held_out"]}
     templates = known["templates"]["both"]
     pairs = [(o, s) for o in known["objects"] for s in known["styles"] if (o, s) not in held_out]
@@ -57,7 +57,7 @@ def every_pair(base: str = "emoji", seed: int = 0) -> list[Shot]:
 
 def of_object(name: str, trained: Collection[str], count: int, base: str = "emoji", seed: int = 0) -> list[Shot]:
     """`count` shots of one object on prompts that are not in `trained`, over wordings, styles and backgrounds."""
-    known = bases.domain(base)
+    known = built_in.domain(base)
     templates, background = known["templates"], known["templates"]["background"]
     held_out = {tuple(pair) for pair in known["held_out"]}
     prompts = [(wording(t, name, s), s) for t in templates["both"] for s in known["styles"] if (name, s) not in held_out]
@@ -69,7 +69,7 @@ def of_object(name: str, trained: Collection[str], count: int, base: str = "emoj
 
 def of_style(style: str, trained: Collection[str], count: int, base: str = "emoji", seed: int = 0) -> list[Shot]:
     """`count` shots of every object in turn in one style, on prompts that are not in `trained`."""
-    known = bases.domain(base)
+    known = built_in.domain(base)
     held_out = {tuple(pair) for pair in known["held_out"]}
     prompts = [
         (wording(template, name, style), name)

@@ -13,9 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
+from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS, Victim
+from esd_lora.evaluation.attacks import ATTACKS
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.detectors import NotRun, made
 from esd_lora.evaluation.distances import distances
 from esd_lora.evaluation.page import page
@@ -25,13 +31,9 @@ from esd_lora.evaluation.scoring import paint_missing, picture, score_missing
 from esd_lora.evaluation.stacks import as_in_paper, company, heat_map, member_variants
 from esd_lora.evaluation.suite_files import Suite, load_suite
 from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
+from esd_lora.evaluation.tables import markdown
 from esd_lora.evaluation.variants import Variant, bare, base_record, blocked, erased, variant_name
-from esd_lora.families import Base, load_base
-from esd_lora.header import ErasedConcept
-from esd_lora.manifests import load_eraser
-from esd_lora.outputs import write_whole
-from esd_lora.stacking import Strength, strengths_of
-from esd_lora.tables import markdown
+from esd_lora.files import write_atomically
 
 _ALIASES = {"sld": "sld-medium"}
 
@@ -230,13 +232,13 @@ def _finish(
     }
     reasons = [failed(gate, numbers) for gate in gates]
     summary["gates"] = [{"gate": gate.text, "failed": why is not None} for gate, why in zip(gates, reasons, strict=True)]
-    write_whole(out / "evaluation.json", as_json(record))
-    write_whole(out / "summary.json", as_json(summary))
-    write_whole(out / "images.jsonl", picture_lines(out, asked, scores, pictures))
+    write_atomically(out / "evaluation.json", as_json(record))
+    write_atomically(out / "summary.json", as_json(summary))
+    write_atomically(out / "images.jsonl", picture_lines(out, asked, scores, pictures))
     if summary["stack"]:
-        write_whole(out / "stack.png", heat_map(summary["stack"]))
-    write_whole(out / "table.md", markdown(summary).encode())
-    write_whole(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
+        write_atomically(out / "stack.png", heat_map(summary["stack"]))
+    write_atomically(out / "table.md", markdown(summary).encode())
+    write_atomically(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
     if why := [reason for reason in reasons if reason]:
         raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(why))
     return summary

@@ -7,7 +7,6 @@ forty), never the other way round.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from esd_lora import bases
+from esd_lora import built_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +63,8 @@ class Judge:
     """
 
     def __init__(self, base: str = "emoji", device: str = "cpu"):
-        folder = Path(bases.__file__).parent / base
-        known = bases.domain(base)
+        folder = built_in.BASES / base
+        known = built_in.domain(base)
         self.objects: list[str] = known["objects"]
         self.styles: list[str] = known["styles"]
         self.device = device

@@ -14,11 +14,12 @@ from typing import Any
 
 from jinja2 import Environment
 
+from esd_lora.erasers.measured import TITLES, difference, number, role_rows
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.scoring import Scores, open_painted
 from esd_lora.evaluation.stacks import heat_map
 from esd_lora.evaluation.suite_files import ROLES, Suite
-from esd_lora.tables import TITLES, difference, label_tables, member_rows, number, role_rows
+from esd_lora.evaluation.tables import label_tables, member_rows
 
 _SAMPLES = 10  # pictures of each role on the page
 _SIDE = 256  # pixels; larger ones are made smaller for the page

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from esd_lora.bases import domain
+from esd_lora.built_in import domain
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import AND
 from esd_lora.evaluation.domain_suite import Shot, every_pair, of_object, of_style
 from esd_lora.evaluation.prompt_files import PromptFile, read_cases
 from esd_lora.evaluation.suite_files import PromptSet, Role, Suite
-from esd_lora.header import ErasedConcept
-from esd_lora.recipe import without_article
+from esd_lora.wording import without_article
 
 
 class Asked(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from esd_lora.bases import read_prompts
+from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
 
 COLUMNS = {

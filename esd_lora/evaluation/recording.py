@@ -15,7 +15,7 @@ from esd_lora.evaluation.picture_files import picture_paths
 from esd_lora.evaluation.planning import Asked, Plan
 from esd_lora.evaluation.scoring import Scores
 from esd_lora.evaluation.suite_files import Suite
-from esd_lora.outputs import clear_output, hash_file, write_whole
+from esd_lora.files import hash_file, prepare_directory, write_atomically
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 
@@ -54,11 +54,11 @@ def begin(out: Path, record: Mapping[str, Any], asked: Sequence[Asked], force: b
             )
     else:
         ours = file.exists()
-        clear_output(out, force, _FILES)
+        prepare_directory(out, force, _FILES)
         for folder in ("images", "scores", "features") if ours else ():  # anybody may have a folder `images`
             shutil.rmtree(out / folder, ignore_errors=True)
-        write_whole(file, as_json(plain))
-    write_whole(out / "cases.jsonl", case_lines(asked))
+        write_atomically(file, as_json(plain))
+    write_atomically(out / "cases.jsonl", case_lines(asked))
 
 
 def pictures_of(folder: Path, asked: Sequence[Asked]) -> dict[str, Path]:

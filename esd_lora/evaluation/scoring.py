@@ -15,14 +15,14 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from esd_lora.bases.loading import quiet_libraries
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun, Score, made
 from esd_lora.evaluation.picture_files import open_picture
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
-from esd_lora.families import quiet_libraries
-from esd_lora.outputs import told, write_whole
+from esd_lora.files import reporting_write_errors, write_atomically
 
 _AT_ONCE = 32  # pictures between two looks at the disk
 
@@ -45,14 +45,14 @@ def paint_missing(folder: Path, variants: Sequence[Variant], asked: Sequence[Ask
             if not some:
                 continue
             bar.set_postfix_str(variant.name)
-            with told(folder):
+            with reporting_write_errors(folder):
                 picture(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
             with variant.on() as paint, quiet_libraries():  # they tell of every prompt that is cut off
                 for few in (some[i : i + _AT_ONCE] for i in range(0, len(some), _AT_ONCE)):
                     for one, image in zip(few, paint(few), strict=True):
                         content = io.BytesIO()
                         image.save(content, "PNG")
-                        write_whole(picture(folder, variant.name, one.case), content.getvalue())
+                        write_atomically(picture(folder, variant.name, one.case), content.getvalue())
                     bar.update(len(few))
 
 
@@ -86,12 +86,12 @@ def score_missing(
             continue
         records[name] = detector.record()
         file = folder / "scores" / f"{name}.jsonl"
-        with told(file):
+        with reporting_write_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         known = _resume(file, records[name])
         todo = [(variant, one) for variant, one in chosen if (variant, one.case) not in known]
         with (
-            told(file),
+            reporting_write_errors(file),
             file.open("a", encoding="utf-8") as lines,
             tqdm(total=len(todo), desc=f"scoring ({name})", unit="picture", disable=not progress or not todo) as bar,
         ):
@@ -104,7 +104,7 @@ def score_missing(
                 bar.update(len(few))
         # In the order of the plan, so that an evaluation that was interrupted leaves the same file as one that was not.
         ordered = [{"variant": v, "case": one.case, **_plain(known[v, one.case])} for v, one in chosen]
-        write_whole(file, "".join(map(_line, [{"record": records[name]}, *ordered])).encode())
+        write_atomically(file, "".join(map(_line, [{"record": records[name]}, *ordered])).encode())
         prefix = "" if spec.kind is None else f"{name}."
         for variant, one in chosen:
             found = known[variant, one.case]
@@ -140,7 +140,7 @@ def _resume(file: Path, record: Mapping[str, Any]) -> dict[tuple[str, str], Scor
         if lines and lines[0] == json.loads(_line({"record": record})):
             known = {(line["variant"], line["case"]): Score(line["values"], line["details"]) for line in lines[1:]}
     kept = [{"variant": variant, "case": case, **_plain(score)} for (variant, case), score in known.items()]
-    write_whole(file, "".join(map(_line, [{"record": record}, *kept])).encode())
+    write_atomically(file, "".join(map(_line, [{"record": record}, *kept])).encode())
     return known
 
 

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.trajectory import Condition
 

@@ -6,17 +6,17 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import Strength
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.scoring import Scores
 from esd_lora.evaluation.suite_files import Suite
 from esd_lora.evaluation.summarising import columns, number
+from esd_lora.evaluation.tables import unlearning_accuracies
 from esd_lora.evaluation.variants import Variant, erased
-from esd_lora.families import Base
-from esd_lora.outputs import slug
 from esd_lora.pictures import heat_maps
-from esd_lora.stacking import Strength
-from esd_lora.tables import unlearning_accuracies
+from esd_lora.wording import slug
 
 
 def alone(member: Eraser, number: int) -> str:

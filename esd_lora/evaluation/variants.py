@@ -11,20 +11,20 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from PIL.Image import Image
 
-from esd_lora.applying import applied
-from esd_lora.eraser import Eraser
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
+from esd_lora.erasers.stacking import Strength
+from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.evaluation.blocking import BlackList, SafetyChecker, filtered
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.sld import SLD_CONCEPT, SLD_STRENGTHS, safe_guidance
 from esd_lora.evaluation.suite_files import ROLES, Role
-from esd_lora.families import Base, load_base
-from esd_lora.header import ErasedConcept
-from esd_lora.outputs import slug
 from esd_lora.pictures import paint
-from esd_lora.recipe import without_article
-from esd_lora.stacking import Strength
-from esd_lora.tensor_files import hash_tensors
+from esd_lora.wording import slug, without_article
 
 Painter = Callable[[Sequence[Asked]], list[Image]]
 Blocking: TypeAlias = "Callable[[Base, Sequence[ErasedConcept], int, float], Variant]"

@@ -1,34 +1,25 @@
-"""Loading a base and telling its family from the model itself."""
+"""Model families: one file each, told apart by the pipeline class that a base names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from esd_lora.bases import BUILT_IN, base_files, domain, keep_prompts
-from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families._base import ModelFamily
-from esd_lora.families._loaded import Base
+from esd_lora.errors import EsdLoraError
+from esd_lora.families.family import ModelFamily
 from esd_lora.families.flux import Flux
 from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
-from esd_lora.families.single_file import open_single_file
-from esd_lora.tensor_files import PICKLES
 
-__all__ = ["FAMILIES", "Base", "ModelFamily", "load_base", "quiet_libraries"]
+__all__ = ["FAMILIES", "ModelFamily", "family_of", "read_pipeline"]
 
 FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana())
 
 
 def family_of(pipeline: str) -> ModelFamily:
-    """The family that covers a diffusers pipeline class.
+    """Return the family that covers a diffusers pipeline class.
 
     Raises:
         EsdLoraError: If none does.
@@ -41,7 +32,7 @@ def family_of(pipeline: str) -> ModelFamily:
 
 
 def read_pipeline(index: Path) -> str:
-    """The pipeline class that a model_index.json names.
+    """Return the pipeline class that a model_index.json names.
 
     Raises:
         EsdLoraError: If it is damaged.
@@ -50,147 +41,3 @@ def read_pipeline(index: Path) -> str:
         return json.loads(index.read_text("utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.") from error
-
-
-def load_base(
-    base: str | Path,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    config: str | Path | None = None,
-    vae: bool = True,
-) -> Base:
-    """Loads a base model and tells its family.
-
-    Args:
-        base: A built-in name (`emoji`), a local diffusers directory, a single-file `.safetensors` checkpoint, or a Hub id
-            (`owner/name`, `owner/name@revision`).
-        device: `auto` takes the GPU if there is one; or `cpu`, `cuda`, `mps`.
-        dtype: Of the frozen weights, a torch dtype or its name; float32 on the CPU, and on a GPU bfloat16, or float16 where
-            bfloat16 is not supported, unless given.
-        config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
-        vae: Whether to load the VAE; only pictures need it.
-
-    Raises:
-        EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
-            device.
-    """
-    name, commit, source = str(base), None, None
-    place = choose_device(device)
-    dtype = choose_dtype(place, dtype)
-    folder = base_files(name) if name in BUILT_IN else Path(name)
-    hub_id, _, revision = name.partition("@")
-    in_one_file = not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in (".safetensors", *PICKLES))
-    if config is not None and not in_one_file:
-        raise EsdLoraError(f"base config {config} goes with a single-file checkpoint, and base {name!r} is none. Leave it out.")
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
-        family, source = family_of(read_pipeline(index)), folder
-        pipe = _load_pipeline(str(folder), None, dtype, vae)
-    elif in_one_file:
-        with quiet_libraries():
-            pipe, kind = open_single_file(folder, config=config, device=place, dtype=dtype, vae=vae)
-        family, source = next(family for family in FAMILIES if family.name == kind), folder
-    elif hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise EsdLoraError(
-            f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
-            f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
-        )
-    else:
-        name, source = hub_id, _look_up(hub_id, revision or None)
-        commit = source.name  # the cache keeps files under snapshots/COMMIT
-        family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
-        pipe = _load_pipeline(hub_id, commit, dtype, vae)
-    pipe.set_progress_bar_config(disable=True)
-    if not vae:
-        pipe.vae = None
-    pipe.to(place)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    steps, guidance = family.habits(pipe)
-    habits = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, commit, source, keep_prompts(name), **habits)
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of a name; `auto` asks accelerate for the best there is.
-
-    Raises:
-        EsdLoraError: If it is unknown or not there.
-    """
-    known = ("auto", "cpu", "cuda", "mps")
-    if device.partition(":")[0] not in known:
-        raise EsdLoraError(f"unknown device {device!r}{did_you_mean(device, known)}. Known: {', '.join(known)}.")
-    if device == "auto":
-        from accelerate import PartialState
-
-        return PartialState().device or torch.device("cpu")
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not there.get(device.partition(":")[0], lambda: True)():
-        raise EsdLoraError(f"device {device!r} is not available here. Use --device auto or cpu.")
-    return torch.device(device)
-
-
-def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of frozen weights: as asked, or what suits the device.
-
-    Raises:
-        EsdLoraError: If it is no floating dtype that models come in.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None and dtype not in known:
-        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, known)}. Known: {', '.join(known)}.")
-    if dtype is not None:
-        return known[dtype]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _look_up(hub_id: str, revision: str | None) -> Path:
-    """The folder in the cache for the commit of a model on the Hub that a branch or tag stands for now, its index in it."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        with quiet_libraries():
-            return Path(hf_hub_download(hub_id, "model_index.json", revision=revision)).parent
-    except (OSError, ValueError) as error:
-        raise EsdLoraError(f"base {hub_id!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: bool) -> Any:
-    with quiet_libraries():
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        left_out: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        if not vae:
-            left_out["vae"] = None
-        try:
-            return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **left_out)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise EsdLoraError(f"base {source!r} cannot be loaded: {first}") from error
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keeps the loaders' own bars and notices (one for each component, one for torchvision) off the terminal."""
-    import transformers.utils.logging as transformers_log
-    from diffusers.utils import logging as diffusers_log
-
-    before = transformers_log.get_verbosity(), diffusers_log.get_verbosity()
-    for log in (transformers_log, diffusers_log):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_log.set_verbosity(before[0])
-        diffusers_log.set_verbosity(before[1])
-        for log in (transformers_log, diffusers_log):
-            log.enable_progress_bar()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families._base import ModelFamily
+from esd_lora.families.family import ModelFamily
 from esd_lora.families.sd3 import MM_DIT_SCOPES
 from esd_lora.trajectory import Condition
 
@@ -37,17 +37,17 @@ class Flux(ModelFamily):
     def takes_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
 
-    def habits(self, pipe: Any) -> tuple[int, float]:
-        return super().habits(pipe) if self.takes_guidance(pipe) else (4, 0.0)
+    def default_sampling(self, pipe: Any) -> tuple[int, float]:
+        return super().default_sampling(pipe) if self.takes_guidance(pipe) else (4, 0.0)
 
-    def asks(self, pipe: Any) -> dict[str, Any]:
+    def call_kwargs(self, pipe: Any) -> dict[str, Any]:
         return {"max_sequence_length": 512 if self.takes_guidance(pipe) else 256}  # of T5: what each was trained with
 
     def sigmas(self, steps: int) -> list[float] | None:
         return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.transformer.device, **self.asks(pipe))
+        text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.transformer.device, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families._base import ModelFamily
+from esd_lora.families.family import ModelFamily
 from esd_lora.trajectory import Condition, concatenate
 
 
@@ -27,7 +27,7 @@ class Sana(ModelFamily):
     }
     multiple = 1
 
-    def asks(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
+    def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
         return {"use_resolution_binning": False}  # pictures are asked for at sizes the model takes
 
     def sigmas(self, steps: int) -> list[float] | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families._base import ModelFamily
+from esd_lora.families.family import ModelFamily
 from esd_lora.trajectory import Condition
 
 # kohya's, A1111's and ComfyUI's loaders have no place for an update of these, so no scope touches them.

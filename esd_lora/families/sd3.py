@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families._base import ModelFamily
+from esd_lora.families.family import ModelFamily
 from esd_lora.trajectory import Condition
 
 TEXT_STREAM = r"\.(add_[qkv]_proj|to_add_out)$"

@@ -11,13 +11,16 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from esd_lora import lessons
-from esd_lora.adapters import ADAPTER, add_adapter
-from esd_lora.eraser import Eraser
-from esd_lora.families import Base, ModelFamily, load_base
-from esd_lora.lessons import Teacher, plan
+from esd_lora import teacher as teacher_module
+from esd_lora.adapter import ADAPTER, add_adapter
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.families.family import ModelFamily
+from esd_lora.lessons import plan
 from esd_lora.objectives import Predictions, esd
 from esd_lora.recipe import Recipe
+from esd_lora.teacher import Teacher
 from esd_lora.training import train
 from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, walk
 from golden import reference
@@ -153,7 +156,7 @@ def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
         draws.append((noise, shape["stop"]))
         return walk(denoiser, scheduler, noise, *conditions, **shape)
 
-    monkeypatch.setattr(lessons, "walk", recorded)
+    monkeypatch.setattr(teacher_module, "walk", recorded)
     return draws
 
 

@@ -14,22 +14,24 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from esd_lora import load_recipe, train
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
+from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS, Victim, learning, vocabulary, words
+from esd_lora.evaluation.attacks import ATTACKS, learning, vocabulary, words
 from esd_lora.evaluation.attacks.latents import to_latents, to_pictures
 from esd_lora.evaluation.attacks.learning import captioned, noised, seeded
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.attacks.vocabulary import meaning, readable_words, spare_words, tables_of
 from esd_lora.evaluation.attacks.words import best_prefix, renamed
 from esd_lora.evaluation.domain_suite import of_object
 from esd_lora.evaluation.judge import Judge
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Variant, bare, erased
-from esd_lora.families import Base, load_base
-from esd_lora.header import ErasedConcept
-from esd_lora.stacking import Strength
 from esd_lora.trajectory import pick
-from made import eraser_on
+from random_erasers import eraser_on
 from toys import load_toy, save_toy
 
 _BATCH = learning.BATCH

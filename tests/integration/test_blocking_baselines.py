@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionConfig
 
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.blocking import SafetyChecker, filtered
 from esd_lora.evaluation.detectors import NotRun
 from esd_lora.evaluation.sld import SLD_STRENGTHS, SldStrength, safe_guidance
-from esd_lora.families import Base, family_of, load_base
+from esd_lora.families import family_of
 from esd_lora.pictures import paint
 from tiny import tiny_unet
 from toys import load_toy, make_toy, save_toy

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from esd_lora import __version__, training
 from esd_lora.cli import main
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
-from esd_lora.exporting import kohya_tensors
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.formats.exporting import kohya_tensors
 from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
 from esd_lora.watching import StepReport
-from ldm import save_checkpoint
+from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
 
 # A training of a moment: two steps on two short trajectories.

@@ -33,7 +33,7 @@ from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, Inceptio
 from esd_lora.evaluation.detectors.nudity import Nudity
 from esd_lora.evaluation.detectors.open_nsfw import OpenNsfw
 from esd_lora.evaluation.detectors.similarity import Lpips, Ssim
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 from networks import IMAGENET, ToyInception, resnet_config, save_alexnet, save_classifier, save_clip, save_script
 from tiny import tiny_tokenizer
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from esd_lora.bases.loading import choose_device, choose_dtype, load_base
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import choose_device, choose_dtype, load_base
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.watching import StepReport
-from real import DENOISERS
+from published_denoisers import DENOISERS
 from tiny import tiny_recipe
 
 gpu = pytest.mark.gpu

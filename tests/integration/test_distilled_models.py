@@ -10,9 +10,11 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from torch import Tensor
 
-from esd_lora.families import Base, load_base
-from esd_lora.lessons import Teacher, plan
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.lessons import plan
 from esd_lora.sampling import generate
+from esd_lora.teacher import Teacher
 from esd_lora.training import train
 from esd_lora.trajectory import Condition, walk
 from tiny import tiny_pipeline, tiny_recipe, tiny_unet
@@ -53,7 +55,7 @@ def test_scale_reaches_the_denoiser_as_in_its_pipeline(distilled: Base) -> None:
         calls.append((x, t.expand(1), output[0]))
 
     hook = distilled.model.register_forward_hook(record, with_kwargs=True)
-    asked = {**distilled.family.asks(distilled.pipe), "height": 64, "width": 64}
+    asked = {**distilled.family.call_kwargs(distilled.pipe), "height": 64, "width": 64}
     if distilled.family.name == "sd":
         asked = {}  # its pixels are two to a latent
     distilled.pipe("a cat", num_inference_steps=2, guidance_scale=6.0, output_type="latent", **asked)

@@ -11,11 +11,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from esd_lora import load_recipe, train
-from esd_lora.applying import applied
-from esd_lora.bases import base_files, domain
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.built_in import base_files, domain
 from esd_lora.evaluation.domain_suite import count, every_pair, kept, of_object, score
 from esd_lora.evaluation.judge import Judge
-from esd_lora.families import Base, load_base
 from esd_lora.sampling import generate
 
 

@@ -15,17 +15,18 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation import attaching, scoring
 from esd_lora.evaluation.attaching import attach
 from esd_lora.evaluation.detectors import Look, NotRun, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
-from esd_lora.families import Base, load_base
-from esd_lora.inspecting import inspect_file
+from esd_lora.formats.inspecting import inspect_file
 from esd_lora.pictures import read_samples
-from made import eraser_on
+from random_erasers import eraser_on
 
 SUITE = """description: Brightness of toy pictures.
 prompts:

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.evaluation.suite_files import suite_names
-from esd_lora.families import Base, load_base
-from made import eraser_on
 from networks import ToyInception, save_alexnet, save_classifier, save_clip, save_script
+from random_erasers import eraser_on
 
 IMAGENETTE = (
     "tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas pump, golf ball, parachute"

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_merge_single_file import KINDS, written
 
-import ldm
-from esd_lora.eraser import Eraser, hash_weight
+import original_checkpoints
+from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
-from esd_lora.extracting import extract
-from esd_lora.merging import merge
-from made import eraser_on
-from published import MODELS, layers_of
+from esd_lora.weights.extracting import extract
+from esd_lora.weights.merging import merge
+from random_erasers import eraser_on
 from tiny import tiny_pipeline
+from toy_denoisers import MODELS, layers_of
 from toys import make_toy
 
 
@@ -80,7 +80,7 @@ def test_released_forms(tiny_dir: Path, tmp_path: Path, form: str) -> None:
     elif form == "prefixed":
         save_file({f"unet.{name}": tensor for name, tensor in trained.items()}, tuned)
     elif form == "compvis":
-        save_file({name: tensor.contiguous() for name, tensor in ldm.unet(unet).items()}, tuned)
+        save_file({name: tensor.contiguous() for name, tensor in original_checkpoints.unet(unet).items()}, tuned)
     else:
         tuned = shutil.copytree(tiny_dir, tmp_path / "esd-cat")
         unet.save_pretrained(tuned / "unet")

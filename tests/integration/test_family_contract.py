@@ -11,20 +11,21 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from esd_lora.adapters import add_adapter
-from esd_lora.applying import applied
-from esd_lora.eraser import Eraser
-from esd_lora.families import FAMILIES, Base
-from esd_lora.fusing import fuse
-from esd_lora.harmonising import harmonise
-from esd_lora.lessons import Teacher, plan
-from esd_lora.merging import merge
+from esd_lora.adapter import add_adapter, applied
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.families import FAMILIES
+from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.harmonising import harmonise
+from esd_lora.fusing.pseudo_words import PseudoWords
+from esd_lora.lessons import plan
 from esd_lora.pictures import paint
-from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import SCOPES
 from esd_lora.sampling import generate
+from esd_lora.teacher import Teacher
 from esd_lora.training import train
 from esd_lora.watching import StepReport
+from esd_lora.weights.merging import merge
 from tiny import tiny_recipe
 from toys import TOYS, load_toy, make_toy, save_toy
 
@@ -82,7 +83,7 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
     guided = base.family.name != "flux"
     scale = 3.0 if guided else 1.0
     shape = {} if base.id.endswith("/sd") else {"height": 64, "width": 64}
-    calls = spied(base, prompt="a cat in the rain", guidance_scale=scale, **shape, **base.family.asks(base.pipe))
+    calls = spied(base, prompt="a cat in the rain", guidance_scale=scale, **shape, **base.family.call_kwargs(base.pipe))
     assert len(calls) == STEPS
     condition = base.encode(["", "a cat in the rain"])
     grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps
@@ -120,7 +121,7 @@ def test_teacher_is_the_untouched_base_and_only_the_lora_learns(base: Base, toy:
     parameters = add_adapter(base, base.family.modules(base.model, "full"), recipe.lora, 0)
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-    with teacher.speaking():
+    with teacher.adapter_disabled():
         assert torch.equal(teacher.predict(noise, t, condition), untouched)
     assert not torch.allclose(teacher.predict(noise, t, condition), untouched, atol=1e-3)
     base.predict(noise, t, condition).square().mean().backward()
@@ -156,7 +157,7 @@ def test_file_loads_in_plain_diffusers_and_paints_the_same(toy: Path, eraser_dir
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(eraser_dir)
     asked: dict[str, Any] = {"num_inference_steps": base.steps, "guidance_scale": base.guidance, "height": 64, "width": 64}
-    asked |= base.family.asks(pipe)
+    asked |= base.family.call_kwargs(pipe)
     if toy.name == "sd":
         del asked["height"], asked["width"]
     theirs = pipe("a cat", generator=torch.Generator().manual_seed(0), **asked).images

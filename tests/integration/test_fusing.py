@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import esd_lora.fusing
-import esd_lora.moments
-from esd_lora.eraser import Eraser, LoraPair
+import esd_lora.trajectory
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import export
-from esd_lora.families import Base, load_base
-from esd_lora.fusing import fuse, solve
-from esd_lora.importing import import_lora
-from esd_lora.moments import Moment, Reading, Readings
-from esd_lora.stacking import stack
-from made import eraser_on
+from esd_lora.formats.exporting import export
+from esd_lora.formats.importing import import_lora
+from esd_lora.fusing import closed_form
+from esd_lora.fusing.closed_form import fuse, solve
+from esd_lora.fusing.moments import Moment, Reading, Readings
+from random_erasers import eraser_on
 
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "steps": 2, "progress": False}
 KEEP = ["a dog", "a hat", "a house in the rain"]
@@ -95,7 +96,7 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     kept = patches(layer, keep)
     whole = sum(float(x.square().mean()) for x in rows) + 3 * lam * float(kept.square().mean())
     square = whole / (3 + 3 * lam)
-    left, right, expected = brute_force(deltas, rows, kept, lam, esd_lora.fusing._RIDGE * square, mu * square)
+    left, right, expected = brute_force(deltas, rows, kept, lam, closed_form._RIDGE * square, mu * square)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
     def objective(delta: Tensor) -> float:
@@ -104,10 +105,10 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     summed = sum(deltas, torch.zeros_like(deltas[0]))
     assert objective(found) <= objective(summed) + 1e-9
     left, right, _ = brute_force(deltas, rows, kept, lam, 0, 0)  # the header's figure has no ridge in it
-    assert esd_lora.fusing.objective(moment, pair) == pytest.approx(objective(torch.zeros_like(summed)))
-    assert esd_lora.fusing.objective(moment, pair, pair) == pytest.approx(objective(summed))
+    assert closed_form.objective(moment, pair) == pytest.approx(objective(torch.zeros_like(summed)))
+    assert closed_form.objective(moment, pair, pair) == pytest.approx(objective(summed))
     other = LoraPair(pair.down + 1, pair.up * 2)
-    assert esd_lora.fusing.objective(moment, pair, other) == pytest.approx(objective(other.delta().flatten(1)))
+    assert closed_form.objective(moment, pair, other) == pytest.approx(objective(other.delta().flatten(1)))
 
 
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
@@ -122,7 +123,7 @@ def test_truncation_loses_the_least_of_what_is_read(seed: int, rank: int) -> Non
     full, cut = solve(moment, pair, 1, 0, 0), solve(moment, pair, 1, 0, 0, rank=rank)
     assert cut.rank == min(rank, 4) or cut.rank == rank
     square = float(x.square().mean())
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x) + esd_lora.fusing._RIDGE * square * torch.eye(5))
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x) + closed_form._RIDGE * square * torch.eye(5))
     root = vectors @ values.sqrt().diag()
     lost = ((full.delta() - cut.delta()) @ root).square().sum()
     singular = torch.linalg.svdvals(full.delta() @ root)
@@ -138,12 +139,12 @@ def on(base: Base, scope: str, *names: str, seed: int = 0, **header: object) -> 
 def every_patch() -> Iterator[None]:
     """What is read is counted whole, so that it can be compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(esd_lora.moments, "_ROWS", 10**9)
+        patch.setattr(esd_lora.trajectory, "_ROWS", 10**9)
         yield
 
 
 def test_pixels_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esd_lora.moments, "_ROWS", 4)
+    monkeypatch.setattr(esd_lora.trajectory, "_ROWS", 4)
     layer, x = nn.Linear(2, 1), torch.arange(20.0).reshape(1, 10, 2)
     moment = Moment(layer, {})
     moment.add(x, 1.0)
@@ -223,15 +224,15 @@ def test_moments_are_the_same_in_one_group_and_in_many(
     base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fuse(members, base, keep=KEEP, **QUICK)
-    monkeypatch.setattr(esd_lora.fusing, "_GROUP", 5 * 10**5)
+    monkeypatch.setattr(closed_form, "_GROUP", 5 * 10**5)
     widths = [pair.down[0].numel() for pair in whole.pairs.values()]
     assert 8 * sum(width**2 for width in widths) > 4 * 5 * 10**5
     # Later groups ask for the prompts alone, in batches of another size: that rounds otherwise, 1 / _RIDGE times as much.
-    assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-6 / esd_lora.fusing._RIDGE)
+    assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-6 / closed_form._RIDGE)
 
 
 def test_layers_too_wide_are_summed_and_named(base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esd_lora.fusing, "_WIDEST", 100)
+    monkeypatch.setattr(closed_form, "_WIDEST", 100)
     with pytest.warns(UserWarning, match="wider than"):
         fused = fuse(members, base, keep=KEEP, **QUICK)
     plain = deltas(stack(members))

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
 from esd_lora.gating import Gate, gated
 from esd_lora.sampling import generate, sweep
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-import esd_lora.moments
-from esd_lora.applying import applied
-from esd_lora.eraser import Eraser
-from esd_lora.families import Base
-from esd_lora.harmonising import harmonise
-from esd_lora.interference import measure
-from esd_lora.stacking import stack
+import esd_lora.trajectory
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import stack
+from esd_lora.fusing.harmonising import harmonise
+from esd_lora.fusing.interference import measure
 
 KEPT = ["a dog", "a hat", "a house"]
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "trajectory_steps": 3, "progress": False}
@@ -72,7 +72,7 @@ def test_no_steps_change_nothing(base: Base, cat: Eraser, car: Eraser) -> None:
 
 def test_batches_in_parts_are_the_same_batch(base: Base, cat: Eraser, car: Eraser, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = distilled(base, [cat, car], steps=3)
-    monkeypatch.setattr(esd_lora.moments, "_AT_ONCE", 5 * base.latent_shape()[1] ** 2)
+    monkeypatch.setattr(esd_lora.trajectory, "_AT_ONCE", 5 * base.latent_shape()[1] ** 2)
     parts = distilled(base, [cat, car], steps=3)
     start = stack([cat, car])
     for module, pair in whole.pairs.items():

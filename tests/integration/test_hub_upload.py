@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import loopback_hub
-from esd_lora.eraser import WEIGHTS_NAME
+from esd_lora.erasers.eraser import WEIGHTS_NAME
+from esd_lora.erasers.licences import licence_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.suite_files import load_suite
 from esd_lora.evaluation.summarising import read_gate
-from esd_lora.licences import licence_of
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from loopback_hub import LoopbackHub

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base
-from esd_lora.interference import REPORT_FILES, measure
-from esd_lora.stacking import Strength
-from made import made_header
+from esd_lora.fusing.interference import REPORT_FILES, measure
+from random_erasers import build_header
 
 
 def one_layer(down: list[list[float]], up: list[list[float]], name: str = "a cat", module: str = "x") -> Eraser:
-    return Eraser({module: LoraPair(torch.tensor(down), torch.tensor(up))}, made_header(name))
+    return Eraser({module: LoraPair(torch.tensor(down), torch.tensor(up))}, build_header(name))
 
 
 E1, E2, E3 = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
@@ -59,8 +59,8 @@ def test_overlaps_by_hand(other: Eraser, reads: float, writes: float, cosine: fl
 
 
 def test_layers_count_by_their_norms() -> None:
-    a = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E1], [[3.0], [0.0]], module="y").pairs}, made_header())
-    b = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E2], [[3.0], [0.0]], module="y").pairs}, made_header())
+    a = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E1], [[3.0], [0.0]], module="y").pairs}, build_header())
+    b = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E2], [[3.0], [0.0]], module="y").pairs}, build_header())
     assert measure([a, b]).reads[0][1] == pytest.approx(1 / (1 + 9))
 
 

@@ -12,17 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from esd_lora import merged_file, merging
-from esd_lora.applying import applied
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.adapter import applied
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.stacking import stack
+from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import load_base
-from esd_lora.merged_file import MERGED_KEY
-from esd_lora.merging import merge
-from esd_lora.stacking import stack
-from esd_lora.tensor_files import hash_tensors
-from esd_lora.verifying import verify
-from ldm import save_checkpoint
+from esd_lora.weights import merging
+from esd_lora.weights import streaming as merged_file
+from esd_lora.weights.merging import merge
+from esd_lora.weights.streaming import MERGED_KEY
+from esd_lora.weights.verifying import verify
+from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -16,17 +16,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import ldm
-from esd_lora import merged_file, merging
-from esd_lora.eraser import Eraser, hash_weight
+import original_checkpoints
+from esd_lora.bases.stored import open_stored
+from esd_lora.erasers.eraser import Eraser, hash_weight
+from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.stored import open_stored
-from esd_lora.merged_file import MERGED_KEY
-from esd_lora.merging import merge
-from esd_lora.stacking import Strength, stack
-from esd_lora.verifying import verify
-from made import eraser_on
-from published import MODELS, changed, everywhere, layers_of
+from esd_lora.weights import merging
+from esd_lora.weights import streaming as merged_file
+from esd_lora.weights.merging import merge
+from esd_lora.weights.streaming import MERGED_KEY
+from esd_lora.weights.verifying import verify
+from random_erasers import eraser_on
+from toy_denoisers import MODELS, changed, everywhere, layers_of
 from toys import make_toy
 
 KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev")
@@ -46,11 +47,11 @@ def written(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tupl
     model = getattr(pipe, "transformer", None) or pipe.unet
     file = folder / f"{kind}.safetensors"
     if kind.startswith("sd3"):
-        state = ldm.sd3(model)
+        state = original_checkpoints.sd3(model)
     elif kind.startswith("flux"):
-        state = ldm.flux(model)
+        state = original_checkpoints.flux(model)
     else:
-        state = ldm.checkpoint(pipe)
+        state = original_checkpoints.checkpoint(pipe)
     save_file({name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in state.items()}, file, {"who": "me"})
     prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_published_layout(tmp_path: Path) -> None:
     eraser = with_hashes(everywhere("sd", model), model)
     clip = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     file = tmp_path / "sd.safetensors"
-    save_file({**{n: t.contiguous() for n, t in ldm.unet(model).items()}, **clip}, file)
+    save_file({**{n: t.contiguous() for n, t in original_checkpoints.unet(model).items()}, **clip}, file)
     out = merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
     assert_merged(out, file, "sd", model, eraser)
 
@@ -254,7 +255,7 @@ def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from esd_lora import merged_file, merging
+from esd_lora.weights import merging, streaming as merged_file
 file, eraser, out, after, force = sys.argv[1:]
 written = 0
 really = merged_file._add

@@ -8,11 +8,12 @@ from functools import cache
 import pytest
 from torch import nn
 
-from esd_lora.families import FAMILIES, Base
+from esd_lora.bases.base import Base
+from esd_lora.families import FAMILIES
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import kind_of, load_recipe, recipe_names, recipe_path
 from esd_lora.training import train
-from real import DENOISERS, denoiser
+from published_denoisers import DENOISERS, denoiser
 from toys import load_toy, save_toy
 
 TOY_OF = {

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from esd_lora.applying import applied
-from esd_lora.eraser import Eraser
+from esd_lora.adapter import applied
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.manifests import write_manifest
+from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
-from esd_lora.manifests import write_manifest
 from esd_lora.sampling import generate, sweep
-from esd_lora.stacking import Strength, stack
 
 PROMPTS = ["a cat", "a dog"]
 

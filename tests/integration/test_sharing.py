@@ -21,25 +21,26 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import loopback_hub
-from esd_lora import hub as module
-from esd_lora.bases import base_files
-from esd_lora.cards import Publication, Sample
-from esd_lora.cataloging import catalog
+from esd_lora.built_in import base_files
 from esd_lora.cli import main
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers import fetching as module
+from esd_lora.erasers.cards import Publication, Sample
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.header import Origin
+from esd_lora.erasers.licences import licence_of
+from esd_lora.erasers.manifests import load_eraser, write_manifest
+from esd_lora.erasers.measured import Measured
+from esd_lora.erasers.stacking import Strength
+from esd_lora.erasers.tensor_files import file_content
 from esd_lora.errors import EsdLoraError
-from esd_lora.header import Measured, Origin
-from esd_lora.hub import HubId, pull
-from esd_lora.licences import licence_of
-from esd_lora.manifests import load_eraser, write_manifest
 from esd_lora.pictures import save_samples
-from esd_lora.pushing import drafted, push
 from esd_lora.recipe import Neighbours
-from esd_lora.searching import search
-from esd_lora.stacking import Strength
-from esd_lora.tensor_files import file_content
+from esd_lora.sharing.catalog import catalog, search
+from esd_lora.sharing.pulling import pull
+from esd_lora.sharing.pushing import drafted, push
+from esd_lora.wording import HubId
 from loopback_hub import LoopbackHub
-from made import made_eraser, made_header, made_pair
+from random_erasers import build_header, random_eraser, random_pair
 
 hub = loopback_hub.hub  # the fixture
 
@@ -56,10 +57,10 @@ def ada(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
 
 def made_for(base: str, *names: str) -> Eraser:
     """An eraser on two layers that Stable Diffusion has."""
-    made, random = made_header(*names, base=base), torch.Generator().manual_seed(0)
+    made, random = build_header(*names, base=base), torch.Generator().manual_seed(0)
     block = "mid_block.attentions.0.transformer_blocks.0.attn2"
     return Eraser(
-        {f"{block}.to_{x}": made_pair((8, 6), rank, random, torch.float32) for x, rank in {"k": 1, "v": 2}.items()}, made
+        {f"{block}.to_{x}": random_pair((8, 6), rank, random, torch.float32) for x, rank in {"k": 1, "v": 2}.items()}, made
     )
 
 
@@ -823,7 +824,7 @@ def test_cached_erasers_need_no_hub(ada: LoopbackHub, no_cat: Path, monkeypatch:
 
 
 def test_stacks_by_manifest_on_the_hub(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
-    made_eraser({"conv": 1}, "a hat").save(tmp_path / "hat")
+    random_eraser({"conv": 1}, "a hat").save(tmp_path / "hat")
     write_manifest(tmp_path / "stack.yaml", [no_cat, tmp_path / "hat"], [Strength(1.0), Strength(0.5)])
     files = {
         place.relative_to(tmp_path).as_posix(): place.read_bytes()

@@ -14,16 +14,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
-from esd_lora.checkpoints import CHECKPOINT_NAME
-from esd_lora.eraser import RUN_FILES, WEIGHTS_NAME, Eraser, hash_weight
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import RUN_FILES, WEIGHTS_NAME, Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
-from esd_lora.optimizing import learning_rate
 from esd_lora.pictures import read_samples
 from esd_lora.recipe import SCOPES, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
-from esd_lora.training import train
+from esd_lora.train_state import CHECKPOINT_NAME
+from esd_lora.training import learning_rate, train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe
 

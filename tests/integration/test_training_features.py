@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
 from esd_lora.lessons import nearest, plan
-from esd_lora.optimizing import OPTIMIZERS, learning_rate, make_optimizer
+from esd_lora.optimizers import OPTIMIZERS, make_optimizer
 from esd_lora.recipe import Neighbours
-from esd_lora.replay import latent_shapes, refresh
-from esd_lora.training import train
+from esd_lora.teacher import latent_shapes, refresh
+from esd_lora.training import learning_rate, train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe
 
@@ -154,7 +155,7 @@ def test_aspect_buckets_take_turns(tiny_dir: Path, base: Base) -> None:
 
 
 def test_buckets_share_the_trajectories(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esd_lora.lessons import Teacher
+    from esd_lora.teacher import Teacher
 
     recipe = tiny_recipe(base.id, concepts=[f"concept {i}" for i in range(4)], preserve=[], trajectories=4)
     teacher, walked = Teacher(base, recipe, plan(recipe)), []

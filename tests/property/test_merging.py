@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import ldm
-from esd_lora.merging import merge
-from esd_lora.verifying import verify
-from made import eraser_on
-from published import layers_of
+import original_checkpoints
+from esd_lora.weights.merging import merge
+from esd_lora.weights.verifying import verify
+from random_erasers import eraser_on
+from toy_denoisers import layers_of
 from toys import make_toy
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +27,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, di
     pipe, folder = make_toy("sd"), tmp_path_factory.mktemp("bases")
     files = {dtype: folder / f"{str(dtype)[6:]}.safetensors" for dtype in DTYPES}
     for dtype, file in files.items():
-        save_file({n: t.detach().to(dtype).contiguous().clone() for n, t in ldm.checkpoint(pipe).items()}, file)
+        save_file(
+            {n: t.detach().to(dtype).contiguous().clone() for n, t in original_checkpoints.checkpoint(pipe).items()}, file
+        )
     return pipe.unet, files
 
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esd_lora.eraser import Eraser
-from esd_lora.stacking import Strength, compress, stack
-from made import SHAPES, made_eraser, made_header
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import Strength, compress, stack
+from random_erasers import SHAPES, build_header, random_eraser
 
-names = st.text(min_size=1).filter(lambda name: "{x}" not in name)  # a placeholder needs words to fill in
+names = st.text(min_size=1).filter(lambda name: name.strip() and "{x}" not in name)  # a placeholder needs words to fill in
 ranks = st.dictionaries(st.sampled_from(sorted(SHAPES)), st.integers(1, 4), min_size=1)
-erasers = st.builds(lambda ranks, seed, name: made_eraser(ranks, name, seed=seed), ranks, st.integers(0, 2**32), names)
+erasers = st.builds(lambda ranks, seed, name: random_eraser(ranks, name, seed=seed), ranks, st.integers(0, 2**32), names)
 weights = st.floats(-3, 3)
 
 
@@ -82,7 +82,7 @@ def test_stack_of_one_is_the_eraser(a: Eraser) -> None:
 
 
 singles = st.builds(
-    lambda ranks, seed, name: made_eraser(ranks, name, seed=seed, dtype=torch.float32), ranks, st.integers(0, 2**32), names
+    lambda ranks, seed, name: random_eraser(ranks, name, seed=seed, dtype=torch.float32), ranks, st.integers(0, 2**32), names
 )
 
 
@@ -174,7 +174,7 @@ blocks = st.dictionaries(st.sampled_from(["mid", "mid_block", "mid.attn2", "mid.
 def test_strengths_by_block_of_a_stack_of_stacks_multiply(
     seed: int, inner: dict[str, float], first: float, outer: dict[str, float], second: float
 ) -> None:
-    a = made_eraser({"mid.attn2.to_k": 1, "mid.attn2.to_v": 2, "conv": 1}, seed=seed)
+    a = random_eraser({"mid.attn2.to_k": 1, "mid.attn2.to_v": 2, "conv": 1}, seed=seed)
     stacked = stack([stack([a], [Strength(first, inner)])], [Strength(second, outer)])
     for module, factor in told(stacked).items():
         torch.testing.assert_close(stacked.pairs[module].delta(), factor * a.pairs[module].delta(), rtol=1e-9, atol=1e-12)
@@ -182,7 +182,7 @@ def test_strengths_by_block_of_a_stack_of_stacks_multiply(
 
 @given(ranks, st.integers(0, 2**32))
 def test_norms_and_products_by_the_factors(ranks: dict[str, int], seed: int) -> None:
-    a, b = made_eraser(ranks, seed=seed), made_eraser(ranks, seed=seed + 1)
+    a, b = random_eraser(ranks, seed=seed), random_eraser(ranks, seed=seed + 1)
     for module in ranks:
         one, other = a.pairs[module], b.pairs[module]
         assert abs(one.norm() - float(one.delta().norm())) <= 1e-9 * one.norm()
@@ -192,7 +192,7 @@ def test_norms_and_products_by_the_factors(ranks: dict[str, int], seed: int) -> 
 @given(ranks, st.integers(0, 2**32))
 def test_adding_the_factors_apart_is_another_model(ranks: dict[str, int], seed: int) -> None:
     """Why stacking concatenates: (up_a + up_b) @ (down_a + down_b) has the cross terms too."""
-    a, b = made_eraser(ranks, seed=seed), made_eraser(ranks, seed=seed + 1)
+    a, b = random_eraser(ranks, seed=seed), random_eraser(ranks, seed=seed + 1)
     for module, pair in stack([a, b]).pairs.items():
         left, right = a.pairs[module], b.pairs[module]
         apart = left._replace(down=left.down + right.down, up=left.up + right.up)
@@ -207,10 +207,10 @@ def test_adding_the_factors_apart_is_another_model(ranks: dict[str, int], seed: 
     st.lists(names, min_size=1, max_size=3),
 )
 def test_saved_eraser_loads_bit_for_bit(ranks: dict[str, int], seed: int, dtype: torch.dtype, names: list[str]) -> None:
-    eraser = made_eraser(ranks, *names, seed=seed, dtype=dtype)
+    eraser = random_eraser(ranks, *names, seed=seed, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         loaded = Eraser.load(eraser.save(folder))
-    assert loaded.header == eraser.header == made_header(*names)
+    assert loaded.header == eraser.header == build_header(*names)
     assert loaded.pairs.keys() == eraser.pairs.keys()
     for module, pair in eraser.pairs.items():
         for found, expected in zip(loaded.pairs[module], pair, strict=True):

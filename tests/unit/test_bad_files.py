@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.header import HEADER_KEY
+from esd_lora.erasers.tensor_files import read_header, read_rows
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import LAYOUTS, export
-from esd_lora.header import HEADER_KEY
-from esd_lora.importing import import_lora
-from esd_lora.inspecting import diff, inspect_file
-from esd_lora.outputs import slug
-from esd_lora.tensor_files import read_header, read_rows
-from made import made_eraser, made_header
+from esd_lora.formats.exporting import LAYOUTS, export
+from esd_lora.formats.importing import import_lora
+from esd_lora.formats.inspecting import diff, inspect_file
+from esd_lora.wording import slug
+from random_erasers import build_header, random_eraser
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 LONG = "a very long name of a concept, " * 40
@@ -84,11 +84,11 @@ def spoilt(tmp_path: Path, **changes: torch.Tensor) -> Path:
     """An eraser whose tensors were exchanged."""
     from safetensors.torch import save_file
 
-    tensors = {**made_eraser({"conv": 2}, dtype=torch.float32).state_dict()}
+    tensors = {**random_eraser({"conv": 2}, dtype=torch.float32).state_dict()}
     for name, tensor in changes.items():
         tensors[f"unet.conv.lora_{name}.weight"] = tensor
     file = tmp_path / "x.safetensors"
-    save_file(tensors, file, {HEADER_KEY: made_header().model_dump_json()})
+    save_file(tensors, file, {HEADER_KEY: build_header().model_dump_json()})
     return file
 
 
@@ -143,7 +143,7 @@ def test_file_beyond_two_gigabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_any_concept_name(tmp_path: Path, name: str) -> None:
     """Saved, loaded, exported, inspected and compared, and never part of a path."""
-    eraser = made_eraser({"conv": 2}, name, dtype=torch.float32)
+    eraser = random_eraser({"conv": 2}, name, dtype=torch.float32)
     folder = eraser.save(tmp_path / "eraser")
     assert Eraser.load(folder).names == [name]
     for layout in LAYOUTS[1:]:
@@ -160,7 +160,7 @@ def test_any_concept_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("write", ["save", *LAYOUTS[1:]])
 def test_place_that_cannot_be_written(write: str) -> None:
     """/proc refuses directories and files to everybody, root included."""
-    eraser, out = made_eraser({"conv": 2}), Path("/proc/esd-lora")
+    eraser, out = random_eraser({"conv": 2}), Path("/proc/esd-lora")
     place = out / "x.safetensors" if write == "diffusers" else out
     with pytest.raises(EsdLoraError, match=r"output /proc/esd-lora.* cannot be written") as caught:
         _ = eraser.save(out) if write == "save" else export(eraser, place, layout=write)
@@ -175,7 +175,7 @@ def test_format_1_is_read(tmp_path: Path) -> None:
     eraser = Eraser.load(GOLDEN / "format_1.safetensors")
     assert eraser.names == ["a cat", "Van Gogh"]
     assert (eraser.header.format, eraser.header.concepts[0].eta) == (1, 3.0)
-    expected = made_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
+    expected = random_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
     assert all(torch.equal(eraser.pairs[m].delta(), pair.delta()) for m, pair in expected.pairs.items())
     assert eraser.save(tmp_path / "again") / WEIGHTS_NAME
 
@@ -189,8 +189,8 @@ def test_format_2_is_read() -> None:
     assert (cat.name, cat.weight, cat.eta) == ("a cat", 1.0, 3.0)
     assert (car.name, car.weight, car.blocks) == ("a car", -0.5, {"mid_block": 0.0})
     assert [(origin.how, origin.layout) for origin in header.origins] == [("imported", "kohya")]
-    first = made_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
-    second = made_eraser({"mid.attn2.to_k": 1, "shortcut": 2}, seed=1, dtype=torch.float32)
+    first = random_eraser({"mid.attn2.to_k": 2, "conv": 1}, dtype=torch.float32)
+    second = random_eraser({"mid.attn2.to_k": 1, "shortcut": 2}, seed=1, dtype=torch.float32)
     torch.testing.assert_close(eraser.pairs["mid.attn2.to_k"].delta(), first.pairs["mid.attn2.to_k"].delta())
     torch.testing.assert_close(eraser.pairs["shortcut"].delta(), -0.5 * second.pairs["shortcut"].delta())
 

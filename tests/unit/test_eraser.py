@@ -11,20 +11,20 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from esd_lora.cards import render_card
-from esd_lora.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
+from esd_lora.erasers.cards import render_card
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
+from esd_lora.erasers.header import FORMAT, HEADER_KEY
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import export
-from esd_lora.header import FORMAT, HEADER_KEY
-from esd_lora.outputs import clear_output, write_whole
+from esd_lora.files import prepare_directory, write_atomically
+from esd_lora.formats.exporting import export
 from esd_lora.recipe_files import load_recipe
-from made import SHAPES, made_eraser, made_header
+from random_erasers import SHAPES, build_header, random_eraser
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """An eraser's directory."""
-    return made_eraser({"conv": 2, "mid.attn2.to_k": 3}).save(tmp_path / "eraser")
+    return random_eraser({"conv": 2, "mid.attn2.to_k": 3}).save(tmp_path / "eraser")
 
 
 def refusal(path: Path) -> str:
@@ -96,7 +96,7 @@ def test_other_files_of_the_directory_stay(saved: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(SHAPES))
 def test_delta_is_the_product_in_the_weights_shape(module: str) -> None:
-    pair = made_eraser({module: 2}).pairs[module]
+    pair = random_eraser({module: 2}).pairs[module]
     assert pair.rank == 2
     assert pair.shape == SHAPES[module]
     x = torch.randn(1, SHAPES[module][1], *([6, 6] if len(pair.shape) == 4 else []), dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_delta_is_the_product_in_the_weights_shape(module: str) -> None:
 
 
 def test_delta_of_half_precision_is_summed_in_float32() -> None:
-    pair = made_eraser({"conv": 3}, dtype=torch.float16).pairs["conv"]
+    pair = random_eraser({"conv": 3}, dtype=torch.float16).pairs["conv"]
     assert torch.equal(pair.delta(), LoraPair(pair.down.float(), pair.up.float()).delta())
 
 
@@ -141,7 +141,7 @@ def test_lora_of_another_tool(tmp_path: Path) -> None:
 
 
 def test_newer_format(saved: Path) -> None:
-    newer = made_header().model_dump(mode="json") | {"format": FORMAT + 1, "concepts": "told otherwise"}
+    newer = build_header().model_dump(mode="json") | {"format": FORMAT + 1, "concepts": "told otherwise"}
     message = refusal(rewrite(saved, header=json.dumps(newer)))
     assert f"format {FORMAT + 1}" in message
     assert "Upgrade" in message
@@ -152,7 +152,7 @@ def test_damaged_header(saved: Path, text: str) -> None:
     assert "damaged header" in refusal(rewrite(saved, header=text))
 
 
-WHOLE = made_eraser({"conv": 2}).state_dict()
+WHOLE = random_eraser({"conv": 2}).state_dict()
 DOWN, UP = "unet.conv.lora_A.weight", "unet.conv.lora_B.weight"
 NO_PAIRS = {
     "without up": {DOWN: WHOLE[DOWN]},
@@ -172,7 +172,7 @@ def test_keys_that_are_no_pairs(saved: Path, tensors: dict[str, torch.Tensor]) -
 
 def test_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights"
-    write_whole(file, b"old")
+    write_atomically(file, b"old")
     write_bytes = Path.write_bytes
 
     def half(path: Path, content: bytes) -> int:
@@ -182,18 +182,18 @@ def test_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
         with pytest.raises(EsdLoraError, match="No space left"):
-            write_whole(file, b"new content")
+            write_atomically(file, b"new content")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
     with file.open("rb") as reader:
-        write_whole(file, b"new content")
+        write_atomically(file, b"new content")
         assert reader.read() == b"old"  # who reads meanwhile reads the old one to its end
     assert file.read_bytes() == b"new content"
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_card_says_what_and_from_where() -> None:
-    header = made_header("Van Gogh", base="owner/model", base_revision="abc123", preserve=("a dog", "a hat"))
+    header = build_header("Van Gogh", base="owner/model", base_revision="abc123", preserve=("a dog", "a hat"))
     card = render_card(header, 2)
     _, front, text = card.split("---\n", 2)
     front = yaml.safe_load(front)
@@ -209,42 +209,42 @@ def test_card_says_what_and_from_where() -> None:
 
 
 def test_card_says_strengths_and_what_is_amplified() -> None:
-    cat, dog, hat = made_header("cat", "dog", "hat").concepts
+    cat, dog, hat = build_header("cat", "dog", "hat").concepts
     weak = dog.model_copy(update={"weight": 0.5, "blocks": {"mid_block": 0.0}})
-    card = render_card(made_header(concepts=(cat, weak, hat.model_copy(update={"weight": -1.0}))), 2)
+    card = render_card(build_header(concepts=(cat, weak, hat.model_copy(update={"weight": -1.0}))), 2)
     assert "that removes cat, dog (at strength 0.5, mid_block x 0) and amplifies hat (at strength -1)." in card
 
 
 def test_card_of_unknown_prompts_has_no_empty_table() -> None:
-    card = render_card(made_header(concepts=(made_header().concepts[0].model_copy(update={"pairs": (), "eta": None}),)), 2)
+    card = render_card(build_header(concepts=(build_header().concepts[0].model_copy(update={"pairs": (), "eta": None}),)), 2)
     assert "Its prompts are not known." in card
     assert "|" not in card.split("---\n", 2)[2]
 
 
 def test_card_of_a_local_base_points_to_no_page() -> None:
-    front = yaml.safe_load(render_card(made_header(base="/some/where"), 2).split("---\n")[1])
+    front = yaml.safe_load(render_card(build_header(base="/some/where"), 2).split("---\n")[1])
     assert "base_model" not in front
 
 
 def test_card_cuts_a_long_pool_short() -> None:
-    concept = made_header().concepts[0].model_copy(update={"pairs": tuple((f"cat {i}", "dog") for i in range(20))})
-    card = render_card(made_header(concepts=(concept,)), 2)
+    concept = build_header().concepts[0].model_copy(update={"pairs": tuple((f"cat {i}", "dog") for i in range(20))})
+    card = render_card(build_header(concepts=(concept,)), 2)
     assert "| cat 11 | dog |" in card
     assert "cat 12" not in card
     assert "and 8 more" in card
 
 
 def test_card_keeps_its_table_whatever_the_prompt_holds() -> None:
-    concept = made_header().concepts[0].model_copy(update={"pairs": (("[cat|dog]\nsitting", "a | b"),)})
-    card = render_card(made_header(concepts=(concept,)), 2)
+    concept = build_header().concepts[0].model_copy(update={"pairs": (("[cat|dog]\nsitting", "a | b"),)})
+    card = render_card(build_header(concepts=(concept,)), 2)
     row = next(line for line in card.splitlines() if "[cat" in line)
     assert row.endswith("|")
     assert row.replace("\\|", "").count("|") == 3
 
 
 def test_output_that_is_new_or_empty(tmp_path: Path) -> None:
-    clear_output(tmp_path / "a" / "b", False, [])
-    clear_output(tmp_path / "a" / "b", False, [])
+    prepare_directory(tmp_path / "a" / "b", False, [])
+    prepare_directory(tmp_path / "a" / "b", False, [])
     assert (tmp_path / "a" / "b").is_dir()
 
 
@@ -252,9 +252,9 @@ def test_output_that_holds_something(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         (tmp_path / name).write_text("old")
     with pytest.raises(EsdLoraError, match="--force"):
-        clear_output(tmp_path, False, ["ours", "other"])
+        prepare_directory(tmp_path, False, ["ours", "other"])
     assert (tmp_path / "ours").exists()
-    clear_output(tmp_path, True, ["ours", "other"])
+    prepare_directory(tmp_path, True, ["ours", "other"])
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
@@ -263,7 +263,7 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     file.write_text("mine")
     for path in (file, file / "below"):
         with pytest.raises(EsdLoraError, match="file"):
-            clear_output(path, True, [])
+            prepare_directory(path, True, [])
     assert file.read_text() == "mine"
 
 

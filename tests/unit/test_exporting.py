@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 
-from esd_lora.eraser import Eraser, LoraPair
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import LAYOUTS, export, kohya_tensors
-from esd_lora.importing import import_lora
-from esd_lora.naming import kohya_names, original_places
-from esd_lora.stacking import stack
-from made import eraser_on, made_pair
-from published import MODELS, changed, client_deltas, client_names, everywhere, layers_of
-from real import DENOISERS, denoiser
+from esd_lora.families.layer_names import kohya_names, original_places
+from esd_lora.formats.exporting import LAYOUTS, export, kohya_tensors
+from esd_lora.formats.importing import import_lora
+from published_denoisers import DENOISERS, denoiser
+from random_erasers import eraser_on, random_pair
 from tiny import tiny_pipeline
+from toy_denoisers import MODELS, changed, client_deltas, client_names, everywhere, layers_of
 from toys import make_toy
 
 FAMILIES = tuple(MODELS)
@@ -157,7 +157,9 @@ def test_kohya_file_of_flux_in_diffusers(tmp_path: Path) -> None:
         "single_transformer_blocks.3.proj_mlp": (12288, 3072),
         "single_transformer_blocks.3.proj_out": (3072, 15360),
     }
-    pairs = {module: made_pair(shape, 1 + i % 2, generator, torch.float32) for i, (module, shape) in enumerate(shapes.items())}
+    pairs = {
+        module: random_pair(shape, 1 + i % 2, generator, torch.float32) for i, (module, shape) in enumerate(shapes.items())
+    }
     eraser = Eraser(pairs, everywhere("flux", make_toy("flux-dev").transformer).header)
     file = export(eraser, tmp_path / "k.safetensors", layout="kohya")
     converted = FluxPipeline.lora_state_dict(str(file))

@@ -12,15 +12,18 @@ import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
-from esd_lora.eraser import Eraser
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import FAMILIES, Base, ModelFamily, load_base
+from esd_lora.families import FAMILIES
+from esd_lora.families.family import ModelFamily
 from esd_lora.families.sd import StableDiffusion
-from esd_lora.merging import merge
 from esd_lora.recipe import SCOPES
-from ldm import save_checkpoint
-from made import eraser_on
-from real import DENOISERS, SCOPE_COUNTS, denoiser
+from esd_lora.weights.merging import merge
+from original_checkpoints import save_checkpoint
+from published_denoisers import DENOISERS, SCOPE_COUNTS, denoiser
+from random_erasers import eraser_on
 from tiny import tiny_pipeline
 
 PARAMETERS = {

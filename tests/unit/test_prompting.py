@@ -5,16 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd_lora.bases import domain
-from esd_lora.eraser import Eraser
-from esd_lora.header import ErasedConcept
-from esd_lora.prompting import frames_of, keep_list, own_prompts
-from made import made_header
+from esd_lora.built_in import domain
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
+from esd_lora.fusing.prompts import frames_of, keep_list, own_prompts
+from random_erasers import build_header
 
 
 def member(name: str, *prompts: str, **header: object) -> Eraser:
     concept = ErasedConcept(name=name, synonyms=("moggy",), pairs=tuple((prompt, "") for prompt in prompts), eta=1.0)
-    return Eraser({}, made_header(name, **{"concepts": (concept,), "preserve": (), **header}))
+    return Eraser({}, build_header(name, **{"concepts": (concept,), "preserve": (), **header}))
 
 
 def test_what_names_a_member_is_dropped_and_asked_of_it() -> None:

@@ -14,14 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import ldm
-from esd_lora import bases
-from esd_lora.bases import write_clip_tokenizer
+import original_checkpoints
+from esd_lora.bases import single_file
+from esd_lora.bases.loading import load_base
+from esd_lora.bases.single_file import kind_of, measured_prediction_type, write_clip_tokenizer
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import FAMILIES, load_base
-from esd_lora.families.single_file import kind_of, measured_prediction_type
-from esd_lora.tensor_files import PICKLES
-from real import build, shipped
+from esd_lora.families import FAMILIES
+from esd_lora.files import PICKLES
+from published_denoisers import build, shipped
 from toys import make_toy, save_toy
 
 SIZES = {
@@ -53,8 +53,8 @@ def small_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         parts["unet"]["attention_head_dim"] = 2 if name == "sd1" else [2, 4]
         parts["unet"]["norm_num_groups"] = parts["vae"]["norm_num_groups"] = 8
         (folder / f"{name}.json").write_text(json.dumps(parts))
-    (folder / "clip_merges.txt.gz").write_bytes((bases.CONFIGS / "clip_merges.txt.gz").read_bytes())
-    monkeypatch.setattr(bases, "CONFIGS", folder)
+    (folder / "clip_merges.txt.gz").write_bytes((single_file.CONFIGS / "clip_merges.txt.gz").read_bytes())
+    monkeypatch.setattr(single_file, "CONFIGS", folder)
     return folder
 
 
@@ -67,7 +67,7 @@ def small_checkpoint(configs: Path, name: str, file: Path, metadata: dict[str, s
     pipe = diffusers.StableDiffusionPipeline(
         **models, tokenizer=None, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    return ldm.save_checkpoint(pipe, file, metadata, **extra)
+    return original_checkpoints.save_checkpoint(pipe, file, metadata, **extra)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 @pytest.mark.parametrize("name", ["sd", "sd2-v", "sdxl"])
 def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     folder = save_toy(name, tmp_path / "base")
-    file = ldm.save_checkpoint(make_toy(name), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy(name), tmp_path / "model.safetensors")
     expected, found = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
     assert found.family is expected.family
     assert found.prediction_type == expected.prediction_type
@@ -108,7 +108,7 @@ def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, 
         for parameter in getattr(other, part).parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
     file = tmp_path / "model.safetensors"
-    state = ldm.unet(other.unet) if part == "unet" else ldm.sd3(other.transformer)
+    state = original_checkpoints.unet(other.unet) if part == "unet" else original_checkpoints.sd3(other.transformer)
     save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
     with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
         load_base(file)
@@ -132,7 +132,9 @@ def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> N
         # Cheap, and different wherever two rows or two tensors could be mixed up.
         parameter.data.copy_((torch.arange(len(parameter)) % 251 + number).view(-1, *[1] * (parameter.dim() - 1)))
     pipe = make_toy("flux-dev")
-    save_file({name: tensor.contiguous() for name, tensor in ldm.flux(wide).items()}, tmp_path / "flux.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in original_checkpoints.flux(wide).items()}, tmp_path / "flux.safetensors"
+    )
     folder = save_toy("flux-dev", tmp_path / "base")
     settings = {key: value for key, value in wide.config.items() if not key.startswith("_")}
     (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **settings}))
@@ -147,7 +149,7 @@ def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> N
 
 def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
     folder = save_toy("sd", tmp_path / "base")
-    file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
     assert load_base(file, config=folder, vae=False, device="cpu").pipe.vae is None
 
 
@@ -303,7 +305,7 @@ def test_file_that_is_no_safetensors(tmp_path: Path, content: bytes, said: str) 
 
 
 def test_truncated_checkpoint(tmp_path: Path) -> None:
-    file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(EsdLoraError, match="or damaged"):
         load_base(file)
@@ -323,7 +325,7 @@ def test_family_without_configurations_asks_for_them(tmp_path: Path) -> None:
 
 def test_configuration_of_another_family(tmp_path: Path) -> None:
     folder = save_toy("sdxl", tmp_path / "sdxl")
-    file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
     with pytest.raises(EsdLoraError, match=r"holds SD 1\.x .*'sdxl'"):
         load_base(file, config=folder)
     with pytest.raises(EsdLoraError, match=r"has no model_index\.json"):
@@ -338,7 +340,7 @@ def test_configuration_for_a_base_that_is_no_file(base: str, tmp_path: Path) -> 
 
 def test_configuration_of_another_size(tmp_path: Path) -> None:
     folder = save_toy("sd2-v", tmp_path / "other")
-    file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
     with pytest.raises(EsdLoraError, match="does not fit the configuration of a StableDiffusionPipeline") as caught:
         load_base(file, config=folder)
     assert "\n" not in str(caught.value)
@@ -349,7 +351,7 @@ def test_configuration_of_another_size(tmp_path: Path) -> None:
 )
 def test_checkpoint_without_all_its_tensors(tmp_path: Path, lost: str) -> None:
     folder = save_toy("sd", tmp_path / "base")
-    file = ldm.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
+    file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")
     state = load_file(file)
     del state[lost]
     save_file(state, file)

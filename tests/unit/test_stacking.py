@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esd_lora.eraser import Eraser
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import Strength, compress, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.stacking import Strength, compress, stack
-from made import made_eraser, made_header
+from random_erasers import build_header, random_eraser
 
 
 def changed(eraser: Eraser, **header: object) -> Eraser:
@@ -24,7 +24,7 @@ def changed(eraser: Eraser, **header: object) -> Eraser:
     ],
 )
 def test_members_of_different_kinds_are_named(field: str, mine: str, theirs: str, words: str) -> None:
-    a, b = made_eraser({"conv": 1}, "a cat"), made_eraser({"conv": 1}, "a hat")
+    a, b = random_eraser({"conv": 1}, "a cat"), random_eraser({"conv": 1}, "a hat")
     with pytest.raises(EsdLoraError) as caught:
         stack([changed(a, **{field: mine}), changed(b, **{field: theirs})])
     message = str(caught.value)
@@ -35,8 +35,8 @@ def test_members_of_different_kinds_are_named(field: str, mine: str, theirs: str
 
 
 def test_members_of_different_weights_are_named() -> None:
-    a = changed(made_eraser({"conv": 1}, "a cat"), base="one", base_hashes={"conv": "aa"})
-    b = changed(made_eraser({"conv": 1}, "a hat"), base="other", base_hashes={"conv": "bb"})
+    a = changed(random_eraser({"conv": 1}, "a cat"), base="one", base_hashes={"conv": "aa"})
+    b = changed(random_eraser({"conv": 1}, "a hat"), base="other", base_hashes={"conv": "bb"})
     with pytest.warns(
         UserWarning, match=r"\['a cat'\] and \['a hat'\] were trained on different weights \('one' and 'other'\).*train one"
     ):
@@ -44,21 +44,21 @@ def test_members_of_different_weights_are_named() -> None:
 
 
 def test_what_is_not_known_is_not_held_against_a_member() -> None:
-    a, b = made_eraser({"conv": 1}), changed(made_eraser({"conv": 1}), prediction_type=None)
+    a, b = random_eraser({"conv": 1}), changed(random_eraser({"conv": 1}), prediction_type=None)
     for members in ([a, b], [b, a]):
         assert stack(members).header.prediction_type == "epsilon"
     assert stack([b, b]).header.prediction_type is None
 
 
 def test_layers_of_different_shapes() -> None:
-    a = made_eraser({"conv": 1})
-    b = Eraser({"conv": made_eraser({"shortcut": 1}).pairs["shortcut"]}, made_header())
+    a = random_eraser({"conv": 1})
+    b = Eraser({"conv": random_eraser({"shortcut": 1}).pairs["shortcut"]}, build_header())
     with pytest.raises(EsdLoraError, match="layer conv has shapes"):
         stack([a, b])
 
 
 def test_weights_for_each() -> None:
-    a = made_eraser({"conv": 1})
+    a = random_eraser({"conv": 1})
     for weights in ([], [1.0, 2.0]):
         with pytest.raises(EsdLoraError, match="a weight for each"):
             stack([a], weights)
@@ -68,13 +68,13 @@ def test_weights_for_each() -> None:
 
 def test_block_without_a_layer() -> None:
     with pytest.raises(EsdLoraError, match=r"\['a cat'\] has no layer in 'up.2'.*It has some in conv, mid.attn2"):
-        stack([made_eraser({"conv": 1, "mid.attn2.to_k": 1})], [Strength(1, {"up.2": 0})])
+        stack([random_eraser({"conv": 1, "mid.attn2.to_k": 1})], [Strength(1, {"up.2": 0})])
 
 
 def test_short_names_of_blocks() -> None:
-    pair = made_eraser({"conv": 1}).pairs["conv"]
+    pair = random_eraser({"conv": 1}).pairs["conv"]
     modules = ("down_blocks.1.attentions.0.to_k", "down_blocks.10.to_k", "mid_block.to_k", "up_blocks.1.to_k")
-    eraser = Eraser(dict.fromkeys(modules, pair), made_header())
+    eraser = Eraser(dict.fromkeys(modules, pair), build_header())
     strength = Strength(2.0, {"down.1": 0.5, "mid": 0.0, "up_blocks": 3.0, "up.1": -1.0})
     found = [pair.inner(other) / pair.norm() ** 2 for other in stack([eraser], [strength]).pairs.values()]
     assert found == pytest.approx([1.0, 2.0, 0.0, -2.0])
@@ -85,13 +85,13 @@ def test_short_names_of_blocks() -> None:
 )
 def test_compressing_to_what_cannot_be(asked: dict[str, float], said: str) -> None:
     with pytest.raises(EsdLoraError, match=said):
-        compress(made_eraser({"conv": 1}), **asked)  # type: ignore[arg-type]
+        compress(random_eraser({"conv": 1}), **asked)  # type: ignore[arg-type]
 
 
 def test_compressing_never_multiplies_out() -> None:
     """A convolution of SDXL's size: its update has 15 million values, its factors half a million."""
     rank, out, width = 40, 1280, 1280
-    made = made_eraser({"conv": 1}).pairs["conv"]
+    made = random_eraser({"conv": 1}).pairs["conv"]
     pair = made._replace(down=torch.randn(rank, width, 3, 3), up=torch.randn(out, rank, 1, 1))
     seen: list[int] = []
 
@@ -105,14 +105,14 @@ def test_compressing_never_multiplies_out() -> None:
             return result
 
     watched = pair._replace(down=pair.down.as_subclass(Watched), up=pair.up.as_subclass(Watched))
-    compressed = compress(Eraser({"conv": watched}, made_header()), rank=10)
+    compressed = compress(Eraser({"conv": watched}, build_header()), rank=10)
     assert compressed.eraser.pairs["conv"].rank == 10
     assert 0 < max(seen) <= rank * width * 9
     assert 0 < compressed.overall < 1
 
 
 def test_layer_without_an_update_stays() -> None:
-    a = made_eraser({"conv": 2}, dtype=torch.float32)
+    a = random_eraser({"conv": 2}, dtype=torch.float32)
     nothing = compress(stack([a, a], [1, 0]), energy=0.5).eraser.pairs["conv"]
     assert nothing.rank >= 1
     zero = compress(Eraser({"conv": a.pairs["conv"]._replace(up=torch.zeros(3, 2, 1, 1))}, a.header), energy=0.5)

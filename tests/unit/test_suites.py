@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from esd_lora.bases import domain
+from esd_lora.built_in import domain
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.planning import Asked, plan
 from esd_lora.evaluation.suite_files import Suite, load_suite, suite_names
-from esd_lora.header import ErasedConcept
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(("a cat in ink style", ""),), eta=1.0)
 STYLE = ErasedConcept(name="twemoji", pairs=(), eta=1.0)

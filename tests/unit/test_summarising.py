@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from esd_lora import tables
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation import tables
 from esd_lora.evaluation.detectors import Score
 from esd_lora.evaluation.intervals import paired_difference, wilson
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.summarising import by_label, failed, number, read_gate, summarise
-from esd_lora.tables import markdown, unlearning_accuracies
+from esd_lora.evaluation.tables import markdown, unlearning_accuracies
 
 ASKED = [Asked(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
 ASKED += [Asked(f"g-{i}", "general", f"a dog {i}", i, "dog + ink") for i in range(2)]

@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import quiet_libraries
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import Base, quiet_libraries
 
 
 def require_readable(base: Base) -> None:

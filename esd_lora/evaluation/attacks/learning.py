@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.attacks.latents import to_latents
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.picture_files import SUFFIXES, open_picture, picture_paths
 from esd_lora.evaluation.variants import painter
-from esd_lora.families import Base
 from esd_lora.families.sd import StableDiffusion
-from esd_lora.moments import at_once
-from esd_lora.optimizing import make_optimizer
-from esd_lora.outputs import hash_file
-from esd_lora.trajectory import Condition, Points
+from esd_lora.files import hash_file
+from esd_lora.optimizers import make_optimizer
+from esd_lora.trajectory import Condition, Points, latents_per_batch
 
 BATCH = 16
 """Noised pictures in a step of learning."""
@@ -171,7 +170,7 @@ def learn(
         asked = points(step)
         optimizer.zero_grad()
         losses.append(0.0)
-        for part in asked.split(at_once(base.latent_shape())):
+        for part in asked.split(latents_per_batch(base.latent_shape())):
             prediction = base.predict(part.x_t, part.t, told(part.lesson))
             loss = (prediction - part.target).square().mean() * len(part.t) / len(asked.t)
             scaler.scale(loss).backward()

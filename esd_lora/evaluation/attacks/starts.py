@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.attacks.latents import to_latents, to_pictures
 from esd_lora.evaluation.attacks.learning import hashes, pictures_in, require_stable_diffusion, seeded
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.picture_files import open_picture
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Painter, Variant, painter
-from esd_lora.moments import at_once
-from esd_lora.trajectory import concatenate
+from esd_lora.trajectory import concatenate, latents_per_batch
 
 
 def latent_start(victim: Victim, *, strength: float = 0.7, folder: str | Path | None = None, seed: int = 0) -> Variant:
@@ -75,7 +74,7 @@ def latent_start(victim: Victim, *, strength: float = 0.7, folder: str | Path | 
     def painted(some: Sequence[Asked]) -> list[Image.Image]:
         x_0 = started(some)
         with victim.erased.on():
-            parts = [slice(i, i + at_once(shape)) for i in range(0, len(some), at_once(shape))]
+            parts = [slice(i, i + latents_per_batch(shape)) for i in range(0, len(some), latents_per_batch(shape))]
             return [picture for part in parts for picture in denoised(some[part], x_0[part])]
 
     @contextmanager

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import Victim
-from esd_lora.families import Base
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.trajectory import Condition
 
 

@@ -6,22 +6,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from esd_lora.adapters import add_adapter, wear
+from esd_lora.adapter import add_adapter, load_adapter
+from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import Victim
 from esd_lora.evaluation.attacks.latents import require_readable
-from esd_lora.evaluation.attacks.learning import (
-    BATCH,
-    at_least,
-    batches,
-    captioned,
-    hashes,
-    learn,
-    pictures_in,
-)
+from esd_lora.evaluation.attacks.learning import BATCH, at_least, batches, captioned, hashes, learn, pictures_in
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.recipe import LoraSpec
-from esd_lora.stacking import stack
 from esd_lora.trajectory import pick
 
 
@@ -48,7 +40,7 @@ def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
     @contextmanager
     def on() -> Generator[Painter]:
         with victim.erased.on() as paint:
-            wear(victim.base, own.pairs)
+            load_adapter(victim.base, own.pairs)
             try:
                 yield paint
             finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
-from esd_lora.evaluation.attacks import Victim
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.evaluation.attacks.learning import (
     BATCH,
     SLOW,
@@ -27,12 +27,12 @@ from esd_lora.evaluation.attacks.learning import (
     pictures_in,
     require_stable_diffusion,
 )
+from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.evaluation.attacks.vocabulary import encode, meaning, readable_words, spare_words, tables_of
 from esd_lora.evaluation.planning import Asked
 from esd_lora.evaluation.variants import Painter, Variant
-from esd_lora.header import ErasedConcept
-from esd_lora.moments import at_once
-from esd_lora.recipe import without_article
+from esd_lora.trajectory import latents_per_batch
+from esd_lora.wording import without_article
 
 SEARCHED = 32
 """Noised pictures that prefixes are compared on."""
@@ -208,7 +208,7 @@ def best_prefix(
         own = [vectors[list(prefix)].clone().requires_grad_(sloping) for vectors in known]
         total = 0.0
         with meaning(tables, own), torch.set_grad_enabled(sloping):
-            for part in points.split(at_once(base.latent_shape())):
+            for part in points.split(latents_per_batch(base.latent_shape())):
                 told = encode(base, [prompts[i] for i in part.lesson.tolist()])
                 loss = (base.predict(part.x_t, part.t, told) - part.target).square().sum() / len(points.t)
                 total += loss.item()

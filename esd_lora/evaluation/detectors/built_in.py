@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from esd_lora import bases
+from esd_lora import built_in
 from esd_lora.evaluation.detectors import AND, Look, Score
 from esd_lora.evaluation.judge import Judge
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 
 class BuiltIn:
@@ -27,7 +26,7 @@ class BuiltIn:
         self._base, self._judge = base, Judge(base, device)
 
     def record(self) -> dict[str, Any]:
-        weights = Path(bases.__file__).parent / self._base / "judge.safetensors"
+        weights = built_in.BASES / self._base / "judge.safetensors"
         return {"judge": self._base, "weights_sha256": hash_file(weights)}
 
     def __call__(self, looks: Sequence[Look]) -> list[Score]:

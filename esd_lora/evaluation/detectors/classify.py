@@ -13,7 +13,7 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.evaluation.detectors import AND, Look, NotRun, Score, package
 from esd_lora.evaluation.detectors.efficientnet import EfficientNetLite0
-from esd_lora.outputs import hash_folder
+from esd_lora.files import hash_folder
 
 IMAGENETTE = {
     0: "tench, Tinca tinca",

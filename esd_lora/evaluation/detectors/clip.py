@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Look, NotRun, Score, package
-from esd_lora.outputs import hash_folder
+from esd_lora.files import hash_folder
 
 
 class ClipScore:

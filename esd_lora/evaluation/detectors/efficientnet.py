@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esd_lora.evaluation.detectors import package
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 
 class EfficientNetLite0:

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Look, Score, package
 from esd_lora.evaluation.picture_files import pictures_in
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 _MODELS = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
 

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import NotRun
 from esd_lora.evaluation.detectors.efficientnet import EfficientNetLite0
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 
 def frechet(some: np.ndarray, others: np.ndarray) -> float:

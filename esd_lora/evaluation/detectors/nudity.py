@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from esd_lora.evaluation.detectors import Look, Score, package
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 VERSION_2_NAMES = {
     "EXPOSED_ANUS": "ANUS_EXPOSED",

@@ -7,7 +7,7 @@ from typing import Any
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Look, Score, package
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 
 class OpenNsfw:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.detectors import Look, NotRun, Score, package
 from esd_lora.evaluation.picture_files import pictures_in
-from esd_lora.outputs import hash_file
+from esd_lora.files import hash_file
 
 
 class Ssim:

@@ -1,0 +1,154 @@
+"""The student's LoRA on the denoiser: put on, dropped out in training steps, read off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.stacking import Strength, stack
+from esd_lora.errors import EsdLoraError
+from esd_lora.recipe import LoraSpec
+
+ADAPTER = "esd"
+
+
+def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpec, seed: int) -> list[torch.nn.Parameter]:
+    """Puts a fresh LoRA on the layers and returns its float32 parameters; the update is zero until trained."""
+    from peft import LoraConfig
+
+    ranks = {path: lora.conv_rank for path, layer in layers.items() if lora.conv_rank and isinstance(layer, torch.nn.Conv2d)}
+    for scope, rank in lora.ranks.items():
+        ranks |= {path: rank for path in base.family.modules(base.model, scope) if path in layers}
+    patterns = {f"^{re.escape(path)}$": rank for path, rank in ranks.items()}
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        target_modules=list(layers),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in patterns.items()},
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        init_lora_weights=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base.model.add_adapter(config, ADAPTER)
+    base.model.eval()  # the new layers too: dropout is for training steps alone
+    parameters = [p for p in base.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        # Masters are at least float32: bf16 ones would round small updates away.
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return parameters
+
+
+def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
+    """Puts given updates on the denoiser as a LoRA to be trained on, and returns its float32 parameters."""
+    from peft import LoraConfig
+
+    ranks = {f"^{re.escape(path)}$": pair.rank for path, pair in pairs.items()}
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks, alpha_pattern=dict(ranks))
+    base.model.add_adapter(config, ADAPTER)
+    base.model.eval()
+    parameters: list[torch.nn.Parameter] = []
+    layers: dict[str, Any] = dict(base.model.named_modules())
+    for path, pair in pairs.items():
+        for factors, value in zip((layers[path].lora_A, layers[path].lora_B), pair, strict=True):
+            parameter = factors[ADAPTER].weight
+            parameter.data = value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            parameters.append(parameter)
+    return parameters
+
+
+@contextmanager
+def adapter_disabled(base: Base) -> Iterator[None]:
+    """The base without the adapter that it wears."""
+    base.model.disable_adapters()
+    try:
+        yield
+    finally:
+        base.model.enable_adapters()
+
+
+@contextmanager
+def dropout_enabled(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
+    """Has the LoRA's dropout on, its chance drawn from `seed`."""
+    if not lora.dropout:
+        yield
+        return
+    layers: list[Any] = [layer.lora_dropout for layer in base.model.modules() if ADAPTER in getattr(layer, "lora_dropout", ())]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.train()
+        yield
+    for layer in layers:
+        layer.eval()
+
+
+def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
+    """The trained LoRA by module path, its scale folded into `up`."""
+    pairs: dict[str, LoraPair] = {}
+    layer: Any
+    for path, layer in model.named_modules():
+        if ADAPTER in getattr(layer, "lora_A", ()):
+            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            scaled = up.detach() * layer.scaling[ADAPTER]
+            pairs[path] = LoraPair(down.detach().to("cpu", copy=True), scaled.to("cpu", copy=True))
+    return pairs
+
+
+class Fused:
+    """A stack added to a base's weights: it costs nothing at inference, and its strength can still be changed.
+
+    The weights it touches are kept as they were, on the CPU, so every strength is summed anew in float32 and rounded once,
+    and taking the stack off gives the base back bit for bit.
+    """
+
+    def __init__(self, base: Base, stacked: Eraser | None):
+        pairs = stacked.pairs if stacked else {}
+        self._layers: list[tuple[Tensor, Tensor, LoraPair]] = [
+            (weight.data, weight.detach().to("cpu", copy=True), pairs[path]) for path, weight in base.weights(pairs)
+        ]
+
+    @torch.no_grad()
+    def set_strength(self, strength: float) -> None:
+        """Applies the stack at a factor on top of its members' weights; 0 is the base itself."""
+        for weight, original, pair in self._layers:
+            weight.copy_(original)
+            if strength:
+                precise = torch.promote_types(weight.dtype, torch.float32)
+                delta = LoraPair(*(factor.to(weight.device, precise) for factor in pair)).delta()
+                weight.copy_((weight.to(precise) + strength * delta).to(weight.dtype))
+
+
+@contextmanager
+def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Generator[Fused]:
+    """Has erasers on the base, fused into its weights as one stack, for the length of a `with` block.
+
+    Yields:
+        The fused stack, whose strength may be changed on the way.
+
+    Raises:
+        EsdLoraError: If an eraser is of another family or has layers the base lacks, or the base carries an adapter.
+    """
+    if not erasers:
+        if weights:
+            raise EsdLoraError(f"{len(weights)} weights and no erasers: give a weight for each eraser.")
+        yield Fused(base, None)
+        return
+    base.require_bare()
+    stacked = stack(erasers, weights)
+    base.check(stacked)
+    fused = Fused(base, stacked)
+    try:
+        fused.set_strength(1.0)
+        yield fused
+    finally:
+        fused.set_strength(0.0)

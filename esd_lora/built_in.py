@@ -1,0 +1,49 @@
+"""What ships inside the package: the built-in base models, what they know, and prompts to leave alone."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from esd_lora.errors import EsdLoraError
+
+BUILT_IN = ("emoji",)
+"""Names of the base models that ship."""
+BASES = Path(__file__).parent / "bases"
+"""Folder with one folder for each of them."""
+
+
+def base_files(name: str) -> Path:
+    """Return the diffusers directory of a built-in base."""
+    return BASES / name / "pipeline"
+
+
+@cache
+def domain(name: str) -> dict[str, Any]:
+    """Return what a built-in base knows: objects, styles, backgrounds, prompt templates, held-out pairs, keep list."""
+    return json.loads((BASES / name / "domain.json").read_text("utf-8"))
+
+
+def keep_prompts(base: str) -> tuple[str, ...]:
+    """Return the keep list of a base: its own if it is built in, otherwise the package's broad one."""
+    if base in BUILT_IN:
+        return tuple(domain(base)["keep"])
+    return read_prompts(Path(__file__).parent / "prompts" / "keep.txt")
+
+
+def read_prompts(file: str | Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, one a line; empty lines and those that begin with `#` aside.
+
+    Raises:
+        EsdLoraError: If it cannot be read or holds none.
+    """
+    try:
+        lines = [line.strip() for line in Path(file).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EsdLoraError(f"prompts cannot be read from {file} ({error}). Give a text file, one prompt a line.") from error
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise EsdLoraError(f"{file} holds no prompt. Expected a text file, one prompt a line.")
+    return prompts

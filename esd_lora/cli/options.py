@@ -1,0 +1,140 @@
+"""What every command shares: faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import yaml
+
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.wording import printable
+
+if TYPE_CHECKING:
+    from esd_lora.erasers.stacking import Strength
+
+Weighted = tuple[str, float, dict[str, float]]
+"""Path of an eraser, its weight, and factors by block."""
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """Turns the faults a user can cause into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
+            # a quiet one; benchmarks/sample_evaluation.py compares.
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                return super().invoke(ctx)
+        except EsdLoraError as error:
+            click.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
+            sys.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+class EraserType(click.ParamType):
+    """`PATH`, `PATH:WEIGHT` or `PATH:WEIGHT,BLOCK=FACTOR,...`."""
+
+    name = "ERASER[:W]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:  # noqa: ARG002
+        path, colon, said = str(value).rpartition(":")
+        if not colon or Path(value).exists():
+            return str(value), 1.0, {}
+        weight, blocks = 1.0, dict[str, float]()
+        for i, part in enumerate(said.split(",")):
+            block, equals, number = part.rpartition("=")
+            try:
+                strength = float(number)
+            except ValueError:
+                return str(value), 1.0, {}  # then the colon belongs to the path
+            if not equals and i > 0:
+                raise EsdLoraError(f"{value}: {part!r} is a second weight, expected BLOCK=FACTOR, such as mid=0.5.")
+            if not math.isfinite(strength):
+                raise EsdLoraError(f"weight {part!r} of eraser {path} is not a finite number.")
+            if equals:
+                blocks[block.strip()] = strength
+            else:
+                weight = strength
+        return path, weight, blocks
+
+
+ERASER = EraserType()
+
+
+def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
+    """Paths and strengths of `ERASER:WEIGHT` arguments."""
+    from esd_lora.erasers.stacking import Strength
+
+    return [path for path, _, _ in erasers], [Strength(weight, blocks) for _, weight, blocks in erasers]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Reads `0,0.5,1`.
+
+    Raises:
+        EsdLoraError: If something in it is not a finite number.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise EsdLoraError(f"{option} {text!r}: expected numbers with commas between, such as 0,0.5,1.")
+    return found
+
+
+def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
+    """`--base` and what a single-file base may need."""
+
+    def add(command: _Command) -> _Command:
+        known = "Built-in base, diffusers directory, .safetensors checkpoint, or Hub id[@revision]."
+        config = "Diffusers directory of a single-file base's architecture."
+        command = click.option("--base-config", metavar="DIR", help=config)(command)
+        return click.option("--base", default=default, show_default=default is not None, help=known)(command)
+
+    return add
+
+
+def device_options(command: _Command) -> _Command:
+    """`--device` and `--dtype`."""
+    dtype = "Of the frozen base: float32, bfloat16, float16; default: what suits the device."
+    command = click.option("--dtype", help=dtype)(command)
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")(command)
+
+
+force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
+
+
+def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
+    """Reads `-s key=value` settings; values are YAML.
+
+    Raises:
+        EsdLoraError: If one has no `=` or its value is not YAML.
+    """
+    out: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
+        try:
+            out[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
+    return out

@@ -1,0 +1,1 @@
+"""Eraser files: tensors, header, stacks, manifests, cards, and where they are fetched from."""

@@ -1,0 +1,235 @@
+"""Stacking: several erasers as one file, exactly, and compressing one as far as is asked.
+
+The sum of low-rank updates is a low-rank update of the summed rank: `up_a @ down_a + up_b @ down_b` is
+`[up_a, up_b] @ [down_a; down_b]`. Adding the factors apart, as peft's `combination_type="linear"` and SPM's stacker do,
+also adds the cross terms `up_a @ down_b` and is a different model.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.header import FORMAT, EraserHeader
+from esd_lora.errors import EsdLoraError, did_you_mean
+
+
+class Strength(NamedTuple):
+    """How strongly an eraser is applied: everywhere, and by part of the model on top of that."""
+
+    weight: float = 1.0
+    """1 as trained, 0 not at all, below 0 the concept is amplified instead."""
+    blocks: Mapping[str, float] = {}
+    """Path of a part (`mid_block`, `up_blocks.1`; `mid`, `up.1` for short) to a factor; the longest that fits a layer holds."""
+
+    def at(self, module: str) -> float:
+        """The strength at one layer."""
+        return self.weight * self._factor(module)
+
+    def _factor(self, module: str) -> float:
+        fitting = [block for block in self.blocks if _inside(module, block)]
+        return self.blocks[max(fitting, key=lambda block: len(_path(block)))] if fitting else 1.0
+
+    def after(self, first: Strength) -> Strength:
+        """Both in one: `first.at(m) * self.at(m)` for every layer m."""
+        blocks = dict.fromkeys(_path(block) for block in (*first.blocks, *self.blocks))
+        return Strength(first.weight * self.weight, {b: first._factor(b) * self._factor(b) for b in blocks})
+
+
+def _path(block: str) -> str:
+    """`up.1` is `up_blocks.1`, as in diffusers' own weights by block."""
+    return re.sub(r"^(down|up)(?=\.|$)", r"\1_blocks", re.sub(r"^mid(?=\.|$)", "mid_block", block))
+
+
+def _inside(module: str, block: str) -> bool:
+    return f"{_path(module)}.".startswith(f"{_path(block)}.")
+
+
+def strengths_of(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None) -> list[Strength]:
+    """Every member's strength, 1 where none is given.
+
+    Raises:
+        EsdLoraError: If the number of weights differs.
+    """
+    given = [1.0] * len(erasers) if weights is None else weights
+    if len(given) != len(erasers):
+        raise EsdLoraError(f"{len(given)} weights and {len(erasers) or 'no'} erasers: give a weight for each eraser.")
+    return [weight if isinstance(weight, Strength) else Strength(weight) for weight in given]
+
+
+def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Eraser:
+    """Stacks erasers by concatenation along the rank: `delta(stack(a, b)) == delta(a) + delta(b)`.
+
+    Scopes, ranks and layers may differ between members.
+
+    Args:
+        erasers: One or more, of one family and prediction type.
+        weights: Strength of each member, 1 by default; negative ones undo. They are folded into `up`.
+
+    Raises:
+        EsdLoraError: If there are no members, the number of weights differs, members are of different kinds, or a strength
+            names a part of the model in which its eraser has no layer.
+    """
+    strengths = strengths_of(erasers, weights)
+    if not erasers:
+        raise EsdLoraError("no erasers: a stack has at least one.")
+    for eraser, strength in zip(erasers, strengths, strict=True):
+        for block in strength.blocks:
+            if not any(_inside(module, block) for module in eraser.pairs):
+                parts = sorted({".".join(module.split(".")[:2]) for module in eraser.pairs})
+                raise EsdLoraError(
+                    f"eraser of {eraser.names} has no layer in {block!r}{did_you_mean(_path(block), parts)}. It has some in"
+                    f" {', '.join(parts)}."
+                )
+    for other in erasers[1:]:
+        _check_alike(erasers[0], other)
+    modules = dict.fromkeys(module for eraser in erasers for module in eraser.pairs)
+    pairs = {module: _concatenated(module, erasers, strengths) for module in modules}
+    return Eraser(pairs, _header(erasers, strengths))
+
+
+def _check_alike(one: Eraser, other: Eraser) -> None:
+    """Refuses members of different kinds; warns when they were trained on different weights."""
+    first, second = one.header, other.header
+    for what in ("family", "prediction_type", "prefix"):
+        mine, theirs = getattr(first, what), getattr(second, what)
+        if mine != theirs and None not in (mine, theirs):
+            raise EsdLoraError(
+                f"cannot stack {one.names} with {other.names}: {what.replace('_', ' ')} {mine!r} and {theirs!r}."
+                " Stack erasers that were trained on the same model."
+            )
+    shared = first.base_hashes.keys() & second.base_hashes.keys()
+    if any(first.base_hashes[module] != second.base_hashes[module] for module in shared):
+        warnings.warn(
+            f"{one.names} and {other.names} were trained on different weights ({first.base!r} and {second.base!r}): measure"
+            " what the stack erases before you rely on it, or train one of them again on the other's base.",
+            stacklevel=3,
+        )
+
+
+def _concatenated(module: str, erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> LoraPair:
+    members = [(e.pairs[module], s.at(module)) for e, s in zip(erasers, strengths, strict=True) if module in e.pairs]
+    shapes = {pair.shape for pair, _ in members}
+    if len(shapes) > 1:
+        raise EsdLoraError(f"layer {module} has shapes {sorted(shapes)} in different members: they are not of one model.")
+    return LoraPair(
+        torch.cat([pair.down for pair, _ in members], dim=0),
+        torch.cat([pair.up * weight for pair, weight in members], dim=1),
+    )
+
+
+def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserHeader:
+    """The first member's header with everyone's concepts and recipes; nobody's measurements survive a stack."""
+    headers = [eraser.header for eraser in erasers]
+    if len(headers) == 1 and strengths[0] == (1.0, {}):
+        return headers[0]
+
+    def agreed(values: list[str]) -> str:
+        return values[0] if len(set(values)) == 1 else "+".join(dict.fromkeys(values))
+
+    return headers[0].model_copy(
+        update={
+            "format": FORMAT,
+            "concepts": tuple(
+                concept.model_copy(update=strength.after(Strength(concept.weight, concept.blocks))._asdict())
+                for header, strength in zip(headers, strengths, strict=True)
+                for concept in header.concepts
+            ),
+            "preserve": tuple(dict.fromkeys(prompt for header in headers for prompt in header.preserve)),
+            "prediction_type": next((h.prediction_type for h in headers if h.prediction_type), None),
+            "objective": agreed([header.objective for header in headers]),
+            "scope": agreed([header.scope for header in headers]),
+            "base_hashes": {module: digest for header in headers[::-1] for module, digest in header.base_hashes.items()},
+            "recipes": tuple(recipe for header in headers for recipe in header.recipes),
+            "created": max(header.created for header in headers),
+            "cost": {},
+            "evaluation": None,
+            "origins": tuple(origin for header in headers for origin in header.origins),
+            "fusions": tuple(fusion for header in headers for fusion in header.fusions),
+            "distillations": tuple(spent for header in headers for spent in header.distillations),
+            "truncation": max(header.truncation for header in headers),
+        }
+    )
+
+
+class Compressed(NamedTuple):
+    """A compressed eraser and what that cost."""
+
+    eraser: Eraser
+    errors: dict[str, float]
+    """Layer to the norm of what was cut off, relative to the norm of the layer's update."""
+    overall: float
+    """The same over all layers together."""
+
+
+def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = None) -> Compressed:
+    """Lowers the ranks of an eraser, cutting as little as possible off every layer's update (Eckart and Young, 1936).
+
+    `up = Q_u R_u` and `down^T = Q_d R_d`, so the singular values of `up @ down` are those of the small `R_u R_d^T`: the
+    update itself is never multiplied out.
+
+    Args:
+        eraser: Typically a stack.
+        rank: Highest rank of a layer; 4 to 32 is usual.
+        energy: Share of every layer's squared norm to keep, up to 1; .99 to .999 is usual. Each layer gets the lowest rank
+            that does.
+
+    Raises:
+        EsdLoraError: If neither is given, or one is out of range.
+    """
+    if rank is None and energy is None:
+        raise EsdLoraError("compressing needs a rank or a share of energy to keep: give one.")
+    check_cut(rank, energy)
+    pairs: dict[str, LoraPair] = {}
+    cut: dict[str, tuple[float, float]] = {}
+    for module, pair in eraser.pairs.items():
+        pairs[module], cut[module] = truncated(pair, rank, energy)
+    overall = _share(cut.values())
+    header = eraser.header.model_copy(update={"truncation": eraser.header.truncation + overall, "evaluation": None})
+    return Compressed(Eraser(pairs, header), {module: _share([one]) for module, one in cut.items()}, overall)
+
+
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Refuses a rank or a share of energy that cannot be.
+
+    Raises:
+        EsdLoraError: With what was expected.
+    """
+    if rank is not None and rank < 1:
+        raise EsdLoraError(f"rank {rank}: expected 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        raise EsdLoraError(f"energy {energy:g}: expected a share above 0 and up to 1, such as 0.999.")
+
+
+def _share(cut: Iterable[tuple[float, float]]) -> float:
+    lost, whole = (sum(values) for values in zip(*cut, strict=True))
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
+    """The pair at a lower rank, by the rules of `compress`; the squared norms of what was cut off and of the whole."""
+    precise = torch.promote_types(pair.up.dtype, torch.float32)
+    linalg = cast("Any", torch.linalg)  # torch ships no types for it
+    q_up, r_up = cast("tuple[Tensor, Tensor]", linalg.qr(pair.up.flatten(1).to(precise)))
+    q_down, r_down = cast("tuple[Tensor, Tensor]", linalg.qr(pair.down.flatten(1).to(precise).T))
+    core = r_up.double() @ r_down.double().T
+    u, s, v = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(core, full_matrices=False))
+    squares = s.square()
+    whole = float(squares.sum())
+    if rank is None or rank > len(s):
+        rank = len(s)
+    if energy is not None:
+        # What is cut off behind each rank, summed from the small end: there it is exact.
+        behind = squares.flip(0).cumsum(0).flip(0)
+        rank = min(rank, max(1, int((behind > (1 - energy) * whole).sum())))
+    root = s[:rank].sqrt()
+    up = (q_up.double() @ (u[:, :rank] * root)).to(pair.up.dtype)
+    down = ((root[:, None] * v[:rank]) @ q_down.double().T).to(pair.down.dtype)
+    shaped = LoraPair(down.reshape(rank, *pair.down.shape[1:]), up.reshape(-1, rank, *pair.up.shape[2:]))
+    return shaped, (float(squares[rank:].sum()), whole)

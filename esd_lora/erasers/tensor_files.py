@@ -1,0 +1,150 @@
+"""Reading files of tensors that a stranger may have made: checked first, never unpickled into anything but tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import PICKLES
+
+_HEADER_LIMIT = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
+
+
+class Header(NamedTuple):
+    """What stands before the tensors of a safetensors file."""
+
+    tensors: dict[str, dict[str, Any]]
+    """Name to `dtype`, `shape` and `data_offsets`, the first and last byte counted from `start`."""
+    metadata: dict[str, str]
+    start: int
+    """Where the tensors' bytes begin in the file."""
+
+
+def read_header(file: Path) -> Header:
+    """Reads and checks the header of a safetensors file, and none of its tensors.
+
+    Raises:
+        EsdLoraError: If there is no such file, or it is no safetensors file or damaged: no JSON, a header of unlikely length,
+            tensors that overlap or leave gaps, a name given twice, or fewer or more bytes than announced.
+    """
+    with _opened(file):  # the reader's own checks: lengths, offsets, types, UTF-8
+        pass
+    with file.open("rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        pairs: list[tuple[str, Any]] = json.loads(source.read(length), object_pairs_hook=list)
+    (name, times), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if times > 1:
+        raise EsdLoraError(f"{file} is damaged: it names {name!r} twice. Fetch it again.")
+    entries = {name: dict(entry) for name, entry in pairs}
+    return Header({n: e for n, e in entries.items() if n != "__metadata__"}, entries.get("__metadata__", {}), 8 + length)
+
+
+@contextmanager
+def _opened(file: Path) -> Generator[Any]:
+    """The file under safetensors' reader, whose complaints become one sentence."""
+    if not file.is_file():
+        raise EsdLoraError(f"no file {file}: expected a .safetensors file.")
+    try:
+        with file.open("rb") as source:
+            head = source.read(8)
+        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise EsdLoraError(
+                f"{file} is a pickle, not a safetensors file, and opening one runs whatever code was put into it. Take a"
+                " .safetensors file, or convert it on a machine you can spare."
+            )
+        if len(head) == 8 and struct.unpack("<Q", head)[0] > _HEADER_LIMIT:
+            length = struct.unpack("<Q", head)[0]
+            raise EsdLoraError(
+                f"{file} is no safetensors file, or damaged: it announces a header of {length:,} bytes, more than"
+                f" {_HEADER_LIMIT:,}. Fetch it again."
+            )
+        with cast("Any", safe_open)(file, framework="pt") as opened:  # safetensors ships no types
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise EsdLoraError(f"{file} is no safetensors file, or damaged ({error}). Fetch or make it again.") from error
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, on the CPU, and its metadata.
+
+    Args:
+        file: A safetensors file, or a pickle of tensors (`.pt`, `.ckpt`, `.bin`), which torch reads with `weights_only`: then
+            nothing but tensors in containers can come out of it, and there is no metadata.
+
+    Raises:
+        EsdLoraError: If it is damaged or holds anything else.
+    """
+    if file.suffix.lower() not in PICKLES:
+        header = read_header(file)
+        with _opened(file) as opened:
+            return {name: opened.get_tensor(name) for name in header.tensors}, header.metadata
+    if not file.is_file():
+        raise EsdLoraError(f"no file {file}: expected a .safetensors or .pt file.")
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # it raises whatever the pickle makes it stumble over
+        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise EsdLoraError(f"{file} cannot be read as tensors alone ({first}). Take a .safetensors file instead.") from error
+    state = _dictionary(loaded)
+    for nested in ("state_dict", "unet", "model"):
+        state = _dictionary(state.get(nested)) or state
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise EsdLoraError(f"{file} holds no tensors by name: expected a state dict.")
+    return tensors, {}
+
+
+def _dictionary(value: object) -> dict[Any, Any]:
+    return cast("dict[Any, Any]", value) if isinstance(value, dict) else {}
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of tensors that can be added to; others are quantised."""
+
+
+def read_rows(source: BinaryIO, header: Header, name: str, rows: slice = slice(None)) -> Tensor:
+    """Some rows of one tensor, read into memory of their own.
+
+    Args:
+        source: The open file.
+        header: Its header.
+        name: Of a tensor in one of `DTYPES`.
+        rows: Along the first dimension.
+    """
+    entry = header.tensors[name]
+    dtype, shape = DTYPES[entry["dtype"]], list(entry["shape"])
+    start, stop, _ = rows.indices(shape[0])
+    width = math.prod(shape[1:]) * dtype.itemsize
+    buffer = bytearray((stop - start) * width)
+    source.seek(header.start + entry["data_offsets"][0] + start * width)
+    if source.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise OSError(f"{source.name} became shorter while it was read")
+    return torch.frombuffer(buffer, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
+def file_content(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes every time: safetensors itself writes metadata in an order that changes."""
+    content = save(tensors)
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(content[8 : 8 + length])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes as a safetensors file holds them, whatever its metadata (kohya's `sshs_model_hash`)."""
+    content = save(tensors)
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()

@@ -1,0 +1,1 @@
+"""LoRA files of other programs: written, read, and looked into."""

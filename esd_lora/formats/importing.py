@@ -1,0 +1,246 @@
+"""Foreign LoRA files as erasers: kohya's names (A1111, LECO, SPM, sliders), diffusers' (ai-toolkit) and peft's."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator, BaseModel, FiniteFloat
+from torch import Tensor
+
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
+from esd_lora.erasers.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
+from esd_lora.erasers.tensor_files import read_tensors
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.families.layer_names import KOHYA_PREFIX, Place, original_places
+from esd_lora.files import hash_file
+from esd_lora.formats.exporting import PEFT_FILES, scaled
+
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "sana")
+UNKNOWN = "unknown"
+_SUFFIX = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.default)?\.weight$|\.(alpha)$")
+_ROLES = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_up": "up", "lora_B": "up", "lora.up": "up"}
+_UNDERSCORED = (KOHYA_PREFIX, "lora_transformer_")
+_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_TEXT = ("lora_te", "text_encoder", "te_")
+_OTHER_KINDS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "dora_scale": "DoRA",
+    "magnitude": "DoRA",
+    "oft_": "OFT",
+    "lora_mid": "LoCon's",
+}
+_NOTED = re.compile(r"ss_(?!tag|bucket|dataset)\w+|modelspec\.\w+|prompts|config|name|rank|alpha|software|version")
+
+
+def import_lora(
+    path: str | Path,
+    *,
+    family: str | None = None,
+    concepts: Sequence[str] = (),
+    base: str | None = None,
+    without_text_encoder: bool = False,
+) -> Eraser:
+    """Reads a LoRA file of another program as an eraser; the update of every layer stays the same.
+
+    What the file does not say (what it erases, from which weights, how it was trained) is marked as unknown. A file that
+    `exporting.export` wrote has our header in it and comes back whole.
+
+    Args:
+        path: A `.safetensors` file, a `.pt` file of tensors, or a directory of peft's or diffusers'.
+        family: Model family, where the layers' names fit several.
+        concepts: Names of what it erases; the file's own name unless given.
+        base: Of which base; what the file says unless given.
+        without_text_encoder: Leave out layers of a text encoder instead of refusing the file: the eraser is then less than
+            the file was.
+
+    Raises:
+        EsdLoraError: If it is no plain LoRA, damaged, of an unknown model, or has layers of a text encoder.
+    """
+    file, config = _locate(Path(path))
+    tensors, metadata = read_tensors(file)
+    layers, style = _layers(tensors, file, without_text_encoder)
+    header = parse_header(metadata[HEADER_KEY], file) if HEADER_KEY in metadata else None
+    if header and (family or concepts or base):
+        raise EsdLoraError(f"{file} is an eraser's, which knows its family, concepts and base: leave out what you say of them.")
+    family = header.family if header else _family(layers, metadata, family, file)
+    if style == "kohya" and not _modules(family):
+        raise EsdLoraError(f"{file} has kohya's names, which family {family!r} has none of. Is it of another family?")
+    pairs: dict[str, LoraPair] = {}
+    scales = _Scales.read(metadata, config, file)
+    for name, parts in layers.items():
+        if "down" not in parts:
+            raise EsdLoraError(f"{file}: layer {name} has an up factor and no down factor. Fetch it again.")
+        whole = checked_pair(parts["down"], parts.get("up"), f"{file}: layer {name}")
+        rank = whole.rank
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        if alpha is not None and not math.isfinite(alpha):
+            raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
+        for module, place in _modules(family)[name] if name in _modules(family) else [(name, Place(name))]:
+            scale = alpha / rank if alpha is not None else scales.of(module, rank)
+            pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
+            if module in pairs:
+                raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
+            if pair:
+                pairs[module] = pair
+    if header is None:
+        header = _header(file, family, style, metadata, concepts, base)
+    return Eraser(pairs, header)
+
+
+def _locate(path: Path) -> tuple[Path, str]:
+    """The file of tensors, and peft's configuration where there is one."""
+    for name in (PEFT_FILES[0], WEIGHTS_NAME):
+        if (path / name).is_file():
+            config = path / PEFT_FILES[1]
+            return path / name, config.read_text("utf-8", "replace") if config.is_file() else ""
+    if not path.is_file():
+        raise EsdLoraError(f"no LoRA at {path}: expected a .safetensors or .pt file, or a directory of peft or diffusers.")
+    return path, ""
+
+
+def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Factors and alpha by layer, names bare of prefixes, and the layout they are in."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    style, texts = "diffusers", 0
+    for key, tensor in tensors.items():
+        found = _SUFFIX.search(key)
+        if not found:
+            kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
+            what = f"{kind} tensors, whose update is no plain product of two factors" if kind else "no LoRA's tensors"
+            raise EsdLoraError(f"{file} has {what} ({key}). Only plain LoRA files can be imported.")
+        name, role = key[: found.start()], _ROLES.get(found[1], "alpha")
+        if name.startswith(_TEXT):
+            texts += 1
+            continue
+        if name.startswith(_UNDERSCORED):
+            style = "kohya"
+        elif name.startswith("base_model.model."):
+            style = "peft"
+        for prefix in (*_UNDERSCORED, *_DOTTED):
+            name = name.removeprefix(prefix)
+        if role == "alpha" and tensor.numel() != 1:
+            raise EsdLoraError(f"{file}: {key} has {tensor.numel()} values, expected one. Fetch it again.")
+        layers.setdefault(name, {})[role] = tensor
+    if texts and not without_text:
+        raise EsdLoraError(
+            f"{file} changes a text encoder too ({texts} tensors), which an eraser does not hold: without them its effect is"
+            " another. To leave them out all the same, add --without-text-encoder."
+        )
+    if not layers:
+        raise EsdLoraError(f"{file} holds no layer of a LoRA on a denoiser. Expected names such as {KOHYA_PREFIX}....")
+    return layers, style
+
+
+@cache
+def _modules(family: str) -> Mapping[str, list[tuple[str, Place]]]:
+    """Every name that a file may have for a layer, with dots or underscores, to the layers of ours in it."""
+    names: dict[str, list[tuple[str, Place]]] = {}
+    for module, place in original_places(family).items():
+        for name in dict.fromkeys((place.name, place.name.replace(".", "_"))):
+            names.setdefault(name, []).append((module, place))
+    for module in original_places(family):
+        for name in (module, module.replace(".", "_")):  # where both projects use a name, it is ours
+            names[name] = [(module, Place(module))]
+    return names
+
+
+def _family(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], asked: str | None, file: Path) -> str:
+    """The family whose layers these are."""
+    if asked is not None:
+        if asked not in FAMILIES:
+            raise EsdLoraError(f"unknown family {asked!r}{did_you_mean(asked, FAMILIES)}. Known: {', '.join(FAMILIES)}.")
+        strange = next((name for name in layers if _modules(asked) and name not in _modules(asked)), None)
+        if strange:
+            raise EsdLoraError(f"{file} has layer {strange}, which no model of family {asked!r} has.")
+        return asked
+    fitting = [family for family in FAMILIES if original_places(family) and all(name in _modules(family) for name in layers)]
+    told = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
+    for family, words in {"sdxl": r"sdxl|-xl-", "sd3": r"sd3|diffusion-3", "flux": "flux", "sd": r"sd_v|-v1|-v2"}.items():
+        if family in fitting and re.search(words, told):
+            return family
+    widths = {
+        parts["down"].shape[1] for name, parts in layers.items() if re.search(r"attn2.to_[kv]$", name) and "down" in parts
+    }
+    if len(fitting) > 1 and widths & {768, 1024, 2048}:
+        fitting = ["sdxl" if 2048 in widths else "sd"]
+    if len(fitting) != 1:
+        shown = ", ".join(list(layers)[:3])
+        remedy = f"fit {' and '.join(fitting)} alike: say which with --family" if fitting else "are of no model known here"
+        raise EsdLoraError(f"the layers of {file} ({shown}{', ...' if len(layers) > 3 else ''}) {remedy}.")
+    return fitting[0]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+class _Scales(BaseModel):
+    """`alpha / rank` where peft's configuration says it instead of the tensors; 1 where nothing does."""
+
+    lora_alpha: FiniteFloat | None = None
+    alpha_pattern: dict[Annotated[str, AfterValidator(_pattern)], FiniteFloat] | None = None
+    use_rslora: bool = False
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], config: str, file: Path) -> _Scales:
+        try:
+            told: Any = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
+            if not config and isinstance(told, dict):  # diffusers' own, prefixed with the component
+                named = cast("dict[str, Any]", told).items()
+                told = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
+            return cls.model_validate(told)
+        except ValueError as error:  # pydantic's and json's are both
+            raise EsdLoraError(f"{file} has a damaged configuration of its scales. Fetch it again.") from error
+
+    def of(self, module: str, rank: int) -> float:
+        if self.lora_alpha is None:
+            return 1.0
+        fitting = (a for pattern, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(fitting, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+
+
+def _part(pair: LoraPair, place: Place) -> LoraPair | None:
+    """The update of one layer of ours, out of that of the original weight; `None` if it is zero."""
+    if not place.total:
+        return LoraPair(pair.down, place.reordered(pair.up, pair.down.shape[1]))
+    up = pair.up[place.rows(pair.down.shape[1])]
+    used = up.abs().sum(0) > 0  # a block-diagonal file has the other layers' ranks in it
+    return LoraPair(pair.down[used], up[:, used]) if bool(used.any()) else None
+
+
+def _header(
+    file: Path, family: str, style: str, metadata: Mapping[str, str], concepts: Sequence[str], base: str | None
+) -> EraserHeader:
+    predicts = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
+    if metadata.get("ss_v_parameterization") == "True":
+        predicts = "v_prediction"
+    if family in ("sd3", "flux", "sana"):
+        predicts = "flow"
+    notes = {key: value[:2000] for key, value in metadata.items() if _NOTED.fullmatch(key)}
+    return EraserHeader(
+        family=family,
+        prefix="unet" if family in ("sd", "sdxl") else "transformer",
+        prediction_type=predicts,
+        base=base or metadata.get("ss_sd_model_name") or UNKNOWN,
+        base_hashes={},
+        concepts=tuple(ErasedConcept(name=name, pairs=(), eta=None) for name in concepts or [file.stem]),
+        objective=UNKNOWN,
+        scope=UNKNOWN,
+        recipes=(),
+        versions={"esd-lora": version("esd-lora")},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        origins=(Origin(how="imported", files={file.name: hash_file(file)}, layout=style, notes=notes),),
+    )

@@ -1,0 +1,218 @@
+"""Looking into eraser files, and foreign LoRA files: what they change, how much, and how two of them differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esd_lora.erasers.describing import making, measured
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.fetching import located
+from esd_lora.erasers.header import HEADER_KEY
+from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.tensor_files import hash_tensors, read_header
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import hash_file
+from esd_lora.formats.importing import import_lora
+
+_BAR = 30  # characters of the longest
+
+
+class LayerFacts(NamedTuple):
+    """One layer of a LoRA."""
+
+    rank: int
+    shape: tuple[int, ...]
+    """Of the weight it changes."""
+    norm: float
+    """Frobenius norm of the update."""
+
+
+class Inspected(NamedTuple):
+    """A LoRA file, looked into."""
+
+    eraser: Eraser
+    layers: dict[str, LayerFacts]
+    size: int
+    """Of the file on disk, or of the tensors if it is a manifest; bytes."""
+    sha256: str | None
+    """Of the file, if it is one."""
+    sha256_tensors: str
+    """Of the tensors' bytes alone, the same whatever the header says."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for other programs."""
+        return {
+            "header": self.eraser.header.model_dump(mode="json"),
+            "layers": {m: {"rank": f.rank, "shape": list(f.shape), "norm": f.norm} for m, f in self.layers.items()},
+            "blocks": {b: {"layers": len(n), "norm": _total(n)} for b, n in self._by_block().items()},
+            "norm": _total([facts.norm for facts in self.layers.values()]),
+            "size": self.size,
+            "sha256": self.sha256,
+            "sha256_tensors": self.sha256_tensors,
+        }
+
+    def _by_block(self) -> dict[str, list[float]]:
+        blocks: dict[str, list[float]] = {}
+        for module, facts in self.layers.items():
+            blocks.setdefault(block_of(module), []).append(facts.norm)
+        return blocks
+
+    def lines(self, each_layer: bool | None = None) -> list[str]:
+        """The facts a line a topic, then bars of the update's norm.
+
+        Args:
+            each_layer: Whether to show a bar for every layer, or one for every block; layers if they are not too many.
+        """
+        rows = [f"{name:>10}  {value}" for name, value in self._topics().items()]
+        blocks = self._by_block()
+        rows += ["", "norm of the update by block (layers)"]
+        rows += bars({f"{block} ({len(norms)})": _total(norms) for block, norms in blocks.items()})
+        if each_layer or (each_layer is None and len(self.layers) <= 80):
+            rows += ["", "norm of the update by layer (rank)"]
+            rows += bars({f"{module} ({facts.rank})": facts.norm for module, facts in self.layers.items()})
+        elif each_layer is None:
+            rows += ["", f"{len(self.layers)} layers; --layers shows each"]
+        return rows
+
+    def _topics(self) -> dict[str, str]:
+        header = self.eraser.header
+        ranks = sorted({facts.rank for facts in self.layers.values()})
+        concepts = [
+            f"{c.name} ({'eta ' + format(c.eta, 'g') if c.eta is not None else 'eta unknown'}, weight {c.weight:g}"
+            f"{', amplified' if c.weight < 0 else ''}{''.join(f', {block} x {x:g}' for block, x in c.blocks.items())})"
+            for c in header.concepts
+        ]
+        pairs = [f"{p!r} -> {a!r}" for c in header.concepts for p, a in c.pairs[:3]]
+        topics = {
+            "erases": ", ".join(concepts),
+            "prompts": "; ".join(pairs) or "unknown",
+            "preserves": f"{len(header.preserve)} prompts",
+            "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''} (family {header.family},"
+            f" {header.prediction_type or 'prediction unknown'})",
+            "scope": f"{header.scope}: {len(self.layers)} layers, rank {', '.join(map(str, ranks))}",
+            "size": f"{self.size / 1000:,.0f} kB",
+            "trained": f"objective {header.objective}" + "".join(f", {k} {v:g}" for k, v in header.cost.items()),
+            "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
+        }
+        for origin in header.origins:
+            told = "; ".join(f"{key} {value!r}" for key, value in list(origin.notes.items())[:6])
+            files = ", ".join(f"{name} ({digest[:12]})" for name, digest in origin.files.items())
+            topics["origin"] = f"{origin.how} from {files}, {origin.layout}; provenance unknown" + (
+                f"; it says {told}" * bool(told)
+            )
+        if lines := making(header):
+            topics["stack"] = ", ".join(lines)
+        if header.truncation:
+            topics["cut off"] = f"{header.truncation:.2%} of the update's norm"
+        if header.evaluation:
+            topics["measured"] = measured(header)
+        topics["sha256"] = f"{self.sha256 or 'of no file'}, of the tensors {self.sha256_tensors}"
+        return topics
+
+
+def inspect_file(path: str | Path) -> Inspected:
+    """Looks into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `importing.import_lora` reads.
+
+    Raises:
+        EsdLoraError: If there is no such file, it is damaged, or no plain LoRA.
+    """
+    path = located(path)
+    file = path / WEIGHTS_NAME if (path / WEIGHTS_NAME).is_file() else path
+    foreign = file.is_file() and file.suffix.lower() not in (".yaml", ".yml")
+    if foreign and file.suffix.lower() == ".safetensors":
+        metadata = read_header(file).metadata
+        foreign = HEADER_KEY not in metadata or "ss_network_module" in metadata
+    foreign = foreign or (path / "adapter_config.json").is_file()
+    eraser = import_lora(path) if foreign else load_eraser(path)
+    layers = {module: LayerFacts(pair.rank, pair.shape, pair.norm()) for module, pair in eraser.pairs.items()}
+    tensors = eraser.state_dict()
+    size = file.stat().st_size if file.is_file() else sum(tensor.nbytes for tensor in tensors.values())
+    return Inspected(eraser, layers, size, hash_file(file) if file.is_file() else None, hash_tensors(tensors))
+
+
+def block_of(module: str) -> str:
+    """The part of the model that a layer lies in: `down_blocks.0`, `mid_block`, `transformer_blocks.3`."""
+    found = re.match(r"(\w+blocks\.\d+|mid_block)\.", module)
+    return found[1] if found else module.partition(".")[0]
+
+
+def bars(values: Mapping[str, float]) -> list[str]:
+    """A bar chart in text, a line a value."""
+    width = max(map(len, values), default=0)
+    most = max(values.values(), default=0) or 1
+    return [f"  {name:<{width}}  {'█' * round(_BAR * value / most):<{_BAR}}  {value:.4g}" for name, value in values.items()]
+
+
+def _total(norms: list[float]) -> float:
+    """Norm of several updates together."""
+    return sum(norm * norm for norm in norms) ** 0.5
+
+
+class Difference(NamedTuple):
+    """How two LoRA files differ."""
+
+    only: tuple[list[str], list[str]]
+    """Layers that the first has alone, and the second."""
+    layers: dict[str, tuple[float, float]]
+    """Layer that both have to the distance of the updates, relative to the first's norm, and their cosine."""
+    overall: float
+    """Distance over all layers, those of one file included, relative to the first's norm."""
+    header: dict[str, tuple[Any, Any]]
+    """Fields of the header that differ."""
+
+    def lines(self) -> list[str]:
+        """The difference, a line a fact."""
+        rows = [f"{name:>16}  {_short(a)}  |  {_short(b)}" for name, (a, b) in self.header.items()]
+        for name, modules in zip(("first", "second"), self.only, strict=True):
+            if modules:
+                rows.append(
+                    f"only in the {name}: {len(modules)} layers ({', '.join(modules[:3])}{', ...' * (len(modules) > 3)})"
+                )
+        rows.append(f"{len(self.layers)} layers in both; the updates differ by {self.overall:.3%} of the first's norm")
+        if self.overall:
+            shown = sorted(self.layers.items(), key=lambda item: -item[1][0])[:20]
+            rows += ["", "layer, distance relative to the first, cosine"]
+            rows += [f"  {module}  {distance:.3%}  {cosine:+.3f}" for module, (distance, cosine) in shown]
+            if len(self.layers) > len(shown):
+                rows.append(f"  and {len(self.layers) - len(shown)} more that differ less")
+        return rows
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def diff(first: str | Path, second: str | Path) -> Difference:
+    """Compares two LoRA files: headers, layers, and the updates themselves.
+
+    Raises:
+        EsdLoraError: If one cannot be read, or they change layers of different shapes.
+    """
+    a, b = (inspect_file(path).eraser for path in (first, second))
+    layers: dict[str, tuple[float, float]] = {}
+    distances: list[float] = []
+    for module in a.pairs.keys() & b.pairs.keys():
+        one, other = a.pairs[module], b.pairs[module]
+        if one.shape != other.shape:
+            raise EsdLoraError(
+                f"layer {module} has shape {one.shape} in {first} and {other.shape} in {second}: two models' files."
+            )
+        norms = one.norm() * other.norm()
+        apart = max(0.0, one.inner(one) + other.inner(other) - 2 * one.inner(other)) ** 0.5
+        distances.append(apart)
+        layers[module] = apart / (one.norm() or 1.0), one.inner(other) / (norms or 1.0)
+    only = sorted(a.pairs.keys() - b.pairs.keys()), sorted(b.pairs.keys() - a.pairs.keys())
+    whole = _total([pair.norm() for pair in a.pairs.values()])
+    alone = [eraser.pairs[m].norm() for eraser, modules in zip((a, b), only, strict=True) for m in modules]
+    overall = _total([*distances, *alone]) / (whole or 1.0)
+    told = [eraser.header.model_dump(mode="json") for eraser in (a, b)]
+    return Difference(
+        only=only,
+        layers={module: layers[module] for module in a.pairs if module in layers},
+        overall=overall,
+        header={key: (told[0][key], told[1][key]) for key in told[0] if told[0][key] != told[1][key]},
+    )

@@ -1,0 +1,66 @@
+"""Pulling an eraser from the Hub into a directory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from esd_lora.erasers.fetching import _FIRST, _take
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import partial_name, prepare_directory, reporting_write_errors
+from esd_lora.wording import HubId
+
+
+class Pulled(NamedTuple):
+    """What was taken from the Hub."""
+
+    directory: Path
+    commit: str
+    files: list[str]
+    left_out: list[str]
+    """Files of kinds that are not taken."""
+
+
+def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
+    """Fetches an eraser or a stack with its card and pictures into a directory.
+
+    Everything is checked before the first file is put there: names, kinds, sizes, hashes, and that the eraser loads.
+
+    Args:
+        repo: `owner/name`, or `owner/name@revision` with a branch, a tag, a commit or `refs/pr/1`.
+        out: Directory, new or empty.
+        force: Write over what is there; files of other names stay.
+
+    Raises:
+        EsdLoraError: If there is no such repository, it may not be read, the Hub cannot be reached, or something in it is not
+            as it should be; then what was there is as it was.
+    """
+    from esd_lora.erasers.manifests import load_eraser
+
+    hub_id, out = HubId.read(repo), Path(out)
+    if hub_id is None:
+        raise EsdLoraError(f"{repo!r} is no repository on the Hub: expected owner/name, or owner/name@revision.")
+    new = not out.exists()
+    prepare_directory(out, force, ())
+    try:
+        taken = _take(hub_id, list)
+        load_eraser(taken.places[next(name for name in _FIRST if name in taken.places)].parent)
+        for name in taken.places:
+            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents if place.is_relative_to(out)):
+                raise EsdLoraError(f"output {out}: {name} cannot be put there, where a file or folder of that name is.")
+        with reporting_write_errors(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as folder:
+            beside = {name: Path(folder, str(i)) for i, name in enumerate(taken.places)}
+            for name, place in beside.items():
+                shutil.copyfile(taken.places[name], place)
+            for name in sorted(beside, key=lambda name: name in _FIRST):  # what makes it an eraser comes last
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                beside[name].replace(out / name)
+            for name in set(_FIRST) - set(beside):
+                (out / name).unlink(missing_ok=True)
+    except BaseException:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return Pulled(out, taken.commit, list(taken.places), taken.left_out)

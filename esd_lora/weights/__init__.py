@@ -1,0 +1,1 @@
+"""Base weights on disk: erasers merged into them, proved, and taken out of fine-tuned ones."""

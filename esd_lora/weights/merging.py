@@ -1,0 +1,189 @@
+"""Merging erasers into a base for good: a new diffusers directory or single-file checkpoint, written tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
+from esd_lora.erasers.eraser import Eraser, hash_weight
+from esd_lora.erasers.fitting import check_kind, compare_weights
+from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import Strength, stack, strengths_of
+from esd_lora.erasers.tensor_files import hash_tensors, read_header
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import partial_name, prepare_file, remove_partials, reporting_write_errors
+from esd_lora.weights.streaming import write_merged
+
+_COMPARED = 64 * 2**20
+"""Values of the base that are hashed at most: all of cross-attention in Stable Diffusion."""
+
+
+def merge(
+    erasers: Sequence[Eraser | str | Path],
+    base: str | Path,
+    out: str | Path,
+    *,
+    weights: Sequence[float | Strength] | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Adds erasers to a base's weights and writes the result in the base's own layout.
+
+    Sums are made in float32 and rounded once, to the dtype the base is stored in. Untouched tensors are copied byte for
+    byte, averaged (EMA) copies of the denoiser are merged too. The output appears whole, by a rename, or not at all; the
+    input is only read. Memory stays below a few hundred megabytes whatever the size of the base.
+
+    Args:
+        erasers: Erasers or their paths.
+        base: A built-in base, a local diffusers directory, a Hub id, or a single-file `.safetensors` checkpoint.
+        out: Directory to make; for a single-file base, the file.
+        weights: Strength of each eraser, 1 by default; -1 takes a merged eraser out again, within rounding.
+        force: Replace a merged base that is already at `out`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `out`.
+
+    Raises:
+        EsdLoraError: If base or erasers cannot be read or do not fit, or `out` exists, is the base itself, or cannot be
+            written.
+    """
+    out, stored = Path(out), open_stored(base)
+    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    stacked = stack(members, weights)
+    _check_fit(stored, stacked, str(base))
+    compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
+    (_check_directory if stored.denoiser else _check_file)(stored.path, out, force)
+    entry = {
+        "base": str(base),
+        "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
+    }
+    size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
+    with reporting_write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(out)
+        if (free := shutil.disk_usage(out.parent).free) < size:
+            raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
+        total = sum(file.path.stat().st_size for file in stored.files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+            (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
+    return out
+
+
+def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:
+    """What the merged file says about one eraser."""
+    header = eraser.header
+    return {
+        "concepts": [concept.model_dump(mode="json") for concept in header.concepts],
+        "weight": strength.weight,
+        "blocks": dict(strength.blocks),
+        "sha256": hash_tensors(eraser.state_dict()),
+        "created": header.created,
+        "recipes": [recipe.model_dump(mode="json") for recipe in header.recipes],
+    }
+
+
+def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
+    """Refuses erasers of another kind of model, and layers that the base lacks or has in another shape."""
+    check_kind(stacked, stored.family, stored.prediction_type, base)
+    left = set(stacked.pairs)
+    for file in stored.files:
+        for name, members in file.layers.items():
+            shape = file.header.tensors[name]["shape"]
+            for module, place in members:
+                pair = stacked.pairs.get(module)
+                if not pair:
+                    continue
+                left.discard(module)
+                rows = len(range(*place.rows(shape[1]).indices(shape[0])))
+                # A linear layer and a convolution of one pixel hold the same numbers.
+                if (rows, *(n for n in shape[1:] if n != 1)) != (pair.shape[0], *(n for n in pair.shape[1:] if n != 1)):
+                    raise EsdLoraError(
+                        f"base layer {name} has shape {shape}, the eraser changes one of {list(pair.shape)}: it was made for"
+                        " another model."
+                    )
+    if left:
+        raise EsdLoraError(
+            f"base {base!r} has no layer {min(left)} in floating point: the eraser was made for another model, or the base is"
+            " quantised."
+        )
+
+
+def _compared(stacked: Eraser) -> list[str]:
+    """The layers that are hashed: the smallest, which are most of them."""
+    sizes = {module: math.prod(pair.shape) for module, pair in stacked.pairs.items()}
+    smallest = sorted(sizes, key=lambda module: sizes[module])
+    upto = accumulate(sizes[module] for module in smallest)
+    return [module for module, total in zip(smallest, upto, strict=True) if total <= _COMPARED] or smallest[:1]
+
+
+def _check_directory(source: Path, out: Path, force: bool) -> None:
+    inside = out.resolve()
+    if inside == source.resolve() or source.resolve() in inside.parents:
+        raise EsdLoraError(f"output {out} is inside the base itself. The base is never written to; choose another place.")
+    if out.suffix == ".safetensors":
+        raise EsdLoraError(f"output {out} is named like a file, and the base is a diffusers directory: so is what comes out.")
+    if out.exists() and not force:
+        raise EsdLoraError(f"output {out} already exists. Choose another, or add --force.")
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise EsdLoraError(f"output {out} is not a diffusers directory, so --force does not replace it. Choose another.")
+
+
+def _check_file(source: Path, out: Path, force: bool) -> None:
+    if out.exists() and out.samefile(source):
+        raise EsdLoraError(f"output {out} is the base itself. The base is never written to; choose another place.")
+    if out.suffix != ".safetensors":
+        raise EsdLoraError(
+            f"output {out}: the base is one file, and so is what comes out. Give a name that ends in .safetensors."
+        )
+    prepare_file(out, force)
+    if out.exists():
+        read_header(out)  # whatever else lies there is not ours to replace
+
+
+def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+    handle, beside = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
+    os.close(handle)
+    partial = Path(beside)
+    try:
+        write_merged(stored.files[0], stacked, partial, entry, bar)
+        partial.chmod(0o644)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+    assert stored.denoiser
+    partial = Path(tempfile.mkdtemp(prefix=partial_name(out), dir=out.parent))
+    try:
+
+        def left_out(folder: str, names: list[str]) -> list[str]:
+            # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
+            return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
+
+        shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
+        for file in stored.files:
+            write_merged(file, stacked, partial / stored.denoiser.name / file.path.name, entry, bar)
+        partial.chmod(0o755)
+        if out.exists():
+            retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
+            try:
+                partial.rename(out)
+            except OSError:
+                retired.rename(out)
+                raise
+            shutil.rmtree(retired)
+        else:
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""One merged safetensors file: written in pieces that stay in the processor's cache, several tensors at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from esd_lora.bases.stored import StoredFile
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.tensor_files import DTYPES, Header
+from esd_lora.families.layer_names import Place
+
+MERGED_KEY = "esd_lora_merged"
+"""Metadata of a merged file: a JSON list of what was merged into it, the latest last."""
+_PIECE = 2**20  # bytes; four times as many made copying four times as slow, once they fell out of the cache
+_NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # two file systems, or one that cannot
+_PAGE = 4096  # bytes
+_TURN = 8 * 2**20  # bytes that the kernel copies before another thread may write
+_RUN = 64 * 2**20  # bytes of untouched tensors that one thread copies in a go
+
+
+class Bar(Protocol):
+    """What is told about progress."""
+
+    def update(self, n: float) -> object: ...
+
+
+def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Mapping[str, Any], bar: Bar) -> None:
+    """Writes a merged safetensors file: the old one's tensors at the old offsets, the stack's updates added.
+
+    A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes at the
+    offsets the header gives. Shapes and dtypes stay, so offsets stay too; only the metadata grows.
+
+    Args:
+        file: Of the base.
+        stacked: Whose layers fit the file's.
+        target: To write; whatever it holds is lost.
+        provenance: Added to the metadata.
+        bar: Told of every byte of the tensors.
+
+    Raises:
+        OSError: If the system does not let it.
+    """
+    metadata = {**file.header.metadata, MERGED_KEY: json.dumps([*merged_before(file.header), provenance])}
+    text = json.dumps({"__metadata__": metadata, **file.header.tensors}, separators=(",", ":")).encode()
+    # Tensors keep their place within pages, so that the kernel copies page by page.
+    text += b" " * ((file.header.start - 8 - len(text)) % _PAGE)
+    start = 8 + len(text)
+    with target.open("wb") as sink:
+        sink.write(struct.pack("<Q", len(text)) + text)
+        sink.truncate(start + max((end for _, _, end in _tensors(file)), default=0))
+
+    # One thread writes at a time: two that wait for each other in the kernel took twice as long, while one computes anyway.
+    turn = Lock()
+
+    def write(part: tuple[str, int, int]) -> None:
+        name, begin, end = part
+        with file.path.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as sink:
+            source.seek(file.header.start + begin)
+            sink.seek(start + begin)
+            if name:
+                _add(file, name, stacked, source, sink, turn)
+            else:
+                _copy(source, sink, end - begin, turn)
+        bar.update(end - begin)
+
+    # Pieces are too small to be shared out further by torch.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for _ in threads.map(write, _parts(file, stacked)):
+            pass  # raises what one of them raised
+
+
+def merged_before(header: Header) -> list[dict[str, Any]]:
+    """What was merged into a file before, as it says itself."""
+    try:
+        found = json.loads(header.metadata.get(MERGED_KEY, "[]"))
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _tensors(file: StoredFile) -> list[tuple[str, int, int]]:
+    """Name, first and last byte of every tensor, in their order in the file."""
+    found = [(name, *entry["data_offsets"]) for name, entry in file.header.tensors.items()]
+    return sorted(found, key=lambda part: part[1])
+
+
+def _parts(file: StoredFile, stacked: Eraser) -> Iterator[tuple[str, int, int]]:
+    """Touched tensors one by one, the others joined to runs without a name."""
+    touched = {name for name, members in file.layers.items() if any(module in stacked.pairs for module, _ in members)}
+    begun = last = 0
+    for name, begin, end in _tensors(file):
+        if name in touched or end - begun > _RUN:
+            if begin > begun:
+                yield "", begun, begin
+            begun = begin
+        if name in touched:
+            yield name, begin, end
+            begun = end
+        last = end
+    if last > begun:
+        yield "", begun, last
+
+
+def _copy(source: BinaryIO, sink: BinaryIO, length: int, turn: Lock) -> None:
+    """Copies from where one file stands to where the other does, inside the kernel where it can."""
+    while length and hasattr(os, "copy_file_range"):
+        try:
+            with turn:
+                count = os.copy_file_range(source.fileno(), sink.fileno(), min(length, _TURN))
+        except OSError as error:
+            if error.errno in _NOT_BY_KERNEL:
+                break
+            raise
+        if not count:
+            raise OSError(f"{source.name} became shorter while it was read")
+        length -= count
+    buffer = memoryview(bytearray(_PIECE))
+    while length:
+        piece = buffer[: min(length, _PIECE)]
+        _read(source, piece)
+        _write(sink, piece, turn)
+        length -= len(piece)
+
+
+def _read(source: BinaryIO, piece: memoryview) -> None:
+    """Fills the piece; the system may give less at a time."""
+    at = 0
+    while at < len(piece):
+        count: int = source.readinto(piece[at:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"{source.name} became shorter while it was read")
+        at += count
+
+
+def _write(sink: BinaryIO, piece: memoryview, turn: Lock) -> None:
+    at = 0
+    while at < len(piece):
+        with turn:
+            at += sink.write(piece[at:])
+
+
+class _Addition(NamedTuple):
+    """An update that goes onto some rows of a stored tensor."""
+
+    first: int
+    """Row that it begins at."""
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def at(cls, place: Place, pair: LoraPair, inputs: int, dtype: torch.dtype) -> _Addition:
+        up = place.reordered(pair.up.flatten(1), inputs)
+        return cls(place.rows(inputs).start or 0, up.to(dtype), pair.down.flatten(1).to(dtype))
+
+    def apply(self, block: Tensor, first: int) -> None:
+        """Adds to a block of the tensor's rows, from row `first` on, as far as the update reaches there."""
+        a, b = max(first, self.first), min(first + len(block), self.first + len(self.up))
+        if a < b:
+            block[a - first : b - first].addmm_(self.up[a - self.first : b - self.first], self.down)
+
+
+def _add(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO, sink: BinaryIO, turn: Lock) -> None:
+    """Writes one touched tensor, some rows at a time: summed in float32 or better, rounded once."""
+    entry = file.header.tensors[name]
+    dtype, rows, inputs = DTYPES[entry["dtype"]], *entry["shape"][:2]
+    width = torch.Size(entry["shape"][1:]).numel()
+    precise = torch.promote_types(dtype, torch.float32)
+    members = [(place, pair) for module, place in file.layers[name] if (pair := stacked.pairs.get(module))]
+    additions = [_Addition.at(place, pair, inputs, precise) for place, pair in members]
+    step = min(rows, max(1, _PIECE // (width * dtype.itemsize)))
+    buffer = bytearray(step * width * dtype.itemsize)
+    stored = torch.frombuffer(buffer, dtype=dtype).reshape(step, width)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        piece = memoryview(buffer)[: count * width * dtype.itemsize]
+        _read(source, piece)
+        block = stored[:count].to(precise)  # the stored one itself if that is its dtype
+        for addition in additions:
+            addition.apply(block, first)
+        if block.dtype != dtype:
+            stored[:count].copy_(block)
+        _write(sink, piece, turn)

@@ -1,0 +1,136 @@
+"""Proving a merge: read both bases again and compare every tensor with what it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
+from esd_lora.erasers.eraser import Eraser, LoraPair
+from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import Strength, stack
+from esd_lora.erasers.tensor_files import DTYPES, Header, read_rows
+from esd_lora.errors import EsdLoraError
+from esd_lora.families.layer_names import Place
+from esd_lora.files import hash_folder
+
+_VALUES = 2**20  # compared at once
+
+
+class Verified(NamedTuple):
+    """What was compared."""
+
+    touched: int
+    """Tensors that are the base's plus the update, to within the rounding of their dtype."""
+    untouched: int
+    """Tensors that are the base's bit for bit."""
+    worst: float
+    """Largest distance of a touched value from base + update, in units of the dtype's spacing there; up to .5 is rounding."""
+
+
+def verify(
+    merged: str | Path,
+    base: str | Path,
+    erasers: Sequence[Eraser | str | Path],
+    *,
+    weights: Sequence[float | Strength] | None = None,
+) -> Verified:
+    """Proves that a merged base is the base plus the erasers' updates, and nothing else.
+
+    The sum is made anew in float64, from the updates multiplied out; a stored value may differ from it by what rounding to
+    its dtype, and summing in float32, cost.
+
+    Args:
+        merged: What `merging.merge` wrote.
+        base: What it read.
+        erasers: Erasers or their paths, as they were merged.
+        weights: Their strengths, as they were merged.
+
+    Raises:
+        EsdLoraError: With the first tensor or file that is not what it has to be.
+    """
+    before, after = open_stored(base), open_stored(merged)
+    stacked = stack([e if isinstance(e, Eraser) else load_eraser(e) for e in erasers], weights)
+    _check_files(before, after)
+    touched = untouched = 0
+    worst = 0.0
+    for old, new in zip(before.files, after.files, strict=True):
+        if _shapes(old.header) != _shapes(new.header):
+            raise EsdLoraError(f"{new.path} has other tensors than {old.path}. Merge again.")
+        with old.path.open("rb") as source, new.path.open("rb") as result:
+            for name in old.header.tensors:
+                members = [(stacked.pairs[m], place) for m, place in old.layers.get(name, ()) if m in stacked.pairs]
+                if members:
+                    touched += 1
+                    off = _distance(source, old.header, result, new.header, name, members)
+                    worst = max(worst, off)
+                    if off > 0.5 + 1e-6:
+                        raise EsdLoraError(f"{new.path}: {name} is not {old.path} plus the erasers' update there. Merge again.")
+                    continue
+                untouched += 1
+                if not _same_bytes(source, old.header, result, new.header, name):
+                    raise EsdLoraError(f"{new.path}: {name} differs from {old.path}, and no eraser touches it. Merge again.")
+    return Verified(touched, untouched, worst)
+
+
+def _check_files(before: Stored, after: Stored) -> None:
+    """Refuses another layout, and differences outside of the denoiser's weights."""
+    if before.denoiser and after.denoiser:
+        names = ([file.path.name for file in stored.files] for stored in (before, after))
+        left_out = ([path for path in d.iterdir() if path.suffix in WEIGHTS] for d in (before.denoiser, after.denoiser))
+        old, new = (hash_folder(stored.path, left) for stored, left in zip((before, after), left_out, strict=True))
+        strange = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if next(names) != next(names):
+            strange = [f"what files {before.denoiser.name} has"]
+        if strange:
+            raise EsdLoraError(f"{after.path} is not {before.path} plus the erasers: {strange[0]} differs. Merge again.")
+    elif before.denoiser or after.denoiser:
+        raise EsdLoraError(f"{before.path} and {after.path} are not of one layout: one is a directory, the other a file.")
+
+
+def _distance(
+    source: BinaryIO, old: Header, result: BinaryIO, new: Header, name: str, members: Sequence[tuple[LoraPair, Place]]
+) -> float:
+    """Largest distance of a tensor's values from base + updates beyond float32's own error, in units of its dtype's spacing."""
+    rows, inputs = old.tensors[name]["shape"][:2]
+    info = torch.finfo(DTYPES[old.tensors[name]["dtype"]])
+    step = max(1, _VALUES * rows // torch.Size(old.tensors[name]["shape"]).numel())
+    worst = 0.0
+    for first in range(0, rows, step):
+        block = slice(first, min(first + step, rows))
+        expected = read_rows(source, old, name, block).flatten(1).double()
+        slack = expected.abs()
+        for pair, place in members:
+            up, down = place.reordered(pair.up.flatten(1).double(), inputs), pair.down.flatten(1).double()
+            start = place.rows(inputs).start or 0
+            a, b = max(block.start, start), min(block.stop, start + len(up))
+            if a < b:
+                part = up[a - start : b - start]
+                expected[a - first : b - first] += part @ down
+                slack[a - first : b - first] += part.abs() @ down.abs()
+        found = read_rows(result, new, name, block).flatten(1).double()
+        beyond = (found - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack
+        spacing = expected.abs().clamp_min(info.tiny) * info.eps
+        worst = max(worst, float((beyond.clamp_min(0) / spacing).nan_to_num(nan=torch.inf).max()))
+    return worst
+
+
+def _shapes(header: Header) -> dict[str, tuple[str, list[int]]]:
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in header.tensors.items()}
+
+
+def _same_bytes(a: BinaryIO, header_a: Header, b: BinaryIO, header_b: Header, name: str) -> bool:
+    """Whether both files hold the tensor bit for bit, compared piece by piece."""
+    begin, end = header_a.tensors[name]["data_offsets"]
+    a.seek(header_a.start + begin)
+    b.seek(header_b.start + header_b.tensors[name]["data_offsets"][0])
+    left = end - begin
+    while left:
+        size = min(left, _VALUES)
+        if a.read(size) != b.read(size):
+            return False
+        left -= size
+    return True

@@ -1,0 +1,90 @@
+"""Names and words: whether a prompt mentions a concept, masks, file names, ids on the Hub, text that may be printed."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from esd_lora.files import PICKLES
+
+_DOT = "\u2022"
+_LONGEST_SLUG = 80  # characters; file systems take 255 bytes
+_FILE_ENDINGS = (".safetensors", ".json", ".yaml", ".yml", ".md", ".png", *PICKLES)
+
+
+def without_article(name: str) -> str:
+    """Return a name without its article: `a cat` is `cat`."""
+    return re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE)
+
+
+def whole_words(words: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern that finds any of some words in a text, in singular or plural and in any case.
+
+    Args:
+        words: One or more; where several fit, the earliest counts.
+    """
+    return re.compile("|".join(rf"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)" for word in words), re.IGNORECASE)
+
+
+def mentions(text: str, names: Iterable[str]) -> bool:
+    """Return whether a prompt holds one of the names: as whole words, singular or plural, without article."""
+    words = [without_article(name) for name in names]
+    return bool(words) and whole_words(words).search(text) is not None
+
+
+def mask_of(names: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that masks names in a text: the first letter stays, the rest is dots.
+
+    Each name is masked as a whole, and so is every word of it that says something by itself, in singular or plural.
+    """
+    words: set[str] = set()
+    for name in names:
+        telling = {word for word in re.findall(r"\w+", name) if len(word) > 2 or not word.isascii()}
+        words |= telling | {without_article(name)} - {""}
+    pattern = whole_words(sorted(words, key=len, reverse=True)) if words else None
+
+    def mask_word(word: str) -> str:
+        return word[0] + _DOT * (len(word) - 1) if len(word) > 1 else _DOT
+
+    def mask(text: str) -> str:
+        return pattern.sub(lambda match: " ".join(map(mask_word, match[0].split())), text) if pattern else text
+
+    return mask
+
+
+def slug(text: str) -> str:
+    """Return a concept's name as part of a file name: letters and digits of any script, the rest as `-`, cut to 80."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text))
+    name = "-".join(words)[:_LONGEST_SLUG].encode()[: 2 * _LONGEST_SLUG].decode(errors="ignore").strip("-")
+    return name or "eraser"
+
+
+def printable(text: str) -> str:
+    """Return a stranger's text as a terminal may have it: control characters and line breaks are shown, not obeyed."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+class HubId(NamedTuple):
+    """The id of a repository on the Hugging Face Hub: `owner/name`, or `owner/name@revision`."""
+
+    repo: str
+    revision: str | None = None
+    """Branch, tag, commit or `refs/pr/1`; the main branch unless given."""
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+    @classmethod
+    def read(cls, text: str) -> HubId | None:
+        """Return the id that a text is, or `None` where it is none, but a path."""
+        repo, at, revision = text.partition("@")
+        named = not at or re.fullmatch(r"[A-Za-z0-9][\w./-]*", revision, re.ASCII)
+        return cls(repo, revision or None) if named and is_hub_id(repo) else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is `owner/name`, and not a file's."""
+    match = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+    return match is not None and not name.lower().endswith(_FILE_ENDINGS)

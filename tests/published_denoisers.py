@@ -1,0 +1,76 @@
+"""Denoisers of published models at their real size, without weights: configurations where they are not diffusers' defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
+
+from esd_lora.bases.single_file import CONFIGS
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """The configurations that ship for single files, by component; their parameters are counted in test_single_file.py."""
+    return json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+
+
+def build(parts: dict[str, Any], part: str) -> Any:
+    """A component from its configuration, wherever torch's default device is."""
+    config = {key: value for key, value in parts[part].items() if key != "_class_name"}
+    library, name = parts["model_index"][part]
+    if library == "diffusers":
+        return getattr(diffusers, name)(**config)
+    return getattr(transformers, name)(transformers.CLIPTextConfig(**config))
+
+
+_SD3 = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+}
+DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
+    "sd15": ("sd", UNet2DConditionModel, shipped("sd1")["unet"]),
+    "sd21": ("sd", UNet2DConditionModel, {**shipped("sd2")["unet"], "sample_size": 96}),
+    "sdxl": ("sdxl", UNet2DConditionModel, shipped("sdxl")["unet"]),
+    # stabilityai/stable-diffusion-3-medium-diffusers
+    "sd3": ("sd3", SD3Transformer2DModel, {**_SD3, "pos_embed_max_size": 192}),
+    # stabilityai/stable-diffusion-3.5-medium
+    "sd35-medium": (
+        "sd3",
+        SD3Transformer2DModel,
+        {**_SD3, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+    ),
+    # black-forest-labs/FLUX.1-dev; schnell lacks guidance_embeds
+    "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
+    # Efficient-Large-Model/Sana_1600M_1024px_diffusers
+    "sana": ("sana", SanaTransformer2DModel, {}),
+}
+"""Model to (family, class, configuration)."""
+SCOPE_COUNTS = {
+    "sd15": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
+    "sd21": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
+    "sdxl": {"xattn": 280, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 788},
+    "sd3": {"xattn": 95, "xattn-kv": 48, "selfattn": 96, "noxattn": 238, "full": 333},
+    "sd35-medium": {"xattn": 95, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 385},
+    "flux": {"xattn": 76, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 494},
+    "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
+}
+"""Layers that each scope holds on the real architectures."""
+
+
+def denoiser(name: str) -> nn.Module:
+    """A published model's denoiser on the meta device."""
+    _, make, config = DENOISERS[name]
+    with torch.device("meta"):
+        return make(**config)
