@@ -1,4 +1,4 @@
-"""The student's LoRA on the denoiser: put on, dropped out in training steps, read off."""
+"""LoRAs on a base's denoiser: a student's, which is trained, and erasers, which are added to the weights for a while."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ ADAPTER = "esd"
 
 
 def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpec, seed: int) -> list[torch.nn.Parameter]:
-    """Puts a fresh LoRA on the layers and returns its float32 parameters; the update is zero until trained."""
+    """Add a fresh LoRA to layers and return its parameters, float32 or better; its update is zero until trained.
+
+    Args:
+        base: Whose denoiser gets it.
+        layers: By module path.
+        lora: Shape of the update.
+        seed: Of its start.
+    """
     from peft import LoraConfig
 
     ranks = {path: lora.conv_rank for path, layer in layers.items() if lora.conv_rank and isinstance(layer, torch.nn.Conv2d)}
@@ -49,7 +56,7 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
 
 
 def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
-    """Puts given updates on the denoiser as a LoRA to be trained on, and returns its float32 parameters."""
+    """Load updates into the denoiser as a LoRA to be trained further, and return its parameters, float32 or better."""
     from peft import LoraConfig
 
     ranks = {f"^{re.escape(path)}$": pair.rank for path, pair in pairs.items()}
@@ -68,7 +75,7 @@ def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Par
 
 @contextmanager
 def adapter_disabled(base: Base) -> Iterator[None]:
-    """The base without the adapter that it wears."""
+    """Turn the adapter off for the length of a `with` block."""
     base.model.disable_adapters()
     try:
         yield
@@ -78,7 +85,7 @@ def adapter_disabled(base: Base) -> Iterator[None]:
 
 @contextmanager
 def dropout_enabled(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
-    """Has the LoRA's dropout on, its chance drawn from `seed`."""
+    """Turn the LoRA's dropout on for the length of a `with` block; what it drops is drawn from `seed`."""
     if not lora.dropout:
         yield
         return
@@ -87,13 +94,15 @@ def dropout_enabled(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         for layer in layers:
             layer.train()
-        yield
-    for layer in layers:
-        layer.eval()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
 
 
 def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
-    """The trained LoRA by module path, its scale folded into `up`."""
+    """Return the trained LoRA by module path, its scale folded into `up`."""
     pairs: dict[str, LoraPair] = {}
     layer: Any
     for path, layer in model.named_modules():
@@ -104,7 +113,7 @@ def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
     return pairs
 
 
-class Fused:
+class AppliedStack:
     """A stack added to a base's weights: it costs nothing at inference, and its strength can still be changed.
 
     The weights it touches are kept as they were, on the CPU, so every strength is summed anew in float32 and rounded once,
@@ -119,7 +128,7 @@ class Fused:
 
     @torch.no_grad()
     def set_strength(self, strength: float) -> None:
-        """Applies the stack at a factor on top of its members' weights; 0 is the base itself."""
+        """Apply the stack at a strength on top of its members' own; 0 is the base itself."""
         for weight, original, pair in self._layers:
             weight.copy_(original)
             if strength:
@@ -129,11 +138,13 @@ class Fused:
 
 
 @contextmanager
-def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Generator[Fused]:
-    """Has erasers on the base, fused into its weights as one stack, for the length of a `with` block.
+def applied(
+    base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None
+) -> Generator[AppliedStack]:
+    """Add erasers to the base's weights, as one exact stack, for the length of a `with` block.
 
     Yields:
-        The fused stack, whose strength may be changed on the way.
+        The stack, whose strength may be changed on the way.
 
     Raises:
         EsdLoraError: If an eraser is of another family or has layers the base lacks, or the base carries an adapter.
@@ -141,14 +152,14 @@ def applied(base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Str
     if not erasers:
         if weights:
             raise EsdLoraError(f"{len(weights)} weights and no erasers: give a weight for each eraser.")
-        yield Fused(base, None)
+        yield AppliedStack(base, None)
         return
     base.require_bare()
     stacked = stack(erasers, weights)
     base.check(stacked)
-    fused = Fused(base, stacked)
+    stack_on_base = AppliedStack(base, stacked)
     try:
-        fused.set_strength(1.0)
-        yield fused
+        stack_on_base.set_strength(1.0)
+        yield stack_on_base
     finally:
-        fused.set_strength(0.0)
+        stack_on_base.set_strength(0.0)

@@ -1,4 +1,4 @@
-"""What is taught and who teaches it: lessons from a recipe, and the frozen base that sets the targets."""
+"""What is taught: the lessons of a recipe, erased prompts and preserved ones."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from esd_lora.recipe import Concept, Neighbours, Recipe
 class Lesson(NamedTuple):
     """One prompt of the student and the rule for its target.
 
-    A preserved prompt is the lesson whose anchor is the prompt itself and whose eta is 0: its target is what the teacher
-    says anyway.
+    A preserved prompt is the lesson whose anchor is the prompt itself and whose eta is 0: its target is the teacher's own
+    prediction.
     """
 
     prompt: str
-    """What the student reads, and what `x_t` is drawn under."""
+    """The prompt that the student reads, and that `x_t` is drawn under."""
     concept: str
-    """What is pushed away."""
+    """The prompt to push away from."""
     anchor: str
-    """What should appear instead."""
+    """The prompt of what should appear instead."""
     eta: float
+    """Strength of the push, measured from the anchor."""
 
     @property
     def preserves(self) -> bool:
+        """Whether the prompt's predictions should stay what they are."""
         return self.eta == 0 and self.anchor == self.prompt
 
 
 def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> list[Lesson]:
-    """The lessons of a recipe, erased prompts first.
+    """Return the lessons of a recipe, erased prompts first.
 
     Args:
         recipe: Its pools and its `preserve` list.
         keep: The base's keep list, used by `preserve: default`; prompts that name a concept are dropped from it.
-        near: From `nearest`, preserved too.
+        near: Further prompts to preserve, from `nearest_prompts`.
 
     Raises:
         EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
@@ -54,13 +56,13 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     if clashes and recipe.preserve != "default":
         prompt, name = next(iter(clashes.items()))
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
-    kept = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
-    return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(kept)]
+    preserved = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
+    return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
 
 
 @torch.no_grad()
-def nearest(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:
-    """Prompts of a vocabulary that the text encoder puts nearest to the concepts: what erasing them hurts first.
+def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:
+    """Return the prompts of a vocabulary that the text encoder puts nearest to the concepts: what erasing hurts first.
 
     Nearness is the cosine between the encoder's outputs, each less its output for the empty prompt. Prompts that name a
     concept are no neighbours of it.
@@ -74,9 +76,9 @@ def nearest(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> 
     words = [word for word in dict.fromkeys(words) if not any(concept.named_in(word) for concept in concepts)]
     if not words:
         raise EsdLoraError("neighbours: the vocabulary holds no prompt that names no erased concept. Give a longer one.")
-    asked = [concept.pairs()[0][0] for concept in concepts]
-    encoded = base.encode(["", *asked, *words])["prompt_embeds"].float()
+    erased = [concept.pairs()[0][0] for concept in concepts]
+    encoded = base.encode(["", *erased, *words])["prompt_embeds"].float()
     directions = torch.nn.functional.normalize((encoded[1:] - encoded[:1]).flatten(1), dim=1)
-    likeness = directions[: len(asked)] @ directions[len(asked) :].T
+    likeness = directions[: len(erased)] @ directions[len(erased) :].T
     order = likeness.argsort(dim=1, descending=True)[:, : neighbours.count]
     return [words[i] for i in dict.fromkeys(order.T.flatten().tolist())]

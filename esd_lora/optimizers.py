@@ -1,4 +1,4 @@
-"""Optimisers by name and the learning rate of each step."""
+"""Optimisers by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMIZERS: Registry[OptimizerClass] = Registry(
 def make_optimizer(
     name: str, parameters: Sequence[torch.nn.Parameter], lr: float, arguments: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Builds an optimiser.
+    """Return an optimiser.
 
     Args:
         name: One of `OPTIMIZERS`, or `module:Class`.

@@ -1,77 +1,139 @@
-"""Stopping a training and going on: the little that must survive a restart."""
+"""What must survive a restart: the student's weights, the optimiser's moments, the loss scale and the counters.
+
+Everything random is drawn from the recipe's seed and the step (`seeds`), so no generator has to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
 
 CHECKPOINT_NAME = "checkpoint.pt"
+_COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes")
 
 
 @dataclass
 class TrainState:
-    """What must survive a restart. Everything random is drawn from the recipe's seed and the step, so no generator is."""
+    """A training at one moment.
 
+    Args:
+        parameters: The student's LoRA weights, float32 or better.
+        optimizer: Updates them.
+        scaler: Scales the loss where the base computes in float16.
+    """
+
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     step: int = 0
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     loss: float = float("nan")
-    seconds: float = 0.0
+    """Loss of the last step."""
     student_samples: int = 0
-    evaluations_before: int = 0
-    """Sample evaluations of earlier runs."""
-    seconds_before: float = 0.0
+    """Number of latents that went through the student with gradients."""
     erasure: float | None = None
-    """What the last erasure probe found."""
+    """Result of the last erasure probe: 0 untouched, 1 on target."""
     best_erasure: float = float("-inf")
     stale_probes: int = 0
-    """Probes since erasure last rose."""
-    drawn_with: list[torch.Tensor] = field(default_factory=list)
+    """Number of probes since erasure last rose."""
+    walker: list[Tensor] = field(default_factory=list)
     """The LoRA weights that walked the trajectories in the buffer."""
-    tensors: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Time that training took so far, earlier runs included."""
+    _started: float = field(default_factory=time.monotonic)
 
-    def advance(self, samples: int, loss: float, seconds: float) -> None:
-        """Counts one step; `seconds` are those of this run."""
+    def update(self, loss: float, samples: int, lr: float) -> None:
+        """Take one optimiser step on the gradients at hand.
+
+        Args:
+            loss: Of this step.
+            samples: Number of latents that went through the student.
+            lr: Learning rate of this step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         self.loss = loss
         self.student_samples += samples
-        self.seconds = self.seconds_before + seconds
-
-    def restore(
-        self, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        """Puts saved LoRA weights, optimiser moments and loss scale in place, if there are any."""
-        if not self.tensors:
-            return
-        _copy(self.tensors["parameters"], parameters)
-        optimizer.load_state_dict(self.tensors["optimizer"])
-        scaler.load_state_dict(self.tensors["scaler"])
+        self.seconds = time.monotonic() - self._started
 
     @contextmanager
-    def as_drawn(self, parameters: list[torch.nn.Parameter], *, fresh: bool) -> Iterator[None]:
-        """Within, the student is the one that walks the trajectories of this refresh.
+    def walking(self, *, fresh: bool) -> Iterator[None]:
+        """Have the student be the one that walks the trajectories of this refresh, for the length of a `with` block.
 
         Args:
-            parameters: Of the student.
-            fresh: It is the one of this moment, to be remembered; else the remembered one, so that a training resumed
-                between two refreshes trains on the trajectories it was trained on before.
+            fresh: Whether it is the student of this moment, to be remembered; else it is the remembered one, so that a
+                training resumed between two refreshes trains on the trajectories it was trained on before.
         """
-        now = [parameter.detach().clone() for parameter in parameters]
+        now = [parameter.detach().clone() for parameter in self.parameters]
         if fresh:
-            self.drawn_with = now
-        _copy(self.drawn_with, parameters)
-        yield
-        _copy(now, parameters)
+            self.walker = now
+        _copy(self.walker, self.parameters)
+        try:
+            yield
+        finally:
+            _copy(now, self.parameters)
+
+    def save(self, directory: Path, recipe: str, evaluations: int) -> None:
+        """Write the run's checkpoint, whole or not at all.
+
+        Args:
+            directory: Of the run.
+            recipe: `dump_recipe` of its recipe.
+            evaluations: Number of latents that went through the denoiser without gradients, earlier runs included.
+        """
+        content = {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "evaluations_before": evaluations,
+            "drawn_with": [tensor.cpu() for tensor in self.walker],
+            "tensors": {
+                "parameters": [parameter.detach().cpu() for parameter in self.parameters],
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            },
+            "recipe": recipe,
+        }
+        beside = directory / f".{CHECKPOINT_NAME}.partial"
+        torch.save(content, beside)
+        beside.replace(directory / CHECKPOINT_NAME)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        content = checkpoint.content
+        _copy(content["tensors"]["parameters"], self.parameters)
+        self.optimizer.load_state_dict(content["tensors"]["optimizer"])
+        self.scaler.load_state_dict(content["tensors"]["scaler"])
+        self.walker = content["drawn_with"]
+        for name in _COUNTERS:
+            setattr(self, name, content[name])
+        self._started = time.monotonic() - self.seconds
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read from its file."""
+
+    content: dict[str, Any]
+
+    @property
+    def evaluations(self) -> int:
+        """Number of latents that went through the denoiser without gradients so far."""
+        return self.content["evaluations_before"]
 
     @classmethod
-    def load(cls, directory: Path, recipe: str) -> TrainState:
-        """Reads the checkpoint of a run directory.
+    def read(cls, directory: Path, recipe: str) -> Checkpoint:
+        """Read the checkpoint of a run directory.
 
         Args:
             directory: Of the run.
@@ -84,49 +146,16 @@ class TrainState:
         if not file.is_file():
             raise EsdLoraError(f"{directory} has no {CHECKPOINT_NAME} to resume from. Train without --resume.")
         try:
-            saved = torch.load(file, weights_only=True, map_location="cpu")
-            found = saved.pop("recipe")
-            state = cls(**saved)
+            content = torch.load(file, weights_only=True, map_location="cpu")
+            made_with = [content[key] for key in ("tensors", "drawn_with", "evaluations_before", *_COUNTERS, "recipe")][-1]
         except Exception as error:  # torch raises whatever its zip reader meets
             raise EsdLoraError(f"{file} is damaged ({type(error).__name__}). Train again with --force.") from error
-        if found != recipe:
+        if made_with != recipe:
             raise EsdLoraError(f"{file} was made with another recipe. Give the same one, or train again with --force.")
-        return state
-
-    def save(
-        self,
-        directory: Path,
-        recipe: str,
-        parameters: list[torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        evaluations: int,
-    ) -> None:
-        """Writes the run's checkpoint, whole or not at all; `evaluations` are the teacher's in this run."""
-        content = {
-            "step": self.step,
-            "loss": self.loss,
-            "seconds": self.seconds,
-            "seconds_before": self.seconds,
-            "student_samples": self.student_samples,
-            "evaluations_before": self.evaluations_before + evaluations,
-            "erasure": self.erasure,
-            "best_erasure": self.best_erasure,
-            "stale_probes": self.stale_probes,
-            "drawn_with": [tensor.cpu() for tensor in self.drawn_with],
-            "tensors": {
-                "parameters": [p.detach().cpu() for p in parameters],
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            },
-            "recipe": recipe,
-        }
-        beside = directory / f".{CHECKPOINT_NAME}.partial"
-        torch.save(content, beside)
-        beside.replace(directory / CHECKPOINT_NAME)
+        return cls(content)
 
 
 @torch.no_grad()
-def _copy(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+def _copy(values: Sequence[Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -1,16 +1,19 @@
 """Training an eraser: the ESD loop.
 
-Read `train` from top to bottom beside the paper (Gandikota et al., ICCV 2023, arXiv:2303.07345). A frozen *teacher*, the
-base itself, and a *student*, the same network with a LoRA switched on, look at the same noisy latents `x_t`; the student
-learns to predict what the objective makes of the teacher's predictions.
+Read `train` from top to bottom beside the paper (Gandikota et al., ICCV 2023, arXiv:2303.07345), with `teacher.py` open for the
+targets. A frozen *teacher*, the base itself, and a *student*, the same network with a LoRA switched on, look at the same noisy
+latents `x_t`; the student learns to predict
+
+    target = anchor - eta * (concept - null)
+
+of the teacher's three predictions there.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +28,13 @@ from esd_lora.erasers.eraser import RUN_FILES, Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import prepare_directory
-from esd_lora.lessons import Lesson, nearest, plan
-from esd_lora.objectives import OBJECTIVES
+from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
-from esd_lora.teacher import Buffers, Teacher, latent_shapes, refresh, seed_of
-from esd_lora.train_state import CHECKPOINT_NAME, TrainState
+from esd_lora.seeds import Stream, stream_generator, stream_seed
+from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, refill
+from esd_lora.train_state import CHECKPOINT_NAME, Checkpoint, TrainState
 from esd_lora.watching import Interruption, StepReport, Watcher, watchers_for
 
 
@@ -48,7 +51,7 @@ def train(
     on_step: Sequence[Watcher] = (),
     progress: bool = True,
 ) -> Eraser:
-    """Trains the eraser a recipe describes.
+    """Train the eraser that a recipe describes.
 
     Args:
         recipe: From `load_recipe`.
@@ -69,80 +72,34 @@ def train(
             being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
-    spec = recipe.train
-    out = Path(out) if out is not None else None
-    state = TrainState.load(out, dump_recipe(recipe)) if out and resume else TrainState()
-    ours = base is None
+    spec, out = recipe.train, Path(out) if out is not None else None
+    checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
+    loaded_here = base is None
     if base is None:
         pictures = out is not None and spec.preview_every > 0
         base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
     base.require_bare()
-    near = nearest(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-    lessons = plan(recipe, base.keep, near)
-    layers = base.family.modules(base.model, recipe.scope)
-    OBJECTIVES.get(recipe.objective)  # like the scope, checked before an earlier result is touched
-    parameters = add_adapter(base, layers, recipe.lora, spec.seed)
+    near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
+    teacher = Teacher(base, recipe, plan(recipe, base.keep, near))
+    if loaded_here:
+        base.free_text_encoders()
+    parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
     try:
         optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
-        if out and not resume:
+        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
+        state = TrainState(parameters, optimizer, scaler)
+        if checkpoint:
+            state.restore(checkpoint)
+            teacher.evaluations = checkpoint.evaluations
+        elif out:
             prepare_directory(out, force, RUN_FILES)
-        watchers = [*watchers_for(recipe, out, state, track, progress), *on_step]
-        teacher = Teacher(base, recipe, lessons)
-        if ours:
-            base.free_text_encoders()
         if spec.gradient_checkpointing:
             base.model.enable_gradient_checkpointing()
         if progress:
-            tqdm.write(
-                f"base {base.id}: family {base.family.name}, on {base.model.device} in {base.model.dtype}", file=sys.stderr
-            )
-        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
-        state.restore(parameters, optimizer, scaler)
-        weights = torch.tensor([spec.preserve_weight if lesson.preserves else 1.0 for lesson in lessons])
-        weights = weights.to(base.model.device)
-        shapes = latent_shapes(base, spec)
-        buffers: dict[int, Buffers] = {}
-        started = time.monotonic()
-
-        with Interruption() as interruption:
-            for step in range(state.step, spec.steps):
-                # Points to train on: walked afresh at every step (paper), or replayed from a buffer. Aspect buckets take turns.
-                if not buffers or step % spec.refresh_every == 0:
-                    first = step - step % spec.refresh_every
-                    with state.as_drawn(parameters, fresh=step == first):
-                        buffers = refresh(teacher, first, shapes)
-                chance = torch.Generator().manual_seed(seed_of(spec.seed, 1, step))
-                optimizer.zero_grad()
-                total = 0.0
-                for points in buffers[step % len(shapes)].batches(spec, chance):
-                    # The student's prediction for the erased prompt, against the target the teacher set.
-                    with dropout_enabled(base, recipe.lora, seed_of(spec.seed, 4, step)):
-                        prediction = base.predict(points.x_t, points.t, teacher.condition(points.lesson))
-                    error = (prediction - points.target).square().flatten(1).mean(1)
-                    loss = (weights[points.lesson] * error).sum() / (spec.batch_size * spec.accumulate)
-                    scaler.scale(loss).backward()
-                    total += loss.item()
-                if not math.isfinite(total):
-                    raise EsdLoraError(
-                        f"the loss became {total} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g}), give a"
-                        " warm-up, or load the base in float32 (--dtype float32)."
-                    )
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(spec, step)
-                scaler.step(optimizer)
-                scaler.update()
-
-                state.advance(spec.accumulate * len(points.t), total, time.monotonic() - started)
-                last = interruption.asked or state.step == spec.steps
-                report = StepReport(state, spec, base, teacher, parameters, optimizer, scaler, interruption.asked, last)
-                for watch in watchers:
-                    if watch(report):
-                        report = report._replace(last=True)
-                if report.interrupted:
-                    raise KeyboardInterrupt
-                if report.last:
-                    break
-        eraser = collect(base, recipe, lessons, cost(state, teacher))
+            place = f"on {base.model.device} in {base.model.dtype}"
+            tqdm.write(f"base {base.id}: family {base.family.name}, {place}", file=sys.stderr)
+        run_steps(teacher, state, [*watchers_for(teacher, state, out, track, progress), *on_step])
+        eraser = collect(teacher, state)
     finally:
         base.model.unload_lora()
         if spec.gradient_checkpointing:
@@ -153,8 +110,80 @@ def train(
     return eraser
 
 
-def collect(base: Base, recipe: Recipe, lessons: Iterable[Lesson], spent: dict[str, float]) -> Eraser:
-    """The eraser as it stands on the denoiser, with the header that says how it came about."""
+def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) -> None:
+    """Train the student, the base with its adapter on, until the recipe's last step or until a watcher ends it.
+
+    Args:
+        teacher: The base with its adapter off.
+        state: Moved on by every step.
+        watchers: Called after every step.
+
+    Raises:
+        EsdLoraError: If the loss stops being finite.
+        KeyboardInterrupt: On Ctrl-C, after the step in hand.
+    """
+    base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
+    weight = torch.tensor([spec.preserve_weight if lesson.preserves else 1.0 for lesson in teacher.lessons])
+    weight = weight.to(base.model.device)
+    shapes = latent_shapes(base, spec)
+    buffers: dict[int, ReplayBuffers] = {}
+    with Interruption() as interruption:
+        for step in range(state.step, spec.steps):
+            # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
+            # fills now and then. A training resumed in between walks again what it trained on before.
+            since = step % spec.refresh_every
+            if since == 0 or not buffers:
+                with state.walking(fresh=since == 0):
+                    buffers = refill(teacher, step - since, shapes)
+            batches = buffers[step % len(shapes)].batches(spec, stream_generator(spec.seed, Stream.BATCHES, step))
+
+            state.optimizer.zero_grad()
+            total, samples = 0.0, 0
+            for x_t, t, lesson, target in batches:
+                with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step)):
+                    prediction = base.predict(x_t, t, teacher.condition(lesson))
+                error = (prediction - target).square().flatten(1).mean(1)
+                loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
+                state.scaler.scale(loss).backward()
+                total, samples = total + loss.item(), samples + len(t)
+            require_finite(total, step, spec)
+            state.update(total, samples, learning_rate(spec, step))
+
+            report = StepReport(state, teacher, interruption.requested, interruption.requested or state.step == spec.steps)
+            for watch in watchers:
+                if watch(report):
+                    report = report._replace(last=True)
+            if report.interrupted:
+                raise KeyboardInterrupt
+            if report.last:
+                break
+
+
+def require_finite(loss: float, step: int, spec: TrainSpec) -> None:
+    """Refuse a loss that is no number.
+
+    Raises:
+        EsdLoraError: With what to change.
+    """
+    if not math.isfinite(loss):
+        raise EsdLoraError(
+            f"the loss became {loss} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g}), give a warm-up, or"
+            " load the base in float32 (--dtype float32)."
+        )
+
+
+def learning_rate(spec: TrainSpec, step: int) -> float:
+    """Return the rate of one step (from 0): up to `lr` in the warm-up, then constant, or down to a tenth of it."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(spec.steps - spec.warmup, 1)
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[spec.lr_schedule]
+    return spec.lr * (0.1 + 0.9 * left)
+
+
+def collect(teacher: Teacher, state: TrainState) -> Eraser:
+    """Return the eraser as it stands on the denoiser, with the header that says how it came about."""
+    base, recipe = teacher.base, teacher.recipe
     pairs = read_pairs(base.model)
     header = EraserHeader(
         family=base.family.name,
@@ -167,31 +196,17 @@ def collect(base: Base, recipe: Recipe, lessons: Iterable[Lesson], spent: dict[s
             ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=recipe.eta)
             for concept in recipe.concepts
         ),
-        preserve=tuple(lesson.prompt for lesson in lessons if lesson.preserves),
+        preserve=tuple(lesson.prompt for lesson in teacher.lessons if lesson.preserves),
         objective=recipe.objective,
         scope=recipe.scope,
         recipes=(recipe,),
         versions={name: version(name) for name in ("esd-lora", "torch", "diffusers", "peft")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        cost=spent,
+        cost={
+            "seconds": round(state.seconds, 2),
+            "steps": state.step,
+            "sample_evaluations": teacher.evaluations,
+            "student_samples": state.student_samples,
+        },
     )
     return Eraser(pairs, header)
-
-
-def cost(state: TrainState, teacher: Teacher) -> dict[str, float]:
-    """What the training took: seconds, steps, latents through the denoiser without and with gradients."""
-    return {
-        "seconds": round(state.seconds, 2),
-        "steps": state.step,
-        "sample_evaluations": state.evaluations_before + teacher.evaluations,
-        "student_samples": state.student_samples,
-    }
-
-
-def learning_rate(spec: TrainSpec, step: int) -> float:
-    """The rate of one step (from 0): up to `lr` in the warm-up, then constant, or down to a tenth of it."""
-    if step < spec.warmup:
-        return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(spec.steps - spec.warmup, 1)
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[spec.lr_schedule]
-    return spec.lr * (0.1 + 0.9 * left)

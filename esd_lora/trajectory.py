@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 Condition = dict[str, Tensor]
-"""What a denoiser is told beside `x_t` and `t`: named tensors whose first dimension is the prompt."""
+"""What a denoiser reads beside `x_t` and `t`: named tensors whose first dimension is the prompt."""
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 """From `x_t` [N, ...], `t` [N] and a condition of N prompts to a prediction of the shape of `x_t`."""
+
+_PIXELS_PER_BATCH = 2**15
+"""Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
 
 
 class Scheduler(Protocol):
@@ -44,13 +47,21 @@ class NoisySample(NamedTuple):
 
 
 def pick(condition: Condition, index: Tensor) -> Condition:
-    """The condition of the prompts at `index` [N]."""
+    """Return the condition of the prompts at `index` [N]."""
     return {name: value[index] for name, value in condition.items()}
 
 
 def concatenate(*conditions: Condition) -> Condition:
-    """The conditions of several groups of prompts, one after the other."""
+    """Return the conditions of several groups of prompts as one, group after group."""
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+
+
+def latents_per_batch(shape: Sequence[int]) -> int:
+    """Return how many latents of a shape (channels, height, width) go through the denoiser at once.
+
+    It bounds memory, and changes results by rounding alone.
+    """
+    return max(1, _PIXELS_PER_BATCH // (shape[-2] * shape[-1]))
 
 
 @torch.no_grad()
@@ -64,7 +75,7 @@ def walk(
     guidance: float,
     stop: int | None = None,
 ) -> list[NoisySample]:
-    """Denoises `noise` with classifier-free guidance and returns every point on the way.
+    """Denoise `noise` with classifier-free guidance and return every point on the way.
 
     Section 4 of the paper (arXiv:2303.07345): `x_t` is what the model itself makes of the prompt at `t`, so no training
     images are needed. A point's `t` is that of the scheduler's own grid, the one `x_t` was made for.
@@ -76,8 +87,8 @@ def walk(
         noise: [N, ...] standard normal.
         condition: Of the N prompts.
         null: Of the empty prompt, N times.
-        guidance: Scale of classifier-free guidance; the paper walks with 3. At 1 the empty prompt is not asked for, which
-            suits models distilled to few steps.
+        guidance: Scale of classifier-free guidance; the paper walks with 3. At 1 the empty prompt is left out, which suits
+            models distilled to few steps.
         stop: Index from 0 of the last point, which is reached and not predicted at (the paper's random stop). Without
             it the walk runs to the end and every point carries its predictions.
     """
@@ -103,24 +114,24 @@ def walk(
 
 
 class Points(NamedTuple):
-    """Training points: where the student predicts, for which lesson, and what it should say."""
+    """Training points: where the student predicts, for which lesson, and what it should predict."""
 
     x_t: Tensor
-    """[N, ...]."""
+    """Noisy latents, [N, ...]."""
     t: Tensor
-    """[N]."""
+    """Their times, [N]."""
     lesson: Tensor
-    """[N], index of the lesson each point belongs to."""
+    """Index of the lesson that each point belongs to, [N]."""
     target: Tensor
-    """[N, ...]."""
+    """What the student should predict there, [N, ...]."""
 
     @classmethod
-    def join(cls, parts: list[Points]) -> Points:
-        """All points of several groups as one."""
+    def join(cls, parts: Sequence[Points]) -> Points:
+        """Return all points of several groups as one."""
         return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def split(self, size: int) -> list[Points]:
-        """The points in groups of `size`."""
+        """Return the points in groups of `size`."""
         begins = range(0, len(self.t), size)
         return [Points(*(tensor[begin : begin + size] for tensor in self)) for begin in begins]
 
@@ -135,16 +146,7 @@ class TrajectoryBuffer:
         return len(self.points.t)
 
     def sample(self, count: int, generator: torch.Generator) -> Points:
-        """Draws `count` points at random, with repetition only when the buffer holds fewer."""
+        """Draw `count` points at random, with repetition only when the buffer holds fewer."""
         rounds = -(-count // max(len(self), 1))
         order = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(rounds)])
         return Points(*(tensor[order[:count].to(tensor.device)] for tensor in self.points))
-
-
-_AT_ONCE = 2**15
-"""Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
-
-
-def latents_per_batch(shape: Sequence[int]) -> int:
-    """Latents of a shape (channels, height, width) in one batch: bounds memory, and changes results by rounding alone."""
-    return max(1, _AT_ONCE // (shape[-2] * shape[-1]))

@@ -18,28 +18,25 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.pictures import grid, paint, save_samples
-from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
+from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
 from esd_lora.trajectory import Points
 
 
 class StepReport(NamedTuple):
-    """What a watcher sees after a step. The adapter is on."""
+    """What a watcher sees after a step, with the adapter on."""
 
     state: TrainState
-    spec: TrainSpec
-    base: Base
-    """Without text encoders, where `train` loaded it: `teacher.encode` knows the lessons' prompts."""
+    """Counters, loss and erasure; the student's parameters and their optimiser."""
     teacher: Teacher
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    """The base, the recipe and the lessons. `teacher.base` has no text encoders where `train` loaded it: `teacher.encode`
+    knows the lessons' prompts."""
     interrupted: bool
     """The user asked to stop; this is the last step of the run."""
     last: bool
@@ -47,6 +44,8 @@ class StepReport(NamedTuple):
 
 
 _RISE = 0.01  # of erasure, between two probes: less is a plateau
+_PROBED = 8  # trajectories
+_PREVIEWED = 4  # erased prompts, and as many preserved ones
 
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
@@ -55,20 +54,20 @@ class Interruption:
     """Turns Ctrl-C into a stop at the end of the step in hand; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._previous: Any = None
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there may a program set handlers
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._previous = signal.signal(signal.SIGINT, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -101,12 +100,12 @@ class ErasureProbe:
         self._start: Tensor | None = None
 
     def __call__(self, report: StepReport) -> bool | None:
-        if report.state.step % report.spec.probe_every:
+        if report.state.step % report.teacher.spec.probe_every:
             return None
         points, start = self._measuring_points(report)
         now = report.teacher.predict(points.x_t, points.t, report.teacher.condition(points.lesson))
         way = points.target - start
-        state, spec = report.state, report.spec
+        state, spec = report.state, report.teacher.spec
         state.erasure = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
         state.stale_probes = 0 if state.erasure > state.best_erasure + _RISE else state.stale_probes + 1
         state.best_erasure = max(state.best_erasure, state.erasure)
@@ -115,12 +114,11 @@ class ErasureProbe:
 
     def _measuring_points(self, report: StepReport) -> tuple[Points, Tensor]:
         if self._erased is None or self._start is None:
-            teacher, spec = report.teacher, report.spec
-            erased = [i for i, lesson in enumerate(teacher.lessons) if not lesson.preserves][:8]
-            lesson = torch.tensor((erased * 8)[:8], device=report.base.model.device)
+            teacher, spec = report.teacher, report.teacher.spec
+            erased = [i for i, lesson in enumerate(teacher.lessons) if not lesson.preserves][:_PROBED]
+            lesson = torch.tensor((erased * _PROBED)[:_PROBED], device=teacher.base.model.device)
             short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8})
-            chance = torch.Generator().manual_seed(spec.seed + 2**40)
-            self._erased = teacher.fill(lesson, chance, short).points
+            self._erased = teacher.fill(lesson, torch.Generator().manual_seed(probe_seed(spec.seed)), short).points
             with teacher.adapter_disabled():
                 self._start = teacher.predict(self._erased.x_t, self._erased.t, teacher.condition(self._erased.lesson))
         return self._erased, self._start
@@ -140,10 +138,10 @@ class JsonLog:
         line = {
             "step": state.step,
             "loss": state.loss,
-            "lr": report.optimizer.param_groups[0]["lr"],
+            "lr": state.optimizer.param_groups[0]["lr"],
             "seconds": round(state.seconds, 3),
         }
-        if state.erasure is not None and state.step % report.spec.probe_every == 0:
+        if state.erasure is not None and state.step % report.teacher.spec.probe_every == 0:
             line["erasure"] = state.erasure
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -157,15 +155,16 @@ class Previews:
         self._before: list[Any] | None = None
 
     def __call__(self, report: StepReport) -> None:
-        if report.interrupted or (report.state.step % report.spec.preview_every and not report.last):
+        teacher = report.teacher
+        if report.interrupted or (report.state.step % teacher.spec.preview_every and not report.last):
             return
-        prompts = list(dict.fromkeys(lesson.prompt for lesson in report.teacher.lessons if not lesson.preserves))[:4]
-        prompts += [lesson.prompt for lesson in report.teacher.lessons if lesson.preserves][:4]
+        prompts = list(dict.fromkeys(lesson.prompt for lesson in teacher.lessons if not lesson.preserves))[:_PREVIEWED]
+        prompts += [lesson.prompt for lesson in teacher.lessons if lesson.preserves][:_PREVIEWED]
         seeds = list(range(len(prompts)))
         if self._before is None:
-            with report.teacher.adapter_disabled():
-                self._before = paint(report.base, prompts, seeds, encode=report.teacher.encode)
-        erased = paint(report.base, prompts, seeds, encode=report.teacher.encode)
+            with teacher.adapter_disabled():
+                self._before = paint(teacher.base, prompts, seeds, encode=teacher.encode)
+        erased = paint(teacher.base, prompts, seeds, encode=teacher.encode)
         sheet = grid({"base": self._before, "erased": erased}, prompts)
         place = "samples/before_after.png" if report.last else f"previews/step_{report.state.step:05d}.png"
         (self.directory / place).parent.mkdir(exist_ok=True)
@@ -182,10 +181,9 @@ class Checkpoints:
         self.directory, self.recipe = directory, dump_recipe(recipe)
 
     def __call__(self, report: StepReport) -> None:
-        every = report.spec.checkpoint_every
+        every = report.teacher.spec.checkpoint_every
         if report.interrupted or (every and report.state.step % every == 0):
-            spent = report.teacher.evaluations
-            report.state.save(self.directory, self.recipe, report.parameters, report.optimizer, report.scaler, spent)
+            report.state.save(self.directory, self.recipe, report.teacher.evaluations)
 
 
 class Tracking:
@@ -200,11 +198,11 @@ class Tracking:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
         known = sorted(LOGGER_TYPE_TO_CLASS)
-        there = [str(tracker) for tracker in get_available_trackers()]
+        installed = [str(tracker) for tracker in get_available_trackers()]
         for name in names:
             if name not in known:
                 raise EsdLoraError(f"unknown tracker {name!r}{did_you_mean(name, known)}. Known: {', '.join(known)}.")
-            if name not in there:
+            if name not in installed:
                 raise EsdLoraError(f"tracker {name!r} is not installed. Run: pip install {name}.")
         folder = directory / "tracking" if directory else Path("tracking")
         self.accelerator = Accelerator(log_with=list(names), project_dir=folder)
@@ -217,7 +215,7 @@ class Tracking:
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
-        values = {"loss": state.loss, "lr": report.optimizer.param_groups[0]["lr"]}
+        values = {"loss": state.loss, "lr": state.optimizer.param_groups[0]["lr"]}
         if state.erasure is not None:
             values["erasure"] = state.erasure
         self.accelerator.log(values, step=state.step)
@@ -225,9 +223,17 @@ class Tracking:
             self.accelerator.end_training()
 
 
-def watchers_for(recipe: Recipe, out: Path | None, state: TrainState, track: Sequence[str], progress: bool) -> list[Watcher]:
-    """What a recipe asks to have watched; everything that writes needs a run directory."""
-    spec = recipe.train
+def watchers_for(teacher: Teacher, state: TrainState, out: Path | None, track: Sequence[str], progress: bool) -> list[Watcher]:
+    """Return the watchers that a recipe asks for; those that write need a run directory.
+
+    Args:
+        teacher: Knows the recipe.
+        state: Where the training begins.
+        out: The run directory, if there is one.
+        track: Names of experiment trackers.
+        progress: Whether to show a progress bar.
+    """
+    recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
     if spec.probe_every:
         watchers.append(ErasureProbe())

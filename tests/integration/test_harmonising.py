@@ -72,7 +72,7 @@ def test_no_steps_change_nothing(base: Base, cat: Eraser, car: Eraser) -> None:
 
 def test_batches_in_parts_are_the_same_batch(base: Base, cat: Eraser, car: Eraser, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = distilled(base, [cat, car], steps=3)
-    monkeypatch.setattr(esd_lora.trajectory, "_AT_ONCE", 5 * base.latent_shape()[1] ** 2)
+    monkeypatch.setattr(esd_lora.trajectory, "_PIXELS_PER_BATCH", 5 * base.latent_shape()[1] ** 2)
     parts = distilled(base, [cat, car], steps=3)
     start = stack([cat, car])
     for module, pair in whole.pairs.items():

@@ -378,7 +378,7 @@ def test_loaded_eraser_predicts_what_the_student_did(tiny_dir: Path, tmp_path: P
     def ask(report: StepReport) -> None:
         if report.state.step == 4:
             with torch.no_grad():
-                said.append(report.base.predict(x_t, t, report.teacher.encode(["a cat", "a dog"])))
+                said.append(report.teacher.base.predict(x_t, t, report.teacher.encode(["a cat", "a dog"])))
 
     recipe = tiny_recipe(tiny_dir, scope=scope, lora={"rank": 3, "alpha": 6}, lr=0.05)
     train(recipe, out=tmp_path / "run", progress=False, on_step=[ask])

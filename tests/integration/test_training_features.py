@@ -17,10 +17,10 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import nearest, plan
+from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import OPTIMIZERS, make_optimizer
 from esd_lora.recipe import Neighbours
-from esd_lora.teacher import latent_shapes, refresh
+from esd_lora.teacher import latent_shapes, refill
 from esd_lora.training import learning_rate, train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe
@@ -57,7 +57,7 @@ def test_dropout_is_of_training_steps_alone_and_repeatable(tiny_dir: Path) -> No
     kept: list[bool] = []
 
     def look(report: StepReport) -> None:
-        kept.append(any(module.training for module in report.base.model.modules()))
+        kept.append(any(module.training for module in report.teacher.base.model.modules()))
 
     state = torch.get_rng_state()
     recipe = tiny_recipe(tiny_dir, lora={"rank": 4, "alpha": 4, "dropout": 0.3})
@@ -74,7 +74,7 @@ def test_ranks_by_kind_of_layer_scale_alike(tiny_dir: Path) -> None:
     seen: dict[str, float] = {}
 
     def look(report: StepReport) -> None:
-        for path, layer in report.base.model.named_modules():
+        for path, layer in report.teacher.base.model.named_modules():
             if hasattr(layer, "scaling"):
                 seen[path] = layer.scaling["esd"]
 
@@ -137,7 +137,7 @@ def test_aspect_buckets_take_turns(tiny_dir: Path, base: Base) -> None:
     recipe = tiny_recipe(tiny_dir, resolution=32, aspects=["1:1", "4:1"], steps=4, trajectories=6, trajectory_steps=2)
 
     def record(report: StepReport) -> None:
-        sizes.append(report.base.latent_shape())
+        sizes.append(report.teacher.base.latent_shape())
 
     trained: list[tuple[int, ...]] = []
 
@@ -160,7 +160,7 @@ def test_buckets_share_the_trajectories(base: Base, monkeypatch: pytest.MonkeyPa
     recipe = tiny_recipe(base.id, concepts=[f"concept {i}" for i in range(4)], preserve=[], trajectories=4)
     teacher, walked = Teacher(base, recipe, plan(recipe)), []
     monkeypatch.setattr(teacher, "fill", lambda lesson, _, shape: walked.append((shape, lesson.tolist())))
-    refresh(teacher, 0, [(4, 8, 8), (4, 8, 16)])
+    refill(teacher, 0, [(4, 8, 8), (4, 8, 16)])
     assert [shape for shape, _ in walked] == [(4, 8, 8), (4, 8, 16)]
     assert sorted(row for _, rows in walked for row in rows) == [0, 1, 2, 3]
 
@@ -178,7 +178,7 @@ def test_neighbours_are_found_in_the_text_encoder_s_space() -> None:
     base = load_base("emoji")
     words = ("a rocket", "a pizza", "two cats", "a fox", "a cat in ink style", "a key", "a dog", "a crown")
     recipe = tiny_recipe("emoji", concepts=["a cat"], preserve=[])
-    found = nearest(Neighbours(vocabulary=words, count=1), recipe.concepts, base)
+    found = nearest_prompts(Neighbours(vocabulary=words, count=1), recipe.concepts, base)
     assert found == ["a dog"]
     lessons = plan(recipe, near=found)
     assert [lesson.prompt for lesson in lessons if lesson.preserves] == found
@@ -188,11 +188,11 @@ def test_vocabulary_of_neighbours(tiny_dir: Path, tmp_path: Path, base: Base) ->
     file = tmp_path / "words.txt"
     file.write_text("# animals\na dog\n\na cat\ntwo cats\na dig\n")
     concepts = tiny_recipe(tiny_dir).concepts
-    assert sorted(nearest(Neighbours(vocabulary=str(file), count=9), concepts, base)) == ["a dig", "a dog"]
+    assert sorted(nearest_prompts(Neighbours(vocabulary=str(file), count=9), concepts, base)) == ["a dig", "a dog"]
     with pytest.raises(EsdLoraError, match="cannot be read"):
-        nearest(Neighbours(vocabulary=str(tmp_path / "none.txt"), count=9), concepts, base)
+        nearest_prompts(Neighbours(vocabulary=str(tmp_path / "none.txt"), count=9), concepts, base)
     with pytest.raises(EsdLoraError, match="longer one"):
-        nearest(Neighbours(vocabulary=("a cat",), count=9), concepts, base)
+        nearest_prompts(Neighbours(vocabulary=("a cat",), count=9), concepts, base)
     recipe = tiny_recipe(tiny_dir, preserve=["a hat"]).model_copy(
         update={"neighbours": Neighbours(vocabulary=("a dog", "a car"), count=1)}
     )

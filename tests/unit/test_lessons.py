@@ -12,7 +12,7 @@ from esd_lora.built_in import keep_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson, plan
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.teacher import Teacher, refresh
+from esd_lora.teacher import Teacher, refill
 from esd_lora.trajectory import Points
 from tiny import tiny_recipe
 
@@ -190,7 +190,7 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
     teacher = Teacher(base, recipe, lessons)
     monkeypatch.setattr(teacher, "fill", lambda lesson, chance, **_: asked.append((lesson.tolist(), chance.initial_seed())))
     for number in range(15):
-        refresh(teacher, number, [(4, 8, 8)])
+        refill(teacher, number, [(4, 8, 8)])
     erased, preserved = ([row for rows, _ in asked[i::2] for row in rows] for i in (0, 1))
     assert [erased.count(row) for row in range(8)] == [6] * 5 + [0] * 3
     assert [preserved.count(row) for row in range(8)] == [0] * 5 + [5] * 3
@@ -204,7 +204,7 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str, object]) -> None:
     recipe = tiny_recipe(base.id, **setting)
     teacher = teacher_of(base, recipe)
-    erasing, preserving = refresh(teacher, 0, [(4, 8, 8)])[0]
+    erasing, preserving = refill(teacher, 0, [(4, 8, 8)])[0]
     assert len(erasing) == 2 * STEPS
     assert preserving is None
     assert teacher.evaluations == 2 * 2 * STEPS
