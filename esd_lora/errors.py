@@ -14,6 +14,6 @@ class EsdLoraError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `" (did you mean 'x'?)"` for the known word nearest to `word`, or `""` when none is near."""
+    """Return `" (did you mean 'x'?)"` for the known word nearest to `word`, or `""` when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

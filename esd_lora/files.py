@@ -1,4 +1,4 @@
-"""Files: results go never over something unasked, each whole or not there; what is there is told by its hash."""
+"""Files: a result never goes over something unasked, appears whole or not at all, and is told apart by its hash."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from esd_lora.errors import EsdLoraError
 
-_LONGEST = 80  # of a name made from a concept, in characters; file systems take 255 bytes
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Suffixes of files that may run code when they are opened."""
+_LONGEST = 80  # characters of a name in that of its partial file; file systems take 255 bytes
 
 
 def prepare_directory(directory: Path, force: bool, names: Sequence[str]) -> None:
-    """Makes an output directory, and refuses one that holds something unless told to write over it.
+    """Make an output directory, and refuse one that holds something unless it may be written over.
 
     Args:
         directory: Made when missing.
@@ -38,7 +40,7 @@ def prepare_directory(directory: Path, force: bool, names: Sequence[str]) -> Non
 
 
 def prepare_file(file: Path, force: bool) -> None:
-    """Makes the directory of an output file, and refuses a file that is there unless told to write over it.
+    """Make the directory of an output file, and refuse a file that is there unless it may be written over.
 
     Raises:
         EsdLoraError: If the file exists and `force` is not set, it is a directory, or its directory cannot be made.
@@ -52,7 +54,7 @@ def prepare_file(file: Path, force: bool) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and moves it there, so that a reader sees the old one or the new one.
+    """Write a file beside its place and move it there, so that a reader sees the old one or the new one.
 
     Raises:
         EsdLoraError: If the system does not let it.
@@ -68,7 +70,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def reporting_write_errors(output: Path) -> Generator[None]:
-    """Has what the system refuses (a full disk, a read-only place) end in one sentence about `output`."""
+    """Turn what the system refuses inside a `with` block (a full disk, a read-only place) into one sentence.
+
+    Raises:
+        EsdLoraError: With the output and the reason.
+    """
     try:
         yield
     except OSError as error:
@@ -77,27 +83,24 @@ def reporting_write_errors(output: Path) -> Generator[None]:
         ) from error
 
 
+def partial_name(output: Path) -> str:
+    """Return how the name begins of what will become `output`, as long as it is not whole."""
+    return f".{output.name[:_LONGEST]}.partial-"
+
+
 def remove_partials(output: Path) -> None:
-    """Removes what runs that were killed on their way to `output` left beside it, under `partial_name`."""
+    """Remove what runs that were killed on their way to `output` left beside it, under `partial_name`."""
     for stale in output.parent.glob(f"{glob.escape(partial_name(output))}*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
-def partial_name(output: Path) -> str:
-    """How the name begins of what will become `output`, as long as it is not whole."""
-    return f".{output.name[:_LONGEST]}.partial-"
-
-
-def hash_folder(folder: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
-    """Path to SHA-256 of every file below a folder, to any depth, but those in `leave_out`."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out)
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
-
-
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
+    """Return the SHA-256 of a file, in hex digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+def hash_folder(folder: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
+    """Return path to SHA-256 of every file below a folder, to any depth, but those in `leave_out`."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out)
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}

@@ -32,7 +32,7 @@ Objective: TypeAlias = "Callable[[Predictions, Tensor], Tensor]"
 
 
 def esd(teacher: Predictions, eta: Tensor) -> Tensor:
-    """The target of ESD: the anchor, pushed away from the concept.
+    """Return the target of ESD: the anchor, pushed away from the concept.
 
         target = anchor - eta * (concept - null)
 
@@ -48,7 +48,7 @@ def esd(teacher: Predictions, eta: Tensor) -> Tensor:
 
 
 def contrast(teacher: Predictions, eta: Tensor) -> Tensor:
-    """Pushes away from what sets the concept apart from its anchor, and from nothing else.
+    """Return the anchor, pushed away from what sets the concept apart from its anchor, and from nothing else.
 
         target = anchor - eta * (concept - anchor)
 

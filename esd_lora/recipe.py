@@ -34,7 +34,7 @@ class PromptPair(_Frozen):
     """
 
     prompt: str
-    """To erase."""
+    """The prompt to erase."""
     anchor: str | None = None
     """What should appear instead; `None` takes the concept's anchor."""
 
@@ -106,7 +106,7 @@ class Concept(_Frozen):
         return self
 
     def lessons(self) -> list[tuple[str, str, str]]:
-        """The pool as (prompt to erase from, erased prompt, anchor), templates filled in."""
+        """Return the pool as (prompt to erase from, erased prompt, anchor), templates filled in."""
         lessons: list[tuple[str, str, str]] = []
         for pair in self.prompts or (PromptPair(prompt=self.name),):
             anchor = next(text for text in (pair.anchor, self.anchor, self.erase_from, "") if text is not None)
@@ -117,11 +117,11 @@ class Concept(_Frozen):
         return lessons
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The pool as (erased prompt, anchor)."""
+        """Return the pool as (erased prompt, anchor)."""
         return [(prompt, anchor) for _, prompt, anchor in self.lessons()]
 
     def named_in(self, text: str) -> bool:
-        """Whether a prompt names this concept, by name or synonym."""
+        """Return whether a prompt names this concept, by name or synonym."""
         return mentions(text, (self.name, *self.synonyms))
 
 
@@ -129,9 +129,9 @@ class LoraSpec(_Frozen):
     """Shape of the low-rank update, `alpha / rank * up @ down`."""
 
     rank: int = Field(ge=1, le=1024)
-    """Of the update of one layer; typically 1 to 32."""
+    """Rank of the update of one layer; typically 1 to 32."""
     alpha: float = Field(gt=0)
-    """Layers of another rank get an alpha in proportion, so that one learning rate suits all."""
+    """Scale of the update times its rank. Layers of another rank get an alpha in proportion, so that one learning rate suits all."""
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of convolutions; `rank` unless given."""
     ranks: dict[Scope, Annotated[int, Field(ge=1, le=1024)]] = {}
@@ -198,7 +198,7 @@ class TrainSpec(_Frozen):
     guidance: float = Field(ge=0)
     """Classifier-free guidance of the trajectories (paper: 3); 1 for models distilled to a few steps."""
     distilled_guidance: float = Field(default=1.0, ge=0)
-    """Scale that guidance-distilled models (Flux dev, LCM) are told, teacher and student alike; others take none."""
+    """Scale that guidance-distilled models (Flux dev, LCM) read, teacher and student alike; others take none."""
     walk_batch: int = Field(default=32, ge=1)
     """Trajectories walked side by side. Bounds memory; each counts twice, for guidance."""
     resolution: int | None = Field(default=None, ge=8)
@@ -206,7 +206,7 @@ class TrainSpec(_Frozen):
     aspects: tuple[Aspect, ...] = ()
     """Aspect buckets as width:height, all of the area of `resolution`; steps take turns among them."""
     seed: int = Field(default=0, ge=0)
-    """Of everything random: start of the LoRA, noise, stops, batches."""
+    """Seed of everything random: start of the LoRA, noise, stops, batches."""
     probe_every: int = Field(default=0, ge=0)
     """Steps between two erasure probes; 0 never probes."""
     stop_at: float | None = Field(default=None, gt=0)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps a name to an object at `"module:attribute"`, imported when first asked for.
+    """A map from a name to an object at `"module:attribute"`, imported when first asked for.
 
     Users reach their own objects by writing `module:attribute` where a name is expected.
 
@@ -25,11 +25,11 @@ class Registry(Generic[T]):
         self.entries = entries
 
     def names(self) -> list[str]:
-        """The known names, in the order they were given."""
+        """Return the known names, in the order they were given."""
         return list(self.entries)
 
     def get(self, name: str) -> T:
-        """Returns the object called `name`.
+        """Return the object called `name`.
 
         Raises:
             EsdLoraError: If the name is unknown, or its `module:attribute` cannot be imported.

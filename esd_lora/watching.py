@@ -51,7 +51,7 @@ Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
 
 class Interruption:
-    """Turns Ctrl-C into a stop at the end of the step in hand; a second one stops at once."""
+    """A handler that turns Ctrl-C into a stop at the end of the step in hand; a second one stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -89,7 +89,7 @@ class ProgressBar:
 
 
 class ErasureProbe:
-    """Measures, on trajectories no step trains on, how far the student has come, and stops before it over-trains.
+    """A probe that measures, on trajectories no step trains on, how far the student has come, and stops before it over-trains.
 
     Erasure is the student's movement along the way from where it started to its target: 0 untouched, 1 on target. It
     needs neither images nor a judge, so it serves any base.

@@ -22,24 +22,24 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Document(NamedTuple):
-    """What a file says, and where."""
+    """The content of a YAML file, and where each value stands in it."""
 
     values: dict[str, Any]
     marks: dict[Place, Mark]
 
     def where(self, place: Place) -> str | None:
-        """`file:line` of a value, or of the nearest thing around it that stands in a file."""
+        """Return `file:line` of a value, or of the nearest thing around it that stands in a file."""
         near = next((self.marks[place[:i]] for i in range(len(place), -1, -1) if place[:i] in self.marks), None)
         return f"{near[0]}:{near[1]}" if near else None
 
 
 def read_yaml(path: Path, kind: str, example: str) -> Document:
-    """Reads one file, which must hold a mapping.
+    """Read one file, which must hold a mapping.
 
     Args:
-        path: Of the file.
+        path: The file.
         kind: What it is, for messages: `"recipe"`.
-        example: Of a line that may stand in one.
+        example: A line that may stand in one, for messages.
 
     Raises:
         EsdLoraError: If it cannot be read, is not YAML, is no mapping, holds a key twice or is nested too deep.
@@ -78,7 +78,7 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping; lists are replaced whole."""
+    """Return `above` laid over `below`, mapping by mapping; lists are replaced whole."""
     out = dict(below)
     for key, value in above.items():
         under = out.get(key)
@@ -97,7 +97,7 @@ def checked(
     source: str,
     hint: Callable[[Place], str] = lambda _: "",
 ) -> Model:
-    """What a document says, as a model.
+    """Return a document as a checked model.
 
     Args:
         model: To check it against.
@@ -120,7 +120,7 @@ def checked(
         above = laid_over(above, nested)
     above = laid_over(above, fields)
 
-    def told(fault: ErrorDetails) -> str:
+    def sentence(fault: ErrorDetails) -> str:
         # Without the names of the types that pydantic tried.
         place = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
         name = ".".join(map(str, place))
@@ -136,24 +136,24 @@ def checked(
     try:
         return model.model_validate(laid_over(document.values, above))
     except ValidationError as error:
-        faults = dict.fromkeys(map(told, error.errors()))
+        faults = dict.fromkeys(map(sentence, error.errors()))
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
 
 
 def _overridden(place: Place, above: Mapping[str, Any]) -> bool:
-    """Whether a value given over the file hides what stands there at a place: its line is not to blame then."""
-    found: Any = above
+    """Return whether a value given over the file hides what stands there at a place: its line is not to blame then."""
+    value: Any = above
     for key in place:
-        if not isinstance(found, dict):
+        if not isinstance(value, dict):
             return True
-        if key not in found:
+        if key not in value:
             return False
-        found = cast("dict[str | int, Any]", found)[key]
-    return bool(place) and not isinstance(found, dict)
+        value = cast("dict[str | int, Any]", value)[key]
+    return bool(place) and not isinstance(value, dict)
 
 
 def _fields(model: type[BaseModel], place: Place) -> list[str]:
-    """Field names at a place in a document."""
+    """Return the names of the fields at a place in a document."""
     for part in place:
         if isinstance(part, str):
             inner = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
@@ -164,7 +164,7 @@ def _fields(model: type[BaseModel], place: Place) -> list[str]:
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The model that a field's type holds: `tuple[Concept, ...]` holds `Concept`."""
+    """Return the model that a field's type holds: `tuple[Concept, ...]` holds `Concept`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
