@@ -131,7 +131,7 @@ class LoraSpec(_Frozen):
     rank: int = Field(ge=1, le=1024)
     """Rank of the update of one layer; typically 1 to 32."""
     alpha: float = Field(gt=0)
-    """Scale of the update times its rank. Layers of another rank get an alpha in proportion, so that one learning rate suits all."""
+    """Scale of the update times its rank. Layers of another rank get an alpha in proportion: one learning rate suits all."""
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of convolutions; `rank` unless given."""
     ranks: dict[Scope, Annotated[int, Field(ge=1, le=1024)]] = {}

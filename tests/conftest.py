@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for warning in NOT_OURS:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes minutes; `make test-slow` runs these alone, `make test` the others")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -28,18 +28,30 @@ def test_walk_that_fails_leaves_the_student_its_weights() -> None:
     with state.walking(fresh=True):
         pass
     state.parameters[0].data.add_(1)
-    with pytest.raises(RuntimeError, match="inside"), state.walking(fresh=False):
-        assert state.parameters[0].tolist() == [1.0, 2.0]
+    remembered: list[float] = []
+
+    def fail() -> None:
+        remembered.extend(state.parameters[0].tolist())
         raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), state.walking(fresh=False):
+        fail()
+    assert remembered == [1.0, 2.0]
     assert state.parameters[0].tolist() == [2.0, 3.0]
 
 
 def test_step_that_fails_leaves_dropout_off(base: Base) -> None:
     lora = tiny_recipe(base.id, lora={"rank": 2, "alpha": 2, "dropout": 0.5}).lora
     add_adapter(base, base.family.modules(base.model, "xattn"), lora, 0)
-    with pytest.raises(RuntimeError, match="inside"), dropout_enabled(base, lora, 0):
-        assert any(module.training for module in base.model.modules())
+    training: list[bool] = []
+
+    def fail() -> None:
+        training.append(any(module.training for module in base.model.modules()))
         raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), dropout_enabled(base, lora, 0):
+        fail()
+    assert training == [True]
     assert not any(module.training for module in base.model.modules())
 
 
