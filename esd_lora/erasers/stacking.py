@@ -207,24 +207,6 @@ def check_cut(rank: int | None, energy: float | None) -> None:
         raise EsdLoraError(f"energy {energy:g}: expected a share above 0 and up to 1, such as 0.999.")
 
 
-def rank_for(squares: Tensor, rank: int | None, energy: float | None, *, rounding: float = 0.0) -> int:
-    """Return the lowest rank, 1 or more, that keeps a share of energy, or the highest that is allowed if that is lower.
-
-    Args:
-        squares: [N] squared singular values, the largest first.
-        rank: Highest rank allowed; N unless given.
-        energy: Share of the sum to keep, above 0 and up to 1.
-        rounding: Share of the sum that is rounding error in `squares`; eigenvalues of a Gram matrix have some, and at an
-            energy of 1 would keep every rank for it.
-    """
-    count = len(squares) if rank is None else min(rank, len(squares))
-    if energy is None:
-        return count
-    # What is cut off behind each rank, summed from the small end: there it is exact.
-    behind = squares.flip(0).cumsum(0).flip(0)
-    return min(count, max(1, int((behind > (1 - energy * (1 - rounding)) * float(squares.sum())).sum())))
-
-
 def _share(cut: Iterable[tuple[float, float]]) -> float:
     lost, whole = (sum(values) for values in zip(*cut, strict=True))
     return (lost / whole) ** 0.5 if whole else 0.0
@@ -240,9 +222,27 @@ def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[L
     u, s, v = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(core, full_matrices=False))
     squares = s.square()
     whole = float(squares.sum())
-    rank = rank_for(squares, rank, energy)
+    rank = kept_rank(squares, rank, energy)
     root = s[:rank].sqrt()
     up = (q_up.double() @ (u[:, :rank] * root)).to(pair.up.dtype)
     down = ((root[:, None] * v[:rank]) @ q_down.double().T).to(pair.down.dtype)
     shaped = LoraPair(down.reshape(rank, *pair.down.shape[1:]), up.reshape(-1, rank, *pair.up.shape[2:]))
     return shaped, (float(squares[rank:].sum()), whole)
+
+
+def kept_rank(squares: Tensor, rank: int | None, energy: float | None, *, rounding: float = 0.0) -> int:
+    """Return the lowest rank that keeps a share of the squared norm, or the highest allowed if that is lower.
+
+    Args:
+        squares: [r] Squared singular values, the largest first.
+        rank: Highest rank.
+        energy: Share of their sum to keep, above 0 and up to 1.
+        rounding: Share of the sum that is rounding error in `squares`: eigenvalues of a Gram matrix have some, for which an
+            energy of 1 would keep every rank.
+    """
+    result = len(squares) if rank is None else min(rank, len(squares))
+    if energy is not None:
+        # What is cut off behind each rank, summed from the small end: there it is exact.
+        behind = squares.flip(0).cumsum(0).flip(0)
+        result = min(result, max(1, int((behind > (1 - energy * (1 - rounding)) * float(squares.sum())).sum())))
+    return result

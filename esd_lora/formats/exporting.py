@@ -46,12 +46,12 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     if layout == "peft":
         tensors, config = _peft(eraser)
         prepare_directory(out, force, PEFT_FILES)
-        write_atomically(out / PEFT_FILES[0], file_content(tensors, _metadata(eraser)))
+        write_atomically(out / PEFT_FILES[0], file_content(tensors, _own(eraser)))
         write_atomically(out / PEFT_FILES[1], json.dumps(config, indent=2).encode())
         return out
     if out.suffix != ".safetensors":
         raise EsdLoraError(f"output {out}: layout {layout!r} is one file, give it a name that ends in .safetensors.")
-    content = kohya_content(eraser) if layout == "kohya" else file_content(eraser.state_dict(), _metadata(eraser))
+    content = kohya_content(eraser) if layout == "kohya" else file_content(eraser.state_dict(), _own(eraser))
     prepare_file(out, force)
     write_atomically(out, content)
     return out
@@ -64,11 +64,11 @@ def kohya_content(eraser: Eraser) -> bytes:
         EsdLoraError: If kohya's files have no name for a layer.
     """
     tensors = kohya_tensors(eraser)
-    return file_content(tensors, _metadata(eraser) | _kohya_metadata(eraser, tensors))
+    return file_content(tensors, _own(eraser) | _kohya_metadata(eraser, tensors))
 
 
-def _metadata(eraser: Eraser) -> dict[str, str]:
-    """Return our header as metadata: with it the way back loses nothing."""
+def _own(eraser: Eraser) -> dict[str, str]:
+    """Our header goes along, so that the way back loses nothing."""
     return {"format": "pt", HEADER_KEY: eraser.header.model_dump_json()}
 
 

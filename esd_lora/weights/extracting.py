@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from esd_lora.bases.stored import EMA, StoredFile, bare_names, find_layers, only_layers, open_stored
 from esd_lora.erasers.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Origin
-from esd_lora.erasers.stacking import check_cut, rank_for
+from esd_lora.erasers.stacking import check_cut, kept_rank
 from esd_lora.erasers.tensor_files import DTYPES, read_header, read_rows, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily
@@ -136,7 +136,7 @@ def _approximate(difference: Tensor, rank: int | None, energy: float | None) -> 
     wide = flat.shape[0] <= flat.shape[1]
     squares, vectors = torch.linalg.eigh(flat @ flat.T if wide else flat.T @ flat)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    count = rank_for(squares, rank, energy, rounding=_ROUNDING)
+    count = kept_rank(squares, rank, energy, rounding=_ROUNDING)
     vectors = vectors[:, :count]
     up, down = (vectors, vectors.T @ flat) if wide else (flat @ vectors, vectors.T)
     tail = [1] * (difference.dim() - 2)
