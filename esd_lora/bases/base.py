@@ -1,4 +1,4 @@
-"""A base model in memory: what the toolkit asks of it, whatever its family."""
+"""A base model in memory, with one way to encode, predict and compare weights, whatever its family."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.errors import EsdLoraError
@@ -24,16 +25,20 @@ class Base:
     """A loaded base model: the diffusers pipeline, its family, and where it came from."""
 
     pipe: Any
+    """The diffusers pipeline."""
     family: ModelFamily
     id: str
+    """Name, path or Hub id that it was loaded by."""
     revision: str | None = None
+    """Commit on the Hub."""
     source: Path | None = None
     """Directory or file that the weights were read from."""
     keep: tuple[str, ...] = ()
     """The base's own keep list: prompts of things an eraser should leave alone."""
     steps: int = 30
-    """Denoising steps of a picture, unless asked otherwise."""
+    """Denoising steps of a picture by default."""
     guidance: float = 7.5
+    """Classifier-free guidance scale of a picture by default."""
 
     @property
     def model(self) -> Any:
@@ -46,7 +51,7 @@ class Base:
         return self.family.prediction_type(self.pipe)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Channels, height and width of one image's latents.
+        """Return channels, height and width of one image's latents.
 
         Args:
             size: Height and width in pixels, rounded to what the model takes; its native size unless given.
@@ -59,35 +64,42 @@ class Base:
         return self.family.channels(self.pipe), height, width
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's prediction, as a `trajectory.Denoiser`: asked in the model's dtype, answered in float32 or better."""
-        answer = self.family.predict(self.pipe, x_t.to(self.model.dtype), t, condition)
-        return answer.to(torch.promote_types(answer.dtype, torch.float32))
+        """Return the denoiser's prediction, as a `trajectory.Denoiser`: made in the model's dtype, given in float32 or better.
+
+        Args:
+            x_t: [N, channels, height, width].
+            t: [N].
+            condition: Of N prompts, from `encode`.
+        """
+        prediction = self.family.predict(self.pipe, x_t.to(self.model.dtype), t, condition)
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        """The condition of N prompts.
+        """Return the condition of N prompts, in the denoiser's dtype.
 
         Args:
             prompts: The empty one stands for the other side of classifier-free guidance.
-            guidance: What a guidance-distilled model is told its scale is; others are told nothing.
+            guidance: Scale that a guidance-distilled model takes as an input; other models have no such input.
         """
         parts = [
             self.family.encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)
         ]
-        told = concatenate(*parts)
         dtype = self.model.dtype  # text encoders may have another
-        condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
+        condition = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in concatenate(*parts).items()
+        }
         if self.family.takes_guidance(self.pipe):
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
         return condition
 
     def free_text_encoders(self) -> None:
-        """Drops the text encoders, once everything that will be asked for is encoded."""
+        """Drop the text encoders, once every prompt is encoded."""
         for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
             setattr(self.pipe, name, None)
 
     def require_bare(self) -> None:
-        """Refuses a denoiser that carries adapters: they would speak with the teacher, and be taken off with ours.
+        """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.
 
         Raises:
             EsdLoraError: With their names.
@@ -99,7 +111,7 @@ class Base:
             )
 
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Path and base weight of every module that `modules` names."""
+        """Yield path and base weight of every module that `modules` names."""
         layers = dict(self.model.named_modules())
         for path in modules:
             layer = layers.get(path)
@@ -109,7 +121,7 @@ class Base:
             yield path, layer.weight
 
     def check(self, eraser: Eraser) -> None:
-        """Refuses an eraser of another family, prediction type or layer shape; warns when the base's weights differ.
+        """Refuse an eraser of another family, prediction type or layer shape; warn when the base's weights differ.
 
         Raises:
             EsdLoraError: With what differs.
@@ -124,12 +136,10 @@ class Base:
         compare_weights(eraser, self.hashes(eraser.pairs), self.id)
 
     def hashes(self, modules: Mapping[str, Any]) -> dict[str, str]:
-        """Module path to `eraser.hash_weight` of the weight of every module that `modules` names.
+        """Return `eraser.hash_weight` of the weight of every module that `modules` names, by path.
 
         Loading in bfloat16 drops bits that the hash is of, so there the weights are looked up where they were read from.
         """
         if self.model.dtype == torch.bfloat16 and self.source is not None:
-            from esd_lora.bases.stored import open_stored  # which has to know the families, and they this
-
             return {path: hash_weight(weight) for path, weight in open_stored(self.source).weights(modules)}
         return {path: hash_weight(weight) for path, weight in self.weights(modules)}

@@ -1,4 +1,4 @@
-"""Loading a base model, wherever it lies."""
+"""Loading a base model: built in, from a directory, a single file or the Hub."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.single_file import open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families import FAMILIES, family_of, read_pipeline
+from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
+from esd_lora.wording import HubId
 
 
 def load_base(
@@ -25,14 +26,14 @@ def load_base(
     config: str | Path | None = None,
     vae: bool = True,
 ) -> Base:
-    """Loads a base model and tells its family.
+    """Load a base model of any family.
 
     Args:
         base: A built-in name (`emoji`), a local diffusers directory, a single-file `.safetensors` checkpoint, or a Hub id
             (`owner/name`, `owner/name@revision`).
         device: `auto` takes the GPU if there is one; or `cpu`, `cuda`, `mps`.
-        dtype: Of the frozen weights, a torch dtype or its name; float32 on the CPU, and on a GPU bfloat16, or float16 where
-            bfloat16 is not supported, unless given.
+        dtype: Dtype of the frozen weights, or its name; by default float32 on the CPU, and on a GPU bfloat16, or float16 where
+            bfloat16 is not supported.
         config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
         vae: Whether to load the VAE; only pictures need it.
 
@@ -40,34 +41,32 @@ def load_base(
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
             device.
     """
-    name, commit, source = str(base), None, None
+    name, commit = str(base), None
     place = choose_device(device)
     dtype = choose_dtype(place, dtype)
-    folder = base_files(name) if name in BUILT_IN else Path(name)
-    hub_id, _, revision = name.partition("@")
-    in_one_file = not folder.is_dir() and (folder.is_file() or folder.suffix.lower() in (".safetensors", *PICKLES))
+    source = base_files(name) if name in BUILT_IN else Path(name)
+    in_one_file = not source.is_dir() and (source.is_file() or source.suffix.lower() in (".safetensors", *PICKLES))
     if config is not None and not in_one_file:
         raise EsdLoraError(f"base config {config} goes with a single-file checkpoint, and base {name!r} is none. Leave it out.")
-    if folder.is_dir():
-        index = folder / "model_index.json"
+    if source.is_dir():
+        index = source / "model_index.json"
         if not index.is_file():
-            raise EsdLoraError(f"{folder} has no model_index.json, so it is not a diffusers pipeline directory.")
-        family, source = family_of(read_pipeline(index)), folder
-        pipe = _load_pipeline(str(folder), None, dtype, vae)
+            raise EsdLoraError(f"{source} has no model_index.json, so it is not a diffusers pipeline directory.")
+        family = family_of(read_pipeline(index))
+        pipe = _load_pipeline(str(source), None, dtype, vae)
     elif in_one_file:
         with quiet_libraries():
-            pipe, kind = open_single_file(folder, config=config, device=place, dtype=dtype, vae=vae)
-        family, source = next(family for family in FAMILIES if family.name == kind), folder
-    elif hub_id.count("/") != 1 or name.startswith((".", "/", "~")):
+            pipe, family = open_single_file(source, config=config, device=place, dtype=dtype, vae=vae)
+    elif hub_id := HubId.read(name):
+        name, source = hub_id.repo, _look_up(hub_id)
+        commit = source.name  # the cache keeps files under snapshots/COMMIT
+        family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
+        pipe = _load_pipeline(hub_id.repo, commit, dtype, vae)
+    else:
         raise EsdLoraError(
             f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
             f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
         )
-    else:
-        name, source = hub_id, _look_up(hub_id, revision or None)
-        commit = source.name  # the cache keeps files under snapshots/COMMIT
-        family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
-        pipe = _load_pipeline(hub_id, commit, dtype, vae)
     pipe.set_progress_bar_config(disable=True)
     if not vae:
         pipe.vae = None
@@ -76,12 +75,12 @@ def load_base(
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     steps, guidance = family.default_sampling(pipe)
-    habits = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, commit, source, keep_prompts(name), **habits)
+    sampling = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
+    return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling)
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of a name; `auto` asks accelerate for the best there is.
+    """Return the device of a name; `auto` is the best one that accelerate finds.
 
     Raises:
         EsdLoraError: If it is unknown or not there.
@@ -93,14 +92,14 @@ def choose_device(device: str) -> torch.device:
         from accelerate import PartialState
 
         return PartialState().device or torch.device("cpu")
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not there.get(device.partition(":")[0], lambda: True)():
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not available.get(device.partition(":")[0], lambda: True)():
         raise EsdLoraError(f"device {device!r} is not available here. Use --device auto or cpu.")
     return torch.device(device)
 
 
 def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of frozen weights: as asked, or what suits the device.
+    """Return the dtype of frozen weights: the given one, or what suits the device.
 
     Raises:
         EsdLoraError: If it is no floating dtype that models come in.
@@ -117,15 +116,15 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _look_up(hub_id: str, revision: str | None) -> Path:
-    """The folder in the cache for the commit of a model on the Hub that a branch or tag stands for now, its index in it."""
+def _look_up(hub_id: HubId) -> Path:
+    """Return the folder in the cache for the commit that the id stands for now, the pipeline's index in it."""
     from huggingface_hub import hf_hub_download
 
     try:
         with quiet_libraries():
-            return Path(hf_hub_download(hub_id, "model_index.json", revision=revision)).parent
+            return Path(hf_hub_download(hub_id.repo, "model_index.json", revision=hub_id.revision)).parent
     except (OSError, ValueError) as error:
-        raise EsdLoraError(f"base {hub_id!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise EsdLoraError(f"base {hub_id.repo!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: bool) -> Any:
@@ -144,7 +143,7 @@ def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: b
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the loaders' own bars and notices (one for each component, one for torchvision) off the terminal."""
+    """Keep the loaders' own bars and notices (one for each component, one for torchvision) off the terminal."""
     import transformers.utils.logging as transformers_log
     from diffusers.utils import logging as diffusers_log
 

@@ -13,37 +13,26 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
+from esd_lora.families import FAMILIES, ModelFamily, family_of, read_pipeline
+from esd_lora.families.family import Checkpoint
+from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
 
-_UNET = "model.diffusion_model."
-_CLIP_L = "cond_stage_model.transformer."
-_OPEN_CLIP = "cond_stage_model.model."
 _VAE = ("first_stage_model.", "vae.")
 _CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
 _T5 = ("text_encoders.t5xxl.",)
-_SUPPORTED = "SD 1.x, SD 2.x and SDXL on their own; Stable Diffusion 3 and Flux.1 with --base-config"
-
-
-class Kind(NamedTuple):
-    """What a checkpoint holds."""
-
-    title: str
-    family: str
-    config: str | None
-    """Name of the configuration in `bases/configs`, if it lies there."""
 
 
 def open_single_file(
     file: Path, *, config: str | Path | None, device: torch.device, dtype: torch.dtype, vae: bool
-) -> tuple[Any, str]:
-    """Reads a single-file checkpoint.
+) -> tuple[Any, ModelFamily]:
+    """Read a single-file checkpoint into a pipeline.
 
     Args:
         file: The `.safetensors` checkpoint.
@@ -54,7 +43,7 @@ def open_single_file(
         vae: Whether to load the VAE.
 
     Returns:
-        The diffusers pipeline and the name of its family.
+        The diffusers pipeline and its family.
 
     Raises:
         EsdLoraError: If the file is a pickle, damaged, no model of a family that can be read from one file, or does not fit
@@ -67,69 +56,52 @@ def open_single_file(
         )
     header = read_header(file)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.tensors.items()}
-    kind = kind_of(file, shapes)
+    family, checkpoint = identify(file, shapes)
     if config is not None:
-        directory = nullcontext(_checked(Path(config), kind, file))
-    elif kind.config is not None:
-        directory = unpacked_config(kind.config)
+        directory = nullcontext(_checked(Path(config), family, checkpoint, file))
+    elif checkpoint.config is not None:
+        directory = unpacked_config(checkpoint.config)
     else:
         raise EsdLoraError(
-            f"{file} holds {kind.title}, and not all else that it needs (text encoders, vocabularies, configurations) is in the"
-            " file or comes with esd-lora: give --base-config a diffusers directory of the same architecture."
+            f"{file} holds {checkpoint.title}, and not all else that it needs (text encoders, vocabularies, configurations) is"
+            " in the file or comes with esd-lora: give --base-config a diffusers directory of the same architecture."
         )
     with directory as folder:
         pipe = _convert(file, folder, shapes, dtype, vae)
     pipe.to(device)
     if config is None:
-        _set_prediction_type(pipe, kind, shapes, header.metadata)
-    return pipe, kind.family
+        stated = family.stated_prediction_type(header.metadata, shapes) or checkpoint.prediction_type
+        _configure_scheduler(pipe, checkpoint, stated or measured_prediction_type(pipe), zero_snr="ztsnr" in shapes)
+    return pipe, family
 
 
-def kind_of(file: Path, shapes: Mapping[str, Sequence[int]]) -> Kind:
-    """What a checkpoint with tensors of these shapes holds.
+def identify(file: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[ModelFamily, Checkpoint]:
+    """Return the family of a checkpoint with tensors of these shapes, and what kind it is.
 
     Raises:
-        EsdLoraError: With what was found instead, if no family can be read from it.
+        EsdLoraError: With what it holds instead, if no family can be read from it.
     """
-    if stem := shapes.get(f"{_UNET}input_blocks.0.0.weight"):
-        labelled = f"{_UNET}label_emb.0.0.weight" in shapes
-        if stem[1] != 4:
-            found = f"an inpainting, depth or editing model, its U-Net taking {stem[1]} channels instead of 4"
-        elif any(name.startswith("control_model.") for name in shapes):
-            found = "a ControlNet"
-        elif "edm_mean" in shapes:
-            found = "Playground v2.5, whose noise schedule (EDM) no family covers"
-        elif not labelled and any(name.startswith(_CLIP_L) for name in shapes):
-            return Kind("SD 1.x", "sd", "sd1")
-        elif not labelled and any(name.startswith(_OPEN_CLIP) for name in shapes):
-            return Kind("SD 2.x", "sd", "sd2")
-        elif labelled and any(name.startswith("conditioner.embedders.1.") for name in shapes):
-            return Kind("SDXL", "sdxl", "sdxl")
-        elif labelled and any(name.startswith(("conditioner.", _OPEN_CLIP)) for name in shapes):
-            found = "the SDXL refiner or an unCLIP model, which do not draw from text alone"
-        else:
-            return Kind("a U-Net alone", "sdxl" if labelled else "sd", None)
-    elif any(name.removeprefix(_UNET) == "joint_blocks.0.x_block.attn.qkv.weight" for name in shapes):
-        return Kind("Stable Diffusion 3", "sd3", None)
+    for family in FAMILIES:
+        checkpoint = family.recognise(shapes)
+        if checkpoint and checkpoint.supported:
+            return family, checkpoint
+        if checkpoint:
+            content = checkpoint.title
+            break
     else:
-        found = _told_by_diffusers(shapes)
-        if found in ("flux-dev", "flux-schnell"):
-            return Kind("Flux.1", "flux", None)
-        found = f"a checkpoint that diffusers calls {found!r}" if found else _told_by_names(shapes)
-    raise EsdLoraError(f"{file} holds {found}. Supported single files: {_SUPPORTED}. Otherwise give a diffusers directory.")
+        content = _describe(shapes)
+    kinds = [checkpoint for family in FAMILIES for checkpoint in family.checkpoints]
+    alone, others = ([kind.title for kind in kinds if bool(kind.config) == ships] for ships in (True, False))
+    raise EsdLoraError(
+        f"{file} holds {content}. Supported single files: {', '.join(alone[:-1])} and {alone[-1]} on their own;"
+        f" {', '.join(others[:-1])} and {others[-1]} with --base-config. Otherwise give a diffusers directory."
+    )
 
 
-def _told_by_diffusers(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-    try:
-        kind = infer_diffusers_model_type({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
-    except (KeyError, UnboundLocalError, TypeError, ValueError):  # it trips over sizes it does not know
-        return None
-    return None if kind == "v1" else kind  # "v1" is also its word for whatever it does not know
-
-
-def _told_by_names(shapes: Mapping[str, Sequence[int]]) -> str:
+def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return in words what a file holds that is no checkpoint of a family."""
+    if kind := diffusers_model_type(shapes):
+        return f"a checkpoint that diffusers calls {kind!r}"
     if any("lora_" in name or ".lora." in name for name in shapes):
         return "a LoRA, not a base model"
     if shapes and all(
@@ -142,44 +114,42 @@ def _told_by_names(shapes: Mapping[str, Sequence[int]]) -> str:
     return f"{len(shapes)} tensors that are no model known here ({first}{', ...' if len(shapes) > 3 else ''})"
 
 
-def _checked(config: Path, kind: Kind, file: Path) -> Path:
-    """A diffusers directory of the user's, once it is seen to be of the checkpoint's family."""
-    from esd_lora.families import family_of, read_pipeline
-
+def _checked(config: Path, family: ModelFamily, checkpoint: Checkpoint, file: Path) -> Path:
+    """Return the user's diffusers directory, once it is seen to be of the checkpoint's family."""
     index = config / "model_index.json"
     if not index.is_file():
         raise EsdLoraError(f"--base-config {config} has no model_index.json: give it a diffusers pipeline directory.")
-    family = family_of(read_pipeline(index)).name
-    if family != kind.family:
+    other = family_of(read_pipeline(index))
+    if other is not family:
         raise EsdLoraError(
-            f"{file} holds {kind.title} (family {kind.family!r}), --base-config {config} is of family {family!r}."
+            f"{file} holds {checkpoint.title} (family {family.name!r}), --base-config {config} is of family {other.name!r}."
             " Give a directory of the same architecture."
         )
     return config
 
 
 def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
-    """The pipeline, from the file's weights and, for what it lacks, those that the directory has."""
+    """Return the pipeline, from the file's weights and, for what it lacks, those that the directory has."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     apart: dict[str, Any] = {} if vae else {"vae": None}
     try:
-        for part, found in index.items():
+        for part, component_class in index.items():
             if part in apart or not part.startswith(("vae", "text_encoder")) or not any((folder / part).glob("*.safetensors*")):
                 continue
-            library, name = found
-            places = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
-            if not any(key.startswith(places) for key in shapes):
+            library, name = component_class
+            prefixes = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
+            if not any(key.startswith(prefixes) for key in shapes):
                 component = getattr(import_module(library), name)
                 apart[part] = component.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
         pipe = getattr(diffusers, index["_class_name"]).from_single_file(
             str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
         )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        said = str(error).strip() or type(error).__name__
-        first = said.splitlines()[0].partition(". ")[0].rstrip(".")  # what follows is advice on other calls
+        reason = str(error).strip() or type(error).__name__
+        first = reason.splitlines()[0].partition(". ")[0].rstrip(".")  # what follows is advice on other calls
         raise EsdLoraError(
             f"{file} does not fit the configuration of a {index['_class_name']}: {first}."
             " Is it whole, and of that architecture, and has --base-config what it lacks?"
@@ -195,36 +165,31 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
     return pipe
 
 
-def _set_prediction_type(pipe: Any, kind: Kind, shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Sets what the model predicts: as the file says, or, for SD 2.x, which comes in both, as the U-Net answers."""
-    said = metadata.get("modelspec.prediction_type", "")
-    if said or "v_pred" in shapes:  # ModelSpec's field; the marker tensor that ComfyUI reads
-        predicts = "v_prediction" if said.startswith("v") or "v_pred" in shapes else "epsilon"
-    else:
-        predicts = measured_prediction_type(pipe) if kind.config == "sd2" else "epsilon"
-    changes: dict[str, Any] = {"prediction_type": predicts}
-    if "ztsnr" in shapes:  # zero terminal signal-to-noise, marked in the same way
+def _configure_scheduler(pipe: Any, checkpoint: Checkpoint, prediction_type: str, *, zero_snr: bool) -> None:
+    """Have the scheduler know what the model predicts, and whether it was trained to zero terminal signal-to-noise."""
+    changes: dict[str, Any] = {"prediction_type": prediction_type}
+    if zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
-    if kind.config == "sd2" and predicts == "v_prediction":
-        pipe.unet.register_to_config(sample_size=96)  # the v models of SD 2.x draw 768 pixels, the others 512
+    if checkpoint.v_side and prediction_type == "v_prediction":
+        pipe.unet.register_to_config(sample_size=checkpoint.v_side)
 
 
 @torch.no_grad()
 def measured_prediction_type(pipe: Any) -> str:
-    """`epsilon` or `v_prediction`, told from the U-Net's answer to noise at the last timestep.
+    """Return `epsilon` or `v_prediction`, from the U-Net's prediction for noise at the last timestep.
 
-    There x_t is nearly all noise. A noise model answers with x_t itself; a v model with minus the picture it expects, which
-    the noise says nothing about.
+    There x_t is nearly all noise. A noise model predicts x_t itself; a v model minus the picture it expects, which the noise
+    says nothing about.
     """
     unet, side = pipe.unet, pipe.unet.config.sample_size
     noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     x_t = noise.to(unet.device, unet.dtype)
     embeds = pipe.encode_prompt([""], unet.device, 1, False)[0].to(unet.dtype)
     t = torch.tensor([pipe.scheduler.config.num_train_timesteps - 1], device=unet.device)
-    answer = unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
-    alike = torch.corrcoef(torch.stack([answer.flatten().float(), x_t.flatten().float()]))[0, 1]
-    return "epsilon" if alike > 0.5 else "v_prediction"
+    prediction = unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+    correlation = torch.corrcoef(torch.stack([prediction.flatten().float(), x_t.flatten().float()]))[0, 1]
+    return "epsilon" if correlation > 0.5 else "v_prediction"
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -233,24 +198,24 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @contextmanager
 def unpacked_config(name: str) -> Generator[Path]:
-    """A diffusers directory without weights, unpacked from `CONFIGS` for as long as the block runs."""
+    """Yield a diffusers directory without weights, unpacked from `CONFIGS` for as long as the block runs."""
     parts: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
     with tempfile.TemporaryDirectory(prefix="esd-lora-") as folder:
         for part, values in parts.items():
             if part == "model_index":
                 (Path(folder) / "model_index.json").write_text(json.dumps(values))
                 continue
-            place = Path(folder) / part
-            place.mkdir()
+            subfolder = Path(folder) / part
+            subfolder.mkdir()
             if part.startswith("tokenizer"):
-                write_clip_tokenizer(place, **values)
+                write_clip_tokenizer(subfolder, **values)
             else:
-                (place / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(values))
+                (subfolder / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(values))
         yield Path(folder)
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
-    """Writes the files of CLIP's tokenizer. OpenAI's and OpenCLIP's differ in the padding alone.
+    """Write the files of CLIP's tokenizer. OpenAI's and OpenCLIP's differ in the padding alone.
 
     The vocabulary follows from the list of merges as in openai/CLIP, clip/simple_tokenizer.py: 256 bytes, the same at the end
     of a word, one token for each merge, start and end.

@@ -9,14 +9,15 @@ from typing import BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from esd_lora.bases.single_file import kind_of
+from esd_lora.bases.single_file import identify
 from esd_lora.built_in import BUILT_IN, base_files
 from esd_lora.erasers.tensor_files import DTYPES, Header, read_header, read_rows
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import family_of, read_pipeline
-from esd_lora.families.family import prediction_type
-from esd_lora.families.layer_names import Place, places_in
+from esd_lora.families import ModelFamily, family_of, read_pipeline
+from esd_lora.families.family import scheduler_prediction_type
+from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import PICKLES
+from esd_lora.wording import HubId
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
@@ -30,8 +31,8 @@ class StoredFile(NamedTuple):
 
     path: Path
     header: Header
-    layers: Mapping[str, list[tuple[str, Place]]]
-    """Tensor name to the layers in it, by module path. Some checkpoints hold each layer twice, once averaged (EMA)."""
+    layers: Mapping[str, list[tuple[str, OriginalLayer]]]
+    """Tensor name to the layers in it: module path, and place. Some checkpoints hold each layer twice, once averaged (EMA)."""
 
 
 class Stored(NamedTuple):
@@ -39,15 +40,16 @@ class Stored(NamedTuple):
 
     path: Path
     """Diffusers directory or single file."""
-    family: str
+    family: ModelFamily
     prediction_type: str | None
     """`None` where only the model itself could tell."""
     denoiser: Path | None
     """The denoiser's folder in a directory."""
     files: list[StoredFile]
+    """Files with its weights, sorted by name."""
 
     def weights(self, modules: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Module path and weight of every linear and convolution, or of those in `modules`; one at a time, each once."""
+        """Yield module path and weight of every linear and convolution, or of those in `modules`; each once."""
         seen: set[str] = set()
         for file in self.files:
             with file.path.open("rb") as source:
@@ -59,27 +61,27 @@ class Stored(NamedTuple):
                             yield module, read_layer(source, file.header, name, place)
 
 
-def read_layer(source: BinaryIO, header: Header, name: str, place: Place) -> Tensor:
-    """A layer's weight in diffusers' order, out of the tensor it stands in."""
+def read_layer(source: BinaryIO, header: Header, name: str, place: OriginalLayer) -> Tensor:
+    """Return a layer's weight in diffusers' order, out of the tensor it stands in."""
     inputs = header.tensors[name]["shape"][1]
     return place.reordered(read_rows(source, header, name, place.rows(inputs)), inputs)
 
 
-def find_layers(family: str, names: Collection[str]) -> dict[str, list[tuple[str, Place]]]:
-    """Tensor name to the layers that stand in it, for any state dict of a denoiser, whole or in part.
+def find_layers(family: ModelFamily, names: Collection[str]) -> dict[str, list[tuple[str, OriginalLayer]]]:
+    """Return tensor name to the layers that stand in it, for any state dict of a denoiser, whole or in part.
 
     Args:
-        family: Of the model.
-        names: Of the tensors, under diffusers' or the original names, with or without a prefix.
+        family: Family of the model.
+        names: Names of the tensors, diffusers' or the original ones, with or without a prefix.
     """
     bare = bare_names(names)
     weights = {name.removesuffix(".weight"): full for name, full in bare.items() if name.endswith(".weight")}
-    places = places_in(family, bare)
+    places = family.original_layers(bare)
     if not places or any(
         module in weights and "blocks." in module and place.name != module for module, place in places.items()
     ):
-        return {full: [(module, Place(module))] for module, full in weights.items()}  # diffusers' own names
-    layers: dict[str, list[tuple[str, Place]]] = {}
+        return {full: [(module, OriginalLayer(module))] for module, full in weights.items()}  # diffusers' own names
+    layers: dict[str, list[tuple[str, OriginalLayer]]] = {}
     known = set(names)
     for module, place in places.items():
         averaged = EMA + f"diffusion_model.{place.name}.weight".replace(".", "")  # CompVis' LitEma drops the dots
@@ -90,13 +92,13 @@ def find_layers(family: str, names: Collection[str]) -> dict[str, list[tuple[str
 
 
 def bare_names(names: Collection[str]) -> dict[str, str]:
-    """Tensor name without the denoiser's prefix, if the names have one, to the name as it stands."""
+    """Return each tensor's name without the denoiser's prefix, if the names have one, to the name as it stands."""
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), "")
     return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
 
 
 def open_stored(base: str | Path) -> Stored:
-    """Finds the denoiser's layers of a base on disk; a Hub id is fetched into the cache.
+    """Find the denoiser's layers of a base on disk; a base on the Hub is fetched into the cache.
 
     Args:
         base: A built-in base, a diffusers directory, a Hub id, or a single-file `.safetensors` checkpoint.
@@ -106,27 +108,27 @@ def open_stored(base: str | Path) -> Stored:
     """
     path = base_files(str(base)) if str(base) in BUILT_IN else Path(base)
     if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLES):
-        return _single(path)
-    return _directory(_fetched(str(base), path))
-
-
-def _fetched(base: str, folder: Path) -> Path:
-    if not folder.is_dir() and base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        try:
-            hub_id, _, revision = base.partition("@")
-            folder = Path(DiffusionPipeline.download(hub_id, revision=revision or None, use_safetensors=True))
-        except (OSError, ValueError) as error:
-            raise EsdLoraError(f"base {base!r} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
-    if not (folder / "model_index.json").is_file():
+        return _open_file(path)
+    if not path.is_dir() and (hub_id := HubId.read(str(base))):
+        path = _fetch(hub_id)
+    if not (path / "model_index.json").is_file():
         raise EsdLoraError(
-            f"no base {base!r}: expected {', '.join(BUILT_IN)}, a diffusers directory, a .safetensors checkpoint, or a Hub id."
+            f"no base {str(base)!r}: expected {', '.join(BUILT_IN)}, a diffusers directory, a .safetensors checkpoint, or a Hub"
+            " id."
         )
-    return folder
+    return _open_directory(path)
 
 
-def _directory(folder: Path) -> Stored:
+def _fetch(hub_id: HubId) -> Path:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(hub_id.repo, revision=hub_id.revision, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise EsdLoraError(f"base {str(hub_id)!r} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
+
+
+def _open_directory(folder: Path) -> Stored:
     family = family_of(read_pipeline(folder / "model_index.json"))
     config = folder / "scheduler" / "scheduler_config.json"
     denoiser = folder / family.denoiser
@@ -134,30 +136,25 @@ def _directory(folder: Path) -> Stored:
     for file in sorted(denoiser.glob("*.safetensors")):
         header = read_header(file)
         modules = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]
-        files.append(StoredFile(file, header, {f"{module}.weight": [(module, Place(module))] for module in modules}))
+        files.append(StoredFile(file, header, {f"{module}.weight": [(module, OriginalLayer(module))] for module in modules}))
     if not files:
         raise EsdLoraError(f"{denoiser} has no .safetensors weights. Save the base as safetensors first.")
-    predicts = prediction_type(json.loads(config.read_text("utf-8"))) if config.is_file() else None
-    return Stored(folder, family.name, predicts, denoiser, [only_layers(file) for file in files])
+    prediction_type = scheduler_prediction_type(json.loads(config.read_text("utf-8"))) if config.is_file() else None
+    return Stored(folder, family, prediction_type, denoiser, [only_layers(file) for file in files])
 
 
-def _single(file: Path) -> Stored:
+def _open_file(file: Path) -> Stored:
     if file.suffix.lower() in PICKLES:
         raise EsdLoraError(f"{file} is a pickle, and opening one runs whatever code was put into it. Take a .safetensors file.")
     header = read_header(file)
-    kind = kind_of(file, {name: entry["shape"] for name, entry in header.tensors.items()})
-    layers = find_layers(kind.family, header.tensors)
-    told = header.metadata.get("modelspec.prediction_type", "v" if "v_pred" in header.tensors else "")
-    predicts = {"v": "v_prediction", "epsilon": "epsilon"}.get(told)
-    if kind.family in ("sd3", "flux"):
-        predicts = "flow"
-    elif kind.config in ("sd1", "sdxl"):
-        predicts = predicts or "epsilon"
-    return Stored(file, kind.family, predicts, None, [only_layers(StoredFile(file, header, layers))])
+    family, checkpoint = identify(file, {name: entry["shape"] for name, entry in header.tensors.items()})
+    prediction_type = family.stated_prediction_type(header.metadata, header.tensors) or checkpoint.prediction_type
+    layers = find_layers(family, header.tensors)
+    return Stored(file, family, prediction_type, None, [only_layers(StoredFile(file, header, layers))])
 
 
 def only_layers(file: StoredFile) -> StoredFile:
-    """Without norms and embeddings, whose weights are no matrices of floating-point numbers."""
+    """Return a file without norms and embeddings, whose weights are no matrices of floating-point numbers."""
     entries = file.header.tensors
     layers = {n: m for n, m in file.layers.items() if len(entries[n]["shape"]) in (2, 4) and entries[n]["dtype"] in DTYPES}
     return file._replace(layers=layers)

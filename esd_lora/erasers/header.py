@@ -46,7 +46,7 @@ class ErasedConcept(BaseModel):
 
 
 class Origin(BaseModel):
-    """Where an eraser came from that this toolkit did not train."""
+    """The origin of an eraser that this toolkit did not train."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,9 +54,16 @@ class Origin(BaseModel):
     files: dict[str, str]
     """File name to SHA-256 of what was read."""
     layout: str
-    """How it was stored: `kohya`, `diffusers`, `peft`; for an extraction, the rank or energy asked for."""
+    """Layout of what was read: `kohya`, `diffusers` or `peft`; for an extraction `directory`, `safetensors` or `pickle`.
+
+    Older extractions have rank and energy in words here.
+    """
     notes: dict[str, str] = {}
-    """What the file said about itself."""
+    """Metadata of an imported file."""
+    rank: int | None = None
+    """Highest rank of a layer that an extraction was to keep."""
+    energy: float | None = None
+    """Share of every layer's squared norm that an extraction was to keep, above 0 and up to 1."""
 
 
 class Distillation(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.flux import Flux
 from esd_lora.families.sana import Sana
@@ -13,9 +13,10 @@ from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of", "read_pipeline"]
+__all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
-FAMILIES: tuple[ModelFamily, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana())
+FAMILIES: list[ModelFamily] = [StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana()]
+"""Every family there is; appending one of your own is all that it needs."""
 
 
 def family_of(pipeline: str) -> ModelFamily:
@@ -29,6 +30,18 @@ def family_of(pipeline: str) -> ModelFamily:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise EsdLoraError(f"the base is a {pipeline}, which no family covers. Supported: {supported}.")
+
+
+def family_named(name: str) -> ModelFamily:
+    """Return the family of a name, as headers and `--family` give it.
+
+    Raises:
+        EsdLoraError: If there is none.
+    """
+    families = {family.name: family for family in FAMILIES}
+    if name not in families:
+        raise EsdLoraError(f"unknown family {name!r}{did_you_mean(name, families)}. Known: {', '.join(families)}.")
+    return families[name]
 
 
 def read_pipeline(index: Path) -> str:

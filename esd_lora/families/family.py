@@ -1,29 +1,63 @@
-"""Behind one call, every diffusion model: what a family must say about itself.
+"""Behind one call, every diffusion model: what a family says about itself.
 
 The rest of the toolkit knows a denoiser only as `predict(x_t, t, condition)`. A family says how prompts become a
-condition, how the denoiser is called, and which layers a scope means. A new one is a subclass in a file of its own and a
-line in `families/__init__.py`.
+condition, how the denoiser is called, which layers a scope means, and under which names other programs know its layers and
+models. A new one is a subclass in a file of its own and an entry in `families.FAMILIES`; nothing of a family stands elsewhere.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
+
+
+class PublishedModel(NamedTuple):
+    """A published model of a family, as other programs name it in the metadata of a LoRA file."""
+
+    kohya: str
+    """`ss_base_model_version` of kohya-ss/sd-scripts."""
+    architecture: str
+    """`modelspec.architecture` of Stability-AI/ModelSpec."""
+    resolution: str
+    """`modelspec.resolution`, in pixels."""
+    text_width: int | None = None
+    """Inputs of the layers that read text, where the family has models of several widths."""
+    prediction_type: str | None = None
+    """Where it tells the family's models apart."""
+    v2: bool = False
+    """`ss_v2` of kohya-ss/sd-scripts: whether it is Stable Diffusion 2."""
+
+
+class Checkpoint(NamedTuple):
+    """A kind of checkpoint in a single file, as A1111 and ComfyUI use them."""
+
+    title: str
+    """Name of the model as people call it: `SD 1.x`."""
+    config: str | None = None
+    """Name of its configurations in `bases/configs`, where they ship; the others are read with `--base-config`."""
+    prediction_type: str | None = None
+    """What the model predicts where the file does not say; `None` where that has to be measured."""
+    v_side: int | None = None
+    """Side of latents at native size if the model predicts v, where that is not the configuration's."""
+    supported: bool = True
+    """Whether it can be read as a base; if not, the title says in words what the file holds instead."""
 
 
 class ModelFamily(ABC):
     """One architecture. Stateless: the models themselves live in the diffusers pipeline that is passed in."""
 
     name: ClassVar[str]
+    """Name in recipes and headers: `sd`."""
     pipelines: ClassVar[tuple[str, ...]]
     """`_class_name` of the diffusers pipelines this family covers."""
     denoiser: ClassVar[str]
@@ -31,65 +65,133 @@ class ModelFamily(ABC):
     scopes: ClassVar[Mapping[str, str]]
     """Scope to a regular expression searched for in the path of every linear and convolution."""
 
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Tags of a model card, under which the Hub lists models of the family."""
+    fixed_prediction_type: ClassVar[str | None] = None
+    """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are."""
+    text_widths: ClassVar[frozenset[int]] = frozenset()
+    """Inputs of these layers in published models, where that tells the family from another with the same layers."""
     multiple: ClassVar[int] = 8
     """Sides of latents must be multiples of this: what down-sampling or patches ask for."""
+    normalises_latents: ClassVar[bool] = False
+    """Whether its pipeline shifts and scales latents by the mean and deviation of every channel that the VAE knows."""
+    published: ClassVar[tuple[PublishedModel, ...]] = ()
+    """Published models under the names of other programs; of those that fit, the first counts."""
+    metadata_pattern: ClassVar[str | None] = None
+    """A regular expression for what kohya's and ModelSpec's metadata call models of the family."""
+    kohya_keeps_diffusers_names: ClassVar[bool] = False
+    """Whether kohya's files name layers as diffusers does, and not as the original project."""
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
+    """Single-file checkpoints that can be read."""
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        """The condition of N prompts, under the names the pipeline's call gives them (`prompt_embeds`, ...).
+        """Return the condition of N prompts, under the names the pipeline's call gives its tensors (`prompt_embeds`, ...).
 
         The empty prompt stands for whatever the pipeline puts opposite the prompt in classifier-free guidance.
         """
 
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
+        """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
 
     def reads_text(self, module: str) -> bool:
-        """Whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
+        """Return whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
         return self.text_layers is not None and re.search(self.text_layers, module) is not None
 
     def channels(self, pipe: Any) -> int:
-        """Channels of latents."""
+        """Return the number of channels of latents."""
         return getattr(pipe, self.denoiser).config.in_channels
 
     def side(self, pipe: Any) -> int:
-        """Height and width of latents at the model's native size."""
+        """Return the height, and width, of latents at the model's native size."""
         return getattr(pipe, self.denoiser).config.sample_size
 
     def takes_guidance(self, pipe: Any) -> bool:
-        """Whether the denoiser reads a guidance scale as an input: guidance-distilled models."""
+        """Return whether the denoiser reads a guidance scale as an input: guidance-distilled models."""
         return getattr(getattr(pipe, self.denoiser).config, "time_cond_proj_dim", None) is not None
 
     def default_sampling(self, pipe: Any) -> tuple[int, float]:
-        """Denoising steps and guidance of a picture unless asked otherwise: the pipeline's own defaults."""
+        """Return denoising steps and guidance scale of a picture by default: those of the pipeline's call."""
         defaults = signature(pipe.__call__).parameters
         return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
-        """What the pipeline's call is told beside prompt, size, steps and guidance."""
+        """Return keyword arguments of the pipeline's call beside prompt, size, steps and guidance."""
         return {}
 
     def sigmas(self, steps: int) -> list[float] | None:  # noqa: ARG002
-        """Noise levels that the pipeline hands to a flow scheduler before shifting; `None` leaves them to the scheduler."""
+        """Return the noise levels that the pipeline hands to a flow scheduler before shifting; `None`: the scheduler's own."""
+        return None
+
+    def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
+        """Return the place of every layer in the original project's model, by module path in diffusers.
+
+        Args:
+            names: Of a checkpoint's tensors, without prefix, where depths need not be the published ones.
+
+        Returns:
+            Every layer that a model of the family may have; nothing where single files and kohya's names follow no original.
+        """
+        return {}
+
+    def kohya_names(self) -> Mapping[str, str]:
+        """Return the names of layers in kohya's files, by module path; dots become underscores."""
+        return {
+            module: KOHYA_PREFIX + (module if self.kohya_keeps_diffusers_names else layer.name).replace(".", "_")
+            for module, layer in self.original_layers().items()
+        }
+
+    def published_model(self, text_width: int | None, prediction_type: str | None) -> PublishedModel | None:
+        """Return the published model that an eraser fits; `None` where its layers do not tell.
+
+        Args:
+            text_width: Inputs of the layers that read text, if the eraser touches one.
+            prediction_type: `epsilon`, `v_prediction` or `flow`, if it is known.
+        """
+        for model in self.published:
+            if model.text_width in (None, text_width) and model.prediction_type in (None, prediction_type):
+                return model
+        return None
+
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:  # noqa: ARG002
+        """Return what a single-file checkpoint holds, if it is of this family or a near relative.
+
+        Args:
+            shapes: Name to shape of every tensor in the file.
+        """
         return None
 
     def prediction_type(self, pipe: Any) -> str:
-        """`epsilon`, `v_prediction` or `flow`, read from the base and never guessed."""
-        return prediction_type({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+        """Return `epsilon`, `v_prediction` or `flow`, read from the base's scheduler and never guessed."""
+        return scheduler_prediction_type({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+
+    def stated_prediction_type(self, metadata: Mapping[str, str], tensors: Collection[str] = ()) -> str | None:
+        """Return what a file says that its model predicts, or what the whole family does; `None` where neither tells.
+
+        Args:
+            metadata: Of a checkpoint or LoRA: ModelSpec's `modelspec.prediction_type`, kohya's `ss_v_parameterization`.
+            tensors: Names of a checkpoint's tensors: `v_pred` is the marker that ComfyUI reads.
+        """
+        if self.fixed_prediction_type:
+            return self.fixed_prediction_type
+        stated = metadata.get("modelspec.prediction_type", "")
+        if stated.startswith("v") or metadata.get("ss_v_parameterization") == "True" or "v_pred" in tensors:
+            return "v_prediction"
+        return "epsilon" if stated == "epsilon" else None
 
     def scheduler(self, pipe: Any, steps: int, shape: Sequence[int], device: Any = None) -> Scheduler:
-        """A fresh first-order deterministic scheduler with the base's own noise schedule and grid, its timesteps set.
+        """Return a fresh first-order deterministic scheduler with the base's own noise schedule and grid, its timesteps set.
 
         DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own).
 
         Args:
             pipe: The pipeline whose scheduler's configuration is taken over: spacing, offset, shift, prediction type.
             steps: Length of a whole trajectory.
-            shape: Of one image's latents; models with dynamic shifting shift by the number of patches.
-            device: Of the latents.
+            shape: Shape of one image's latents; models with dynamic shifting shift by the number of patches.
+            device: Device of the latents.
         """
         config = pipe.scheduler.config
         if self.prediction_type(pipe) != "flow":
@@ -113,7 +215,7 @@ class ModelFamily(ABC):
         return euler
 
     def modules(self, model: nn.Module, scope: str) -> Mapping[str, nn.Module]:
-        """The layers of `model` that `scope` means, by path.
+        """Return the layers of `model` that `scope` means, by path.
 
         Raises:
             EsdLoraError: If the scope matches no layer of this model.
@@ -137,8 +239,8 @@ class ModelFamily(ABC):
         return chosen
 
 
-def prediction_type(scheduler: Mapping[str, Any]) -> str:
-    """`epsilon`, `v_prediction` or `flow`, from a scheduler's configuration with its `_class_name`."""
-    kind = scheduler.get("prediction_type", "epsilon")
-    flow = kind == "flow_prediction" or str(scheduler.get("_class_name", "")).startswith("FlowMatch")
+def scheduler_prediction_type(config: Mapping[str, Any]) -> str:
+    """Return `epsilon`, `v_prediction` or `flow`, from a scheduler's configuration with its `_class_name`."""
+    kind = config.get("prediction_type", "epsilon")
+    flow = kind == "flow_prediction" or str(config.get("_class_name", "")).startswith("FlowMatch")
     return "flow" if flow else kind

@@ -25,10 +25,11 @@ class Sana(ModelFamily):
         "noxattn": r"^transformer_blocks\.(?!.*\.attn2\.)",
         "full": r"^transformer_blocks\.",
     }
+    fixed_prediction_type = "flow"
     multiple = 1
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
-        return {"use_resolution_binning": False}  # pictures are asked for at sizes the model takes
+        return {"use_resolution_binning": False}  # sizes are already those the model takes
 
     def sigmas(self, steps: int) -> list[float] | None:
         return [1 - i / steps for i in range(steps)]

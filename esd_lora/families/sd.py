@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families.family import ModelFamily
+from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.layer_names import OriginalLayer, unet_layers
 from esd_lora.trajectory import Condition
 
 # kohya's, A1111's and ComfyUI's loaders have no place for an update of these, so no scope touches them.
 _OUTSIDE = r"conv_in|conv_out|time_embedding\.|add_embedding\."
+_SD_1 = Checkpoint("SD 1.x", config="sd1", prediction_type="epsilon")
+_SD_2 = Checkpoint("SD 2.x", config="sd2", v_side=96)  # those that predict v draw 768 pixels, the others 512
+UNET_ALONE = Checkpoint("a U-Net alone")
+"""A checkpoint of the denoiser without text encoders."""
 
 
 class StableDiffusion(ModelFamily):
@@ -20,7 +25,9 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
+    tags = ("stable-diffusion", "stable-diffusion-diffusers")
     text_layers = r"\.attn2\.to_[kv]$"
+    text_widths = frozenset({768, 1024})
     scopes: ClassVar[Mapping[str, str]] = {
         "xattn": r"\.attn2\.",
         "xattn-kv": r"\.attn2\.to_[kv]$",
@@ -28,12 +35,20 @@ class StableDiffusion(ModelFamily):
         "noxattn": rf"^(?!{_OUTSIDE})(?!.*\.attn2\.)",
         "full": rf"^(?!{_OUTSIDE})",
     }
+    published = (
+        PublishedModel("sd_v1", "stable-diffusion-v1", "512x512", text_width=768),
+        PublishedModel("sd_v2", "stable-diffusion-v2-768-v", "768x768", 1024, prediction_type="v_prediction", v2=True),
+        PublishedModel("sd_v2", "stable-diffusion-v2-512", "512x512", text_width=1024, v2=True),
+    )
+    metadata_pattern = r"^(?!.*(sdxl|-xl-)).*(sd_v|-v1|-v2)"
+    kohya_keeps_diffusers_names = True
+    checkpoints = (_SD_1, _SD_2)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]}
 
     def added(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:  # noqa: ARG002
-        """What the U-Net is told beside text and time."""
+        """Return the U-Net's conditions beside text and time."""
         return None
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -49,3 +64,35 @@ class StableDiffusion(ModelFamily):
             added_cond_kwargs=self.added(pipe, x_t, condition),
             return_dict=False,
         )[0]
+
+    def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:
+        return unet_layers(4, (1, 2, 3), names)
+
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+        if not has_unet(shapes, labels=False):
+            return None
+        if refused := refused_unet(shapes):
+            return refused
+        if any(name.startswith("cond_stage_model.transformer.") for name in shapes):  # OpenAI's CLIP
+            return _SD_1
+        return _SD_2 if any(name.startswith("cond_stage_model.model.") for name in shapes) else UNET_ALONE  # OpenCLIP
+
+
+def has_unet(shapes: Mapping[str, Sequence[int]], *, labels: bool) -> bool:
+    """Return whether a checkpoint holds a U-Net under CompVis' names, with or without labels beside text and time."""
+    unet = "model.diffusion_model."
+    return f"{unet}input_blocks.0.0.weight" in shapes and (f"{unet}label_emb.0.0.weight" in shapes) == labels
+
+
+def refused_unet(shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    """Return what a checkpoint with a U-Net holds if that draws from more than text, or by a schedule no family covers."""
+    channels = shapes["model.diffusion_model.input_blocks.0.0.weight"][1]
+    if channels != 4:
+        title = f"an inpainting, depth or editing model, its U-Net taking {channels} channels instead of 4"
+    elif any(name.startswith("control_model.") for name in shapes):
+        title = "a ControlNet"
+    elif "edm_mean" in shapes:
+        title = "Playground v2.5, whose noise schedule (EDM) no family covers"
+    else:
+        return None
+    return Checkpoint(title, supported=False)

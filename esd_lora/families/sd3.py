@@ -7,12 +7,14 @@ are self-attention despite the name. The two kinds together are as near to ESD-x
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families.family import ModelFamily
+from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.trajectory import Condition
 
 TEXT_STREAM = r"\.(add_[qkv]_proj|to_add_out)$"
@@ -24,6 +26,9 @@ MM_DIT_SCOPES: Mapping[str, str] = {
     "full": r"^(single_)?transformer_blocks\.",
 }
 """Embedders and the last projection, outside the blocks, stay as they are."""
+MM_DIT_BLOCKS = 64
+"""Number of blocks of the largest MM-DiT in sight, with room."""
+_SD_3 = Checkpoint("Stable Diffusion 3")
 
 
 class StableDiffusion3(ModelFamily):
@@ -33,11 +38,15 @@ class StableDiffusion3(ModelFamily):
     pipelines = ("StableDiffusion3Pipeline",)
     denoiser = "transformer"
     scopes: ClassVar[Mapping[str, str]] = MM_DIT_SCOPES
+    fixed_prediction_type = "flow"
     multiple = 2
+    published = (PublishedModel("sd3", "stable-diffusion-3", "1024x1024"),)
+    metadata_pattern = "sd3|diffusion-3"
+    checkpoints = (_SD_3,)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        ask = {"device": pipe.transformer.device, "do_classifier_free_guidance": False}
-        text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **ask)
+        options = {"device": pipe.transformer.device, "do_classifier_free_guidance": False}
+        text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options)
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -48,3 +57,45 @@ class StableDiffusion3(ModelFamily):
             pooled_projections=condition["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
+
+    def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
+        return _original_layers()
+
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+        name = "joint_blocks.0.x_block.attn.qkv.weight"
+        return _SD_3 if name in shapes or f"model.diffusion_model.{name}" in shapes else None
+
+
+@cache
+def _original_layers() -> Mapping[str, OriginalLayer]:
+    """Return the places of layers in Stability-AI/sd3-ref."""
+    layers = {
+        "pos_embed.proj": OriginalLayer("x_embedder.proj"),
+        "context_embedder": OriginalLayer("context_embedder"),
+        "time_text_embed.timestep_embedder.linear_1": OriginalLayer("t_embedder.mlp.0"),
+        "time_text_embed.timestep_embedder.linear_2": OriginalLayer("t_embedder.mlp.2"),
+        "time_text_embed.text_embedder.linear_1": OriginalLayer("y_embedder.mlp.0"),
+        "time_text_embed.text_embedder.linear_2": OriginalLayer("y_embedder.mlp.2"),
+        "norm_out.linear": OriginalLayer("final_layer.adaLN_modulation.1", swaps=True),
+        "proj_out": OriginalLayer("final_layer.linear"),
+    }
+    whole = {
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    }
+    for i in range(MM_DIT_BLOCKS):
+        block, original = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+        layers |= {f"{block}.{part}": OriginalLayer(f"{original}.{name}") for part, name in whole.items()}
+        # Only the last block's has two outputs, and there they are swapped.
+        layers[f"{block}.norm1_context.linear"] = OriginalLayer(f"{original}.context_block.adaLN_modulation.1", swaps=True)
+        for first, which in enumerate("qkv"):
+            layers[f"{block}.attn.to_{which}"] = OriginalLayer(f"{original}.x_block.attn.qkv", first, total=3)
+            layers[f"{block}.attn2.to_{which}"] = OriginalLayer(f"{original}.x_block.attn2.qkv", first, total=3)
+            layers[f"{block}.attn.add_{which}_proj"] = OriginalLayer(f"{original}.context_block.attn.qkv", first, total=3)
+    return layers

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd_lora.families.sd import StableDiffusion
+from esd_lora.families.family import Checkpoint, PublishedModel
+from esd_lora.families.layer_names import OriginalLayer, unet_layers
+from esd_lora.families.sd import UNET_ALONE, StableDiffusion, has_unet, refused_unet
 from esd_lora.trajectory import Condition
+
+_SDXL = Checkpoint("SDXL", config="sdxl", prediction_type="epsilon")
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -17,6 +21,13 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    tags = ("stable-diffusion-xl",)
+    text_widths = frozenset({2048})
+    normalises_latents = True
+    published = (PublishedModel("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),)
+    metadata_pattern = "sdxl|-xl-"
+    kohya_keeps_diffusers_names = False
+    checkpoints = (_SDXL,)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         text, _, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.unet.device, do_classifier_free_guidance=False)
@@ -29,7 +40,21 @@ class StableDiffusionXL(StableDiffusion):
         return condition
 
     def added(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:
-        """The pooled text; original size, crop and target size in pixels, as for a whole picture."""
+        """Return the pooled text; original size, crop and target size in pixels, as for a whole picture."""
         height, width = (side * pipe.vae_scale_factor for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x_t.dtype, device=x_t.device)
         return {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": sizes.expand(len(x_t), -1)}
+
+    def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:
+        return unet_layers(3, (0, 1), names)
+
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+        if not has_unet(shapes, labels=True):
+            return None
+        if refused := refused_unet(shapes):
+            return refused
+        if any(name.startswith("conditioner.embedders.1.") for name in shapes):
+            return _SDXL
+        if any(name.startswith(("conditioner.", "cond_stage_model.model.")) for name in shapes):
+            return Checkpoint("the SDXL refiner or an unCLIP model, which do not draw from text alone", supported=False)
+        return UNET_ALONE

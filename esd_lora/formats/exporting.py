@@ -15,28 +15,21 @@ from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.header import HEADER_KEY
 from esd_lora.erasers.tensor_files import file_content, hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families.layer_names import Place, kohya_names, original_places
+from esd_lora.families import family_named
+from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import prepare_directory, prepare_file, write_atomically
 from esd_lora.wording import is_hub_id, slug
 
 LAYOUTS = ("kohya", "diffusers", "peft")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
-_ARCHITECTURES = {
-    "sd_v1": ("stable-diffusion-v1", "512x512"),
-    "sd_v2": ("stable-diffusion-v2-512", "512x512"),
-    "sd_v2_v": ("stable-diffusion-v2-768-v", "768x768"),
-    "sdxl_base_v1-0": ("stable-diffusion-xl-v1-base", "1024x1024"),
-    "sd3": ("stable-diffusion-3", "1024x1024"),
-    "flux1": ("flux-1-dev", "1024x1024"),
-}
-"""kohya's `ss_base_model_version` to ModelSpec's architecture and the resolution of the published models."""
+"""Weights and configuration of a peft adapter."""
 
 
 def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False) -> Path:
-    """Writes an eraser under the names of another program; the update of every layer stays the same.
+    """Write an eraser under the names of another program; the update of every layer stays the same.
 
     Args:
-        eraser: To write.
+        eraser: The eraser to write.
         out: A `.safetensors` file for `kohya` and `diffusers`, a directory for `peft`.
         layout: `kohya` for A1111, Forge and ComfyUI; `diffusers`; `peft` for `PeftModel.from_pretrained` on the denoiser.
         force: Write over what is there.
@@ -65,7 +58,7 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
 
 
 def kohya_content(eraser: Eraser) -> bytes:
-    """The file for A1111, Forge and ComfyUI.
+    """Return the content of the file for A1111, Forge and ComfyUI.
 
     Raises:
         EsdLoraError: If kohya's files have no name for a layer.
@@ -80,7 +73,7 @@ def _own(eraser: Eraser) -> dict[str, str]:
 
 
 def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
-    """The tensors under kohya's names: `NAME.lora_down.weight`, `NAME.lora_up.weight`, `NAME.alpha`.
+    """Return the tensors under kohya's names: `NAME.lora_down.weight`, `NAME.lora_up.weight`, `NAME.alpha`.
 
     Clients scale by `alpha / rank`. All layers get one alpha, the highest rank, and what is left of the scale goes into
     `lora_up`, because diffusers' reader takes one layer's alpha for its neighbours.
@@ -88,13 +81,15 @@ def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
     Raises:
         EsdLoraError: If kohya's files have no name for a layer.
     """
-    family = eraser.header.family
-    names, places = kohya_names(family), original_places(family)
-    joined: dict[str, list[tuple[Place, LoraPair]]] = {}
+    family = family_named(eraser.header.family)
+    names, places = family.kohya_names(), family.original_layers()
+    joined: dict[str, list[tuple[OriginalLayer, LoraPair]]] = {}
     for module, pair in eraser.pairs.items():
         if module not in names:
             reason = f"its layer {module} has no name there" if names else "kohya's files have no names for its layers"
-            raise EsdLoraError(f"an eraser of family {family!r} cannot be written for kohya: {reason}. Use layout diffusers.")
+            raise EsdLoraError(
+                f"an eraser of family {family.name!r} cannot be written for kohya: {reason}. Use layout diffusers."
+            )
         joined.setdefault(names[module], []).append((places[module], pair))
     pairs = {name: _joined(members) for name, members in joined.items()}
     alpha = max(pair.rank for pair in pairs.values())
@@ -107,82 +102,69 @@ def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
 
 
 def scaled(factor: Tensor, scale: float) -> Tensor:
-    """A factor times a number; in float32 where half precision would have to round again."""
+    """Return a factor times a number; in float32 where half precision would have to round again."""
     return factor if scale == 1 else factor.to(torch.promote_types(factor.dtype, torch.float32)) * scale
 
 
-def _joined(members: list[tuple[Place, LoraPair]]) -> LoraPair:
-    """The update of an original weight, from those of the layers of ours that are rows of it: `up` becomes block-diagonal."""
+def _joined(members: list[tuple[OriginalLayer, LoraPair]]) -> LoraPair:
+    """Return the update of an original weight, from those of the layers that are rows of it: `up` becomes block-diagonal."""
     (place, pair), *_ = members
     if not place.total:
         return LoraPair(pair.down, place.reordered(pair.up, pair.down.shape[1]))
     inputs = pair.down.shape[1]
     up = torch.zeros(place.total * inputs, sum(pair.rank for _, pair in members), dtype=pair.up.dtype)
-    at = 0
+    first = 0
     for place, pair in members:
-        up[place.rows(inputs), at : at + pair.rank] = pair.up
-        at += pair.rank
+        up[place.rows(inputs), first : first + pair.rank] = pair.up
+        first += pair.rank
     return LoraPair(torch.cat([pair.down for _, pair in members]), up)
 
 
 def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What A1111, Forge and ComfyUI show about a file, as far as it is known: `ss_*` (kohya) and ModelSpec's fields."""
+    """Return what A1111, Forge and ComfyUI show of a file, as far as it is known: `ss_*` (kohya) and ModelSpec's fields."""
     header, names = eraser.header, ", ".join(eraser.names)
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_down.weight")}
-    convs = {t.shape[0] for n, t in tensors.items() if n.endswith("lora_down.weight") and t.dim() == 4 and t.shape[-1] > 1}
+    downs = [tensor for name, tensor in tensors.items() if name.endswith("lora_down.weight")]
+    ranks = {down.shape[0] for down in downs}
+    conv_ranks = {down.shape[0] for down in downs if down.dim() == 4 and down.shape[-1] > 1}
     alpha = f"{max(ranks)}"
-    made = datetime.fromisoformat(header.created)
+    created = datetime.fromisoformat(header.created)
     digest = hash_tensors(tensors)
-    base = header.base if is_hub_id(header.base) else Path(header.base).name
-    found = {
+    metadata = {
         "ss_output_name": slug(f"no {names}"),
-        "ss_sd_model_name": base,
+        "ss_sd_model_name": header.base if is_hub_id(header.base) else Path(header.base).name,
         "ss_network_module": "networks.lora",
         "ss_network_dim": alpha if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alpha,
-        "ss_training_started_at": f"{made.timestamp() - header.cost.get('seconds', 0):.0f}",
-        "ss_training_finished_at": f"{made.timestamp():.0f}",
+        "ss_training_started_at": f"{created.timestamp() - header.cost.get('seconds', 0):.0f}",
+        "ss_training_finished_at": f"{created.timestamp():.0f}",
         "ss_training_comment": f"esd-lora eraser: objective {header.objective}, scope {header.scope}",
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"Eraser: {names}",
         "modelspec.description": f"A LoRA that {effect(header.concepts)}. Negative strength does the opposite.",
-        "modelspec.date": made.isoformat(timespec="seconds"),
+        "modelspec.date": created.isoformat(timespec="seconds"),
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.usage_hint": "Made for strength 1; there is no trigger word.",
         "modelspec.tags": ", ".join(["concept-erasure", "eraser", *eraser.names]),
     }
-    if convs:
-        conv = str(max(convs))
-        found["ss_network_args"] = json.dumps({"conv_dim": conv, "conv_alpha": alpha})
-    if cost := header.cost.get("steps"):
-        found["ss_steps"] = f"{cost:.0f}"
+    if conv_ranks:
+        metadata["ss_network_args"] = json.dumps({"conv_dim": str(max(conv_ranks)), "conv_alpha": alpha})
+    if steps := header.cost.get("steps"):
+        metadata["ss_steps"] = f"{steps:.0f}"
     if header.prediction_type in ("epsilon", "v_prediction"):
-        found["modelspec.prediction_type"] = header.prediction_type.removesuffix("_prediction")
-        found["ss_v_parameterization"] = str(header.prediction_type == "v_prediction")
-    if version := base_version(eraser):
-        architecture, resolution = _ARCHITECTURES[version]
-        found["ss_base_model_version"] = version.removesuffix("_v") if version == "sd_v2_v" else version
-        found["ss_v2"] = str(version.startswith("sd_v2"))
-        found |= {"modelspec.architecture": f"{architecture}/lora", "modelspec.resolution": resolution}
-    return found
-
-
-def base_version(eraser: Eraser) -> str | None:
-    """Which published architecture an eraser fits, as a key of `_ARCHITECTURES`; `None` where its layers do not tell."""
-    family, pairs = eraser.header.family, eraser.pairs
-    if family != "sd":
-        return {"sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux": "flux1"}.get(family)
-    for module, pair in pairs.items():
-        if re.search(r"\.attn2\.to_[kv]$", module):
-            second = "sd_v2_v" if eraser.header.prediction_type == "v_prediction" else "sd_v2"
-            return {768: "sd_v1", 1024: second}.get(pair.shape[1])
-    return None
+        metadata["modelspec.prediction_type"] = header.prediction_type.removesuffix("_prediction")
+        metadata["ss_v_parameterization"] = str(header.prediction_type == "v_prediction")
+    family = family_named(header.family)
+    text_width = next((pair.shape[1] for module, pair in eraser.pairs.items() if family.reads_text(module)), None)
+    if model := family.published_model(text_width, header.prediction_type):
+        metadata |= {"ss_base_model_version": model.kohya, "ss_v2": str(model.v2)}
+        metadata |= {"modelspec.architecture": f"{model.architecture}/lora", "modelspec.resolution": model.resolution}
+    return metadata
 
 
 def _peft(eraser: Eraser) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The tensors and the configuration of a peft adapter; scales are folded in, so every alpha is its rank."""
+    """Return tensors and configuration of a peft adapter; scales are folded in, so every alpha is its rank."""
     tensors = {
         f"base_model.model.{module}.lora_{factor}.weight": tensor.contiguous()
         for module, pair in eraser.pairs.items()
@@ -190,14 +172,14 @@ def _peft(eraser: Eraser) -> tuple[dict[str, Tensor], dict[str, object]]:
     }
     ranks = [pair.rank for pair in eraser.pairs.values()]
     usual = max(set(ranks), key=ranks.count)
-    others = {f"^{re.escape(module)}$": pair.rank for module, pair in eraser.pairs.items() if pair.rank != usual}
+    patterns = {f"^{re.escape(module)}$": pair.rank for module, pair in eraser.pairs.items() if pair.rank != usual}
     config: dict[str, object] = {
         "peft_type": "LORA",
         "base_model_name_or_path": eraser.header.base,
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "target_modules": list(eraser.pairs),
         "bias": "none",
         "inference_mode": True,

@@ -18,12 +18,12 @@ from torch import Tensor
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
 from esd_lora.erasers.tensor_files import read_tensors
-from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families.layer_names import KOHYA_PREFIX, Place, original_places
+from esd_lora.errors import EsdLoraError
+from esd_lora.families import FAMILIES, ModelFamily, family_named
+from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.files import hash_file
 from esd_lora.formats.exporting import PEFT_FILES, scaled
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "sana")
 UNKNOWN = "unknown"
 _SUFFIX = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.default)?\.weight$|\.(alpha)$")
 _ROLES = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_up": "up", "lora_B": "up", "lora.up": "up"}
@@ -49,16 +49,16 @@ def import_lora(
     base: str | None = None,
     without_text_encoder: bool = False,
 ) -> Eraser:
-    """Reads a LoRA file of another program as an eraser; the update of every layer stays the same.
+    """Read a LoRA file of another program as an eraser; the update of every layer stays the same.
 
     What the file does not say (what it erases, from which weights, how it was trained) is marked as unknown. A file that
     `exporting.export` wrote has our header in it and comes back whole.
 
     Args:
         path: A `.safetensors` file, a `.pt` file of tensors, or a directory of peft's or diffusers'.
-        family: Model family, where the layers' names fit several.
-        concepts: Names of what it erases; the file's own name unless given.
-        base: Of which base; what the file says unless given.
+        family: Name of the model family, where the layers' names fit several.
+        concepts: Names of what it erases; the file's own name by default.
+        base: Base that it was made for; by default what the file says.
         without_text_encoder: Leave out layers of a text encoder instead of refusing the file: the eraser is then less than
             the file was.
 
@@ -71,33 +71,31 @@ def import_lora(
     header = parse_header(metadata[HEADER_KEY], file) if HEADER_KEY in metadata else None
     if header and (family or concepts or base):
         raise EsdLoraError(f"{file} is an eraser's, which knows its family, concepts and base: leave out what you say of them.")
-    family = header.family if header else _family(layers, metadata, family, file)
-    if style == "kohya" and not _modules(family):
-        raise EsdLoraError(f"{file} has kohya's names, which family {family!r} has none of. Is it of another family?")
+    chosen = family_named(header.family) if header else _choose_family(layers, metadata, family, file)
+    modules = _modules(chosen)
+    if style == "kohya" and not modules:
+        raise EsdLoraError(f"{file} has kohya's names, which family {chosen.name!r} has none of. Is it of another family?")
     pairs: dict[str, LoraPair] = {}
     scales = _Scales.read(metadata, config, file)
     for name, parts in layers.items():
         if "down" not in parts:
             raise EsdLoraError(f"{file}: layer {name} has an up factor and no down factor. Fetch it again.")
         whole = checked_pair(parts["down"], parts.get("up"), f"{file}: layer {name}")
-        rank = whole.rank
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         if alpha is not None and not math.isfinite(alpha):
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
-        for module, place in _modules(family)[name] if name in _modules(family) else [(name, Place(name))]:
-            scale = alpha / rank if alpha is not None else scales.of(module, rank)
+        for module, place in modules.get(name, [(name, OriginalLayer(name))]):
+            scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
             pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
             if pair:
                 pairs[module] = pair
-    if header is None:
-        header = _header(file, family, style, metadata, concepts, base)
-    return Eraser(pairs, header)
+    return Eraser(pairs, header or _new_header(file, chosen, style, metadata, concepts, base))
 
 
 def _locate(path: Path) -> tuple[Path, str]:
-    """The file of tensors, and peft's configuration where there is one."""
+    """Return the file of tensors, and peft's configuration where there is one."""
     for name in (PEFT_FILES[0], WEIGHTS_NAME):
         if (path / name).is_file():
             config = path / PEFT_FILES[1]
@@ -108,16 +106,16 @@ def _locate(path: Path) -> tuple[Path, str]:
 
 
 def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Factors and alpha by layer, names bare of prefixes, and the layout they are in."""
+    """Return factors and alpha by layer, names bare of prefixes, and the layout they are in."""
     layers: dict[str, dict[str, Tensor]] = {}
     style, texts = "diffusers", 0
     for key, tensor in tensors.items():
-        found = _SUFFIX.search(key)
-        if not found:
+        match = _SUFFIX.search(key)
+        if not match:
             kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
             what = f"{kind} tensors, whose update is no plain product of two factors" if kind else "no LoRA's tensors"
             raise EsdLoraError(f"{file} has {what} ({key}). Only plain LoRA files can be imported.")
-        name, role = key[: found.start()], _ROLES.get(found[1], "alpha")
+        name, role = key[: match.start()], _ROLES.get(match[1], "alpha")
         if name.startswith(_TEXT):
             texts += 1
             continue
@@ -141,42 +139,52 @@ def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tu
 
 
 @cache
-def _modules(family: str) -> Mapping[str, list[tuple[str, Place]]]:
-    """Every name that a file may have for a layer, with dots or underscores, to the layers of ours in it."""
-    names: dict[str, list[tuple[str, Place]]] = {}
-    for module, place in original_places(family).items():
+def _modules(family: ModelFamily) -> Mapping[str, list[tuple[str, OriginalLayer]]]:
+    """Return every name that a file may have for a layer, with dots or underscores, to the layers in it by module path."""
+    places = family.original_layers()
+    names: dict[str, list[tuple[str, OriginalLayer]]] = {}
+    for module, place in places.items():
         for name in dict.fromkeys((place.name, place.name.replace(".", "_"))):
             names.setdefault(name, []).append((module, place))
-    for module in original_places(family):
-        for name in (module, module.replace(".", "_")):  # where both projects use a name, it is ours
-            names[name] = [(module, Place(module))]
+    for module in places:
+        for name in (module, module.replace(".", "_")):  # where both projects use a name, it is diffusers'
+            names[name] = [(module, OriginalLayer(module))]
     return names
 
 
-def _family(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], asked: str | None, file: Path) -> str:
-    """The family whose layers these are."""
-    if asked is not None:
-        if asked not in FAMILIES:
-            raise EsdLoraError(f"unknown family {asked!r}{did_you_mean(asked, FAMILIES)}. Known: {', '.join(FAMILIES)}.")
-        strange = next((name for name in layers if _modules(asked) and name not in _modules(asked)), None)
+def _choose_family(
+    layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], given: str | None, file: Path
+) -> ModelFamily:
+    """Return the family whose layers these are: the given one, or the only one that names, metadata and widths fit."""
+    if given is not None:
+        family = family_named(given)
+        strange = next((name for name in layers if _modules(family) and name not in _modules(family)), None)
         if strange:
-            raise EsdLoraError(f"{file} has layer {strange}, which no model of family {asked!r} has.")
-        return asked
-    fitting = [family for family in FAMILIES if original_places(family) and all(name in _modules(family) for name in layers)]
-    told = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
-    for family, words in {"sdxl": r"sdxl|-xl-", "sd3": r"sd3|diffusion-3", "flux": "flux", "sd": r"sd_v|-v1|-v2"}.items():
-        if family in fitting and re.search(words, told):
+            raise EsdLoraError(f"{file} has layer {strange}, which no model of family {given!r} has.")
+        return family
+    fitting = [family for family in FAMILIES if _modules(family) and layers.keys() <= _modules(family).keys()]
+    base_model = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
+    for family in fitting:
+        if family.metadata_pattern and re.search(family.metadata_pattern, base_model):
             return family
-    widths = {
-        parts["down"].shape[1] for name, parts in layers.items() if re.search(r"attn2.to_[kv]$", name) and "down" in parts
-    }
-    if len(fitting) > 1 and widths & {768, 1024, 2048}:
-        fitting = ["sdxl" if 2048 in widths else "sd"]
+    if len(fitting) > 1:
+        fitting = [family for family in fitting if family.text_widths & _text_widths(family, layers)] or fitting
     if len(fitting) != 1:
         shown = ", ".join(list(layers)[:3])
-        remedy = f"fit {' and '.join(fitting)} alike: say which with --family" if fitting else "are of no model known here"
+        names = " and ".join(family.name for family in fitting)
+        remedy = f"fit {names} alike: say which with --family" if fitting else "are of no model known here"
         raise EsdLoraError(f"the layers of {file} ({shown}{', ...' if len(layers) > 3 else ''}) {remedy}.")
     return fitting[0]
+
+
+def _text_widths(family: ModelFamily, layers: Mapping[str, Mapping[str, Tensor]]) -> set[int]:
+    """Return the numbers of inputs of the layers that read text, if the layers are of the family."""
+    modules = _modules(family)
+    return {
+        parts["down"].shape[1]
+        for name, parts in layers.items()
+        if "down" in parts and parts["down"].dim() > 1 and any(family.reads_text(module) for module, _ in modules[name])
+    }
 
 
 def _pattern(text: str) -> str:
@@ -197,23 +205,23 @@ class _Scales(BaseModel):
     @classmethod
     def read(cls, metadata: Mapping[str, str], config: str, file: Path) -> _Scales:
         try:
-            told: Any = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
-            if not config and isinstance(told, dict):  # diffusers' own, prefixed with the component
-                named = cast("dict[str, Any]", told).items()
-                told = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
-            return cls.model_validate(told)
+            fields: Any = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
+            if not config and isinstance(fields, dict):  # diffusers' own, prefixed with the component
+                named = cast("dict[str, Any]", fields).items()
+                fields = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
+            return cls.model_validate(fields)
         except ValueError as error:  # pydantic's and json's are both
             raise EsdLoraError(f"{file} has a damaged configuration of its scales. Fetch it again.") from error
 
-    def of(self, module: str, rank: int) -> float:
+    def at(self, module: str, rank: int) -> float:
         if self.lora_alpha is None:
             return 1.0
         fitting = (a for pattern, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
         return next(fitting, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
 
 
-def _part(pair: LoraPair, place: Place) -> LoraPair | None:
-    """The update of one layer of ours, out of that of the original weight; `None` if it is zero."""
+def _part(pair: LoraPair, place: OriginalLayer) -> LoraPair | None:
+    """Return the update of one layer, out of that of the original weight; `None` if it is zero."""
     if not place.total:
         return LoraPair(pair.down, place.reordered(pair.up, pair.down.shape[1]))
     up = pair.up[place.rows(pair.down.shape[1])]
@@ -221,19 +229,15 @@ def _part(pair: LoraPair, place: Place) -> LoraPair | None:
     return LoraPair(pair.down[used], up[:, used]) if bool(used.any()) else None
 
 
-def _header(
-    file: Path, family: str, style: str, metadata: Mapping[str, str], concepts: Sequence[str], base: str | None
+def _new_header(
+    file: Path, family: ModelFamily, style: str, metadata: Mapping[str, str], concepts: Sequence[str], base: str | None
 ) -> EraserHeader:
-    predicts = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
-    if metadata.get("ss_v_parameterization") == "True":
-        predicts = "v_prediction"
-    if family in ("sd3", "flux", "sana"):
-        predicts = "flow"
+    """Return the header of an import: what the file says of itself, and `UNKNOWN` for the rest."""
     notes = {key: value[:2000] for key, value in metadata.items() if _NOTED.fullmatch(key)}
     return EraserHeader(
-        family=family,
-        prefix="unet" if family in ("sd", "sdxl") else "transformer",
-        prediction_type=predicts,
+        family=family.name,
+        prefix=family.denoiser,
+        prediction_type=family.stated_prediction_type(metadata),
         base=base or metadata.get("ss_sd_model_name") or UNKNOWN,
         base_hashes={},
         concepts=tuple(ErasedConcept(name=name, pairs=(), eta=None) for name in concepts or [file.stem]),

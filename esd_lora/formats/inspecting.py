@@ -17,7 +17,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file
 from esd_lora.formats.importing import import_lora
 
-_BAR = 30  # characters of the longest
+_BAR = 30  # characters of the longest bar
 
 
 class LayerFacts(NamedTuple):
@@ -25,29 +25,30 @@ class LayerFacts(NamedTuple):
 
     rank: int
     shape: tuple[int, ...]
-    """Of the weight it changes."""
+    """Shape of the weight it changes."""
     norm: float
     """Frobenius norm of the update."""
 
 
 class Inspected(NamedTuple):
-    """A LoRA file, looked into."""
+    """A LoRA file and the facts about it."""
 
     eraser: Eraser
     layers: dict[str, LayerFacts]
+    """Facts by module path."""
     size: int
-    """Of the file on disk, or of the tensors if it is a manifest; bytes."""
+    """Bytes of the file on disk, or of the tensors if it is a manifest."""
     sha256: str | None
-    """Of the file, if it is one."""
+    """Hash of the file, if it is one."""
     sha256_tensors: str
-    """Of the tensors' bytes alone, the same whatever the header says."""
+    """Hash of the tensors' bytes alone, the same whatever the header says."""
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for other programs."""
+        """Return everything, for other programs."""
         return {
             "header": self.eraser.header.model_dump(mode="json"),
             "layers": {m: {"rank": f.rank, "shape": list(f.shape), "norm": f.norm} for m, f in self.layers.items()},
-            "blocks": {b: {"layers": len(n), "norm": _total(n)} for b, n in self._by_block().items()},
+            "blocks": {b: {"layers": len(norms), "norm": _total(norms)} for b, norms in self._by_block().items()},
             "norm": _total([facts.norm for facts in self.layers.values()]),
             "size": self.size,
             "sha256": self.sha256,
@@ -61,7 +62,7 @@ class Inspected(NamedTuple):
         return blocks
 
     def lines(self, each_layer: bool | None = None) -> list[str]:
-        """The facts a line a topic, then bars of the update's norm.
+        """Return the facts, a line a topic, then bars of the update's norm.
 
         Args:
             each_layer: Whether to show a bar for every layer, or one for every block; layers if they are not too many.
@@ -98,11 +99,12 @@ class Inspected(NamedTuple):
             "made": f"{header.created}, format {header.format}, " + ", ".join(f"{k} {v}" for k, v in header.versions.items()),
         }
         for origin in header.origins:
-            told = "; ".join(f"{key} {value!r}" for key, value in list(origin.notes.items())[:6])
+            notes = "; ".join(f"{key} {value!r}" for key, value in list(origin.notes.items())[:6])
             files = ", ".join(f"{name} ({digest[:12]})" for name, digest in origin.files.items())
-            topics["origin"] = f"{origin.how} from {files}, {origin.layout}; provenance unknown" + (
-                f"; it says {told}" * bool(told)
-            )
+            cut = f", rank {origin.rank}" * (origin.rank is not None)
+            cut += f", energy {origin.energy}" * (origin.energy is not None)
+            topics["origin"] = f"{origin.how} from {files}, {origin.layout}{cut}; provenance unknown"
+            topics["origin"] += f"; it says {notes}" * bool(notes)
         if lines := making(header):
             topics["stack"] = ", ".join(lines)
         if header.truncation:
@@ -114,7 +116,7 @@ class Inspected(NamedTuple):
 
 
 def inspect_file(path: str | Path) -> Inspected:
-    """Looks into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `importing.import_lora` reads.
+    """Look into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `importing.import_lora` reads.
 
     Raises:
         EsdLoraError: If there is no such file, it is damaged, or no plain LoRA.
@@ -134,25 +136,25 @@ def inspect_file(path: str | Path) -> Inspected:
 
 
 def block_of(module: str) -> str:
-    """The part of the model that a layer lies in: `down_blocks.0`, `mid_block`, `transformer_blocks.3`."""
-    found = re.match(r"(\w+blocks\.\d+|mid_block)\.", module)
-    return found[1] if found else module.partition(".")[0]
+    """Return the part of the model that a layer lies in: `down_blocks.0`, `mid_block`, `transformer_blocks.3`."""
+    match = re.match(r"(\w+blocks\.\d+|mid_block)\.", module)
+    return match[1] if match else module.partition(".")[0]
 
 
 def bars(values: Mapping[str, float]) -> list[str]:
-    """A bar chart in text, a line a value."""
+    """Return a bar chart in text, a line a value."""
     width = max(map(len, values), default=0)
     most = max(values.values(), default=0) or 1
     return [f"  {name:<{width}}  {'█' * round(_BAR * value / most):<{_BAR}}  {value:.4g}" for name, value in values.items()]
 
 
 def _total(norms: list[float]) -> float:
-    """Norm of several updates together."""
+    """Return the norm of several updates together."""
     return sum(norm * norm for norm in norms) ** 0.5
 
 
-class Difference(NamedTuple):
-    """How two LoRA files differ."""
+class FileDifference(NamedTuple):
+    """The difference of two LoRA files."""
 
     only: tuple[list[str], list[str]]
     """Layers that the first has alone, and the second."""
@@ -164,7 +166,7 @@ class Difference(NamedTuple):
     """Fields of the header that differ."""
 
     def lines(self) -> list[str]:
-        """The difference, a line a fact."""
+        """Return the difference, a line a fact."""
         rows = [f"{name:>16}  {_short(a)}  |  {_short(b)}" for name, (a, b) in self.header.items()]
         for name, modules in zip(("first", "second"), self.only, strict=True):
             if modules:
@@ -186,8 +188,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def diff(first: str | Path, second: str | Path) -> Difference:
-    """Compares two LoRA files: headers, layers, and the updates themselves.
+def diff(first: str | Path, second: str | Path) -> FileDifference:
+    """Compare two LoRA files: headers, layers, and the updates themselves.
 
     Raises:
         EsdLoraError: If one cannot be read, or they change layers of different shapes.
@@ -196,23 +198,22 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     layers: dict[str, tuple[float, float]] = {}
     distances: list[float] = []
     for module in a.pairs.keys() & b.pairs.keys():
-        one, other = a.pairs[module], b.pairs[module]
-        if one.shape != other.shape:
+        old, new = a.pairs[module], b.pairs[module]
+        if old.shape != new.shape:
             raise EsdLoraError(
-                f"layer {module} has shape {one.shape} in {first} and {other.shape} in {second}: two models' files."
+                f"layer {module} has shape {old.shape} in {first} and {new.shape} in {second}: two models' files."
             )
-        norms = one.norm() * other.norm()
-        apart = max(0.0, one.inner(one) + other.inner(other) - 2 * one.inner(other)) ** 0.5
-        distances.append(apart)
-        layers[module] = apart / (one.norm() or 1.0), one.inner(other) / (norms or 1.0)
+        norms = old.norm() * new.norm()
+        distance = max(0.0, old.inner(old) + new.inner(new) - 2 * old.inner(new)) ** 0.5
+        distances.append(distance)
+        layers[module] = distance / (old.norm() or 1.0), old.inner(new) / (norms or 1.0)
     only = sorted(a.pairs.keys() - b.pairs.keys()), sorted(b.pairs.keys() - a.pairs.keys())
     whole = _total([pair.norm() for pair in a.pairs.values()])
     alone = [eraser.pairs[m].norm() for eraser, modules in zip((a, b), only, strict=True) for m in modules]
-    overall = _total([*distances, *alone]) / (whole or 1.0)
-    told = [eraser.header.model_dump(mode="json") for eraser in (a, b)]
-    return Difference(
+    old_header, new_header = (eraser.header.model_dump(mode="json") for eraser in (a, b))
+    return FileDifference(
         only=only,
         layers={module: layers[module] for module in a.pairs if module in layers},
-        overall=overall,
-        header={key: (told[0][key], told[1][key]) for key in told[0] if told[0][key] != told[1][key]},
+        overall=_total([*distances, *alone]) / (whole or 1.0),
+        header={key: (old_header[key], new_header[key]) for key in old_header if old_header[key] != new_header[key]},
     )

@@ -24,7 +24,7 @@ from esd_lora.files import partial_name, prepare_file, remove_partials, reportin
 from esd_lora.weights.streaming import write_merged
 
 _COMPARED = 64 * 2**20
-"""Values of the base that are hashed at most: all of cross-attention in Stable Diffusion."""
+"""Most values of the base that are hashed: all of cross-attention in Stable Diffusion."""
 
 
 def merge(
@@ -36,7 +36,7 @@ def merge(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Adds erasers to a base's weights and writes the result in the base's own layout.
+    """Add erasers to a base's weights and write the result in the base's own layout.
 
     Sums are made in float32 and rounded once, to the dtype the base is stored in. Untouched tensors are copied byte for
     byte, averaged (EMA) copies of the denoiser are merged too. The output appears whole, by a rename, or not at all; the
@@ -80,7 +80,7 @@ def merge(
 
 
 def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:
-    """What the merged file says about one eraser."""
+    """Return what the merged file says about one eraser."""
     header = eraser.header
     return {
         "concepts": [concept.model_dump(mode="json") for concept in header.concepts],
@@ -93,8 +93,8 @@ def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:
 
 
 def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
-    """Refuses erasers of another kind of model, and layers that the base lacks or has in another shape."""
-    check_kind(stacked, stored.family, stored.prediction_type, base)
+    """Refuse erasers of another kind of model, and layers that the base lacks or has in another shape."""
+    check_kind(stacked, stored.family.name, stored.prediction_type, base)
     left = set(stacked.pairs)
     for file in stored.files:
         for name, members in file.layers.items():
@@ -119,16 +119,15 @@ def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
 
 
 def _compared(stacked: Eraser) -> list[str]:
-    """The layers that are hashed: the smallest, which are most of them."""
+    """Return the layers that are hashed: the smallest, which are most of them."""
     sizes = {module: math.prod(pair.shape) for module, pair in stacked.pairs.items()}
     smallest = sorted(sizes, key=lambda module: sizes[module])
-    upto = accumulate(sizes[module] for module in smallest)
-    return [module for module, total in zip(smallest, upto, strict=True) if total <= _COMPARED] or smallest[:1]
+    totals = accumulate(sizes[module] for module in smallest)
+    return [module for module, total in zip(smallest, totals, strict=True) if total <= _COMPARED] or smallest[:1]
 
 
 def _check_directory(source: Path, out: Path, force: bool) -> None:
-    inside = out.resolve()
-    if inside == source.resolve() or source.resolve() in inside.parents:
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise EsdLoraError(f"output {out} is inside the base itself. The base is never written to; choose another place.")
     if out.suffix == ".safetensors":
         raise EsdLoraError(f"output {out} is named like a file, and the base is a diffusers directory: so is what comes out.")
@@ -151,9 +150,9 @@ def _check_file(source: Path, out: Path, force: bool) -> None:
 
 
 def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
-    handle, beside = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
+    handle, name = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
     os.close(handle)
-    partial = Path(beside)
+    partial = Path(name)
     try:
         write_merged(stored.files[0], stacked, partial, entry, bar)
         partial.chmod(0o644)

@@ -18,7 +18,7 @@ from torch import Tensor
 from esd_lora.bases.stored import StoredFile
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.tensor_files import DTYPES, Header
-from esd_lora.families.layer_names import Place
+from esd_lora.families.layer_names import OriginalLayer
 
 MERGED_KEY = "esd_lora_merged"
 """Metadata of a merged file: a JSON list of what was merged into it, the latest last."""
@@ -30,23 +30,23 @@ _RUN = 64 * 2**20  # bytes of untouched tensors that one thread copies in a go
 
 
 class Bar(Protocol):
-    """What is told about progress."""
+    """A progress bar, such as tqdm's."""
 
     def update(self, n: float) -> object: ...
 
 
 def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Mapping[str, Any], bar: Bar) -> None:
-    """Writes a merged safetensors file: the old one's tensors at the old offsets, the stack's updates added.
+    """Write a merged safetensors file: the old one's tensors at the old offsets, the stack's updates added.
 
     A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes at the
     offsets the header gives. Shapes and dtypes stay, so offsets stay too; only the metadata grows.
 
     Args:
-        file: Of the base.
-        stacked: Whose layers fit the file's.
-        target: To write; whatever it holds is lost.
+        file: File of the base.
+        stacked: Stack whose layers fit the file's.
+        target: File to write; whatever it holds is lost.
         provenance: Added to the metadata.
-        bar: Told of every byte of the tensors.
+        bar: Updated with every byte of the tensors.
 
     Raises:
         OSError: If the system does not let it.
@@ -81,22 +81,22 @@ def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Ma
 
 
 def merged_before(header: Header) -> list[dict[str, Any]]:
-    """What was merged into a file before, as it says itself."""
+    """Return what was merged into a file before, as it says itself."""
     try:
-        found = json.loads(header.metadata.get(MERGED_KEY, "[]"))
+        merged = json.loads(header.metadata.get(MERGED_KEY, "[]"))
     except ValueError:
         return []
-    return found if isinstance(found, list) else []
+    return merged if isinstance(merged, list) else []
 
 
 def _tensors(file: StoredFile) -> list[tuple[str, int, int]]:
-    """Name, first and last byte of every tensor, in their order in the file."""
-    found = [(name, *entry["data_offsets"]) for name, entry in file.header.tensors.items()]
-    return sorted(found, key=lambda part: part[1])
+    """Return name, first and last byte of every tensor, in their order in the file."""
+    tensors = [(name, *entry["data_offsets"]) for name, entry in file.header.tensors.items()]
+    return sorted(tensors, key=lambda tensor: tensor[1])
 
 
 def _parts(file: StoredFile, stacked: Eraser) -> Iterator[tuple[str, int, int]]:
-    """Touched tensors one by one, the others joined to runs without a name."""
+    """Yield touched tensors one by one, the others joined to runs without a name."""
     touched = {name for name, members in file.layers.items() if any(module in stacked.pairs for module, _ in members)}
     begun = last = 0
     for name, begin, end in _tensors(file):
@@ -113,7 +113,7 @@ def _parts(file: StoredFile, stacked: Eraser) -> Iterator[tuple[str, int, int]]:
 
 
 def _copy(source: BinaryIO, sink: BinaryIO, length: int, turn: Lock) -> None:
-    """Copies from where one file stands to where the other does, inside the kernel where it can."""
+    """Copy from where one file stands to where the other does, inside the kernel where it can."""
     while length and hasattr(os, "copy_file_range"):
         try:
             with turn:
@@ -134,44 +134,44 @@ def _copy(source: BinaryIO, sink: BinaryIO, length: int, turn: Lock) -> None:
 
 
 def _read(source: BinaryIO, piece: memoryview) -> None:
-    """Fills the piece; the system may give less at a time."""
-    at = 0
-    while at < len(piece):
-        count: int = source.readinto(piece[at:])  # type: ignore[attr-defined]
+    """Fill the piece; the system may give less at a time."""
+    done = 0
+    while done < len(piece):
+        count: int = source.readinto(piece[done:])  # type: ignore[attr-defined]
         if not count:
             raise OSError(f"{source.name} became shorter while it was read")
-        at += count
+        done += count
 
 
 def _write(sink: BinaryIO, piece: memoryview, turn: Lock) -> None:
-    at = 0
-    while at < len(piece):
+    done = 0
+    while done < len(piece):
         with turn:
-            at += sink.write(piece[at:])
+            done += sink.write(piece[done:])
 
 
 class _Addition(NamedTuple):
     """An update that goes onto some rows of a stored tensor."""
 
     first: int
-    """Row that it begins at."""
+    """First of the rows."""
     up: Tensor
     down: Tensor
 
     @classmethod
-    def at(cls, place: Place, pair: LoraPair, inputs: int, dtype: torch.dtype) -> _Addition:
+    def at(cls, place: OriginalLayer, pair: LoraPair, inputs: int, dtype: torch.dtype) -> _Addition:
         up = place.reordered(pair.up.flatten(1), inputs)
         return cls(place.rows(inputs).start or 0, up.to(dtype), pair.down.flatten(1).to(dtype))
 
     def apply(self, block: Tensor, first: int) -> None:
-        """Adds to a block of the tensor's rows, from row `first` on, as far as the update reaches there."""
+        """Add to a block of the tensor's rows, from row `first` on, as far as the update reaches there."""
         a, b = max(first, self.first), min(first + len(block), self.first + len(self.up))
         if a < b:
             block[a - first : b - first].addmm_(self.up[a - self.first : b - self.first], self.down)
 
 
 def _add(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO, sink: BinaryIO, turn: Lock) -> None:
-    """Writes one touched tensor, some rows at a time: summed in float32 or better, rounded once."""
+    """Write one touched tensor, some rows at a time: summed in float32 or better, rounded once."""
     entry = file.header.tensors[name]
     dtype, rows, inputs = DTYPES[entry["dtype"]], *entry["shape"][:2]
     width = torch.Size(entry["shape"][1:]).numel()

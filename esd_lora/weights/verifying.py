@@ -14,19 +14,19 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.erasers.tensor_files import DTYPES, Header, read_rows
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.layer_names import Place
+from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import hash_folder
 
 _VALUES = 2**20  # compared at once
 
 
 class Verified(NamedTuple):
-    """What was compared."""
+    """The result of comparing every tensor of a merged base with the base's."""
 
     touched: int
-    """Tensors that are the base's plus the update, to within the rounding of their dtype."""
+    """Number of tensors that are the base's plus the update, to within the rounding of their dtype."""
     untouched: int
-    """Tensors that are the base's bit for bit."""
+    """Number of tensors that are the base's bit for bit."""
     worst: float
     """Largest distance of a touched value from base + update, in units of the dtype's spacing there; up to .5 is rounding."""
 
@@ -38,14 +38,14 @@ def verify(
     *,
     weights: Sequence[float | Strength] | None = None,
 ) -> Verified:
-    """Proves that a merged base is the base plus the erasers' updates, and nothing else.
+    """Prove that a merged base is the base plus the erasers' updates, and nothing else.
 
     The sum is made anew in float64, from the updates multiplied out; a stored value may differ from it by what rounding to
     its dtype, and summing in float32, cost.
 
     Args:
-        merged: What `merging.merge` wrote.
-        base: What it read.
+        merged: Directory or file that `merging.merge` wrote.
+        base: Base that it read.
         erasers: Erasers or their paths, as they were merged.
         weights: Their strengths, as they were merged.
 
@@ -77,7 +77,7 @@ def verify(
 
 
 def _check_files(before: Stored, after: Stored) -> None:
-    """Refuses another layout, and differences outside of the denoiser's weights."""
+    """Refuse another layout, and differences outside of the denoiser's weights."""
     if before.denoiser and after.denoiser:
         names = ([file.path.name for file in stored.files] for stored in (before, after))
         left_out = ([path for path in d.iterdir() if path.suffix in WEIGHTS] for d in (before.denoiser, after.denoiser))
@@ -92,9 +92,9 @@ def _check_files(before: Stored, after: Stored) -> None:
 
 
 def _distance(
-    source: BinaryIO, old: Header, result: BinaryIO, new: Header, name: str, members: Sequence[tuple[LoraPair, Place]]
+    source: BinaryIO, old: Header, result: BinaryIO, new: Header, name: str, members: Sequence[tuple[LoraPair, OriginalLayer]]
 ) -> float:
-    """Largest distance of a tensor's values from base + updates beyond float32's own error, in units of its dtype's spacing."""
+    """Return how far a tensor's values are from base + updates at most, beyond float32's own error, in its dtype's spacings."""
     rows, inputs = old.tensors[name]["shape"][:2]
     info = torch.finfo(DTYPES[old.tensors[name]["dtype"]])
     step = max(1, _VALUES * rows // torch.Size(old.tensors[name]["shape"]).numel())
@@ -111,8 +111,8 @@ def _distance(
                 part = up[a - start : b - start]
                 expected[a - first : b - first] += part @ down
                 slack[a - first : b - first] += part.abs() @ down.abs()
-        found = read_rows(result, new, name, block).flatten(1).double()
-        beyond = (found - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack
+        actual = read_rows(result, new, name, block).flatten(1).double()
+        beyond = (actual - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack
         spacing = expected.abs().clamp_min(info.tiny) * info.eps
         worst = max(worst, float((beyond.clamp_min(0) / spacing).nan_to_num(nan=torch.inf).max()))
     return worst
@@ -123,7 +123,7 @@ def _shapes(header: Header) -> dict[str, tuple[str, list[int]]]:
 
 
 def _same_bytes(a: BinaryIO, header_a: Header, b: BinaryIO, header_b: Header, name: str) -> bool:
-    """Whether both files hold the tensor bit for bit, compared piece by piece."""
+    """Return whether both files hold the tensor bit for bit, compared piece by piece."""
     begin, end = header_a.tensors[name]["data_offsets"]
     a.seek(header_a.start + begin)
     b.seek(header_b.start + header_b.tensors[name]["data_offsets"][0])

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_merge_single_file import KINDS, written
 
 import original_checkpoints
 from esd_lora.erasers.eraser import Eraser, hash_weight
+from esd_lora.erasers.header import parse_header
+from esd_lora.erasers.stacking import kept_rank
 from esd_lora.errors import EsdLoraError
+from esd_lora.formats.inspecting import inspect_file
 from esd_lora.weights.extracting import extract
 from esd_lora.weights.merging import merge
-from random_erasers import eraser_on
+from random_erasers import build_header, eraser_on, random_eraser
 from tiny import tiny_pipeline
 from toy_denoisers import MODELS, layers_of
 from toys import make_toy
@@ -115,6 +122,78 @@ def test_lower_rank_keeps_what_svd_keeps(tiny_dir: Path, tmp_path: Path) -> None
         squares = torch.linalg.svdvals((after[module].weight.double() - before[module].weight.double()).detach()).square()
         assert some.energy[module] >= 0.8
         assert float(squares[: pair.rank - 1].sum() / squares.sum()) < 0.8
+
+
+def test_norms_of_a_pickle_are_compared_too(tiny_dir: Path, tmp_path: Path) -> None:
+    unet, _ = tuned_unet()
+    with torch.no_grad():
+        unet.conv_norm_out.weight += 1
+    torch.save(unet.state_dict(), tmp_path / "t.pt")
+    with pytest.warns(UserWarning, match="differ too, which no LoRA can hold"):
+        assert "conv_norm_out.weight" in extract(tiny_dir, tmp_path / "t.pt", rank=1, progress=False).beyond
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [({"rank": 3}, "rank 3"), ({"energy": 0.5}, "energy 0.5"), ({"rank": 2, "energy": 1.0}, "rank 2, energy 1.0")],
+)
+@pytest.mark.parametrize("layout", ["safetensors", "pickle", "directory"])
+def test_origin_says_what_was_read_and_kept(
+    asked: dict[str, float], words: str, layout: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    unet, trained = tuned_unet()
+    tuned = tmp_path / {"safetensors": "t.safetensors", "pickle": "t.pt", "directory": "t"}[layout]
+    weights = {name: tensor for name, tensor in trained.items() if name.endswith("weight")}
+    if layout == "directory":
+        shutil.copytree(tiny_dir, tuned)
+        unet.save_pretrained(tuned / "unet")
+    else:
+        save_file(weights, tuned) if layout == "safetensors" else torch.save(weights, tuned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of biases
+        eraser = extract(tiny_dir, tuned, progress=False, **asked).eraser  # type: ignore[arg-type]
+    (origin,) = Eraser.load(eraser.save(tmp_path / "eraser")).header.origins
+    assert (origin.how, origin.layout) == ("extracted", layout)
+    assert (origin.rank, origin.energy) == (asked.get("rank"), asked.get("energy"))
+    assert f"), {layout}, {words}; provenance unknown" in "\n".join(inspect_file(tmp_path / "eraser").lines())
+
+
+def test_origin_of_an_older_extraction_is_read(tmp_path: Path) -> None:
+    """Whose rank stood in the layout's field."""
+    text = json.loads(build_header().model_dump_json())
+    text["origins"] = [{"how": "extracted", "files": {"esd-cat.pt": "0" * 64}, "layout": "rank 4, energy 0.9", "notes": {}}]
+    header = parse_header(json.dumps(text), Path("x.safetensors"))
+    (origin,) = header.origins
+    assert (origin.layout, origin.rank, origin.energy) == ("rank 4, energy 0.9", None, None)
+    folder = Eraser(random_eraser({"conv": 1}).pairs, header).save(tmp_path / "eraser")
+    assert "), rank 4, energy 0.9; provenance unknown" in "\n".join(inspect_file(folder).lines())
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(0, 1e3), min_size=1, max_size=12).filter(lambda values: max(values) > 1e-3),
+    st.none() | st.integers(1, 14),
+    st.floats(0.01, 1),
+    st.sampled_from([0.0, 1e-12]),
+)
+def test_rank_is_the_lowest_that_keeps_the_energy(
+    values: list[float], rank: int | None, energy: float, rounding: float
+) -> None:
+    """Written out as a search, from the large end; the sum from the small end may differ from it in the last bit."""
+    squares = torch.tensor(sorted(values, reverse=True), dtype=torch.float64).square()
+    whole, slack = float(squares.sum()), 1e-15
+    kept = kept_rank(squares, rank, energy, rounding=rounding)
+    assert 1 <= kept <= min(rank or len(squares), len(squares))
+    if kept < min(rank or len(squares), len(squares)):
+        assert float(squares[:kept].sum()) >= (energy * (1 - rounding) - slack) * whole
+    if kept > 1:
+        assert float(squares[: kept - 1].sum()) < (energy * (1 - rounding) + slack) * whole
+
+
+def test_full_energy_keeps_what_rounding_adds_only_where_there_is_none() -> None:
+    squares = torch.tensor([1.0, 0.5, 1e-14, 1e-30], dtype=torch.float64)
+    assert kept_rank(squares, None, 1.0) == 4
+    assert kept_rank(squares, None, 1.0, rounding=1e-12) == 2
 
 
 def refusal(base: Path, tuned: Path, **asked: float) -> str:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.families.layer_names import kohya_names, original_places
+from esd_lora.families import family_named
 from esd_lora.formats.exporting import LAYOUTS, export, kohya_tensors
 from esd_lora.formats.importing import import_lora
 from published_denoisers import DENOISERS, denoiser
@@ -84,7 +84,7 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
     """As many kohya names as there are layers; Flux and SD 3 have fewer, because queries, keys and values share one."""
     family, model = DENOISERS[name][0], denoiser(name)
     layers = layers_of(family, model)
-    names, places = kohya_names(family), original_places(family)
+    names, places = family_named(family).kohya_names(), family_named(family).original_layers()
     assert set(layers) <= names.keys()
     shared: dict[str, list[int]] = {}
     for layer in layers:
@@ -95,9 +95,9 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
 
 def test_names_are_those_seen_in_files() -> None:
     """Keys of published files: a LoRA for SD 1.5 and one for SDXL by sd-scripts, one for Flux by sd-scripts."""
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k" in kohya_names("sd").values()
-    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in kohya_names("sd").values()
-    sdxl = kohya_names("sdxl")
+    sd, sdxl, flux = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux"))
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k" in sd.values()
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in sd.values()
     assert (
         sdxl["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"]
         == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -106,7 +106,6 @@ def test_names_are_those_seen_in_files() -> None:
     assert sdxl["mid_block.attentions.0.transformer_blocks.9.attn1.to_out.0"] == (
         "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_out_0"
     )
-    flux = kohya_names("flux")
     assert flux["transformer_blocks.18.attn.add_v_proj"] == "lora_unet_double_blocks_18_txt_attn_qkv"
     assert flux["single_transformer_blocks.37.proj_mlp"] == "lora_unet_single_blocks_37_linear1"
 

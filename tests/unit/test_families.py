@@ -14,6 +14,7 @@ from torch import nn
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
+from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES
@@ -183,6 +184,13 @@ def test_hub_id_with_a_revision(tiny_dir: Path, tmp_path: Path, monkeypatch: pyt
     assert (base.id, base.family.name, base.revision) == ("owner/name", "sd", commits["v1"])
     assert "PixArtSigmaPipeline" in refusal("owner/name")
     assert "owner/name" in refusal("owner/name@v2")
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@refs/pr/1"])
+def test_hub_id_that_is_merged_into(revision: str) -> None:
+    """A pull request's branch has slashes of its own."""
+    with pytest.raises(EsdLoraError, match=f"base 'owner/no-such-model{revision}' cannot be fetched"):
+        open_stored(f"owner/no-such-model{revision}")
 
 
 def test_directory_without_an_index(tmp_path: Path) -> None:

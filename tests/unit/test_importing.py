@@ -212,12 +212,21 @@ def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:
         import_lora(written({f"lora_unet_strange_{key}": t for key, t in simple().items()}, tmp_path))
 
 
+def test_vector_is_refused_before_its_width_is_asked_for(tmp_path: Path) -> None:
+    file = written(simple() | {f"{KOHYA}.lora_down.weight": torch.ones(768)}, tmp_path)
+    with pytest.raises(EsdLoraError, match="fit sd and sdxl alike"):
+        import_lora(file)
+    with pytest.raises(EsdLoraError, match="no lora_B that fits"):
+        import_lora(file, family="sd")
+
+
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
         ({}, None),
         ({"ss_v_parameterization": "True"}, "v_prediction"),
         ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "v_prediction"}, "v_prediction"),
         ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ],
 )

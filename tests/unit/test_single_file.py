@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import original_checkpoints
 from esd_lora.bases import single_file
 from esd_lora.bases.loading import load_base
-from esd_lora.bases.single_file import kind_of, measured_prediction_type, write_clip_tokenizer
+from esd_lora.bases.single_file import identify, measured_prediction_type, write_clip_tokenizer
+from esd_lora.bases.stored import open_stored
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import FAMILIES
+from esd_lora.families import family_named
 from esd_lora.files import PICKLES
 from published_denoisers import build, shipped
 from toys import make_toy, save_toy
@@ -186,6 +187,9 @@ def test_nothing_is_downloaded(small_configs: Path, tmp_path: Path, offline: lis
     [
         ("sd1", None, {}, "epsilon"),
         ("sd1", {"modelspec.prediction_type": "v"}, {}, "v_prediction"),
+        ("sd1", {"modelspec.prediction_type": "v_prediction"}, {}, "v_prediction"),
+        ("sd1", {"modelspec.prediction_type": "epsilon"}, {"v_pred": torch.zeros(0)}, "v_prediction"),
+        ("sd1", {"ss_v_parameterization": "True"}, {}, "v_prediction"),
         ("sd1", None, {"v_pred": torch.zeros(0)}, "v_prediction"),
         ("sd2", {"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
         ("sd2", {"modelspec.prediction_type": "v_prediction"}, {}, "v_prediction"),
@@ -196,7 +200,7 @@ def test_prediction_type_is_what_the_file_says(
 ) -> None:
     file = small_checkpoint(small_configs, name, tmp_path / "model.safetensors", metadata, **extra)
     base = load_base(file, device="cpu")
-    assert base.prediction_type == expected
+    assert base.prediction_type == open_stored(file).prediction_type == expected
     assert base.family.scheduler(base.pipe, 4, (4, 8, 8)).config.prediction_type == expected
     assert base.latent_shape()[1] == (96 if name == "sd2" and expected == "v_prediction" else 8)
 
@@ -252,9 +256,7 @@ CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj
     ],
 )
 def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], family: str) -> None:
-    kind = kind_of(Path("model.safetensors"), shapes)
-    assert kind.family == family
-    assert kind.family in {f.name for f in FAMILIES}
+    assert identify(Path("model.safetensors"), shapes)[0] is family_named(family)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
 )
 def test_what_no_family_reads_is_named(shapes: dict[str, tuple[int, ...]], found: str) -> None:
     with pytest.raises(EsdLoraError) as caught:
-        kind_of(Path("model.safetensors"), shapes)
+        identify(Path("model.safetensors"), shapes)
     message = str(caught.value)
     assert found in message
     assert "Supported single files: SD 1.x" in message

@@ -78,7 +78,7 @@ def _normalising(base: Base) -> tuple[Any, Any]:
     """What a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
     vae = base.pipe.vae
     own: Any = vae.config
-    if base.family.name == "sdxl" and own.latents_mean and own.latents_std:
+    if base.family.normalises_latents and own.latents_mean and own.latents_std:
         mean, std = (torch.tensor(value, device=vae.device).view(1, -1, 1, 1) for value in (own.latents_mean, own.latents_std))
         return mean, own.scaling_factor / std
     return (own.shift_factor or 0.0) if base.prediction_type == "flow" else 0.0, own.scaling_factor
