@@ -33,7 +33,7 @@ class Entry(BaseModel):
     """Name or path, as `esd-lora train` takes it."""
     repo: str
     """Name of the repository; the owner stands above."""
-    licence: str
+    license: str
     kohya: bool = False
     sensitive: bool = False
     suite: str
@@ -98,7 +98,7 @@ def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: b
     for entry in collection.erasers:
         if only and entry.repo not in only:
             continue
-        terms = {"licence": entry.licence, "kohya": entry.kohya, "sensitive": entry.sensitive}
+        terms = {"license": entry.license, "kohya": entry.kohya, "sensitive": entry.sensitive}
         try:
             folder, repo = make(entry, out), f"{collection.owner}/{entry.repo}"
             if send:
