@@ -104,8 +104,8 @@ def take_snapshot(hub_id: HubId, *, whole: bool) -> Snapshot:
             listing = _list_files(hub_id)
         names = list(listing.files)
         if not {*names} & {*ERASER_FILES}:
-            there = ", ".join(sorted(names)[:5]) or "nothing that may be taken"
-            raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(ERASER_FILES)}, found {there}.")
+            held = ", ".join(sorted(names)[:5]) or "nothing that may be taken"
+            raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(ERASER_FILES)}, found {held}.")
         if not whole:
             stack = [name for name in names if name.endswith((".safetensors", ".yaml"))]
             names = [WEIGHTS_NAME] if WEIGHTS_NAME in names else stack

@@ -22,17 +22,17 @@ _SENTENCES: dict[str | int, str] = {
     **dict.fromkeys((409, 412), "{what} was changed by someone else in the meantime ({reason}). Look at it, and try again."),
     413: "{what}: the Hub takes no file of that size ({reason}). Lower the eraser's rank with esd-lora stack --max-rank.",
     429: "the Hub has had too many requests from here. Try again {wait}.",
-    500: "the Hub is in trouble (status {status}: {reason}). Try again later.",
     400: "the Hub refused {what} (status {status}: {reason}). Look at what it says.",
-    "HFValidationError": "{what} is no name that the Hub takes: {line}",
+    500: "the Hub is in trouble (status {status}: {reason}). Try again later.",
+    "HFValidationError": "{what} is no name that the Hub takes: {reason}",
     "LocalTokenNotFoundError": "the Hub wants to know who asks, and there is no token here. " + _LOGIN,
     "UnicodeError": "the token here has characters that no token has. " + _LOGIN,
-    # A card that the Hub finds fault with, or an answer that is no JSON.
+    # The Hub finds fault with a card, or answers what is no JSON.
     "ValueError": "the Hub and its client do not agree on {what}: {reason}",
     "offline": "HF_HUB_OFFLINE is set, so the Hub was not asked about {what}. Unset it, or take what lies here.",
-    "connection": "the connection to the Hub failed on {what} ({line}). {again}",
+    "connection": "the connection to the Hub failed on {what} ({origin}). {again}",
 }
-"""Class of an error, or else status of the Hub's answer (400 and 500 for all that have none of their own), to a sentence."""
+"""Class of an error, or else status of an answer (400 and 500 stand for all that are not here), to the sentence for it."""
 
 
 @contextmanager
@@ -54,31 +54,27 @@ def reporting_hub_errors(what: str, again: str = "Try again.") -> Generator[None
     try:
         yield
     except (OSError, RuntimeError, ValueError, transport, library.InvalidURL) as error:
-        token = get_token()
-        causes: list[Any] = [error]  # the client wraps what stopped a transfer, in RuntimeError or LocalEntryNotFoundError
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-        answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+        token, causes = get_token(), [error]
+        while isinstance(cause := causes[-1].__cause__, Exception):  # the client wraps what stopped a transfer
+            causes.append(cause)
+        answer: Any = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
         names = [kind.__name__ for kind in type(answer or error).__mro__]
         keys: list[str | int] = [*names, "offline" if constants.HF_HUB_OFFLINE else "connection"]
-        status, reason, wait = 0, str(error), None
+        reason, status, wait = str(error), 0, None
         if answer is not None:
-            status, reason, headers = (
-                answer.response.status_code,
-                answer.server_message or _line(answer),
-                answer.response.headers,
-            )
+            reason, status = answer.server_message or _first_line(answer), answer.response.status_code
+            headers = answer.response.headers
+            keys = [*names[: names.index("HfHubHTTPError")], status, 500 if status >= 500 else 400]
             # `Retry-After: 30` or `RateLimit: "api";r=0;t=30`
             wait = re.search(r"^(\d+)$", headers.get("retry-after", "")) or re.search(
                 r"\bt=(\d+)", headers.get("ratelimit", "")
             )
-            keys = [*names[: names.index("HfHubHTTPError")], status, 500 if status >= 500 else 400]
         sentence = next(_SENTENCES[key] for key in keys if key in _SENTENCES).format(
             what=what,
             again=again,
             status=status,
             reason=" ".join(reason.split()),
-            line=_line(error if isinstance(error, errors.HFValidationError) else causes[-1]),
+            origin=_first_line(causes[-1]) or type(causes[-1]).__name__,
             page=f"{constants.ENDPOINT}/{what.partition('@')[0]}",
             gate="" if token else f". {_LOGIN}",
             who="the token here" if token else "who asks",
@@ -88,6 +84,5 @@ def reporting_hub_errors(what: str, again: str = "Try again.") -> Generator[None
         raise EsdLoraError(sentence.replace(token, "***") if token else sentence) from (answer or error)
 
 
-def _line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

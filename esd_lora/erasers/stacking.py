@@ -55,6 +55,7 @@ def _path(block: str) -> str:
 
 
 def _inside(module: str, block: str) -> bool:
+    """Return whether a layer lies in a part of the model, or is it."""
     return f"{_path(module)}.".startswith(f"{_path(block)}.")
 
 
@@ -235,25 +236,28 @@ def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[L
     core = r_up.double() @ r_down.double().T
     u, s, v = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(core, full_matrices=False))
     squares = s.square()
+    whole = float(squares.sum())
     rank = kept_rank(squares, rank, energy)
     root = s[:rank].sqrt()
     up = (q_up.double() @ (u[:, :rank] * root)).to(pair.up.dtype)
     down = ((root[:, None] * v[:rank]) @ q_down.double().T).to(pair.down.dtype)
     shaped = LoraPair(down.reshape(rank, *pair.down.shape[1:]), up.reshape(-1, rank, *pair.up.shape[2:]))
-    return shaped, (float(squares[rank:].sum()), float(squares.sum()))
+    return shaped, (float(squares[rank:].sum()), whole)
 
 
-def kept_rank(squares: Tensor, rank: int | None, energy: float | None) -> int:
+def kept_rank(squares: Tensor, rank: int | None, energy: float | None, *, rounding: float = 0.0) -> int:
     """Return the lowest rank that keeps a share of the squared norm, or the highest allowed if that is lower.
 
     Args:
         squares: [r] Squared singular values, the largest first.
         rank: Highest rank.
-        energy: Share of their sum to keep, 0 to 1.
+        energy: Share of their sum to keep, above 0 and up to 1.
+        rounding: Share of the sum that is rounding error in `squares`: eigenvalues of a Gram matrix have some, for which an
+            energy of 1 would keep every rank.
     """
     result = len(squares) if rank is None else min(rank, len(squares))
     if energy is not None:
         # What is cut off behind each rank, summed from the small end: there it is exact.
         behind = squares.flip(0).cumsum(0).flip(0)
-        result = min(result, max(1, int((behind > (1 - energy) * float(squares.sum())).sum())))
+        result = min(result, max(1, int((behind > (1 - energy * (1 - rounding)) * float(squares.sum())).sum())))
     return result

@@ -1,4 +1,4 @@
-"""Reading files of tensors that a stranger may have made: checked first, never unpickled into anything but tensors."""
+"""Files of tensors: read with checks, as a stranger may have made them, and written to the same bytes every time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a trainin
 
 
 class Header(NamedTuple):
-    """What stands before the tensors of a safetensors file."""
+    """The header of a safetensors file: what stands before the tensors."""
 
     tensors: dict[str, dict[str, Any]]
     """Name to `dtype`, `shape` and `data_offsets`, the first and last byte counted from `start`."""

@@ -1,4 +1,4 @@
-"""What an eraser's header says of the machine that it was made on, and nobody else needs to know."""
+"""Headers without paths: what an eraser says of the machine that it was made on does not leave it."""
 
 from __future__ import annotations
 

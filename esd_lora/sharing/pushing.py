@@ -106,30 +106,30 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    api, there, has_branch = HfApi(), None, True
+    api, existing, has_branch = HfApi(), None, True
     with reporting_hub_errors(repo):
         try:
-            there = api.model_info(repo)
-            there = api.model_info(repo, revision=revision) if revision else there
+            existing = api.model_info(repo)
+            existing = api.model_info(repo, revision=revision) if revision else existing
         except RevisionNotFoundError:
             has_branch = False
         except RepositoryNotFoundError:
             if create_pr:
                 raise
-    if there and private and not there.private:
+    if existing and private and not existing.private:
         raise EsdLoraError(f"{repo} is there and public. Make it private on its page, or push without --private.")
-    audience = "private" if (there.private if there else private) else "public: anyone can see and fetch it"
+    audience = "private" if (existing.private if existing else private) else "public: anyone can see and fetch it"
     branch = "as a pull request" if create_pr else f"on branch {revision}" if revision else ""
-    held = [sibling.rfilename for sibling in there.siblings or []] if there and not create_pr else []
+    held = [sibling.rfilename for sibling in existing.siblings or []] if existing and not create_pr else []
     removed = tuple(place for place in held if place in _writable(repo) - {*draft.files})
-    draft = draft._replace(target=", ".join(filter(None, (branch, "" if there else "new", audience))), removed=removed)
+    draft = draft._replace(target=", ".join(filter(None, (branch, "" if existing else "new", audience))), removed=removed)
     if not confirm(draft):
         return None
     names = "a concept" if sensitive else ", ".join(concept.name for concept in draft.header.concepts)
     with reporting_hub_errors(repo, "Run the same command again: what arrived is not sent twice."):
-        if there is None:
+        if existing is None:
             api.create_repo(repo, private=private, exist_ok=True)
-        if revision and not revision.startswith("refs/") and not (there and has_branch):
+        if revision and not revision.startswith("refs/") and not (existing and has_branch):
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo,
@@ -141,7 +141,7 @@ def push(
             revision=revision,
             create_pr=create_pr,
         )
-    return Pushed(commit.pr_url or str(commit.repo_url), commit.oid, there is None or commit.oid != there.sha)
+    return Pushed(commit.pr_url or str(commit.repo_url), commit.oid, existing is None or commit.oid != existing.sha)
 
 
 def drafted(
