@@ -13,6 +13,7 @@ from esd_lora.bases.loading import load_base
 from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.files import prepare_directory
+from esd_lora.formats.cards import save_with_card
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
@@ -47,7 +48,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     prepare_directory(out, force, ("grid.png",))
     base = load_base("emoji")
     erasers = [train(load_recipe(f"emoji-{name}"), base=base, out=out / f"no-{name}", force=True) for name in (OBJECT, STYLE)]
-    stack(erasers).save(out / "stack")
+    save_with_card(stack(erasers), out / "stack")
     merged = load_base(merge([out / "stack"], "emoji", out / "merged", force=True))
     rows = {}
     for name, on in {"base": [], f"no {OBJECT}": erasers[:1], f"no {STYLE}": erasers[1:], "stack": erasers}.items():

@@ -28,6 +28,7 @@ from esd_lora.erasers.eraser import RUN_FILES, Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import prepare_directory
+from esd_lora.formats.cards import save_with_card
 from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe, TrainSpec
@@ -105,7 +106,7 @@ def train(
         if spec.gradient_checkpointing:
             base.model.disable_gradient_checkpointing()
     if out:
-        eraser.save(out)
+        save_with_card(eraser, out)
         (out / CHECKPOINT_NAME).unlink(missing_ok=True)
     return eraser
 

@@ -1,4 +1,4 @@
-"""Names and words: whether a prompt mentions a concept, masks, file names, ids on the Hub, text that may be printed."""
+"""Names and words: mentions of a concept, masks, slugs for file names, ids on the Hub, text that may be printed."""
 
 from __future__ import annotations
 

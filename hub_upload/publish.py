@@ -1,4 +1,4 @@
-"""Makes and publishes the collection: every eraser of collection.yaml is trained, measured and pushed.
+"""Make and publish the collection: every eraser of collection.yaml is trained, measured and pushed.
 
     python hub_upload/publish.py                        # trains and measures what is not there, shows what would be pushed
     python hub_upload/publish.py --only emoji-no-cat --publish
@@ -32,8 +32,8 @@ class Entry(BaseModel):
     recipe: str
     """Name or path, as `esd-lora train` takes it."""
     repo: str
-    """Name of the repository; the owner stands above."""
-    licence: str
+    """Name of the repository, without its owner."""
+    license: str
     kohya: bool = False
     sensitive: bool = False
     suite: str
@@ -43,11 +43,11 @@ class Entry(BaseModel):
     """What counts as erased, where the recipe's names are not the suite's."""
     limit: int | None = None
     fail_if: tuple[str, ...] = Field(min_length=1)
-    """Gates: an eraser is not published if one of them fails."""
+    """Gates such as `erased.accuracy>0.05`; if one of them is true, the eraser is not published."""
 
 
 class Collection(BaseModel):
-    """What collection.yaml says."""
+    """The document: an owner and the erasers of the collection."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,12 +56,12 @@ class Collection(BaseModel):
 
 
 def read_collection(path: Path) -> Collection:
-    """Reads and checks the collection's file."""
+    """Read and check the collection's file."""
     return checked(Collection, read_yaml(path, "collection", "owner: me"), kind="collection", source=str(path))
 
 
 def make(entry: Entry, out: Path) -> Path:
-    """The eraser's directory, trained if it is not there and measured as far as it is not.
+    """Return the eraser's directory, trained if it is not there and measured as far as it is not.
 
     Raises:
         EsdLoraError: If something is missing, or a gate fails.
@@ -73,17 +73,23 @@ def make(entry: Entry, out: Path) -> Path:
     elif esd_lora.Eraser.load(folder).header.recipes != (recipe,):
         raise EsdLoraError(f"{folder} was made by another recipe than {entry.recipe} is now. Remove it to make it anew.")
     measured = out / f"{entry.repo}-measured"
-    asked = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
-    summary = esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **asked)
+    options = {"concepts": entry.concepts, "limit": entry.limit, "settings": entry.settings, "fail_if": entry.fail_if}
+    summary = esd_lora.evaluate(base, entry.suite, measured, erasers=[folder], **options)
     esd_lora.attach(folder, summary, None if entry.sensitive else measured)
     return folder
 
 
 def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: bool = False) -> list[str]:
-    """Makes every eraser and pushes it, or shows what would be pushed; what fails is told at the end.
+    """Make every eraser and push it, or show what would be pushed; return what failed and why.
+
+    Args:
+        collection: The collection.
+        out: Directory for erasers and evaluations.
+        only: Names of repositories; all of them unless given.
+        send: Whether to push.
 
     Raises:
-        EsdLoraError: If an eraser is asked for that the collection does not have.
+        EsdLoraError: If a name is not in the collection.
     """
     names = [entry.repo for entry in collection.erasers]
     for name in only:
@@ -98,12 +104,12 @@ def publish(collection: Collection, out: Path, only: Sequence[str] = (), send: b
     for entry in collection.erasers:
         if only and entry.repo not in only:
             continue
-        terms = {"licence": entry.licence, "kohya": entry.kohya, "sensitive": entry.sensitive}
+        terms = {"license": entry.license, "kohya": entry.kohya, "sensitive": entry.sensitive}
         try:
             folder, repo = make(entry, out), f"{collection.owner}/{entry.repo}"
             if send:
-                done = esd_lora.push(folder, repo, **terms, confirm=show)
-                print(f"{'pushed' if done.changed else 'nothing changed'}: {done.url}", flush=True)
+                pushed = esd_lora.push(folder, repo, **terms, confirm=show)
+                print(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}", flush=True)
             else:
                 show(drafted(folder, repo, **terms))
                 print("  not sent: --publish sends it", flush=True)

@@ -32,9 +32,9 @@ def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, for
     if verify:
         from esd_lora.weights.verifying import verify as prove
 
-        proved = prove(out, base, paths, weights=strengths)
+        proof = prove(out, base, paths, weights=strengths)
         click.echo(
-            f"verified: {proved.touched} tensors are base + update to within rounding, {proved.untouched} others are bit-equal"
+            f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal"
         )
 
 
@@ -46,8 +46,8 @@ def inspect(file: str, as_json: bool, layers: bool | None) -> None:
     """Show what an eraser, a stack manifest or any LoRA file removes, how much, and where it came from."""
     from esd_lora.formats.inspecting import inspect_file
 
-    found = inspect_file(file)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(map(printable, found.lines(layers))))
+    facts = inspect_file(file)
+    click.echo(json.dumps(facts.as_json(), indent=2) if as_json else "\n".join(map(printable, facts.lines(layers))))
 
 
 @click.command()
@@ -93,11 +93,12 @@ def import_(
     """Make an eraser of a LoRA file of kohya, LECO, SPM, ai-toolkit, peft or Concept Sliders (.pt)."""
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import prepare_directory
+    from esd_lora.formats.cards import save_with_card
     from esd_lora.formats.importing import import_lora
 
     eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
     prepare_directory(out, force, RUN_FILES)
-    eraser.save(out)
+    save_with_card(eraser, out)
     unknown = "; where it came from is not known" if eraser.header.origins else ""
     click.echo(
         f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}"
@@ -118,13 +119,14 @@ def extract(
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import prepare_directory
+    from esd_lora.formats.cards import save_with_card
     from esd_lora.weights.extracting import extract as run
 
     prepare_directory(out, force, ())  # before minutes of work are lost on it
-    found = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
+    result = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
     prepare_directory(out, force, RUN_FILES)
-    found.eraser.save(out)
-    for module, share in found.energy.items():
-        click.echo(f"  {module}  rank {found.eraser.pairs[module].rank}  energy kept {share:.4%}")
-    click.echo(f"energy kept over all {len(found.energy)} layers that differ: {found.overall:.4%}")
-    click.echo(f"eraser of {', '.join(found.eraser.names)}: {out}")
+    save_with_card(result.eraser, out)
+    for module, share in result.energy.items():
+        click.echo(f"  {module}  rank {result.eraser.pairs[module].rank}  energy kept {share:.4%}")
+    click.echo(f"energy kept over all {len(result.energy)} layers that differ: {result.overall:.4%}")
+    click.echo(f"eraser of {', '.join(result.eraser.names)}: {out}")

@@ -13,6 +13,7 @@ from esd_lora.cli.options import force_option
 from esd_lora.wording import printable
 
 if TYPE_CHECKING:
+    from esd_lora.sharing.catalog import HubEraser, LocalEraser
     from esd_lora.sharing.pushing import Draft
 
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Branch to push to; made if it is not there.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--kohya", is_flag=True, help="Put a file for A1111, Forge and ComfyUI beside it.")
-@click.option(
-    "--license", "licence", metavar="NAME", help="Hub's name of a licence, or NAME=URL; default: that of a known base."
-)
+@click.option("--license", metavar="NAME", help="Hub's name of a licence, or NAME=URL; default: that of a known base.")
 @click.option("--base-model", metavar="OWNER/NAME", help="The base on the Hub, if a copy on this machine was trained on.")
 @click.option("--sensitive", is_flag=True, help="Mask the concept's name in the card, and leave the base's pictures out.")
 @click.option("--dry-run", is_flag=True, help="Show what would become public, and send nothing.")
@@ -37,7 +36,7 @@ def push(
     revision: str | None,
     create_pr: bool,
     kohya: bool,
-    licence: str | None,
+    license: str | None,
     base_model: str | None,
     sensitive: bool,
     dry_run: bool,
@@ -52,9 +51,15 @@ def push(
     from esd_lora.sharing.pushing import drafted
     from esd_lora.sharing.pushing import push as run
 
-    how: dict[str, Any] = {"revision": revision, "kohya": kohya, "licence": licence, "base_model": base_model}
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "kohya": kohya,
+        "license": license,
+        "base_model": base_model,
+        "sensitive": sensitive,
+    }
     if dry_run:
-        draft = drafted(eraser, repo, sensitive=sensitive, **how)
+        draft = drafted(eraser, repo, **settings)
         click.echo("\n".join([*draft.lines(), "", "The card:", "", draft.files["README.md"].decode(), "nothing was sent"]))
         return
 
@@ -62,11 +67,11 @@ def push(
         click.echo("\n".join(draft.lines()))
         return yes or click.confirm("push this?")
 
-    done = run(eraser, repo, private=private, create_pr=create_pr, sensitive=sensitive, confirm=confirm, **how)
-    if done is None:
+    pushed = run(eraser, repo, private=private, create_pr=create_pr, confirm=confirm, **settings)
+    if pushed is None:
         click.echo("nothing was sent")
     else:
-        click.echo(f"{'pushed' if done.changed else 'nothing changed'}: {done.url}")
+        click.echo(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
 
 
 @click.command()
@@ -77,10 +82,10 @@ def pull(repo: str, out: Path, force: bool) -> None:
     """Fetch an eraser from the Hub with its card and pictures, checked before anything is written."""
     from esd_lora.sharing.pulling import pull as run
 
-    done = run(repo, out, force=force)
-    for name in done.left_out:
+    pulled = run(repo, out, force=force)
+    for name in pulled.left_out:
         click.echo(f"left out: {name!r}, not a kind of file that is taken", err=True)
-    click.echo(f"{repo} at {done.commit[:12]}, {len(done.files)} files: {done.directory}")
+    click.echo(f"{repo} at {pulled.commit[:12]}, {len(pulled.files)} files: {pulled.directory}")
 
 
 @click.command()
@@ -94,12 +99,7 @@ def search(text: str | None, concept: str | None, base: str | None, tags: tuple[
     """Find erasers on the Hub, by words of their name, concept, base and tags."""
     from esd_lora.sharing.catalog import search as run
 
-    found = run(text, concept=concept, base=base, tags=tags, limit=limit)
-    if as_json:
-        click.echo(json.dumps([one._asdict() for one in found], indent=2))
-        return
-    rows = [[one.repo, ", ".join(one.erases), one.base, str(one.downloads), str(one.likes), one.updated] for one in found]
-    click.echo(_table(("repository", "erases", "base", "downloads", "likes", "updated"), rows) if rows else "none found")
+    _print_table(run(text, concept=concept, base=base, tags=tags, limit=limit), as_json)
 
 
 @click.command()
@@ -108,18 +108,19 @@ def search(text: str | None, concept: str | None, base: str | None, tags: tuple[
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
     """List the erasers below FOLDERS (default: here) and in the Hub's cache."""
-    from esd_lora.sharing.catalog import HEAD
     from esd_lora.sharing.catalog import catalog as run
 
-    found = run(folders or (Path(),), cache=cache)
+    _print_table(run(folders or (Path(),), cache=cache), as_json)
+
+
+def _print_table(erasers: Sequence[LocalEraser | HubEraser], as_json: bool) -> None:
+    """Print erasers as JSON, or a line each in columns; control characters of a stranger's file are shown, not obeyed."""
     if as_json:
-        click.echo(json.dumps([entry.as_json() for entry in found], indent=2))
-        return
-    click.echo(_table(HEAD, [entry.row() for entry in found]) if found else "none found")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, as wide as their widest cell; control characters of a stranger's file are shown, not obeyed."""
-    lines = [head, *(list(map(printable, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+        click.echo(json.dumps([eraser.as_json() for eraser in erasers], indent=2))
+    elif not erasers:
+        click.echo("none found")
+    else:
+        lines = [erasers[0].COLUMNS, *(list(map(printable, eraser.row())) for eraser in erasers)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -68,6 +68,7 @@ def stack(
     from esd_lora.erasers.manifests import load_eraser, write_manifest
     from esd_lora.erasers.stacking import stack as add_up
     from esd_lora.files import prepare_directory, prepare_file
+    from esd_lora.formats.cards import save_with_card
     from esd_lora.fusing.interference import REPORT_FILES, measure
 
     paths, strengths = unweighted(erasers)
@@ -101,7 +102,7 @@ def stack(
         stacked = write_manifest(out, paths, strengths) if manifest else _cut(add_up(members, strengths), rank, energy)
     if not manifest:
         prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
-        stacked.save(out)
+        save_with_card(stacked, out)
     if report:
         found = measure(members, strengths, base=loaded, whole=stacked if loaded else None)
         found.save(out.parent if manifest else out)
@@ -113,7 +114,6 @@ def stack(
 def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
     """The closed form, and what it went by."""
     from esd_lora.built_in import read_prompts
-    from esd_lora.erasers.describing import making
     from esd_lora.fusing.closed_form import fuse
 
     prompts = None if keep in (None, "default") else read_prompts(keep)
@@ -122,7 +122,7 @@ def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base,
     if record.dropped:
         click.echo(f"not kept, because they name what is erased: {'; '.join(record.dropped)}")
     ranks = sorted({pair.rank for pair in fused.pairs.values()})
-    click.echo("\n".join([*making(fused.header), f"ranks {ranks[0]} to {ranks[-1]}"]))
+    click.echo("\n".join([*fused.header.making(), f"ranks {ranks[0]} to {ranks[-1]}"]))
     return fused
 
 

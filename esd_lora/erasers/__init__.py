@@ -1,1 +1,1 @@
-"""Eraser files: tensors, header, stacks, manifests, cards, and where they are fetched from."""
+"""Eraser files: tensors, header, stacks, manifests, and the Hub that they are fetched from."""

@@ -1,8 +1,8 @@
 """The eraser: a plain diffusers LoRA file whose header says what it removes and where it came from.
 
-A directory holds `pytorch_lora_weights.safetensors`, `recipe.yaml`, `README.md` and what training left (log, previews).
-The keys are diffusers' own (`unet.<module>.lora_A.weight`), `alpha / rank` is folded into `lora_B`, so that
-`pipe.load_lora_weights(directory)` reproduces the trained model with nothing else said.
+A directory holds `pytorch_lora_weights.safetensors` and `recipe.yaml`; a training leaves its log and previews beside them,
+and `formats.cards.save_with_card` the model card `README.md`. The keys are diffusers' own (`unet.<module>.lora_A.weight`),
+`alpha / rank` is folded into `lora_B`, so that `pipe.load_lora_weights(directory)` alone reproduces the trained model.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.erasers.cards import Publication, render_card
 from esd_lora.erasers.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.erasers.tensor_files import file_content, read_header, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reporting_write_errors, write_atomically
-from esd_lora.recipe_files import dump_recipe
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "stack.yaml"
+ERASER_FILES = (WEIGHTS_NAME, MANIFEST_NAME)
+"""Files of which one makes a directory an eraser's, the first that is there."""
 SAMPLES = 4
-"""Most prompts that are shown with an eraser, before and after."""
+"""Largest number of prompts that are shown with an eraser, before and after."""
 RUN_FILES = (
     *(WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png"),
     *(f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")),
 )
-"""What a run writes into its directory, previews aside."""
+"""What a run writes into an eraser's directory, previews aside."""
 
 
 class LoraPair(NamedTuple):
@@ -44,6 +44,7 @@ class LoraPair(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """Rank of the update."""
         return self.down.shape[0]
 
     @property
@@ -52,17 +53,20 @@ class LoraPair(NamedTuple):
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self) -> Tensor:
-        """What the pair adds to its layer's weight, in the weight's shape, float32 or better."""
+        """Return what the pair adds to its layer's weight, `up @ down` in the weight's shape, float32 or better."""
         up, down = (x if x.dtype == torch.float64 else x.float() for x in (self.up, self.down))
         return (up.flatten(1) @ down.flatten(1)).reshape(self.shape)
 
     def inner(self, other: LoraPair) -> float:
-        """Frobenius inner product of the two updates, by their factors: neither is ever multiplied out."""
+        """Return the Frobenius inner product `<delta, other.delta>`, by the factors: neither update is ever multiplied out.
+
+        `<B A, B' A'> = sum((B^T B') * (A A'^T))`.
+        """
         (down, up), (down_, up_) = ((x.double().flatten(1) for x in pair) for pair in (self, other))
         return float(((up.T @ up_) * (down @ down_.T)).sum())
 
     def norm(self) -> float:
-        """Frobenius norm of the update."""
+        """Return the Frobenius norm of the update."""
         return max(self.inner(self), 0.0) ** 0.5
 
 
@@ -75,41 +79,39 @@ class Eraser:
 
     @property
     def names(self) -> list[str]:
-        """Names of the erased concepts."""
+        """Names of the concepts that are erased."""
         return [concept.name for concept in self.header.concepts]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors under diffusers' LoRA keys."""
-        out: dict[str, Tensor] = {}
+        """Return the tensors under diffusers' LoRA keys."""
+        tensors: dict[str, Tensor] = {}
         for module, pair in self.pairs.items():
-            out[f"{self.header.prefix}.{module}.lora_A.weight"] = pair.down.contiguous()
-            out[f"{self.header.prefix}.{module}.lora_B.weight"] = pair.up.contiguous()
-        return out
+            tensors[f"{self.header.prefix}.{module}.lora_A.weight"] = pair.down.contiguous()
+            tensors[f"{self.header.prefix}.{module}.lora_B.weight"] = pair.up.contiguous()
+        return tensors
 
-    def card(self, published: Publication | None = None) -> str:
-        """The model card, for the eraser's own directory or for where it is published: see `cards.render_card`."""
-        return render_card(self.header, len(self.pairs), [pair.rank for pair in self.pairs.values()], published)
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of its safetensors file, of whichever layout: the header goes along everywhere."""
+        return {"format": "pt", HEADER_KEY: self.header.model_dump_json()}
+
+    def files(self) -> dict[str, bytes]:
+        """Return what its directory holds, by file name: weights, and the recipe if there is one."""
+        files = {WEIGHTS_NAME: file_content(self.state_dict(), self.metadata())}
+        if self.header.recipes:
+            files["recipe.yaml"] = self.header.recipe_document().encode()
+        return files
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the eraser's directory and returns it; each file appears whole or not at all.
+        """Write weights and recipe into a directory, and return it; `formats.cards.save_with_card` adds the model card.
 
         Args:
-            directory: Made when missing. Files of other names in it are left alone.
+            directory: Made when missing. Files of other names in it are left alone; each of ours appears whole or not at all.
         """
-        directory = Path(directory)
-        with reporting_write_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        weights = file_content(self.state_dict(), {"format": "pt", HEADER_KEY: self.header.model_dump_json()})
-        documents = [dump_recipe(recipe) for recipe in self.header.recipes]
-        if documents:
-            write_atomically(directory / "recipe.yaml", "---\n".join(documents).encode())
-        write_atomically(directory / "README.md", self.card().encode())
-        write_atomically(directory / WEIGHTS_NAME, weights)
-        return directory
+        return write_eraser(directory, self.files())
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
-        """Reads an eraser from its directory or its safetensors file; nothing is ever unpickled.
+        """Read an eraser from its directory or its safetensors file; nothing is ever unpickled.
 
         Raises:
             EsdLoraError: If there is no such file, it is damaged, it has no header of ours, its format is newer than
@@ -129,7 +131,23 @@ class Eraser:
         return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)
 
 
+def write_eraser(directory: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Write the files of an eraser into a directory and return it, the weights last: they make it an eraser's.
+
+    Args:
+        directory: Made when missing.
+        files: File name to content, as `Eraser.files` returns them and more.
+    """
+    directory = Path(directory)
+    with reporting_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=lambda name: name == WEIGHTS_NAME):
+        write_atomically(directory / name, files[name])
+    return directory
+
+
 def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, LoraPair]:
+    """Return the pairs by module path, once the keys are seen to be those of `Eraser.state_dict` and nothing else."""
     downs = [key for key in tensors if key.endswith(".lora_A.weight")]
     pairs: dict[str, LoraPair] = {}
     for key in downs:
@@ -141,11 +159,11 @@ def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[
 
 
 def checked_pair(down: Tensor, up: Tensor | None, what: str) -> LoraPair:
-    """A pair of factors, once they are seen to be one.
+    """Return a pair of factors, once they are seen to be one.
 
     Args:
-        down: As in `LoraPair`.
-        up: As in `LoraPair`, or `None` where the file has none.
+        down: [rank, in] or [rank, in, kernel, kernel].
+        up: [out, rank] or [out, rank, 1, 1], or `None` where the file has none.
         what: File and layer, for the message.
 
     Raises:
@@ -167,7 +185,7 @@ def checked_pair(down: Tensor, up: Tensor | None, what: str) -> LoraPair:
 
 
 def hash_weight(weight: Tensor) -> str:
-    """First 16 hex digits of the SHA-256 of a base weight.
+    """Return the first 16 hex digits of the SHA-256 of a base weight.
 
     Values are hashed as float16, so that a float32 base and its float16 variant count as the same.
     """

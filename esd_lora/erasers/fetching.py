@@ -1,4 +1,4 @@
-"""Erasers on the Hugging Face Hub: found, fetched into the cache, and checked before anything reads them.
+"""Erasers on the Hugging Face Hub: listed, fetched into the cache, and checked before anything reads them.
 
 A repository may be anyone's. Only files of five kinds are taken, under names that stay below a directory; what arrives is held
 against the size and hash that the Hub announced; nothing is unpickled, and no code of the repository is run.
@@ -6,13 +6,13 @@ against the size and hash that the Hub announced; nothing is unpickled, and no c
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
-from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from esd_lora.erasers.eraser import MANIFEST_NAME, WEIGHTS_NAME
+from esd_lora.erasers.eraser import ERASER_FILES, WEIGHTS_NAME
 from esd_lora.erasers.hub_errors import reporting_hub_errors
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
@@ -24,13 +24,31 @@ if TYPE_CHECKING:
 
 ALLOWED = (".safetensors", ".json", ".yaml", ".md", ".png")
 """Kinds of files that are taken from a repository."""
-_WEIGHTS, _OTHERS = 4 * 2**30, 64 * 2**20  # bytes of the largest file that is taken
-_MOST = 500  # files; an eraser has a dozen
-_FIRST = (WEIGHTS_NAME, MANIFEST_NAME)  # one of these makes a repository an eraser's
+_MAX_WEIGHTS, _MAX_OTHER = 4 * 2**30, 64 * 2**20  # bytes of the largest file that is taken
+_MAX_FILES = 500  # an eraser has a dozen
 
 
-def located(eraser: str | Path) -> Path:
-    """Where an eraser lies: its path as it is, or for a Hub id the place in the cache where it was put.
+class Listing(NamedTuple):
+    """What a repository holds at one commit, names and sizes checked."""
+
+    commit: str
+    files: dict[str, RepoFile]
+    """Name to size and hash of every file that may be taken."""
+    left_out: list[str]
+    """Names of files of other kinds."""
+
+
+class Snapshot(NamedTuple):
+    """The Hub's cache of a repository at one commit."""
+
+    folder: Path
+    files: list[str]
+    """Names below the folder of the files that were fetched and checked."""
+    listing: Listing
+
+
+def locate(eraser: str | Path) -> Path:
+    """Return where an eraser lies: its path as it is, or for a Hub id its folder in the Hub's cache, fetched if need be.
 
     Raises:
         EsdLoraError: If it has to be fetched and cannot be.
@@ -42,7 +60,7 @@ def located(eraser: str | Path) -> Path:
 
 
 def fetch(hub_id: HubId) -> Path:
-    """Fetches what makes an eraser or a stack, and no pictures, into the Hub's cache.
+    """Fetch what makes an eraser or a stack, and no pictures, into the Hub's cache, and return its folder there.
 
     What is in the cache is used when the Hub cannot be reached, or has too much to do.
 
@@ -52,12 +70,8 @@ def fetch(hub_id: HubId) -> Path:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    def needed(names: Collection[str]) -> list[str]:
-        return [WEIGHTS_NAME] if WEIGHTS_NAME in names else [n for n in names if n.endswith((".safetensors", ".yaml"))]
-
     try:
-        places = _take(hub_id, needed).places
-        return places[next(name for name in _FIRST if name in places)].parent
+        return take_snapshot(hub_id, whole=False).folder
     except EsdLoraError as error:
         cause = error.__cause__
         if isinstance(cause, RepositoryNotFoundError):
@@ -66,53 +80,53 @@ def fetch(hub_id: HubId) -> Path:
             raise
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500 and cause.response.status_code != 429:
             raise
-        for name in _FIRST:
+        for name in ERASER_FILES:
             cached = try_to_load_from_cache(hub_id.repo, name, revision=hub_id.revision)
             if isinstance(cached, str):
                 return Path(cached).parent
         raise
 
 
-class _Taken(NamedTuple):
-    commit: str
-    places: dict[str, Path]
-    left_out: list[str]
-
-
-def _take(hub_id: HubId, choose: Callable[[Collection[str]], list[str]], again: bool = True) -> _Taken:
-    """Lists a repository and puts what is chosen into the cache, all of one commit, each file as the Hub announced it.
+def take_snapshot(hub_id: HubId, *, whole: bool) -> Snapshot:
+    """List a repository and fetch its files into the cache, all of one commit, each as the Hub announced it.
 
     Args:
-        hub_id: What to take.
-        choose: From the names that may be taken those that are.
-        again: Whether to list once more if something differs: it may have been changed between listing and fetching.
+        hub_id: The repository.
+        whole: Whether to take the card, pictures and all else that may be taken, too; otherwise an eraser's weights alone, or
+            the files of a stack.
 
     Raises:
         EsdLoraError: If it holds no eraser, or something in it is not as it should be.
     """
-    with reporting_hub_errors(str(hub_id)):
-        commit, files, left_out = _listing(hub_id)
-    if not files.keys() & set(_FIRST):
-        there = ", ".join(sorted(files)[:5]) or "nothing that may be taken"
-        raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(_FIRST)}, found {there}.")
-    places = {name: _download(hub_id, files[name]) for name in choose(files)}
-    wrong = [name for name, place in places.items() if not _is_as_announced(place, files[name])]
-    for name in wrong:
-        places[name].resolve().unlink(missing_ok=True)
-        places[name].unlink(missing_ok=True)
-    if wrong or len({place.parents[name.count("/")] for name, place in places.items()}) > 1:
-        if again:
-            return _take(hub_id, choose, again=False)
-        what = wrong[0] if wrong else "what it holds"
-        raise EsdLoraError(f"{what} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
-    for place in places.values():
-        if place.suffix.lower() == ".safetensors":
-            read_header(place)
-    return _Taken(commit, places, left_out)
+    wrong = ["what it holds"]
+    for _ in range(2):  # it may be changed between listing and fetching
+        with reporting_hub_errors(str(hub_id)):
+            listing = _list_files(hub_id)
+        names = list(listing.files)
+        if not {*names} & {*ERASER_FILES}:
+            held = ", ".join(sorted(names)[:5]) or "nothing that may be taken"
+            raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(ERASER_FILES)}, found {held}.")
+        if not whole:
+            stack = [name for name in names if name.endswith((".safetensors", ".yaml"))]
+            names = [WEIGHTS_NAME] if WEIGHTS_NAME in names else stack
+        with reporting_hub_errors(str(hub_id)):
+            folder = _download(hub_id, listing.commit, names)
+        if folder.name != listing.commit:
+            continue
+        wrong = [name for name in names if not _is_as_announced(folder / name, listing.files[name])]
+        if not wrong:
+            for name in names:
+                if name.lower().endswith(".safetensors"):
+                    read_header(folder / name)
+            return Snapshot(folder, names, listing)
+        for name in wrong:
+            (folder / name).resolve().unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
+    raise EsdLoraError(f"{wrong[0]} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
 
 
-def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
-    """Commit, the files that may be taken by name, and the names of those that are left out.
+def _list_files(hub_id: HubId) -> Listing:
+    """List a repository at the commit that its revision stands for now.
 
     Raises:
         EsdLoraError: If a name leads elsewhere, or files are too many or too large.
@@ -125,46 +139,47 @@ def _listing(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise EsdLoraError(f"the Hub gave no commit for {hub_id}. Try again later.")
     files = [file for file in api.list_repo_tree(hub_id.repo, recursive=True, revision=commit) if isinstance(file, RepoFile)]
-    if len(files) > _MOST:
-        raise EsdLoraError(f"{hub_id} holds {len(files):,} files, more than {_MOST}: that is no eraser. Nothing was fetched.")
-    taken: dict[str, RepoFile] = {}
-    left_out: list[str] = []
+    if len(files) > _MAX_FILES:
+        raise EsdLoraError(
+            f"{hub_id} holds {len(files):,} files, more than {_MAX_FILES}: that is no eraser. Nothing was fetched."
+        )
+    listing = Listing(commit, {}, [])
     for file in files:
         parts = file.path.split("/")
         if any(re.fullmatch(r"[. ]*", p) or re.search(r"[\\:]|[. ]$", p) or not p.isprintable() or len(p) > 120 for p in parts):
             raise EsdLoraError(f"{hub_id} holds a file named {file.path!r}, which leads out of its directory. Do not trust it.")
         kind = PurePosixPath(file.path).suffix.lower()
         if kind not in ALLOWED or any(part.startswith(".") for part in parts):
-            left_out += [file.path] if file.path != ".gitattributes" else []  # which every repository has
+            if file.path != ".gitattributes":  # which every repository has
+                listing.left_out.append(file.path)
             continue
-        if file.size > (_WEIGHTS if kind == ".safetensors" else _OTHERS):
+        if file.size > (_MAX_WEIGHTS if kind == ".safetensors" else _MAX_OTHER):
             raise EsdLoraError(
                 f"{hub_id} holds {file.path} of {file.size:,} bytes, too large for an eraser's. Nothing was fetched."
             )
-        taken[file.path] = file
-    if sum(file.size for file in taken.values()) > 2 * _WEIGHTS:
+        listing.files[file.path] = file
+    if sum(file.size for file in listing.files.values()) > 2 * _MAX_WEIGHTS:
         raise EsdLoraError(f"{hub_id} is too large in all for an eraser. Nothing was fetched.")
-    return commit, taken, left_out
+    return listing
 
 
-def _download(hub_id: HubId, file: RepoFile) -> Path:
-    """One file in the cache."""
+def _download(hub_id: HubId, commit: str, names: list[str]) -> Path:
+    """Fetch files of a commit into the cache; return the folder there of the commit that the revision stands for by then."""
     import huggingface_hub
 
-    with reporting_hub_errors(str(hub_id)):
-        # By the name that was asked for, so that the cache knows it when the Hub is away.
-        half_typed = cast("Any", huggingface_hub)
-        return Path(half_typed.hf_hub_download(hub_id.repo, file.path, revision=hub_id.revision))
+    client = cast("Any", huggingface_hub)  # half typed
+    if not all(isinstance(client.try_to_load_from_cache(hub_id.repo, name, revision=commit), str) for name in names):
+        client.snapshot_download(hub_id.repo, revision=commit, allow_patterns=[glob.escape(name) for name in names])
+    # By the name of the revision too, so that the cache knows its commit when the Hub is away.
+    first = next(name for name in ERASER_FILES if name in names)
+    return Path(client.hf_hub_download(hub_id.repo, first, revision=hub_id.revision)).parent
 
 
-def _is_as_announced(place: Path, file: RepoFile) -> bool:
-    """Whether size and hash are: SHA-256 of a large file, git's of a small one."""
-    return place.stat().st_size == file.size and (
-        hash_file(place) == file.lfs.sha256 if file.lfs else _blob_id(place) == file.blob_id
-    )
-
-
-def _blob_id(file: Path) -> str:
-    """What git calls a file's content."""
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+def _is_as_announced(path: Path, file: RepoFile) -> bool:
+    """Return whether a file has the announced size and hash: SHA-256 of a large file, git's of a small one."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if file.lfs:
+        return hash_file(path) == file.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest() == file.blob_id

@@ -1,21 +1,23 @@
-"""The header of an eraser file: what it removes, how it was made, and what is not known."""
+"""The header of an eraser file: what it removes, how it was made, and what is not known; as data and in sentences."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from esd_lora.erasers.measured import Measured
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Recipe
+from esd_lora.recipe_files import dump_recipe
 from esd_lora.wording import mentions
 
 HEADER_KEY = "esd_lora"
-"""Of the safetensors metadata that the header stands under, as JSON."""
+"""Key of the safetensors metadata under which the header stands, as JSON."""
 FORMAT = 3
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
@@ -41,8 +43,13 @@ class ErasedConcept(BaseModel):
     """Further factors by part of the model (`mid_block`, `up_blocks.1`), folded in like the weight."""
 
     def named_in(self, text: str) -> bool:
-        """Whether a prompt names this concept, by name or synonym."""
+        """Return whether a prompt names this concept, by name or synonym."""
         return mentions(text, (self.name, *self.synonyms))
+
+    def describe(self) -> str:
+        """Return its name, with its strength where that is not 1: `a cat (at strength 0.5, mid_block x 0)`."""
+        blocks = "".join(f", {block} x {factor:g}" for block, factor in self.blocks.items())
+        return self.name if self.weight == 1 and not blocks else f"{self.name} (at strength {self.weight:g}{blocks})"
 
 
 class Origin(BaseModel):
@@ -67,13 +74,13 @@ class Origin(BaseModel):
 
 
 class Distillation(BaseModel):
-    """How a stack was harmonised: see `harmonising.harmonise`."""
+    """How a stack was harmonised: see `fusing.harmonising.harmonise`."""
 
     model_config = ConfigDict(frozen=True)
 
     steps: int
     trajectories: tuple[int, ...]
-    """Of every member, in the order in which they were fused."""
+    """Number of trajectories of every member, in the order in which they were fused."""
     keep_trajectories: int
     trajectory_steps: int
     guidance: float
@@ -83,11 +90,16 @@ class Distillation(BaseModel):
     first_loss: float | None
     """Mean over the first tenth of the steps, in units of the squared prediction."""
     last_loss: float | None
-    """Over the last tenth."""
+    """The same over the last tenth."""
+
+    def describe(self) -> str:
+        """Return how it went in a line: steps, losses, cost."""
+        losses = "" if self.last_loss is None else f": loss {self.first_loss:.2g} to {self.last_loss:.2g}"
+        return f"harmonised in {self.steps} steps{losses}; {self.evaluations} evaluations, {self.seconds:.0f} s"
 
 
 class Fusion(BaseModel):
-    """How a stack was fused, so that it can be done again: see `fusing.fuse` for the letters."""
+    """How a stack was fused, so that it can be done again: see `fusing.closed_form.fuse` for the letters."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +110,7 @@ class Fusion(BaseModel):
     kept: int
     """Number of prompts that were kept."""
     kept_sha256: str
-    """Of these prompts, sorted, one a line."""
+    """SHA-256 of these prompts, sorted, one a line."""
     dropped: tuple[str, ...]
     """Prompts of the list that name a member's concept, and so were not kept."""
     trajectories: int
@@ -116,7 +128,14 @@ class Fusion(BaseModel):
     objective: float | None = None
     """Its value at the closed form, over that of no update at all: 0 where everything asked for could be had at once."""
     objective_summed: float | None = None
-    """The same of the plain sum."""
+    """The same value for the plain sum."""
+
+    def describe(self) -> str:
+        """Return how it went in a line: members, kept prompts, objective, cost."""
+        text = f"fused from {len(self.members)} erasers beside {self.kept} kept prompts (lam {self.lam:g}, mu {self.mu:g})"
+        if self.objective is not None:
+            text += f": objective {self.objective:.2f} of no update's, plain sum {self.objective_summed:.2f}"
+        return f"{text}; {self.evaluations} evaluations of the base, {self.seconds:.0f} s"
 
 
 class EraserHeader(BaseModel):
@@ -141,20 +160,20 @@ class EraserHeader(BaseModel):
     objective: str
     scope: str
     recipes: tuple[Recipe, ...]
-    """The recipe as resolved; one of each member in a stack, none of what was not trained here."""
+    """The recipes as resolved: one for every member of a stack, none for what was not trained here."""
     versions: dict[str, str]
     created: str
     """ISO 8601, UTC."""
     cost: dict[str, float] = {}
     """Seconds, sample evaluations and student samples the training took."""
     evaluation: Measured | None = None
-    """The latest that was attached."""
+    """The numbers that were attached last."""
     origins: tuple[Origin, ...] = ()
-    """Of members that were imported or extracted."""
+    """Where members came from that were imported or extracted."""
     fusions: tuple[Fusion, ...] = ()
-    """Of stacks that were fused, the latest last."""
+    """How the stack and stacks within it were fused, the latest last."""
     distillations: tuple[Distillation, ...] = ()
-    """Of stacks that were harmonised, the latest last."""
+    """How the stack and stacks within it were harmonised, the latest last."""
     truncation: float = 0.0
     """Share of the update's norm that compressing cut off; in a stack, that of the member that lost most."""
 
@@ -164,19 +183,62 @@ class EraserHeader(BaseModel):
         datetime.fromisoformat(value)
         return value
 
+    def base_hash(self) -> str:
+        """Return one hash for the base's weights under all the layers that the eraser touches, 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.base_hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+    def effect(self) -> str:
+        """Return what the eraser does to a base, concept by concept: `removes a cat and amplifies a hat (at strength -1)`."""
+        effects: list[str] = []
+        for verb, concepts in (
+            ("removes", [concept for concept in self.concepts if concept.weight >= 0]),
+            ("amplifies", [concept for concept in self.concepts if concept.weight < 0]),
+        ):
+            if concepts:
+                effects.append(f"{verb} {', '.join(concept.describe() for concept in concepts)}")
+        return " and ".join(effects)
+
+    def making(self) -> list[str]:
+        """Return how a stack was fused and harmonised, a line each."""
+        return [step.describe() for step in (*self.fusions, *self.distillations)]
+
+    def recipe_document(self) -> str:
+        """Return the recipes as one YAML document or several; empty where there is none."""
+        return "---\n".join(map(dump_recipe, self.recipes))
+
 
 def parse_header(text: str, file: Path) -> EraserHeader:
-    """The header from its JSON.
+    """Return the header that its JSON says.
+
+    Args:
+        text: JSON, as it stands under `HEADER_KEY`.
+        file: Where it was read, for the message.
 
     Raises:
         EsdLoraError: If it is damaged or of a newer format.
     """
+    _check_format(_read_format(text), file)
     try:
-        found = re.search(r'"format"\s*:\s*(\d+)', text)
-        if found and (len(found[1]) > 9 or int(found[1]) > FORMAT):
-            raise EsdLoraError(f"{file} has format {found[1][:9]}, this version reads up to {FORMAT}. Upgrade esd-lora.")
-        return EraserHeader.model_validate_json(text)
+        header = EraserHeader.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise EsdLoraError(f"{file} has a damaged header ({where}: {first['msg']}). Fetch or train it again.") from error
+    _check_format(header.format, file)  # once more: a number in quotes is read as one
+    return header
+
+
+def _read_format(text: str) -> float:
+    """Return the format number that the JSON of a header says; 0 where there is none to be read, which validating reports."""
+    try:
+        # Python converts no integer of more than 4300 digits; the first nine tell as much.
+        document: object = json.loads(text, parse_int=lambda digits: int(digits[:9]))
+    except (ValueError, RecursionError):
+        return 0
+    number = cast("dict[str, object]", document).get("format") if isinstance(document, dict) else None
+    return number if isinstance(number, int | float) else 0
+
+
+def _check_format(number: float, file: Path) -> None:
+    if number > FORMAT:
+        raise EsdLoraError(f"{file} has format {f'{number}'[:9]}, this version reads up to {FORMAT}. Upgrade esd-lora.")

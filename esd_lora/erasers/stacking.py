@@ -1,4 +1,4 @@
-"""Stacking: several erasers as one file, exactly, and compressing one as far as is asked.
+"""Stacking several erasers into one file, exactly, and compressing one to lower ranks.
 
 The sum of low-rank updates is a low-rank update of the summed rank: `up_a @ down_a + up_b @ down_b` is
 `[up_a, up_b] @ [down_a; down_b]`. Adding the factors apart, as peft's `combination_type="linear"` and SPM's stacker do,
@@ -21,15 +21,22 @@ from esd_lora.errors import EsdLoraError, did_you_mean
 
 
 class Strength(NamedTuple):
-    """How strongly an eraser is applied: everywhere, and by part of the model on top of that."""
+    """How strongly an eraser is applied: everywhere, and by part of the model on top of that.
+
+    The update of layer m becomes `at(m) * up_m @ down_m`, with `at(m) = weight * blocks[the longest part that holds m]`.
+    """
 
     weight: float = 1.0
-    """1 as trained, 0 not at all, below 0 the concept is amplified instead."""
+    """1 as trained, 0 not at all, below 0 the concept is amplified instead; typically -1 to 2."""
     blocks: Mapping[str, float] = {}
-    """Path of a part (`mid_block`, `up_blocks.1`; `mid`, `up.1` for short) to a factor; the longest that fits a layer holds."""
+    """Path of a part (`mid_block`, `up_blocks.1`; `mid`, `up.1` for short) to a factor, 1 for layers in none of them."""
 
     def at(self, module: str) -> float:
-        """The strength at one layer."""
+        """Return the strength at one layer: `weight * factor(m)`.
+
+        Args:
+            module: Path of the layer, such as `mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
+        """
         return self.weight * self._factor(module)
 
     def _factor(self, module: str) -> float:
@@ -37,22 +44,27 @@ class Strength(NamedTuple):
         return self.blocks[max(fitting, key=lambda block: len(_path(block)))] if fitting else 1.0
 
     def after(self, first: Strength) -> Strength:
-        """Both in one: `first.at(m) * self.at(m)` for every layer m."""
+        """Return the strength that applies `first` and then this one: `result.at(m) == first.at(m) * self.at(m)`."""
         blocks = dict.fromkeys(_path(block) for block in (*first.blocks, *self.blocks))
         return Strength(first.weight * self.weight, {b: first._factor(b) * self._factor(b) for b in blocks})
 
 
 def _path(block: str) -> str:
-    """`up.1` is `up_blocks.1`, as in diffusers' own weights by block."""
+    """Return the module path of a part: `up.1` is `up_blocks.1`, as in diffusers' own weights by block."""
     return re.sub(r"^(down|up)(?=\.|$)", r"\1_blocks", re.sub(r"^mid(?=\.|$)", "mid_block", block))
 
 
 def _inside(module: str, block: str) -> bool:
+    """Return whether a layer lies in a part of the model, or is it."""
     return f"{_path(module)}.".startswith(f"{_path(block)}.")
 
 
 def strengths_of(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None) -> list[Strength]:
-    """Every member's strength, 1 where none is given.
+    """Return every eraser's strength: a number stands for that weight everywhere, `None` for 1 for all of them.
+
+    Args:
+        erasers: The erasers.
+        weights: One strength or number for each, or `None`.
 
     Raises:
         EsdLoraError: If the number of weights differs.
@@ -64,9 +76,10 @@ def strengths_of(erasers: Sequence[Eraser], weights: Sequence[float | Strength] 
 
 
 def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None) -> Eraser:
-    """Stacks erasers by concatenation along the rank: `delta(stack(a, b)) == delta(a) + delta(b)`.
+    """Stack erasers by concatenation along the rank, which is exact: `delta(stack(a, b)) == delta(a) + delta(b)`.
 
-    Scopes, ranks and layers may differ between members.
+    With strengths s, layer m of the stack is `[s_1(m) up_1, s_2(m) up_2, ...] @ [down_1; down_2; ...]`. Scopes, ranks and
+    layers may differ between members.
 
     Args:
         erasers: One or more, of one family and prediction type.
@@ -94,21 +107,20 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None 
     return Eraser(pairs, _header(erasers, strengths))
 
 
-def _check_alike(one: Eraser, other: Eraser) -> None:
-    """Refuses members of different kinds; warns when they were trained on different weights."""
-    first, second = one.header, other.header
-    for what in ("family", "prediction_type", "prefix"):
-        mine, theirs = getattr(first, what), getattr(second, what)
-        if mine != theirs and None not in (mine, theirs):
+def _check_alike(first: Eraser, second: Eraser) -> None:
+    """Refuse members of different kinds; warn when they were trained on different weights."""
+    a, b = first.header, second.header
+    for field in ("family", "prediction_type", "prefix"):
+        values = getattr(a, field), getattr(b, field)
+        if values[0] != values[1] and None not in values:
             raise EsdLoraError(
-                f"cannot stack {one.names} with {other.names}: {what.replace('_', ' ')} {mine!r} and {theirs!r}."
+                f"cannot stack {first.names} with {second.names}: {field.replace('_', ' ')} {values[0]!r} and {values[1]!r}."
                 " Stack erasers that were trained on the same model."
             )
-    shared = first.base_hashes.keys() & second.base_hashes.keys()
-    if any(first.base_hashes[module] != second.base_hashes[module] for module in shared):
+    if any(a.base_hashes[module] != b.base_hashes[module] for module in a.base_hashes.keys() & b.base_hashes.keys()):
         warnings.warn(
-            f"{one.names} and {other.names} were trained on different weights ({first.base!r} and {second.base!r}): measure"
-            " what the stack erases before you rely on it, or train one of them again on the other's base.",
+            f"{first.names} and {second.names} were trained on different weights ({a.base!r} and {b.base!r}): measure what the"
+            " stack erases before you rely on it, or train one of them again on the other's base.",
             stacklevel=3,
         )
 
@@ -125,14 +137,10 @@ def _concatenated(module: str, erasers: Sequence[Eraser], strengths: Sequence[St
 
 
 def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserHeader:
-    """The first member's header with everyone's concepts and recipes; nobody's measurements survive a stack."""
+    """Return the first member's header with the concepts and recipes of all; no measured number survives a stack."""
     headers = [eraser.header for eraser in erasers]
-    if len(headers) == 1 and strengths[0] == (1.0, {}):
+    if len(headers) == 1 and strengths[0] == Strength():
         return headers[0]
-
-    def agreed(values: list[str]) -> str:
-        return values[0] if len(set(values)) == 1 else "+".join(dict.fromkeys(values))
-
     return headers[0].model_copy(
         update={
             "format": FORMAT,
@@ -143,8 +151,8 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
             ),
             "preserve": tuple(dict.fromkeys(prompt for header in headers for prompt in header.preserve)),
             "prediction_type": next((h.prediction_type for h in headers if h.prediction_type), None),
-            "objective": agreed([header.objective for header in headers]),
-            "scope": agreed([header.scope for header in headers]),
+            "objective": "+".join(dict.fromkeys(header.objective for header in headers)),
+            "scope": "+".join(dict.fromkeys(header.scope for header in headers)),
             "base_hashes": {module: digest for header in headers[::-1] for module, digest in header.base_hashes.items()},
             "recipes": tuple(recipe for header in headers for recipe in header.recipes),
             "created": max(header.created for header in headers),
@@ -165,11 +173,11 @@ class Compressed(NamedTuple):
     errors: dict[str, float]
     """Layer to the norm of what was cut off, relative to the norm of the layer's update."""
     overall: float
-    """The same over all layers together."""
+    """Norm of what was cut off over all layers together, relative to the norm of the whole update."""
 
 
 def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = None) -> Compressed:
-    """Lowers the ranks of an eraser, cutting as little as possible off every layer's update (Eckart and Young, 1936).
+    """Lower the ranks of an eraser, cutting as little as possible off every layer's update (Eckart and Young, 1936).
 
     `up = Q_u R_u` and `down^T = Q_d R_d`, so the singular values of `up @ down` are those of the small `R_u R_d^T`: the
     update itself is never multiplied out.
@@ -190,13 +198,13 @@ def compress(eraser: Eraser, *, rank: int | None = None, energy: float | None = 
     cut: dict[str, tuple[float, float]] = {}
     for module, pair in eraser.pairs.items():
         pairs[module], cut[module] = truncated(pair, rank, energy)
-    overall = _share(cut.values())
+    overall = _relative_norm(cut.values())
     header = eraser.header.model_copy(update={"truncation": eraser.header.truncation + overall, "evaluation": None})
-    return Compressed(Eraser(pairs, header), {module: _share([one]) for module, one in cut.items()}, overall)
+    return Compressed(Eraser(pairs, header), {module: _relative_norm([squares]) for module, squares in cut.items()}, overall)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
-    """Refuses a rank or a share of energy that cannot be.
+    """Refuse a rank or a share of energy that cannot be.
 
     Raises:
         EsdLoraError: With what was expected.
@@ -207,13 +215,20 @@ def check_cut(rank: int | None, energy: float | None) -> None:
         raise EsdLoraError(f"energy {energy:g}: expected a share above 0 and up to 1, such as 0.999.")
 
 
-def _share(cut: Iterable[tuple[float, float]]) -> float:
+def _relative_norm(cut: Iterable[tuple[float, float]]) -> float:
+    """Return `||cut off|| / ||whole||` from the squared norms of both, layer by layer."""
     lost, whole = (sum(values) for values in zip(*cut, strict=True))
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def truncated(pair: LoraPair, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
-    """The pair at a lower rank, by the rules of `compress`; the squared norms of what was cut off and of the whole."""
+    """Return a pair at a lower rank, as `compress` chooses it, and the squared norms of what was cut off and of the whole.
+
+    Args:
+        pair: Factors of any rank r.
+        rank: Highest rank of the result.
+        energy: Share of the squared norm to keep, 0 to 1.
+    """
     precise = torch.promote_types(pair.up.dtype, torch.float32)
     linalg = cast("Any", torch.linalg)  # torch ships no types for it
     q_up, r_up = cast("tuple[Tensor, Tensor]", linalg.qr(pair.up.flatten(1).to(precise)))

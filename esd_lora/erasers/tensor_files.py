@@ -1,4 +1,4 @@
-"""Reading files of tensors that a stranger may have made: checked first, never unpickled into anything but tensors."""
+"""Files of tensors: read with checks, as a stranger may have made them, and written to the same bytes every time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import PICKLES
 
-_HEADER_LIMIT = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
+_MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
 
 
 class Header(NamedTuple):
-    """What stands before the tensors of a safetensors file."""
+    """The header of a safetensors file: what stands before the tensors."""
 
     tensors: dict[str, dict[str, Any]]
     """Name to `dtype`, `shape` and `data_offsets`, the first and last byte counted from `start`."""
@@ -34,27 +34,27 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path) -> Header:
-    """Reads and checks the header of a safetensors file, and none of its tensors.
+    """Read and check the header of a safetensors file, and none of its tensors.
 
     Raises:
         EsdLoraError: If there is no such file, or it is no safetensors file or damaged: no JSON, a header of unlikely length,
             tensors that overlap or leave gaps, a name given twice, or fewer or more bytes than announced.
     """
-    with _opened(file):  # the reader's own checks: lengths, offsets, types, UTF-8
+    with _open(file):  # the reader's own checks: lengths, offsets, types, UTF-8
         pass
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         pairs: list[tuple[str, Any]] = json.loads(source.read(length), object_pairs_hook=list)
-    (name, times), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
-    if times > 1:
+    (name, count), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if count > 1:
         raise EsdLoraError(f"{file} is damaged: it names {name!r} twice. Fetch it again.")
     entries = {name: dict(entry) for name, entry in pairs}
     return Header({n: e for n, e in entries.items() if n != "__metadata__"}, entries.get("__metadata__", {}), 8 + length)
 
 
 @contextmanager
-def _opened(file: Path) -> Generator[Any]:
-    """The file under safetensors' reader, whose complaints become one sentence."""
+def _open(file: Path) -> Generator[Any]:
+    """Open a file with safetensors' reader, whose complaints become one sentence."""
     if not file.is_file():
         raise EsdLoraError(f"no file {file}: expected a .safetensors file.")
     try:
@@ -65,11 +65,10 @@ def _opened(file: Path) -> Generator[Any]:
                 f"{file} is a pickle, not a safetensors file, and opening one runs whatever code was put into it. Take a"
                 " .safetensors file, or convert it on a machine you can spare."
             )
-        if len(head) == 8 and struct.unpack("<Q", head)[0] > _HEADER_LIMIT:
-            length = struct.unpack("<Q", head)[0]
+        if (length := int.from_bytes(head, "little")) > _MAX_HEADER and len(head) == 8:
             raise EsdLoraError(
                 f"{file} is no safetensors file, or damaged: it announces a header of {length:,} bytes, more than"
-                f" {_HEADER_LIMIT:,}. Fetch it again."
+                f" {_MAX_HEADER:,}. Fetch it again."
             )
         with cast("Any", safe_open)(file, framework="pt") as opened:  # safetensors ships no types
             yield opened
@@ -78,7 +77,7 @@ def _opened(file: Path) -> Generator[Any]:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, on the CPU, and its metadata.
+    """Read all tensors of a file, on the CPU, and its metadata.
 
     Args:
         file: A safetensors file, or a pickle of tensors (`.pt`, `.ckpt`, `.bin`), which torch reads with `weights_only`: then
@@ -89,15 +88,15 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if file.suffix.lower() not in PICKLES:
         header = read_header(file)
-        with _opened(file) as opened:
+        with _open(file) as opened:
             return {name: opened.get_tensor(name) for name in header.tensors}, header.metadata
     if not file.is_file():
         raise EsdLoraError(f"no file {file}: expected a .safetensors or .pt file.")
     try:
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises whatever the pickle makes it stumble over
-        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise EsdLoraError(f"{file} cannot be read as tensors alone ({first}). Take a .safetensors file instead.") from error
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise EsdLoraError(f"{file} cannot be read as tensors alone ({reason}). Take a .safetensors file instead.") from error
     state = _dictionary(loaded)
     for nested in ("state_dict", "unet", "model"):
         state = _dictionary(state.get(nested)) or state
@@ -112,17 +111,20 @@ def _dictionary(value: object) -> dict[Any, Any]:
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of tensors that can be added to; others are quantised."""
+"""Names of the types of tensors that can be added to; others are quantised."""
 
 
 def read_rows(source: BinaryIO, header: Header, name: str, rows: slice = slice(None)) -> Tensor:
-    """Some rows of one tensor, read into memory of their own.
+    """Read rows of one tensor into memory of their own.
 
     Args:
         source: The open file.
         header: Its header.
-        name: Of a tensor in one of `DTYPES`.
-        rows: Along the first dimension.
+        name: Name of the tensor, whose type must be one of `DTYPES`.
+        rows: Slice of the first dimension; all of it unless given.
+
+    Raises:
+        OSError: If the file ends before them.
     """
     entry = header.tensors[name]
     dtype, shape = DTYPES[entry["dtype"]], list(entry["shape"])
@@ -136,7 +138,7 @@ def read_rows(source: BinaryIO, header: Header, name: str, rows: slice = slice(N
 
 
 def file_content(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file, the same bytes every time: safetensors itself writes metadata in an order that changes."""
+    """Return a safetensors file, the same bytes every time: safetensors itself writes metadata in an order that changes."""
     content = save(tensors)
     length = int.from_bytes(content[:8], "little")
     header = json.dumps({"__metadata__": metadata, **json.loads(content[8 : 8 + length])}, separators=(",", ":")).encode()
@@ -145,6 +147,6 @@ def file_content(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> byt
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes as a safetensors file holds them, whatever its metadata (kohya's `sshs_model_hash`)."""
+    """Return the SHA-256 of the tensors' bytes in a safetensors file, whatever its metadata: kohya's `sshs_model_hash`."""
     content = save(tensors)
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()

@@ -14,6 +14,7 @@ from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.scoring import open_painted, picture
+from esd_lora.formats.cards import save_with_card
 from esd_lora.pictures import read_samples, save_samples
 
 
@@ -40,7 +41,7 @@ def attach(eraser: str | Path, summary: Mapping[str, Any], pictures: Path | None
     found, earlier = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **told), loaded.header.evaluation
     if earlier is not None and found.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
         return directory  # nothing new was measured, so the file stays the same to the byte
-    return Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})).save(directory)
+    return save_with_card(Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": found})), directory)
 
 
 def _take_samples(evaluation: Path, folder: Path) -> None:

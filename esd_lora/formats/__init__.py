@@ -1,1 +1,1 @@
-"""LoRA files of other programs: written, read, and looked into."""
+"""Erasers for other programs and for people: written, read, looked into, and described in a model card."""

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esd_lora.erasers.describing import effect
-from esd_lora.erasers.eraser import Eraser, LoraPair
-from esd_lora.erasers.header import HEADER_KEY
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair
 from esd_lora.erasers.tensor_files import file_content, hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_named
@@ -46,12 +44,12 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     if layout == "peft":
         tensors, config = _peft(eraser)
         prepare_directory(out, force, PEFT_FILES)
-        write_atomically(out / PEFT_FILES[0], file_content(tensors, _own(eraser)))
+        write_atomically(out / PEFT_FILES[0], file_content(tensors, eraser.metadata()))
         write_atomically(out / PEFT_FILES[1], json.dumps(config, indent=2).encode())
         return out
     if out.suffix != ".safetensors":
         raise EsdLoraError(f"output {out}: layout {layout!r} is one file, give it a name that ends in .safetensors.")
-    content = kohya_content(eraser) if layout == "kohya" else file_content(eraser.state_dict(), _own(eraser))
+    content = kohya_content(eraser) if layout == "kohya" else eraser.files()[WEIGHTS_NAME]
     prepare_file(out, force)
     write_atomically(out, content)
     return out
@@ -64,12 +62,7 @@ def kohya_content(eraser: Eraser) -> bytes:
         EsdLoraError: If kohya's files have no name for a layer.
     """
     tensors = kohya_tensors(eraser)
-    return file_content(tensors, _own(eraser) | _kohya_metadata(eraser, tensors))
-
-
-def _own(eraser: Eraser) -> dict[str, str]:
-    """Our header goes along, so that the way back loses nothing."""
-    return {"format": "pt", HEADER_KEY: eraser.header.model_dump_json()}
+    return file_content(tensors, eraser.metadata() | _kohya_metadata(eraser, tensors))
 
 
 def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
@@ -142,7 +135,7 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"Eraser: {names}",
-        "modelspec.description": f"A LoRA that {effect(header.concepts)}. Negative strength does the opposite.",
+        "modelspec.description": f"A LoRA that {header.effect()}. Negative strength does the opposite.",
         "modelspec.date": created.isoformat(timespec="seconds"),
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.usage_hint": "Made for strength 1; there is no trigger word.",

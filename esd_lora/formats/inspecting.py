@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esd_lora.erasers.describing import making, measured
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
-from esd_lora.erasers.fetching import located
+from esd_lora.erasers.fetching import locate
 from esd_lora.erasers.header import HEADER_KEY
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.tensor_files import hash_tensors, read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file
+from esd_lora.formats.cards import measured_line
 from esd_lora.formats.importing import import_lora
 
 _BAR = 30  # characters of the longest bar
@@ -105,12 +105,12 @@ class Inspected(NamedTuple):
             cut += f", energy {origin.energy}" * (origin.energy is not None)
             topics["origin"] = f"{origin.how} from {files}, {origin.layout}{cut}; provenance unknown"
             topics["origin"] += f"; it says {notes}" * bool(notes)
-        if lines := making(header):
+        if lines := header.making():
             topics["stack"] = ", ".join(lines)
         if header.truncation:
             topics["cut off"] = f"{header.truncation:.2%} of the update's norm"
         if header.evaluation:
-            topics["measured"] = measured(header)
+            topics["measured"] = measured_line(header.evaluation)
         topics["sha256"] = f"{self.sha256 or 'of no file'}, of the tensors {self.sha256_tensors}"
         return topics
 
@@ -121,7 +121,7 @@ def inspect_file(path: str | Path) -> Inspected:
     Raises:
         EsdLoraError: If there is no such file, it is damaged, or no plain LoRA.
     """
-    path = located(path)
+    path = locate(path)
     file = path / WEIGHTS_NAME if (path / WEIGHTS_NAME).is_file() else path
     foreign = file.is_file() and file.suffix.lower() not in (".yaml", ".yml")
     if foreign and file.suffix.lower() == ".safetensors":

@@ -1,4 +1,4 @@
-"""What an eraser's header says of the machine that it was made on, and nobody else needs to know."""
+"""Headers without paths: what an eraser says of the machine that it was made on does not leave it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,55 @@ from typing import Any, cast
 from esd_lora.built_in import BUILT_IN
 from esd_lora.erasers.header import EraserHeader
 from esd_lora.errors import EsdLoraError
-from esd_lora.wording import is_hub_id
+from esd_lora.wording import HubId
 
 _PROMPTS = {"concepts", "preserve", "fill", "synonyms"}  # of a header and its recipes: what people say, never a path
 
 
 def without_paths(header: EraserHeader, base_model: str | None) -> EraserHeader:
-    """The header without names that files and bases have on this machine alone.
+    """Return the header without names that files and bases have on this machine alone.
+
+    Args:
+        header: The header as it is.
+        base_model: Hub id that takes the place of the base's name, where that is a path.
 
     Raises:
-        EsdLoraError: If the base has no other name.
+        EsdLoraError: If the base has no other name, or files of this machine are named in an unexpected place.
     """
-    base, _, revision = (base_model or header.base).partition("@")
-    if base not in BUILT_IN and (not is_hub_id(base) or (_is_local(base) and not base_model)):
+    name = base_model or header.base
+    hub_id = HubId(name) if name in BUILT_IN else HubId.read(name)
+    if hub_id is None or (not base_model and hub_id.repo not in BUILT_IN and _is_local(hub_id.repo)):
         raise EsdLoraError(
             f"the eraser was made for base {header.base!r}, which nobody else has under that name. Say which model on the Hub"
             " it is with --base-model owner/name."
         )
+    base, revision = hub_id
 
-    def scrubbed(value: Any, key: str = "") -> Any:
+    def scrub(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            named = cast("dict[str, Any]", value)
-            return {name: v if name in _PROMPTS else scrubbed(v, name) for name, v in named.items()}
+            fields = cast("dict[str, Any]", value)
+            return {field: inner if field in _PROMPTS else scrub(inner, field) for field, inner in fields.items()}
         if isinstance(value, list):
-            return [scrubbed(v, key) for v in cast("list[Any]", value)]
+            return [scrub(inner, key) for inner in cast("list[Any]", value)]
         if not isinstance(value, str) or not (_is_local(value) or (value == header.base != base)):
             return value
         return base if key in ("base", "id") else None if key == "base_config" else re.split(r"[\\/]", value.rstrip("\\/"))[-1]
 
-    plain = scrubbed(header.model_dump(mode="json"))
-    plain["base"] = base
+    fields = scrub(header.model_dump(mode="json"))
+    fields["base"] = base
     if base != header.base or revision:
-        plain["base_revision"] = revision or None
-    clean = EraserHeader.model_validate(plain)
-    for place in (Path.home(), Path.cwd()):
-        if len(place.parts) > 1 and f"{place}/" in clean.model_dump_json():
+        fields["base_revision"] = revision
+    clean = EraserHeader.model_validate(fields)
+    for folder in (Path.home(), Path.cwd()):
+        if len(folder.parts) > 1 and f"{folder}/" in clean.model_dump_json():
             raise EsdLoraError(
-                f"the eraser's header names files below {place}, which would become public. Make it without them."
+                f"the eraser's header names files below {folder}, which would become public. Make it without them."
             )
     return clean
 
 
 def _is_local(text: str) -> bool:
-    """Whether a text is the path of something here, or looks like one."""
+    """Return whether a text is the path of something here, or looks like one."""
     if re.match(r"(/|~|\.\.?/|[A-Za-z]:[\\/])", text):
         return True
     return len(text) < 250 and text.isprintable() and bool(re.search(r"[\\/]|\.\w+$", text)) and Path(text).exists()

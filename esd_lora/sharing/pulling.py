@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from esd_lora.erasers.fetching import _FIRST, _take
+from esd_lora.erasers.eraser import ERASER_FILES
+from esd_lora.erasers.fetching import take_snapshot
+from esd_lora.erasers.manifests import load_eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import partial_name, prepare_directory, reporting_write_errors
 from esd_lora.wording import HubId
@@ -20,11 +22,11 @@ class Pulled(NamedTuple):
     commit: str
     files: list[str]
     left_out: list[str]
-    """Files of kinds that are not taken."""
+    """Names of files of kinds that are not taken."""
 
 
 def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
-    """Fetches an eraser or a stack with its card and pictures into a directory.
+    """Fetch an eraser or a stack with its card and pictures into a directory.
 
     Everything is checked before the first file is put there: names, kinds, sizes, hashes, and that the eraser loads.
 
@@ -37,30 +39,28 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
         EsdLoraError: If there is no such repository, it may not be read, the Hub cannot be reached, or something in it is not
             as it should be; then what was there is as it was.
     """
-    from esd_lora.erasers.manifests import load_eraser
-
     hub_id, out = HubId.read(repo), Path(out)
     if hub_id is None:
         raise EsdLoraError(f"{repo!r} is no repository on the Hub: expected owner/name, or owner/name@revision.")
     new = not out.exists()
     prepare_directory(out, force, ())
     try:
-        taken = _take(hub_id, list)
-        load_eraser(taken.places[next(name for name in _FIRST if name in taken.places)].parent)
-        for name in taken.places:
-            if (out / name).is_dir() or any(place.is_file() for place in (out / name).parents if place.is_relative_to(out)):
+        folder, names, listing = take_snapshot(hub_id, whole=True)
+        load_eraser(folder)
+        for name in names:
+            if (out / name).is_dir() or any(parent.is_file() for parent in (out / name).parents if parent.is_relative_to(out)):
                 raise EsdLoraError(f"output {out}: {name} cannot be put there, where a file or folder of that name is.")
-        with reporting_write_errors(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as folder:
-            beside = {name: Path(folder, str(i)) for i, name in enumerate(taken.places)}
-            for name, place in beside.items():
-                shutil.copyfile(taken.places[name], place)
-            for name in sorted(beside, key=lambda name: name in _FIRST):  # what makes it an eraser comes last
+        with reporting_write_errors(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as scratch:
+            copies = {name: Path(scratch, str(i)) for i, name in enumerate(names)}
+            for name, copy in copies.items():
+                shutil.copyfile(folder / name, copy)
+            for name in sorted(copies, key=lambda name: name in ERASER_FILES):  # what makes it an eraser comes last
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                beside[name].replace(out / name)
-            for name in set(_FIRST) - set(beside):
+                copies[name].replace(out / name)
+            for name in {*ERASER_FILES} - {*copies}:
                 (out / name).unlink(missing_ok=True)
     except BaseException:
         if new and not any(out.iterdir()):
             out.rmdir()
         raise
-    return Pulled(out, taken.commit, list(taken.places), taken.left_out)
+    return Pulled(out, listing.commit, names, listing.left_out)

@@ -20,22 +20,22 @@ EXAMPLES = ["a cat in ink style", "a dog in twemoji style", "a rocket, noto styl
 
 @cache
 def loaded() -> tuple[Any, list[esd_lora.Eraser]]:
-    """Base and erasers, once."""
+    """Return base and erasers, loaded once."""
     return esd_lora.load_base(BASE), [esd_lora.load_eraser(name) for name in ERASERS]
 
 
 def paint(prompt: str, seed: float, *strengths: float) -> tuple[Any, Any]:
-    """The same prompt and seed on the base, and with every eraser at its strength."""
+    """Return pictures of one prompt and seed: of the base, and with every eraser at its strength."""
     base, erasers = loaded()
-    asked = {"prompts": [prompt], "seeds": [int(seed)]}
-    (before,) = esd_lora.generate(base, **asked)
-    (after,) = esd_lora.generate(base, **asked, erasers=erasers, weights=list(strengths))
+    request = {"prompts": [prompt], "seeds": [int(seed)]}
+    (before,) = esd_lora.generate(base, **request)
+    (after,) = esd_lora.generate(base, **request, erasers=erasers, weights=list(strengths))
     side = max(256, before.width)  # the built-in base paints small; pixels stay pixels
     return tuple(picture.resize((side, side), 0 if before.width < side else 1) for picture in (before, after))
 
 
 def build() -> Any:
-    """The page."""
+    """Return the page."""
     import gradio
 
     _, erasers = loaded()

@@ -12,10 +12,10 @@ import pytest
 
 import loopback_hub
 from esd_lora.erasers.eraser import WEIGHTS_NAME
-from esd_lora.erasers.licences import licence_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.suite_files import load_suite
 from esd_lora.evaluation.summarising import read_gate
+from esd_lora.formats.licenses import license_of
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from loopback_hub import LoopbackHub
@@ -41,7 +41,7 @@ COLLECTION = PUBLISH.read_collection(FOLDER / "collection.yaml")
 @pytest.mark.parametrize("entry", COLLECTION.erasers, ids=lambda entry: entry.repo)
 def test_entries_name_what_there_is(entry: Any) -> None:
     base = load_recipe(entry.recipe).base
-    assert licence_of(base, entry.licence) == licence_of(base, None)
+    assert license_of(base, entry.license) == license_of(base, None)
     suite = load_suite(entry.suite, entry.settings)
     assert suite.sensitive <= entry.sensitive
     for gate in entry.fail_if:
@@ -62,7 +62,7 @@ erasers:
   - &good
     recipe: RECIPE
     repo: good
-    licence: apache-2.0
+    license: apache-2.0
     suite: emoji-object
     settings: {steps: 2}
     limit: 1

@@ -17,22 +17,21 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 import loopback_hub
 from esd_lora.built_in import base_files
 from esd_lora.cli import main
-from esd_lora.erasers import fetching as module
-from esd_lora.erasers.cards import Publication, Sample
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.erasers.header import Origin
-from esd_lora.erasers.licences import licence_of
 from esd_lora.erasers.manifests import load_eraser, write_manifest
 from esd_lora.erasers.measured import Measured
 from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import file_content
 from esd_lora.errors import EsdLoraError
+from esd_lora.formats.cards import Publication, Sample, render_card, save_with_card
+from esd_lora.formats.licenses import license_of
 from esd_lora.pictures import save_samples
 from esd_lora.recipe import Neighbours
 from esd_lora.sharing.catalog import catalog, search
@@ -169,7 +168,7 @@ def test_large_files_go_in_parts(ada: LoopbackHub, no_cat: Path) -> None:
 
 def test_another_licence_than_the_base_has(ada: LoopbackHub, no_cat: Path) -> None:
     with pytest.warns(UserWarning, match="has the licence creativeml-openrail-m, and this says mit"):
-        push(no_cat, "ada/no-cat", licence="mit")
+        push(no_cat, "ada/no-cat", license="mit")
     text = ada.files("ada/no-cat")["README.md"].decode()
     assert "`mit`. The terms of the base" in text
     assert "(`creativeml-openrail-m`)" in text
@@ -432,9 +431,8 @@ def test_card_from_hostile_words(tmp_path: Path) -> None:
     changes = {name: evil for name in strings if name not in ("base", "created", "prefix", "family")}
     made.header.versions.clear()
     header = made.header.model_copy(update={**changes, "versions": {evil: evil}, "preserve": (evil,), "family": f"sd{evil}"})
-    card = Eraser(made.pairs, header).card(
-        Publication("ada/x", licence_of(BASE, None), None, [Sample(evil, "samples/1_erased.png")])
-    )
+    publication = Publication(HubId("ada/x"), license_of(BASE, None), [Sample(evil, "samples/1_erased.png")])
+    card = render_card(Eraser(made.pairs, header), publication)
     front, _, body = card[4:].partition("\n---\n")
     assert set(yaml.safe_load(front)) == {
         *("library_name", "pipeline_tag", "license", "tags", "base_model", "base_model_relation", "widget"),
@@ -453,7 +451,7 @@ def test_card_from_hostile_words(tmp_path: Path) -> None:
 
 def test_a_stack_of_many_has_a_short_heading() -> None:
     made = made_for(BASE, *(f"concept {i}" for i in range(150)))
-    card = made.card(Publication("ada/x", licence_of(BASE, None)))
+    card = render_card(made, Publication(HubId("ada/x"), license_of(BASE, None)))
     heading = next(line for line in card.splitlines() if line.startswith("# Eraser"))
     assert heading.endswith("concept 11 and 138 more")
     assert len([tag for tag in ModelCard(card).data.to_dict()["tags"] if tag.startswith("erases:")]) == 12
@@ -625,7 +623,7 @@ def test_a_pull_that_cannot_be_finished_changes_nothing(ada: LoopbackHub, no_cat
     """Where a file should go there is a folder, or a file where a folder should."""
     push(no_cat, "ada/no-cat")
     ada.plant("ada/no-cat", {"x.md/y.md": b"", "new.md": b""} if inside == "x.md" else {"new.md": b""})
-    out = made_for(BASE, "a hat").save(tmp_path / "out")
+    out = save_with_card(made_for(BASE, "a hat"), tmp_path / "out")
     if inside == "README.md":
         (out / inside).unlink()
         (out / inside).mkdir()
@@ -718,21 +716,25 @@ def test_a_repository_that_changes_meanwhile(
 ) -> None:
     """Between listing and fetching the card is changed: it is listed anew. If that goes on, it is told."""
     push(no_cat, "ada/no-cat")
-    left, listing = [1], module._listing
+    left, listed, listing = [1], set[str](), HfApi.list_repo_tree
 
-    def changing(hub_id: HubId) -> Any:
-        found = listing(hub_id)
+    def changing(api: HfApi, repo_id: str, **kwargs: Any) -> Any:
+        entries = list(listing(api, repo_id, **kwargs))
+        listed.add(kwargs["revision"])
         if left[0] > 0:
             left[0] -= 1
             ada.plant("ada/no-cat", {"README.md": f"changed {left[0]}".encode()})
-        return found
+        return entries
 
-    monkeypatch.setattr(module, "_listing", changing)
+    monkeypatch.setattr(HfApi, "list_repo_tree", changing)
     pulled = pull("ada/no-cat", tmp_path / "out")
     assert (pulled.directory / "README.md").read_bytes() == b"changed 0"
     left[0] = 9
     with pytest.raises(EsdLoraError, match="as the Hub announced"):
         pull("ada/no-cat", tmp_path / "again")
+    fetched = {request.path.split("/")[4] for request in ada.log if request.path.endswith("README.md")}
+    assert fetched
+    assert fetched <= listed, "what was not listed and checked is not fetched"
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -909,7 +911,7 @@ def test_search(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
     push(no_cat, "ada/no-cat")
     made = made_for("owner/other", "Van Gogh")
     folder = made.save(tmp_path / "gogh")
-    push(folder, "ada/no-gogh", licence="mit")
+    push(folder, "ada/no-gogh", license="mit")
     ada.plant("bob/lora", {"README.md": b"---\ntags: [lora]\n---\n"})
     assert {one.repo for one in search()} == {"ada/no-cat", "ada/no-gogh"}
     assert [one.repo for one in search(concept="A CAT")] == [one.repo for one in search(concept="cat")] == ["ada/no-cat"]

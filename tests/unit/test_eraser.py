@@ -11,11 +11,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from esd_lora.erasers.cards import render_card
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
-from esd_lora.erasers.header import FORMAT, HEADER_KEY
+from esd_lora.erasers.header import FORMAT, HEADER_KEY, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import prepare_directory, write_atomically
+from esd_lora.formats.cards import render_card, save_with_card
 from esd_lora.formats.exporting import export
 from esd_lora.recipe_files import load_recipe
 from random_erasers import SHAPES, build_header, random_eraser
@@ -69,11 +69,27 @@ def test_header_is_json_under_one_key(saved: Path) -> None:
     assert header["recipes"][0]["train"]["steps"] == 4
 
 
-def test_directory_holds_recipe_and_card(saved: Path) -> None:
+def test_directory_holds_weights_and_recipe(saved: Path) -> None:
     eraser = Eraser.load(saved)
     assert load_recipe(saved / "recipe.yaml") == eraser.header.recipes[0]
-    assert (saved / "README.md").read_text("utf-8") == eraser.card()
-    assert {path.name for path in saved.iterdir()} == {WEIGHTS_NAME, "recipe.yaml", "README.md"}
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == eraser.files()
+    assert set(eraser.files()) == {WEIGHTS_NAME, "recipe.yaml"}
+
+
+def test_directory_for_people_holds_the_card_too(saved: Path, tmp_path: Path) -> None:
+    eraser = Eraser.load(saved)
+    folder = save_with_card(eraser, tmp_path / "with" / "card")
+    assert (folder / "README.md").read_text("utf-8") == render_card(eraser)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"} == eraser.files()
+
+
+def test_weights_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make a directory an eraser's, so whoever finds them finds the rest."""
+    names: list[str] = []
+    monkeypatch.setattr("esd_lora.erasers.eraser.write_atomically", lambda path, _: names.append(path.name))
+    save_with_card(random_eraser({"conv": 1}), tmp_path)
+    assert sorted(names) == sorted(["README.md", "recipe.yaml", WEIGHTS_NAME])
+    assert names[-1] == WEIGHTS_NAME
 
 
 def test_file_loads_as_its_directory_does(saved: Path) -> None:
@@ -140,11 +156,40 @@ def test_lora_of_another_tool(tmp_path: Path) -> None:
         assert "not an eraser" in refusal(file)
 
 
-def test_newer_format(saved: Path) -> None:
-    newer = build_header().model_dump(mode="json") | {"format": FORMAT + 1, "concepts": "told otherwise"}
+@pytest.mark.parametrize("number", [FORMAT + 1, FORMAT + 1.0, int("9" * 4000), 1e300])
+def test_newer_format(saved: Path, number: float) -> None:
+    newer = build_header().model_dump(mode="json") | {"format": number, "concepts": "in another way"}
     message = refusal(rewrite(saved, header=json.dumps(newer)))
-    assert f"format {FORMAT + 1}" in message
+    assert f"format {f'{number}'[:9]}" in message
     assert "Upgrade" in message
+
+
+def test_newer_format_in_quotes(saved: Path) -> None:
+    newer = build_header().model_dump(mode="json") | {"format": f"{FORMAT + 1}"}
+    assert f"has format {FORMAT + 1}, this version reads up to {FORMAT}" in refusal(rewrite(saved, header=json.dumps(newer)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": 'a "format": 99 of a base', "format": FORMAT},
+        {"cost": {"format": 99.0}, "format": FORMAT},
+        {"versions": {"format": "99"}, "format": FORMAT},
+        {"cost": {"format": 99.0}},
+    ],
+    ids=["in a text", "in a field", "in a field as text", "nowhere else"],
+)
+def test_the_format_is_the_headers_own(saved: Path, changes: dict[str, object]) -> None:
+    """What stands elsewhere in the header, before the number or without it, is no format."""
+    fields = build_header('"format": 99').model_dump(mode="json")
+    del fields["format"]
+    header = Eraser.load(rewrite(saved, header=json.dumps(changes | {**fields, **changes}))).header
+    assert (header.format, header.concepts[0].name) == (FORMAT, '"format": 99')
+
+
+def test_a_format_given_twice_is_the_last_one(saved: Path) -> None:
+    fields = build_header().model_dump_json().removeprefix("{")
+    assert Eraser.load(rewrite(saved, header=f'{{"format": 99, {fields}')).header.format == FORMAT
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "not json", '{"format": 1, "family": 3}'])
@@ -192,9 +237,14 @@ def test_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [file]
 
 
+def card_of(header: EraserHeader) -> str:
+    """The card of an eraser that has this header."""
+    return render_card(Eraser(random_eraser({"conv": 1, "shortcut": 2}).pairs, header))
+
+
 def test_card_says_what_and_from_where() -> None:
     header = build_header("Van Gogh", base="owner/model", base_revision="abc123", preserve=("a dog", "a hat"))
-    card = render_card(header, 2)
+    card = card_of(header)
     _, front, text = card.split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["library_name"] == "diffusers"
@@ -211,24 +261,24 @@ def test_card_says_what_and_from_where() -> None:
 def test_card_says_strengths_and_what_is_amplified() -> None:
     cat, dog, hat = build_header("cat", "dog", "hat").concepts
     weak = dog.model_copy(update={"weight": 0.5, "blocks": {"mid_block": 0.0}})
-    card = render_card(build_header(concepts=(cat, weak, hat.model_copy(update={"weight": -1.0}))), 2)
+    card = card_of(build_header(concepts=(cat, weak, hat.model_copy(update={"weight": -1.0}))))
     assert "that removes cat, dog (at strength 0.5, mid_block x 0) and amplifies hat (at strength -1)." in card
 
 
 def test_card_of_unknown_prompts_has_no_empty_table() -> None:
-    card = render_card(build_header(concepts=(build_header().concepts[0].model_copy(update={"pairs": (), "eta": None}),)), 2)
+    card = card_of(build_header(concepts=(build_header().concepts[0].model_copy(update={"pairs": (), "eta": None}),)))
     assert "Its prompts are not known." in card
     assert "|" not in card.split("---\n", 2)[2]
 
 
 def test_card_of_a_local_base_points_to_no_page() -> None:
-    front = yaml.safe_load(render_card(build_header(base="/some/where"), 2).split("---\n")[1])
+    front = yaml.safe_load(card_of(build_header(base="/some/where")).split("---\n")[1])
     assert "base_model" not in front
 
 
 def test_card_cuts_a_long_pool_short() -> None:
     concept = build_header().concepts[0].model_copy(update={"pairs": tuple((f"cat {i}", "dog") for i in range(20))})
-    card = render_card(build_header(concepts=(concept,)), 2)
+    card = card_of(build_header(concepts=(concept,)))
     assert "| cat 11 | dog |" in card
     assert "cat 12" not in card
     assert "and 8 more" in card
@@ -236,7 +286,7 @@ def test_card_cuts_a_long_pool_short() -> None:
 
 def test_card_keeps_its_table_whatever_the_prompt_holds() -> None:
     concept = build_header().concepts[0].model_copy(update={"pairs": (("[cat|dog]\nsitting", "a | b"),)})
-    card = render_card(build_header(concepts=(concept,)), 2)
+    card = card_of(build_header(concepts=(concept,)))
     row = next(line for line in card.splitlines() if "[cat" in line)
     assert row.endswith("|")
     assert row.replace("\\|", "").count("|") == 3

@@ -12,6 +12,7 @@ from esd_lora.erasers.manifests import write_manifest
 from esd_lora.erasers.measured import Measured, Number
 from esd_lora.erasers.stacking import Strength, compress, stack
 from esd_lora.errors import EsdLoraError
+from esd_lora.formats.cards import render_card, save_with_card
 from esd_lora.formats.exporting import export
 from esd_lora.formats.inspecting import bars, block_of, diff, inspect_file
 from random_erasers import build_header, random_eraser
@@ -78,12 +79,12 @@ def test_measured_numbers_are_shown(tmp_path: Path) -> None:
     rate = Number(value=0.05, low=0.01, high=0.2, of=20, hits=1)
     variants = {"erased": {"target": {"accuracy": rate, "<b>": rate}}}
     found = Measured(suite="mine", date="2026-01-02", concepts=("cat",), variants=variants, record={"detectors": {"judge": {}}})
-    folder = Eraser(made.pairs, made.header.model_copy(update={"evaluation": found})).save(tmp_path / "one")
+    folder = save_with_card(Eraser(made.pairs, made.header.model_copy(update={"evaluation": found})), tmp_path / "one")
     assert "suite mine, 2026-01-02: accuracy 5.0 % (1.0 to 20.0) (erased)" in "\n".join(inspect_file(folder).lines())
     card = (folder / "README.md").read_text()
     assert "| target | erased | accuracy | 5.0 % (1.0 to 20.0) |  | 20 |" in card
     assert "| target | erased | &lt;b> |" in card
-    assert "Not measured:" in (made.save(tmp_path / "two") / "README.md").read_text()
+    assert "Not measured:" in render_card(made)
 
 
 def test_difference_of_equal_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Licences of published erasers: an eraser is a part of a model, so its base's terms hold for the two."""
+"""Licenses of published erasers: an eraser is a part of a model, so its base's terms hold for the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from esd_lora.errors import EsdLoraError
 
 _STABILITY = "stabilityai-ai-community=https://stability.ai/license"
-_KNOWN = {
+_BASE_LICENSES = {
     "emoji": "apache-2.0",
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -26,64 +26,65 @@ _KNOWN = {
         "flux-1-dev-non-commercial-license=https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
     ),
 }
-"""Base to its licence, as its page on the Hub states it."""
+"""Base to its license, as its page on the Hub states it."""
 
 
-class Licence(NamedTuple):
-    """A licence by the Hub's name for it, or one that the Hub has no name for, with its address."""
+class License(NamedTuple):
+    """A license by the Hub's name for it, or one that the Hub has no name for, with its address."""
 
     name: str
     link: str | None = None
 
     @classmethod
-    def read(cls, text: str) -> Licence:
-        """`NAME` or `NAME=URL`."""
+    def read(cls, text: str) -> License:
+        """Return the license that `NAME` or `NAME=URL` stands for."""
         name, _, link = text.partition("=")
         return cls(name, link or None)
 
-    def front(self) -> dict[str, object]:
-        """As the Hub's front matter has it."""
+    def front_matter(self) -> dict[str, object]:
+        """Return the keys that the Hub reads it from."""
         return (
             {"license": "other", "license_name": self.name, "license_link": self.link} if self.link else {"license": self.name}
         )
 
-    def told(self) -> str:
-        """In Markdown."""
+    def markdown(self) -> str:
+        """Return its name in Markdown, with a link where it has an address."""
         return f"[{self.name}]({self.link})" if self.link else f"`{self.name}`"
 
 
-def licence_of(base: str, said: str | None) -> Licence:
-    """The licence that was asked for, or else that of the base; warns where the two are known to differ.
+def license_of(base: str, chosen: str | None) -> License:
+    """Return the license that was chosen for an eraser, or else that of its base; warn where the two are known to differ.
 
     Args:
         base: What the eraser was made for.
-        said: The Hub's name of a licence (`openrail++`, `cc-by-nc-4.0`), or `NAME=URL` for one it has no name for.
+        chosen: The Hub's name of a license (`openrail++`, `cc-by-nc-4.0`), or `NAME=URL` for one it has no name for.
 
     Raises:
-        EsdLoraError: If none is said and that of the base is not known, or what is said is of neither form.
+        EsdLoraError: If none is chosen and that of the base is not known, or `chosen` is of neither form.
     """
-    theirs = base_licence(base)
-    if said is None:
-        if theirs is None:
+    of_base = base_license(base)
+    if chosen is None:
+        if of_base is None:
             raise EsdLoraError(
                 f"the licence of base {base!r} is not known here. Look at its page and give --license NAME, or NAME=URL for one"
                 " that the Hub has no name for."
             )
-        return theirs
-    ours = Licence.read(said)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*(=https://[\w./~#%-]+)?", said):
+        return of_base
+    result = License.read(chosen)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*(=https://[\w./~#%-]+)?", chosen):
         raise EsdLoraError(
-            f"--license {said!r}: expected the Hub's name of a licence, such as openrail++ or cc-by-nc-4.0, or NAME=https://..."
+            f"--license {chosen!r}: expected the Hub's name of a licence, such as openrail++ or cc-by-nc-4.0, or"
+            " NAME=https://..."
         )
-    if ours == Licence("other"):
+    if result == License("other"):
         raise EsdLoraError("--license other says nothing. Give its name and address: NAME=https://...")
-    if theirs not in (None, ours):
+    if of_base not in (None, result):
         warnings.warn(
-            f"{base} has the licence {theirs.name}, and this says {ours.name}. See that its terms let you.", stacklevel=2
+            f"{base} has the licence {of_base.name}, and this says {result.name}. See that its terms let you.", stacklevel=2
         )
-    return ours
+    return result
 
 
-def base_licence(base: str) -> Licence | None:
-    """The licence of a base, if it is known here."""
-    return Licence.read(_KNOWN[base]) if base in _KNOWN else None
+def base_license(base: str) -> License | None:
+    """Return the license of a base, or `None` where it is not known here."""
+    return License.read(_BASE_LICENSES[base]) if base in _BASE_LICENSES else None
