@@ -24,7 +24,7 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.victim import Victim
-from esd_lora.evaluation.baselines.comparing import baseline, baseline_name, resolve_names
+from esd_lora.evaluation.baselines.blocking import baseline, baseline_name, resolve_names
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import NotRun
 from esd_lora.evaluation.picture_files import match_pictures, painted_file
@@ -40,7 +40,6 @@ from esd_lora.evaluation.report.summarising import (
     summarise,
     summarise_labels,
 )
-from esd_lora.evaluation.report.tables import markdown
 from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, paint_missing, score_dict, score_missing
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
 from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
@@ -74,7 +73,7 @@ def evaluate(
         erasers: Erasers or their paths, applied together as one stack. None measures the base alone.
         weights: Strength of each, 1 by default.
         concepts: What counts as erased; by default what the erasers' headers hold.
-        against: Other ways to keep the concepts out, from `comparing.BLOCKING`, or another base by path or id.
+        against: Other ways to keep the concepts out, from `blocking.BLOCKING`, or another base by path or id.
         stack: Whether to measure every eraser alone, too, and their number growing: see `summarising.compare_members`.
         limit: Most pictures of each prompt set of the suite.
         settings: Dotted keys over the suite's file, where it is not loaded: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
@@ -260,7 +259,7 @@ def _score_and_write(
     write_atomically(out / "images.jsonl", _picture_lines(out, cases, scores, pictures))
     if report.stack:
         write_atomically(out / "stack.png", heat_map(report.stack))
-    write_atomically(out / "table.md", markdown(report).encode())
+    write_atomically(out / "table.md", report.to_markdown().encode())
     write_atomically(out / "report.html", render_page(report, suite, cases, scores, pictures).encode())
     if reasons := [failure for failure in failures if failure]:
         raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))

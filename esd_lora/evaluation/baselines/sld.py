@@ -29,10 +29,10 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.baselines.blocking import concept_names
 from esd_lora.evaluation.variants import Painter, Variant, make_painter
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.trajectory import Condition
+from esd_lora.wording import without_article
 
 
 class SldStrength(NamedTuple):
@@ -149,6 +149,11 @@ class _Guide:
         if "pooled_prompt_embeds" in condition:
             added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": added["time_ids"].chunk(2)[1]}
         return {"encoder_hidden_states": condition["prompt_embeds"], "added_cond_kwargs": added}
+
+
+def concept_names(concepts: Sequence[ErasedConcept]) -> str:
+    """Return names and synonyms of concepts as one prompt."""
+    return ", ".join(without_article(name) for concept in concepts for name in (concept.name, *concept.synonyms))
 
 
 def block_by_sld(name: str) -> Callable[[Base, Sequence[ErasedConcept], int, float], Variant]:

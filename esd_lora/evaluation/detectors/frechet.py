@@ -11,8 +11,8 @@ import torch
 from PIL.Image import Image
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.detectors.classify import EfficientNetLite0
 from esd_lora.evaluation.detectors.detector import NotRun
-from esd_lora.evaluation.detectors.efficientnet import EfficientNetLite0
 from esd_lora.files import hash_file
 
 

@@ -17,8 +17,7 @@ from jinja2 import Environment
 from esd_lora.erasers.measured import TITLES, Numbers, role_rows
 from esd_lora.evaluation.cases import ROLES, Case
 from esd_lora.evaluation.picture_files import open_painted
-from esd_lora.evaluation.report.report import Report, StackNumbers
-from esd_lora.evaluation.report.tables import label_rows, member_rows
+from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
 from esd_lora.evaluation.scoring import Pictures, Scores
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.pictures import heat_maps

@@ -1,4 +1,4 @@
-"""The report of an evaluation: all its numbers, typed, as `summary.json` holds them."""
+"""The report of an evaluation: all its numbers, typed, as `summary.json` holds them, and as tables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from esd_lora.erasers.measured import Number, Numbers
+from esd_lora.erasers.measured import (
+    HEAD,
+    INTERVALS,
+    TITLES,
+    Number,
+    Numbers,
+    cells,
+    markdown_cell,
+    markdown_table,
+    role_rows,
+)
 from esd_lora.errors import EsdLoraError
+
+_MOST_ROWS = 60  # of a table by label that anyone reads
 
 
 class _Frozen(BaseModel):
@@ -92,6 +104,37 @@ class Report(_Frozen):
         """Return the text of `summary.json`."""
         return json.dumps(_plain(self) | {"stack": _plain(self.stack) or {}}, indent=1, ensure_ascii=False) + "\n"
 
+    def to_markdown(self) -> str:
+        """Return the report as tables in Markdown: one for each role, then one by label for each metric."""
+        variants, labels = list(self.variants), self.labels
+        parts = [f"# {self.suite}: {', '.join(map(markdown_cell, self.concepts)) or 'the base alone'}"]
+        for role, title in TITLES.items():
+            if rows := role_rows(self.variants, role):
+                parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
+        if self.layout:
+            columns = list(next(iter(self.layout.values())))
+            rows = [[name, *(f"{100 * row[column]:.1f} %" for column in columns)] for name, row in self.layout.items()]
+            parts.append(markdown_table(["model", *columns], rows))
+        for metric, rows in label_rows(labels, variants).items():
+            head = [f"{metric} by label", *variants]
+            parts.append(markdown_table(head, [[markdown_cell(label), *shares] for label, *shares in rows]))
+        if self.stack:
+            metric, kept = self.stack.metric, self.stack.kept
+            rows = [[markdown_cell(name), *numbers] for name, *numbers in member_rows(self.stack)]
+            parts += [
+                "## Alone and together",
+                markdown_table([f"{metric} on targets of", "base", "alone", "all together"], rows),
+            ]
+            rows = [[str(count), number.text() if number else ""] for count, number in enumerate(kept)]
+            parts.append(markdown_table(["erasers", f"{metric} on neighbours and the rest"], rows))
+        for name, distances in self.distances.items():
+            record = self.record["detectors"][name]
+            rows = [[variant, f"{distance.value:g}", str(distance.of)] for variant, distance in distances.items()]
+            parts += [f"## {record['metric']}, beside {record['beside']}", markdown_table(["model", name, "pictures"], rows)]
+        if self.not_run:
+            parts += ["## Not run", "\n".join(f"- {name}: {reason}" for name, reason in self.not_run.items())]
+        return "\n\n".join([*parts, INTERVALS]) + "\n"
+
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Return the report of an evaluation that lies in a directory, or in a `summary.json`.
@@ -116,3 +159,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def member_rows(stack: StackNumbers) -> list[list[str]]:
+    """Return members of a stack: name, and the rate of its targets on the base, alone and together."""
+    rates = [(member.name, (member.base, member.alone, member.together)) for member in stack.members]
+    return [[name, *(number.text() if number else "" for number in numbers)] for name, numbers in rates]
+
+
+def label_rows(labels: Numbers, variants: list[str]) -> dict[str, list[list[str]]]:
+    """Return for each metric that is a rate: label, then hits and pictures of every variant. None where labels are too many."""
+    if len(labels) > _MOST_ROWS:
+        return {}
+    rates = dict.fromkeys(
+        metric
+        for by_variant in labels.values()
+        for metrics in by_variant.values()
+        for metric, number in metrics.items()
+        if number.hits is not None
+    )
+
+    def share(label: str, variant: str, metric: str) -> str:
+        number = labels[label].get(variant, {}).get(metric)
+        return f"{number.hits}/{number.of}" if number else ""
+
+    return {metric: [[label, *(share(label, v, metric) for v in variants)] for label in labels] for metric in rates}
