@@ -18,14 +18,16 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
+from counting import Scored, count, kept, object_of, score
+
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack
-from esd_lora.evaluation.domain_suite import Scored, Shot, count, every_pair, kept, of_object, of_style, score, wording
-from esd_lora.evaluation.judge import Judge
+from esd_lora.evaluation.cases import Case, fill_template, object_cases, pair_cases, style_cases
+from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.pictures import grid, paint
 from esd_lora.recipe import SCOPES
 from esd_lora.recipe_files import load_recipe
@@ -84,10 +86,10 @@ def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str
     return out
 
 
-def every_object() -> list[Shot]:
-    """Three shots of every object, no style named: a neighbour has least to hold on to there."""
+def every_object() -> list[Case]:
+    """Return three cases of every object, no style named: a neighbour has least to hold on to there."""
     names = domain("emoji")["objects"]
-    return [Shot(wording("{a}", name), seed, name, None) for name in names for seed in (7, 8, 9)]
+    return [Case(f"{name}-{seed}", "general", fill_template("{a}", name), seed, name) for name in names for seed in (7, 8, 9)]
 
 
 def measure(
@@ -103,12 +105,12 @@ def measure(
     known = domain("emoji")
     listed = {name for name in known["objects"] if f"a {name}" in known["keep"] or f"an {name}" in known["keep"]}
     trained = {prompt for eraser in erasers for concept in eraser.header.concepts for prompt, _ in concept.pairs}
-    shots = [s.shot for s in before]
+    cases = [s.case for s in before]
     with applied(base, erasers):
-        scored, scored_bare = score(base, judge, shots), score(base, judge, [s.shot for s in bare])
-        of_objects = [score(base, judge, of_object(name, trained, SHOTS)) for name in sorted(objects)]
-        of_styles = [score(base, judge, of_style(name, trained, SHOTS)) for name in sorted(styles)]
-    unlisted = [i for i, shot in enumerate(shots) if shot.object not in listed]
+        scored, scored_bare = score(base, judge, cases), score(base, judge, [s.case for s in bare])
+        of_objects = [score(base, judge, object_cases(name, trained, SHOTS)) for name in sorted(objects)]
+        of_styles = [score(base, judge, style_cases(name, trained, SHOTS)) for name in sorted(styles)]
+    unlisted = [i for i, case in enumerate(cases) if object_of(case) not in listed]
     anchors = {
         anchor.rpartition(" ")[2] for eraser in erasers for concept in eraser.header.concepts for _, anchor in concept.pairs
     }
@@ -134,7 +136,7 @@ def main() -> None:
     seeds, groups = [int(seed) for seed in options.seeds.split(",")], options.only.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
     base, judge = load_base("emoji"), Judge("emoji")
-    before, bare = score(base, judge, every_pair(), desc="the base"), score(base, judge, every_object())
+    before, bare = score(base, judge, pair_cases(), desc="the base"), score(base, judge, every_object())
     results: dict[str, list[dict[str, Any]]] = {}
 
     def record(label: str, key: str, erasers: list[Eraser], objects: set[str], styles: set[str], size: int, cost: dict) -> None:

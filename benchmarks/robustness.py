@@ -21,7 +21,8 @@ from itertools import product
 from pathlib import Path
 
 from esd_lora.bases.loading import load_base
-from esd_lora.evaluation.domain_suite import wording
+from esd_lora.erasers.measured import Number
+from esd_lora.evaluation.cases import fill_template
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
@@ -38,29 +39,29 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
-    base, rows = load_base("emoji"), dict[tuple[str, ...], list[dict[str, dict[str, int]]]]()
-    asked = (options.scopes, options.objectives, options.seeds)
-    for number, (scope, objective, seed) in enumerate(product(*(text.split(",") for text in asked))):
+    base, rows = load_base("emoji"), dict[tuple[str, ...], list[dict[str, Number]]]()
+    choices = (options.scopes, options.objectives, options.seeds)
+    for number, (scope, objective, seed) in enumerate(product(*(text.split(",") for text in choices))):
         if number % parts != part:
             continue
         folder = options.out / "-".join((options.concept, scope, objective, seed))
         if not (folder / "eraser" / "README.md").exists():
             settings = {"train.seed": int(seed), "train.preview_every": 0, "train.probe_every": 0}
-            concept = {"name": options.concept, "prompts": [wording("{a}", options.concept)]}
+            concept = {"name": options.concept, "prompts": [fill_template("{a}", options.concept)]}
             if objective == "contrast":
-                concept, settings = concept | {"anchor": wording("{a}", options.anchor)}, settings | {"eta": 1.0}
+                concept, settings = concept | {"anchor": fill_template("{a}", options.anchor)}, settings | {"eta": 1.0}
             recipe = load_recipe("fast", settings, concepts=[concept], scope=scope, objective=objective)
             train(recipe, base=base, out=folder / "eraser", force=True)
-        found = evaluate(base, "emoji-attack", folder / "measured", erasers=[folder / "eraser"])["variants"]
-        columns = {"left": found["erased"]["target"]["accuracy"], "kept": found["erased"]["general"]["accuracy"]}
-        columns["base"] = found["base"]["target"]["accuracy"]
-        attacks = {name.removeprefix("attack-"): of["target"]["accuracy"] for name, of in found.items() if "attack" in name}
+        numbers = evaluate(base, "emoji-attack", folder / "measured", erasers=[folder / "eraser"]).variants
+        columns = {"left": numbers["erased"]["target"]["accuracy"], "kept": numbers["erased"]["general"]["accuracy"]}
+        columns["base"] = numbers["base"]["target"]["accuracy"]
+        attacks = {name.removeprefix("attack-"): of["target"]["accuracy"] for name, of in numbers.items() if "attack" in name}
         rows.setdefault((scope, objective), []).append({**columns, **attacks})
     print(f"\n{datetime.date.today()}; training seeds {options.seeds}; shares over all, and of how many pictures\n")
     names = list(next(iter(rows.values()))[0])
     print(f"| scope | objective | {' | '.join(names)} |\n" + "|---" * (2 + len(names)) + "|")
-    for row, found in rows.items():
-        counts = [(sum(of[name]["hits"] for of in found), sum(of[name]["of"] for of in found)) for name in names]
+    for row, runs in rows.items():
+        counts = [(sum(run[name].hits or 0 for run in runs), sum(run[name].of for run in runs)) for name in names]
         print(f"| {' | '.join(row)} | {' | '.join(f'{hits / of:.1%} (of {of})' for hits, of in counts)} |")
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from counting import object_of, style_of
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
@@ -33,8 +34,8 @@ from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack
-from esd_lora.evaluation.domain_suite import Shot, every_pair, of_object, of_style, wording
-from esd_lora.evaluation.judge import Judge, Verdict
+from esd_lora.evaluation.cases import Case, fill_template, object_cases, pair_cases, style_cases
+from esd_lora.evaluation.detectors.judge import Judge, Verdict
 from esd_lora.fusing.closed_form import fuse
 from esd_lora.fusing.prompts import keep_list, own_prompts
 from esd_lora.gating import Gate
@@ -72,8 +73,8 @@ class Member(NamedTuple):
     def concept(self) -> dict[str, Any]:
         if self.style:
             return style_concept(self.name)
-        anchor = wording("{a}", self.anchor) if self.anchor else None
-        return {"name": self.name, "prompts": [wording("{a}", self.name)], "anchor": anchor}
+        anchor = fill_template("{a}", self.anchor) if self.anchor else None
+        return {"name": self.name, "prompts": [fill_template("{a}", self.name)], "anchor": anchor}
 
 
 def style_concept(style: str) -> dict[str, Any]:
@@ -105,43 +106,45 @@ STYLES = (Member("twemoji", "xattn", 4, style=True), Member("ink", "full", 4, st
 class Suite(NamedTuple):
     """What is painted for one set of erased concepts and one seed of pictures."""
 
-    erased: list[Shot]
-    listed: list[Shot]
-    unlisted: list[Shot]
-    bare: list[Shot]
+    erased: list[Case]
+    listed: list[Case]
+    unlisted: list[Case]
+    bare: list[Case]
 
     @classmethod
     def of(cls, objects: Sequence[str], styles: Sequence[str], used: set[str], seed: int) -> Suite:
         known = domain("emoji")
         first = 1000 * (seed + 1)
-        keep = {name for name in known["objects"] if wording("{a}", name) in known["keep"]}
+        keep = {name for name in known["objects"] if fill_template("{a}", name) in known["keep"]}
         each = -(-ERASED_SHOTS // (len(objects) + len(styles)))
-        erased = [shot for name in objects for shot in of_object(name, used, each, seed=first)]
-        erased += [shot for name in styles for shot in of_style(name, used, each, seed=first)]
-        pairs = [s for s in every_pair(seed=first) if s.object not in objects and s.style not in styles]
-        bare = [Shot(wording("{a}", n), first + i, n, None) for i, n in enumerate(known["objects"]) if n not in objects]
-        return cls(erased, [s for s in pairs if s.object in keep], [s for s in pairs if s.object not in keep], bare)
+        erased = [case for name in objects for case in object_cases(name, used, each, seed=first)]
+        erased += [case for name in styles for case in style_cases(name, used, each, seed=first)]
+        pairs = [case for case in pair_cases(seed=first) if {*objects, *styles}.isdisjoint(case.parts)]
+        listed, unlisted = ([case for case in pairs if (object_of(case) in keep) == inside] for inside in (True, False))
+        names = [(i, name) for i, name in enumerate(known["objects"]) if name not in objects]
+        bare = [Case(name, "general", fill_template("{a}", name), first + i, name) for i, name in names]
+        return cls(erased, listed, unlisted, bare)
 
 
-Painter = Callable[[Sequence[Shot]], list[Any]]
+Painter = Callable[[Sequence[Case]], list[Any]]
 Seen = list[tuple[Any, Verdict]]
 
 
 def painter(base: Base) -> Painter:
-    return lambda shots: paint(base, [shot.prompt for shot in shots], [shot.seed for shot in shots])
+    return lambda cases: paint(base, [case.prompt for case in cases], [case.seed for case in cases])
 
 
 def gated_painter(base: Base, members: Sequence[Eraser]) -> Painter:
     gate = Gate(base, members)
 
-    def painted(shots: Sequence[Shot]) -> list[Any]:
-        factors = [tuple(gate(shot.prompt)) for shot in shots]
-        out: list[Any] = [None] * len(shots)
+    def painted(cases: Sequence[Case]) -> list[Any]:
+        factors = [tuple(gate(case.prompt)) for case in cases]
+        out: list[Any] = [None] * len(cases)
         for alike in set(factors):
             places = [i for i, factor in enumerate(factors) if factor == alike]
             on = [(member, factor) for member, factor in zip(members, alike, strict=True) if factor]
             with applied(base, [member for member, _ in on], [factor for _, factor in on]):
-                for place, picture in zip(places, painter(base)([shots[i] for i in places]), strict=True):
+                for place, picture in zip(places, painter(base)([cases[i] for i in places]), strict=True):
                     out[place] = picture
         return out
 
@@ -151,8 +154,8 @@ def gated_painter(base: Base, members: Sequence[Eraser]) -> Painter:
 def look(paint_all: Painter, judge: Judge, suite: Suite) -> dict[str, Seen]:
     """Pictures as arrays, with what the judge says."""
     out: dict[str, Seen] = {}
-    for part, shots in suite._asdict().items():
-        pictures = paint_all(shots)
+    for part, cases in suite._asdict().items():
+        pictures = paint_all(cases)
         out[part] = list(zip([np.asarray(p, dtype=np.float32) for p in pictures], judge(pictures), strict=True))
     return out
 
@@ -162,30 +165,32 @@ def counts(
 ) -> dict[str, Any]:
     """Hits and totals of every column, `before` being the base's."""
 
-    def named(shot: Shot, verdict: Verdict) -> tuple[str, float, set[str]]:
-        by_object = shot.object in objects
+    def named(case: Case, verdict: Verdict) -> tuple[str, float, set[str]]:
+        by_object = object_of(case) in objects
         return (
             (verdict.object, verdict.object_confidence, objects)
             if by_object
             else (verdict.style, verdict.style_confidence, styles)
         )
 
-    def right(shot: Shot, verdict: Verdict) -> bool:
-        return verdict.object == shot.object and shot.style in (None, verdict.style)
+    def right(case: Case, verdict: Verdict) -> bool:
+        return verdict.object == object_of(case) and style_of(case) in (None, verdict.style)
 
-    erased = [(shot, *named(shot, verdict)) for shot, (_, verdict) in zip(suite.erased, seen["erased"], strict=True)]
+    erased = [(case, *named(case, verdict)) for case, (_, verdict) in zip(suite.erased, seen["erased"], strict=True)]
     out: dict[str, Any] = {
-        "left": [sum(name in (shot.object, shot.style) for shot, name, _, _ in erased), len(erased)],
+        "left": [sum(name in case.parts for case, name, _, _ in erased), len(erased)],
         "left by": {
-            who: [sum(name == who for s, name, _, _ in erased if who in (s.object, s.style)), each]
-            for who, each in Counter(s.object if s.object in objects else s.style for s, _, _, _ in erased).items()
+            who: [sum(name == who for case, name, _, _ in erased if who in case.parts), each]
+            for who, each in Counter(
+                next(p for p in case.parts if p in {*objects, *styles}) for case, _, _, _ in erased
+            ).items()
         },
         "leak": [sum(name in among for _, name, _, among in erased), len(erased)],
         "sure leak": [sum(name in among and sure >= SURE for _, name, sure, among in erased), len(erased)],
     }
     for part in ("listed", "unlisted", "bare"):
         pairs = list(zip(getattr(suite, part), seen[part], before[part], strict=True))
-        out[part] = [sum(right(shot, v) for shot, (_, v), _ in pairs), sum(right(shot, v) for shot, _, (_, v) in pairs)]
+        out[part] = [sum(right(case, v) for case, (_, v), _ in pairs), sum(right(case, v) for case, _, (_, v) in pairs)]
     both = [*zip(seen["listed"], before["listed"], strict=True), *zip(seen["unlisted"], before["unlisted"], strict=True)]
     out["drift"] = float(np.mean([np.abs(a - b).mean() for (a, _), (b, _) in both]))
     return out

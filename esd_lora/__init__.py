@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from esd_lora.erasers.manifests import load_eraser
     from esd_lora.erasers.stacking import Strength, compress, stack
     from esd_lora.errors import EsdLoraError
-    from esd_lora.evaluation.attaching import attach
     from esd_lora.evaluation.evaluating import evaluate, score_pictures
+    from esd_lora.evaluation.report.attaching import attach
+    from esd_lora.evaluation.report.report import Report
     from esd_lora.formats.exporting import export
     from esd_lora.formats.importing import import_lora
     from esd_lora.formats.inspecting import diff, inspect_file
@@ -46,8 +47,9 @@ _HOMES = {
     "EsdLoraError": "errors",
     "Gate": "gating",
     "Recipe": "recipe",
+    "Report": "evaluation.report.report",
     "Strength": "erasers.stacking",
-    "attach": "evaluation.attaching",
+    "attach": "evaluation.report.attaching",
     "catalog": "sharing.catalog",
     "compress": "erasers.stacking",
     "diff": "formats.inspecting",
@@ -76,6 +78,7 @@ __all__ = [
     "EsdLoraError",
     "Gate",
     "Recipe",
+    "Report",
     "Strength",
     "attach",
     "catalog",

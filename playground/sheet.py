@@ -9,7 +9,7 @@ from PIL import Image
 import draw
 from domain import OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
 from esd_lora.bases.loading import load_base
-from esd_lora.evaluation.judge import Judge
+from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.pictures import grid, paint
 
 

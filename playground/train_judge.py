@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import draw
 from domain import BACKGROUNDS, OBJECTS, STYLES
-from esd_lora.evaluation.judge import JudgeNet
+from esd_lora.evaluation.detectors.judge import JudgeNet
 
 BATCH, LR = 100, 2e-3
 

@@ -14,7 +14,7 @@ import draw
 import parallel
 import progress
 from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
-from esd_lora.evaluation.judge import JudgeNet
+from esd_lora.evaluation.detectors.judge import JudgeNet
 
 BATCH, LR, WARMUP, JITTERS, TOKENS, WIDTH = 48, 1e-3, 300, 64, 32, 96
 UNET = {

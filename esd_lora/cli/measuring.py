@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, overrides, unweighted
 from esd_lora.errors import EsdLoraError
+
+if TYPE_CHECKING:
+    from esd_lora.erasers.stacking import Strength
 
 
 @click.command()
@@ -48,47 +52,52 @@ def evaluate(
     dtype: str | None,
     force: bool,
 ) -> None:
-    """Measure ERASERS on a base: paint, look, count, and show it on a page.
+    """Measure ERASERS on a base: paint, score, count, and show it on a page.
 
     \b
     esd-lora evaluate no-cat --base emoji --suite emoji-object -o measured
     esd-lora evaluate no-nudity --base sd15 --suite nudity --prompts unsafe-prompts4703.csv -o measured
     esd-lora evaluate --suite nudity --prompts unsafe-prompts4703.csv --score-only pictures --concept nudity -o measured
     """
-    from esd_lora.evaluation.suite_files import file_set, load_suite
+    from esd_lora.bases.loading import load_base
+    from esd_lora.evaluation import evaluating
+    from esd_lora.evaluation.report.attaching import attach as write_into
+    from esd_lora.evaluation.suites.suite_files import load_suite
 
-    over: dict[str, Any] = overrides(settings)
-    if prompts is not None:
-        over = {f"prompts.{file_set(load_suite(suite, over))}.file": prompts, **over}
-    asked: dict[str, Any] = {"concepts": concepts, "limit": limit, "settings": over, "fail_if": gates, "force": force}
     paths, weights = unweighted(erasers)
+    _check_options(paths, weights, base, against, pictures, attach)
+    loaded = load_suite(suite, overrides(settings), prompts)
+    options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force}
+    if base is None:
+        report = evaluating.score_pictures(str(pictures), loaded, out, **options)
+    else:
+        model = load_base(base, device=device, dtype=dtype, config=base_config)
+        options |= {"erasers": paths, "weights": weights, "stack": stack}
+        others = [kind.strip() for kind in against.split(",")] if against else []
+        report = evaluating.evaluate(model, loaded, out, against=others, **options)
+    if attach:
+        write_into(paths[0], report, None if loaded.sensitive else out)
+    click.echo((out / "table.md").read_text("utf-8"))
+    for name, reason in report.not_run.items():
+        click.echo(f"not run: {name}: {reason}", err=True)
+    click.echo(f"look at {out / 'report.html'}")
+
+
+def _check_options(
+    paths: Sequence[str], weights: Sequence[Strength], base: str | None, against: str | None, pictures: str | None, attach: bool
+) -> None:
+    """Refuse options that do not go together, before an hour of painting.
+
+    Raises:
+        EsdLoraError: With what to leave out or to give.
+    """
     if attach and len(paths) != 1:
         raise EsdLoraError(f"--attach writes into one eraser, and {len(paths)} are given. Stack them first, or leave it out.")
     if attach:
-        from esd_lora.evaluation.attaching import attachable
+        from esd_lora.evaluation.report.attaching import require_attachable
 
-        attachable(paths[0], weights[0])  # before an hour of painting
-    if pictures is not None:
-        if paths or base or against:
-            raise EsdLoraError("--score-only measures pictures as they are: leave out erasers, --base and --against.")
-        from esd_lora.evaluation.evaluating import score_pictures
-
-        summary = score_pictures(pictures, suite, out, **asked)
-    else:
-        if base is None:
-            raise EsdLoraError("there is nothing to paint with: give --base, or --score-only with pictures made elsewhere.")
-        from esd_lora.bases.loading import load_base
-        from esd_lora.evaluation.evaluating import evaluate as run
-
-        load_suite(suite, over)  # before gigabytes of weights come
-        model = load_base(base, device=device, dtype=dtype, config=base_config)
-        others = [kind.strip() for kind in against.split(",")] if against else []
-        summary = run(model, suite, out, erasers=paths, weights=weights, against=others, stack=stack, **asked)
-    if attach:
-        from esd_lora.evaluation.attaching import attach as write
-
-        write(paths[0], summary, None if load_suite(suite, over).sensitive else out)
-    click.echo((out / "table.md").read_text("utf-8"))
-    for name, reason in summary["not_run"].items():
-        click.echo(f"not run: {name}: {reason}", err=True)
-    click.echo(f"look at {out / 'report.html'}")
+        require_attachable(paths[0], weights[0])
+    if pictures is not None and (paths or base or against):
+        raise EsdLoraError("--score-only measures pictures as they are: leave out erasers, --base and --against.")
+    if pictures is None and base is None:
+        raise EsdLoraError("there is nothing to paint with: give --base, or --score-only with pictures made elsewhere.")

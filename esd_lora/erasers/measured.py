@@ -1,4 +1,4 @@
-"""Measured numbers, as a header holds them, and in words and Markdown."""
+"""Measured numbers: as an eraser's header and an evaluation's report hold them, and in words and Markdown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class Difference(BaseModel):
-    """How far a number is from the base's, and the interval that holds the true distance in 95 of 100 measurements."""
+class Interval(BaseModel):
+    """A number, and the interval that holds the true one in 95 of 100 such measurements."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -19,38 +19,57 @@ class Difference(BaseModel):
     high: float
 
 
-class Number(BaseModel):
-    """A measured rate or mean, with the interval that holds the true one in 95 of 100 measurements."""
+class Number(Interval):
+    """A measured rate or mean with its interval: a rate has `hits`, a mean of counts has a `sum`."""
 
-    model_config = ConfigDict(frozen=True)
-
-    value: float
-    low: float
-    high: float
     of: int
-    """Pictures."""
+    """Number of pictures."""
     hits: int | None = None
-    """Of a rate."""
+    """Number of pictures that count, where the number is a rate."""
     sum: int | None = None
-    """Of counts."""
-    difference: Difference | None = None
-    """From the base on the same prompts and seeds."""
+    """Sum over all pictures, where they were counted in whole numbers."""
+    difference: Interval | None = None
+    """Difference from the base on the same prompts and seeds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `summary.json` holds: what does not apply is left out."""
+        fields = self.model_dump(exclude_none=True)
+        return {name: fields[name] for name in ("value", "low", "high", "hits", "of", "sum", "difference") if name in fields}
+
+    def text(self) -> str:
+        """Return the number with its interval in words: `5.0 % (1.7 to 13.7)`, `0.25 (0 to 0.75), 1 in all`."""
+        if self.hits is not None:
+            return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        total = "" if self.sum is None else f", {self.sum} in all"
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}){total}"
+
+    def difference_text(self) -> str:
+        """Return the difference from the base in words, in points for rates; empty where there is none."""
+        if self.difference is None:
+            return ""
+        scale, unit, form = (1, "", "+.4g") if self.hits is None else (100, " points", "+.1f")
+        value, low, high = (format(scale * x, form) for x in (self.difference.value, self.difference.low, self.difference.high))
+        return f"{value}{unit} ({low} to {high})"
+
+
+Numbers = dict[str, dict[str, dict[str, Number]]]
+"""Model (`base`, `erased`, ...) to role of the prompts to metric to number."""
 
 
 class Measured(BaseModel):
-    """What an eraser does, in numbers: see `evaluation.evaluating`."""
+    """The part of a report that travels in an eraser's header: see `evaluation.report.report`."""
 
     model_config = ConfigDict(frozen=True)
 
     suite: str
+    """Name of the suite."""
     date: str
     """ISO 8601, UTC."""
     concepts: tuple[str, ...]
     """What counted as erased."""
-    variants: dict[str, dict[str, dict[str, Number]]]
-    """Model (`base`, `erased`, ...) to role of the prompts to metric to number."""
+    variants: Numbers
     not_run: dict[str, str] = {}
-    """Metric or prompts to why."""
+    """Metric or prompts to the reason why they were not measured."""
     record: dict[str, Any]
     """All that the numbers depend on."""
 
@@ -61,54 +80,34 @@ TITLES = {
     "neighbour": "Neighbour: what lies close to it",
     "general": "General: everything else",
 }
-"""What the roles mean."""
-
-
+"""Role of a prompt to a heading that says what it means."""
 INTERVALS = (
     "Rates have Wilson's interval, means and differences a bootstrap one over prompts, all of 95 %. Differences are paired by"
     " prompt and seed."
 )
-
-
+"""Sentence under every table of numbers."""
 HEAD = ("model", "metric", "measured", "beside the base", "pictures")
-"""Of a table of `cells`."""
+"""Head of a table whose rows are `cells`."""
 
 
-def number(found: Mapping[str, Any]) -> str:
-    """A measured number with its interval: `5.0 % (1.7 to 13.7)`, `0.25 (0 to 0.75), 1 in all`."""
-    if "hits" in found:
-        return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-    whole = f", {found['sum']} in all" if "sum" in found else ""
-    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g}){whole}"
+def cells(model: str, metric: str, number: Number) -> list[str]:
+    """Return a row of a table of numbers, under `HEAD`."""
+    return [markdown_cell(model), markdown_cell(metric), number.text(), number.difference_text(), str(number.of)]
 
 
-def difference(found: Mapping[str, Any]) -> str:
-    """The paired difference from the base, in points for rates; empty where there is none."""
-    if "difference" not in found:
-        return ""
-    scale, unit, form = (100, " points", "+.1f") if "hits" in found else (1, "", "+.4g")
-    value, low, high = (format(scale * found["difference"][key], form) for key in ("value", "low", "high"))
-    return f"{value}{unit} ({low} to {high})"
-
-
-def cells(model: str, metric: str, found: Mapping[str, Any]) -> list[str]:
-    """A row of a table of numbers."""
-    return [markdown_cell(model), markdown_cell(metric), number(found), difference(found), str(found["of"])]
-
-
-def role_rows(variants: Mapping[str, Any], role: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Variant, metric and number of one role, variants of a metric side by side."""
-    metrics = dict.fromkeys(metric for found in variants.values() for metric in found.get(role, {}))
-    found = ((name, metric, variants[name].get(role, {}).get(metric)) for metric in metrics for name in variants)
-    return [(name, metric, number) for name, metric, number in found if number]
+def role_rows(variants: Mapping[str, Mapping[str, Mapping[str, Number]]], role: str) -> list[tuple[str, str, Number]]:
+    """Return variant, metric and number of everything measured on one role, variants of a metric side by side."""
+    metrics = dict.fromkeys(metric for roles in variants.values() for metric in roles.get(role, {}))
+    rows = ((name, metric, variants[name].get(role, {}).get(metric)) for metric in metrics for name in variants)
+    return [(name, metric, number) for name, metric, number in rows if number]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; cells are escaped already."""
+    """Return a table in Markdown; cells must be escaped already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown_cell(text: str) -> str:
-    """A user's text as it may stand in a cell, or anywhere in Markdown: no line breaks, HTML, links, pictures, or emphasis."""
+    """Return a user's text escaped for Markdown: no line breaks, HTML, links, pictures, or emphasis are left in it."""
     return " ".join(re.sub(r"([\\|\[\]*`~]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;").split())

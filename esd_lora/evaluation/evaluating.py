@@ -1,41 +1,51 @@
 """Evaluating: is it gone, and what else did it cost?
 
-    plan the pictures -> paint them, base and erased from the same seeds -> have detectors look -> count -> show
+    plan the cases -> paint them, base and erased from the same seeds -> have detectors score -> summarise -> report
 
-Painting and looking are apart, and both go on where they were interrupted. The record says everything that the numbers depend
+Painting and scoring are apart, and both go on where they were interrupted. The record holds everything that the numbers depend
 on; on one machine, two evaluations with the same record give the same numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS
 from esd_lora.evaluation.attacks.victim import Victim
-from esd_lora.evaluation.detectors import NotRun, made
-from esd_lora.evaluation.distances import distances
-from esd_lora.evaluation.page import page
-from esd_lora.evaluation.planning import Plan, plan
-from esd_lora.evaluation.recording import as_json, begin, hash_all, picture_lines, pictures_of, suite_record
-from esd_lora.evaluation.scoring import paint_missing, picture, score_missing
-from esd_lora.evaluation.stacks import as_in_paper, company, heat_map, member_variants
-from esd_lora.evaluation.suite_files import Suite, load_suite
-from esd_lora.evaluation.summarising import Gate, by_label, failed, read_gate, summarise
-from esd_lora.evaluation.tables import markdown
-from esd_lora.evaluation.variants import Variant, bare, base_record, blocked, erased, variant_name
-from esd_lora.files import write_atomically
+from esd_lora.evaluation.baselines.blocking import baseline, baseline_name, resolve_names
+from esd_lora.evaluation.cases import Case
+from esd_lora.evaluation.detectors.detector import NotRun
+from esd_lora.evaluation.picture_files import match_pictures, painted_file
+from esd_lora.evaluation.planning import Plan, erased_concepts, plan_cases
+from esd_lora.evaluation.registries import ATTACKS, build
+from esd_lora.evaluation.report.page import heat_map, render_page
+from esd_lora.evaluation.report.report import GateOutcome, Report
+from esd_lora.evaluation.report.summarising import (
+    FailCondition,
+    compare_members,
+    paper_layout,
+    read_condition,
+    summarise,
+    summarise_labels,
+)
+from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, paint_missing, score_dict, score_missing
+from esd_lora.evaluation.suites.suite_files import Suite, load_suite
+from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
+from esd_lora.files import hash_file, prepare_directory, write_atomically
 
-_ALIASES = {"sld": "sld-medium"}
+_FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 
 
 def evaluate(
@@ -53,8 +63,8 @@ def evaluate(
     fail_if: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Measures erasers on a base.
+) -> Report:
+    """Measure erasers on a base.
 
     Args:
         base: A base name, directory or Hub id, or a loaded base.
@@ -62,64 +72,72 @@ def evaluate(
         out: Directory; an evaluation with the same record that lies there is gone on with.
         erasers: Erasers or their paths, applied together as one stack. None measures the base alone.
         weights: Strength of each, 1 by default.
-        concepts: What counts as erased; what the erasers' headers say unless given.
-        against: Other ways to keep the concepts out, from `variants.BLOCKING`, or another base by path or id.
-        stack: Whether to measure every eraser alone, too, and their number growing: see `stacks.company`.
+        concepts: What counts as erased; by default what the erasers' headers hold.
+        against: Other ways to keep the concepts out, from `blocking.BLOCKING`, or another base by path or id.
+        stack: Whether to measure every eraser alone, too, and their number growing: see `summarising.compare_members`.
         limit: Most pictures of each prompt set of the suite.
-        settings: Dotted keys over the suite's file: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
-        fail_if: Gates as `summarising.read_gate` takes them.
+        settings: Dotted keys over the suite's file, where it is not loaded: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
+        fail_if: Conditions under which it fails, as `summarising.read_condition` takes them.
         force: Throw another evaluation that lies in `out` away.
         progress: Whether to show progress bars.
 
     Returns:
-        What `summary.json` holds: numbers by variant, role and metric; what was not run and why.
+        Numbers by variant, role and metric; what was not run and why.
 
     Raises:
-        EsdLoraError: If something cannot be loaded or does not fit, `out` holds another evaluation, or a gate fails; then
-            everything is written.
+        EsdLoraError: If something cannot be loaded or does not fit, `out` holds another evaluation, or a condition of `fail_if`
+            holds; then everything is written.
     """
-    out = Path(out)
-    name, suite = _suite(suite, settings)
-    against = [_ALIASES.get(kind, kind) for kind in against if kind != "base"]  # which is always there
-    loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
-    removed = _concepts(loaded, concepts)
-    planned = plan(suite, removed, limit)
-    if stack and len(loaded) < 2:
-        raise EsdLoraError(f"a stack has two erasers or more, and {len(loaded)} are given.")
-    names = ["base", *["erased"] * bool(loaded), *map(variant_name, against), *(f"attack-{attack}" for attack in suite.attacks)]
+    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    removed, against = erased_concepts(members, concepts), resolve_names(against)
+    plan = plan_cases(suite, removed, limit)
+    if stack and len(members) < 2:
+        raise EsdLoraError(f"a stack has two erasers or more, and {len(members)} are given.")
+    if suite.attacks and not members:
+        raise EsdLoraError("this suite attacks an eraser, and none is given.")
+    names = [
+        "base",
+        *["erased"] * bool(members),
+        *map(baseline_name, against),
+        *(f"attack-{attack}" for attack in suite.attacks),
+    ]
     if twice := [same for same, times in Counter(names).items() if times > 1]:
         raise EsdLoraError(
             f"two models would be called {twice[0]!r}, and their pictures lie in one folder. Rename a base's folder."
         )
-    gates = [read_gate(text, names) for text in fail_if]
+    conditions = [read_condition(text, names) for text in fail_if]
+    strengths = strengths_of(members, weights)
     base = base if isinstance(base, Base) else load_base(base)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
     variants = [bare(base, *sampler)]
-    if loaded:
-        variants.append(erased(base, loaded, strengths_of(loaded, weights), *sampler))
+    if members:
+        variants.append(erased(base, members, strengths, *sampler))
     if stack:
-        variants += member_variants(base, loaded, strengths_of(loaded, weights), *sampler)
+        variants += members_erased(base, members, strengths, *sampler)
     for kind in against:
         try:
-            variants.append(blocked(kind, base, removed, *sampler))
+            variants.append(baseline(kind, base, removed, *sampler))
         except NotRun as reason:
-            planned.not_run[variant_name(kind)] = str(reason)
+            plan.not_run[baseline_name(kind)] = str(reason)
     if suite.attacks:
-        variants += _attacks(suite, planned, removed, variants, loaded, strengths_of(loaded, weights), base, sampler)
-    record = suite_record(name, suite, planned, [concept.name for concept in removed], limit)
-    record |= {
+        targets = [case for case in plan.cases if case.role == "target"]
+        victim = Victim(base, variants[1], removed, targets, *sampler, erasers=members, weights=strengths)
+        variants += _attacked(suite, victim)
+    record = _suite_record(suite, plan, [concept.name for concept in removed], limit) | {
         "base": base_record(base),
         "variants": {variant.name: variant.record for variant in variants},
         "sampler": {"scheduler": type(base.pipe.scheduler).__name__, "steps": sampler[0], "guidance": sampler[1]},
         "latents": base.latent_shape(),
         "device": base.model.device.type,
     }
-    begin(out, record, planned.asked, force)
-    paint_missing(out, variants, planned.asked, progress=progress)
+    _begin(out, record, plan.cases, force)
+    paint_missing(out, variants, plan.cases, progress=progress)
     pictures = {
-        v.name: {one.case: picture(out, v.name, one.case) for one in planned.asked if one.role in v.roles} for v in variants
+        variant.name: {case.id: painted_file(out, variant.name, case.id) for case in plan.cases if case.role in variant.roles}
+        for variant in variants
     }
-    return _finish(out, suite, planned, record, pictures, gates, progress, loaded if stack else ())
+    return _score_and_write(out, suite, plan, record, pictures, conditions, progress, members if stack else ())
 
 
 def score_pictures(
@@ -133,8 +151,8 @@ def score_pictures(
     fail_if: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Measures pictures that were made elsewhere.
+) -> Report:
+    """Measure pictures that were made elsewhere.
 
     Args:
         pictures: Directory with one directory for each model, `base` among them if differences are wanted, and in it a picture
@@ -151,94 +169,125 @@ def score_pictures(
     Raises:
         EsdLoraError: As `evaluate`, and if a picture is missing; the message counts them.
     """
-    pictures, out = Path(pictures), Path(out)
-    name, suite = _suite(suite, settings)
-    folders = sorted(folder for folder in pictures.glob("*") if folder.is_dir())
+    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    folders = sorted(folder for folder in Path(pictures).glob("*") if folder.is_dir())
     if not folders:
         raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
-    planned = plan(suite, _concepts((), concepts), limit)
-    found = {folder.name: pictures_of(folder, planned.asked) for folder in folders}
-    gates = [read_gate(text, list(found)) for text in fail_if]
-    hashes = {name: hash_all(files.values()) for name, files in found.items()}
-    record = suite_record(name, suite, planned, concepts, limit) | {"pictures": hashes}
-    begin(out, record, planned.asked, force)
-    return _finish(out, suite, planned, record, found, gates, progress)
+    plan = plan_cases(suite, erased_concepts((), concepts), limit)
+    matched = {folder.name: match_pictures(folder, plan.cases) for folder in folders}
+    conditions = [read_condition(text, list(matched)) for text in fail_if]
+    hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
+    record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
+    _begin(out, record, plan.cases, force)
+    return _score_and_write(out, suite, plan, record, matched, conditions, progress)
 
 
-def _suite(suite: str | Path | Suite, settings: Mapping[str, Any] | None) -> tuple[str, Suite]:
-    """A suite with its name for the record."""
-    return ("custom", suite) if isinstance(suite, Suite) else (Path(suite).stem, load_suite(suite, settings))
+def _attacked(suite: Suite, victim: Victim) -> list[Variant]:
+    """Return the suite's attempts to bring back what was erased."""
+    attacks = {name: build(ATTACKS, spec.kind or name, spec.model_extra or {}, victim) for name, spec in suite.attacks.items()}
+    return [attack._replace(name=f"attack-{name}", roles=("target",)) for name, attack in attacks.items()]
 
 
-def _attacks(
-    suite: Suite,
-    planned: Plan,
-    concepts: Sequence[ErasedConcept],
-    variants: Sequence[Variant],
-    erasers: Sequence[Eraser],
-    weights: Sequence[Strength],
-    base: Base,
-    sampler: tuple[int, float],
-) -> list[Variant]:
-    """The suite's attempts to bring back what was erased."""
-    targets = [one for one in planned.asked if one.role == "target"]
-    hit = next((variant for variant in variants if variant.name == "erased"), None)
-    if hit is None:
-        raise EsdLoraError("this suite attacks an eraser, and none is given.")
-    victim = Victim(base, hit, concepts, targets, *sampler, erasers=erasers, weights=weights)
-    return [
-        made(ATTACKS, spec.kind or name, spec.model_extra or {}, victim)._replace(name=f"attack-{name}", roles=("target",))
-        for name, spec in suite.attacks.items()
-    ]
+def _suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """Return what the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
+    fields = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
+    return {
+        "suite": suite.name,
+        "settings": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16],
+        "concepts": list(concepts),
+        "limit": limit,
+        "files": plan.files,
+        "cases": hashlib.sha256(_case_lines(plan.cases)).hexdigest()[:16],
+        "versions": {package: version(package) for package in ("esd-lora", "torch", "diffusers", "transformers", "pillow")},
+    }
 
 
-def _concepts(erasers: Sequence[Eraser], names: Sequence[str]) -> list[ErasedConcept]:
-    """What counts as erased: what the headers say, or else these names."""
-    known = [concept for eraser in erasers for concept in eraser.header.concepts if concept.weight > 0]
-    if not names:
-        return known
-    return [
-        next((concept for concept in known if concept.named_in(name)), ErasedConcept(name=name, pairs=(), eta=None))
-        for name in names
-    ]
+def _begin(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: bool) -> None:
+    """Make the directory, or see that the evaluation in it is this one."""
+    file = out / "evaluation.json"
+    plain = json.loads(json.dumps(record))
+    if file.exists() and not force:
+        try:
+            earlier = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error
+        differ = [key for key in plain if earlier.get(key) != plain[key]]
+        if differ:
+            raise EsdLoraError(
+                f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
+            )
+    else:
+        ours = file.exists()
+        prepare_directory(out, force, _FILES)
+        for folder in ("images", "scores", "features") if ours else ():  # anybody may have a folder `images`
+            shutil.rmtree(out / folder, ignore_errors=True)
+        write_atomically(file, _json(plain))
+    write_atomically(out / "cases.jsonl", _case_lines(cases))
 
 
-def _finish(
+def _score_and_write(
     out: Path,
     suite: Suite,
-    planned: Plan,
+    plan: Plan,
     record: dict[str, Any],
-    pictures: Mapping[str, Mapping[str, Path]],
-    gates: Sequence[Gate],
+    pictures: Pictures,
+    conditions: Sequence[FailCondition],
     progress: bool,
     members: Sequence[Eraser] = (),
-) -> dict[str, Any]:
-    """Scores, counts and writes everything; then fails where a gate does."""
-    asked, variants = planned.asked, list(pictures)
-    scores, detectors, not_run = score_missing(out, suite, asked, pictures, progress=progress)
-    apart, features, unmeasured = distances(out, suite, asked, pictures, progress=progress)
-    record = record | {"detectors": {**detectors, **features}}
-    numbers = summarise(asked, scores, variants)
-    summary: dict[str, Any] = {
-        "suite": record["suite"],
-        "concepts": record["concepts"],
-        "variants": numbers,
-        "labels": by_label(asked, scores, variants),
-        "layout": as_in_paper(suite, numbers, asked, scores, members),
-        "stack": company(asked, scores, members) if members else {},
-        "distances": apart,
-        "not_run": {**planned.not_run, **not_run, **unmeasured},
-        "record": record,
-    }
-    reasons = [failed(gate, numbers) for gate in gates]
-    summary["gates"] = [{"gate": gate.text, "failed": why is not None} for gate, why in zip(gates, reasons, strict=True)]
-    write_atomically(out / "evaluation.json", as_json(record))
-    write_atomically(out / "summary.json", as_json(summary))
-    write_atomically(out / "images.jsonl", picture_lines(out, asked, scores, pictures))
-    if summary["stack"]:
-        write_atomically(out / "stack.png", heat_map(summary["stack"]))
-    write_atomically(out / "table.md", markdown(summary).encode())
-    write_atomically(out / "report.html", page(summary, suite, asked, scores, pictures).encode())
-    if why := [reason for reason in reasons if reason]:
-        raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(why))
-    return summary
+) -> Report:
+    """Score, summarise and write everything; then fail where a condition does."""
+    cases, variants = plan.cases, list(pictures)
+    scores, detectors, not_scored = score_missing(out, suite, cases, pictures, progress=progress)
+    distances, features, not_measured = measure_distances(out, suite, cases, pictures, progress=progress)
+    record = json.loads(json.dumps(record | {"detectors": {**detectors, **features}}))
+    numbers = summarise(cases, scores, variants)
+    failures = [condition.failure(numbers) for condition in conditions]
+    report = Report(
+        suite=suite.name,
+        concepts=record["concepts"],
+        variants=numbers,
+        labels=summarise_labels(cases, scores, variants),
+        layout=paper_layout(suite, numbers, cases, scores, members),
+        stack=compare_members(cases, scores, members) if members else None,
+        distances=distances,
+        not_run={**plan.not_run, **not_scored, **not_measured},
+        record=record,
+        gates=tuple(GateOutcome(gate=c.text, failed=bool(failure)) for c, failure in zip(conditions, failures, strict=True)),
+    )
+    write_atomically(out / "evaluation.json", _json(record))
+    write_atomically(out / "summary.json", report.to_json().encode())
+    write_atomically(out / "images.jsonl", _picture_lines(out, cases, scores, pictures))
+    if report.stack:
+        write_atomically(out / "stack.png", heat_map(report.stack))
+    write_atomically(out / "table.md", report.to_markdown().encode())
+    write_atomically(out / "report.html", render_page(report, suite, cases, scores, pictures).encode())
+    if reasons := [failure for failure in failures if failure]:
+        raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))
+    return report
+
+
+def _case_lines(cases: Sequence[Case]) -> bytes:
+    return "".join(json.dumps(case.to_dict(), ensure_ascii=False) + "\n" for case in cases).encode()
+
+
+def _picture_lines(out: Path, cases: Sequence[Case], scores: Scores, pictures: Pictures) -> bytes:
+    """Return a line for each picture: its case, where it lies, and its scores."""
+    lines: list[str] = []
+    for variant, files in pictures.items():
+        for case in cases:
+            file = files.get(case.id)
+            if file is None:
+                continue
+            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
+            own = {name: score_dict(score) for name, score in scores[variant, case.id].items()}
+            line = {"variant": variant, **case.to_dict(), "image": place, "scores": own}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _hash_all(files: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:16]

@@ -1,23 +1,27 @@
-"""Pictures that others made, in folders."""
+"""Pictures in folders: those that others made, and those that an evaluation painted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.cases import Case
+from esd_lora.files import hash_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""How the name of a picture ends."""
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder, by name; none where there is no folder."""
+    """Return the pictures that lie in a folder, by name; none where there is no folder."""
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def open_picture(file: Path) -> Image.Image:
-    """A picture in RGB, turned as the camera was held.
+    """Return a picture in RGB, turned as the camera was held.
 
     Raises:
         EsdLoraError: If it cannot be read.
@@ -25,12 +29,12 @@ def open_picture(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow says it in all these ways
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these
         raise EsdLoraError(f"{file} cannot be read as a picture ({error}). Mend or remove it.") from error
 
 
-def pictures_in(folder: Path) -> dict[Path, Image.Image]:
-    """Path to picture of every picture in a folder.
+def open_pictures(folder: Path) -> dict[Path, Image.Image]:
+    """Return path to picture of every picture in a folder.
 
     Raises:
         EsdLoraError: If there is none, or one cannot be read.
@@ -39,3 +43,51 @@ def pictures_in(folder: Path) -> dict[Path, Image.Image]:
     if not paths:
         raise EsdLoraError(f"no pictures were found in {folder}. Expected a folder with {', '.join(SUFFIXES)} files.")
     return {path: open_picture(path) for path in paths}
+
+
+def hash_by_name(files: Iterable[Path]) -> dict[str, str]:
+    """Return file name to SHA-256 of some files, for a record."""
+    return {file.name: hash_file(file) for file in files}
+
+
+def painted_file(folder: Path, variant: str, case: str) -> Path:
+    """Return where the picture of a variant for a case lies in an evaluation's directory."""
+    return folder / "images" / variant / f"{case}.png"
+
+
+def open_painted(file: Path) -> Image.Image:
+    """Return a picture of an evaluation.
+
+    Raises:
+        EsdLoraError: If it is missing or damaged.
+    """
+    if not file.exists():
+        raise EsdLoraError(f"there is no picture {file}. Paint it, and run again.")
+    try:
+        return open_picture(file)
+    except EsdLoraError as error:
+        raise EsdLoraError(f"picture {file} is damaged. Delete it and run again; only it will be made anew.") from error
+
+
+def match_pictures(folder: Path, cases: Sequence[Case]) -> dict[str, Path]:
+    """Return case to picture of a folder that others filled: `CASE.png`, or a prompt file's own number, `12.png` or `12_0.png`.
+
+    Raises:
+        EsdLoraError: If pictures are missing; the message counts them.
+    """
+    by_name = {path.stem: path for path in picture_paths(folder)}
+    files: dict[str, Path] = {}
+    missing: list[str] = []
+    for case in cases:
+        number = case.id.partition("-")[2]
+        file = next((by_name[name] for name in (case.id, number, f"{number}_0") if name in by_name), None)
+        if file is None:
+            missing.append(case.id)
+        else:
+            files[case.id] = file
+    if missing:
+        shown = ", ".join(f"{case}.png" for case in missing[:3])
+        raise EsdLoraError(
+            f"{folder} lacks {len(missing)} of {len(cases)} pictures ({shown}). Add them, or leave prompts out with --limit."
+        )
+    return files

@@ -1,71 +1,75 @@
-"""Pictures and their scores on disk: painted once, looked at once, whatever interrupts.
+"""Painting and scoring: pictures and their scores on disk, each made once, whatever interrupts.
 
 DIR/images/VARIANT/CASE.png
 DIR/scores/DETECTOR.jsonl    its record, then a line for each picture
+DIR/features/HASH.npy        features of a set of pictures, for distances
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 from tqdm.auto import tqdm
 
 from esd_lora.bases.loading import quiet_libraries
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun, Score, made
-from esd_lora.evaluation.picture_files import open_picture
-from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.suite_files import Suite
+from esd_lora.evaluation.cases import Case
+from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score
+from esd_lora.evaluation.detectors.frechet import frechet_distance
+from esd_lora.evaluation.picture_files import open_painted, open_picture, painted_file, picture_paths
+from esd_lora.evaluation.registries import DETECTORS, FEATURES, build
+from esd_lora.evaluation.report.report import Distance
+from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
-from esd_lora.files import reporting_write_errors, write_atomically
+from esd_lora.files import hash_file, reporting_write_errors, write_atomically
 
-_AT_ONCE = 32  # pictures between two looks at the disk
+_BATCH = 32  # pictures between two writes to the disk
 
+Pictures = Mapping[str, Mapping[str, Path]]
+"""Variant to case to file."""
 Scores = dict[tuple[str, str], dict[str, Score]]
 """(variant, case) to detector to score."""
 
 
-def picture(folder: Path, variant: str, case: str) -> Path:
-    """Where a picture lies."""
-    return folder / "images" / variant / f"{case}.png"
-
-
-def paint_missing(folder: Path, variants: Sequence[Variant], asked: Sequence[Asked], *, progress: bool = True) -> None:
-    """Paints what is not there yet; each picture appears whole or not at all."""
-    wanted = [(variant, [one for one in asked if one.role in variant.roles]) for variant in variants]
-    missing = [(v, [one for one in some if not picture(folder, v.name, one.case).exists()]) for v, some in wanted]
-    total = sum(len(some) for _, some in missing)
+def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Case], *, progress: bool = True) -> None:
+    """Paint what is not there yet; each picture appears whole or not at all."""
+    missing: list[tuple[Variant, list[Case]]] = []
+    for variant in variants:
+        own = [case for case in cases if case.role in variant.roles]
+        missing.append((variant, [case for case in own if not painted_file(folder, variant.name, case.id).exists()]))
+    total = sum(len(todo) for _, todo in missing)
     with tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar:
-        for variant, some in missing:
-            if not some:
+        for variant, todo in missing:
+            if not todo:
                 continue
             bar.set_postfix_str(variant.name)
             with reporting_write_errors(folder):
-                picture(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
-            with variant.on() as paint, quiet_libraries():  # they tell of every prompt that is cut off
-                for few in (some[i : i + _AT_ONCE] for i in range(0, len(some), _AT_ONCE)):
-                    for one, image in zip(few, paint(few), strict=True):
+                painted_file(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
+            with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
+                for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
+                    for case, image in zip(batch, paint(batch), strict=True):
                         content = io.BytesIO()
                         image.save(content, "PNG")
-                        write_atomically(picture(folder, variant.name, one.case), content.getvalue())
-                    bar.update(len(few))
+                        write_atomically(painted_file(folder, variant.name, case.id), content.getvalue())
+                    bar.update(len(batch))
 
 
 def score_missing(
-    folder: Path, suite: Suite, asked: Sequence[Asked], pictures: Mapping[str, Mapping[str, Path]], *, progress: bool = True
+    folder: Path, suite: Suite, cases: Sequence[Case], pictures: Pictures, *, progress: bool = True
 ) -> tuple[Scores, dict[str, Any], dict[str, str]]:
-    """Has every detector look at what it has not seen yet.
+    """Have every detector of a suite score what it has not scored yet.
 
     Args:
         folder: For the scores.
-        suite: Says who looks.
-        asked: What the pictures should show.
-        pictures: Variant to case to file.
+        suite: Its detectors.
+        cases: What the pictures should show.
+        pictures: Files to score.
         progress: Whether to show progress bars.
 
     Returns:
@@ -74,13 +78,13 @@ def score_missing(
     Raises:
         EsdLoraError: If a picture is missing or damaged, or a detector cannot be what the suite says.
     """
-    scores: Scores = {(variant, one.case): {} for variant in pictures for one in asked}
+    scores: Scores = {(variant, case.id): {} for variant in pictures for case in cases}
     records: dict[str, Any] = {}
     not_run: dict[str, str] = {}
     for name, spec in suite.detectors.items():
-        chosen = [(v, one) for v, files in pictures.items() for one in asked if one.role in spec.roles and one.case in files]
+        chosen = [(v, case) for v, files in pictures.items() for case in cases if case.role in spec.roles and case.id in files]
         try:
-            detector = made(DETECTORS, spec.kind or name, spec.model_extra or {})
+            detector = build(DETECTORS, spec.kind or name, spec.model_extra or {})
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
@@ -89,64 +93,124 @@ def score_missing(
         with reporting_write_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         known = _resume(file, records[name])
-        todo = [(variant, one) for variant, one in chosen if (variant, one.case) not in known]
+        todo = [(variant, case) for variant, case in chosen if (variant, case.id) not in known]
         with (
             reporting_write_errors(file),
             file.open("a", encoding="utf-8") as lines,
             tqdm(total=len(todo), desc=f"scoring ({name})", unit="picture", disable=not progress or not todo) as bar,
         ):
-            for few in (todo[i : i + _AT_ONCE] for i in range(0, len(todo), _AT_ONCE)):
-                looks = [_look(pictures, variant, one) for variant, one in few]
-                for (variant, one), score in zip(few, detector(looks), strict=True):
-                    known[variant, one.case] = score
-                    lines.write(_line({"variant": variant, "case": one.case, **_plain(score)}))
+            for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
+                opened = [_open_for_scoring(pictures, variant, case) for variant, case in batch]
+                for (variant, case), score in zip(batch, detector(opened), strict=True):
+                    known[variant, case.id] = score
+                    lines.write(_score_line(variant, case.id, score))
                 lines.flush()
-                bar.update(len(few))
+                bar.update(len(batch))
         # In the order of the plan, so that an evaluation that was interrupted leaves the same file as one that was not.
-        ordered = [{"variant": v, "case": one.case, **_plain(known[v, one.case])} for v, one in chosen]
-        write_atomically(file, "".join(map(_line, [{"record": records[name]}, *ordered])).encode())
+        ordered = [_score_line(variant, case.id, known[variant, case.id]) for variant, case in chosen]
+        write_atomically(file, "".join([_line({"record": records[name]}), *ordered]).encode())
         prefix = "" if spec.kind is None else f"{name}."
-        for variant, one in chosen:
-            found = known[variant, one.case]
-            scores[variant, one.case][name] = Score({prefix + key: value for key, value in found.values.items()}, found.details)
+        for variant, case in chosen:
+            values, details = known[variant, case.id]
+            scores[variant, case.id][name] = Score({prefix + key: value for key, value in values.items()}, details)
     return scores, records, not_run
 
 
-def open_painted(file: Path) -> Image.Image:
-    """A picture of the evaluation.
-
-    Raises:
-        EsdLoraError: If it is missing or damaged.
-    """
-    if not file.exists():
-        raise EsdLoraError(f"there is no picture {file}. Paint it, and run again.")
-    try:
-        return open_picture(file)
-    except EsdLoraError as error:
-        raise EsdLoraError(f"picture {file} is damaged. Delete it and run again; only it will be made anew.") from error
-
-
-def _look(pictures: Mapping[str, Mapping[str, Path]], variant: str, one: Asked) -> Look:
-    before = open_painted(pictures["base"][one.case]) if variant != "base" and "base" in pictures else None
-    return Look(open_painted(pictures[variant][one.case]), one.prompt, one.label, one.rest, before)
+def _open_for_scoring(pictures: Pictures, variant: str, case: Case) -> Picture:
+    before = open_painted(pictures["base"][case.id]) if variant != "base" and "base" in pictures else None
+    return Picture(open_painted(pictures[variant][case.id]), case.prompt, case.label, case.rest, before)
 
 
 def _resume(file: Path, record: Mapping[str, Any]) -> dict[tuple[str, str], Score]:
-    """Begins a detector's file, or goes on with that of an earlier run if the detector was the same then."""
+    """Begin a detector's file, or go on with that of an earlier run if the detector was the same then."""
     known: dict[tuple[str, str], Score] = {}
+    head = _line({"record": record})
     if file.exists():
         # The last line may have been cut off.
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        if lines and lines[0] == json.loads(_line({"record": record})):
+        if lines and lines[0] == json.loads(head):
             known = {(line["variant"], line["case"]): Score(line["values"], line["details"]) for line in lines[1:]}
-    kept = [{"variant": variant, "case": case, **_plain(score)} for (variant, case), score in known.items()]
-    write_atomically(file, "".join(map(_line, [{"record": record}, *kept])).encode())
+    write_atomically(file, "".join([head, *(_score_line(*key, score) for key, score in known.items())]).encode())
     return known
 
 
-def _plain(score: Score) -> dict[str, Any]:
+def _score_line(variant: str, case: str, score: Score) -> str:
+    return _line({"variant": variant, "case": case, **score_dict(score)})
+
+
+def score_dict(score: Score) -> dict[str, Any]:
+    """Return a score as JSON holds it."""
     return {"values": dict(score.values), "details": dict(score.details)}
 
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def measure_distances(
+    folder: Path, suite: Suite, cases: Sequence[Case], pictures: Pictures, *, progress: bool = True
+) -> tuple[dict[str, dict[str, Distance]], dict[str, Any], dict[str, str]]:
+    """Measure how far each variant's pictures as a whole are from the base's, or from photos, by Frechet distances.
+
+    Args:
+        folder: For features, which are not computed twice.
+        suite: Its distances: which features, of which roles, and beside what.
+        cases: All cases.
+        pictures: Files to measure.
+        progress: Whether to show progress bars.
+
+    Returns:
+        Distance to variant to its value; distance to its record; and distance to why it was not measured. A distance says how
+        far two clouds of points are apart and has no error bar; compare it between variants alone.
+
+    Raises:
+        EsdLoraError: If there are fewer than two photos to measure from.
+    """
+    distances: dict[str, dict[str, Distance]] = {}
+    records: dict[str, Any] = {}
+    not_run: dict[str, str] = {}
+    for name, spec in suite.distances.items():
+        chosen = [case.id for case in cases if case.role in spec.roles]
+        sets = {variant: [files[case] for case in chosen if case in files] for variant, files in pictures.items()}
+        sets = {variant: files for variant, files in sets.items() if files}
+        try:
+            features = build(FEATURES, spec.kind or name, spec.model_extra or {})
+            if spec.reference is None and ("base" not in sets or len(sets) == 1):
+                raise NotRun("there is nothing to measure from: neither erasers beside the base nor a folder of photos")
+            if len(chosen) < 2:
+                raise NotRun("fewer than two pictures")
+        except NotRun as reason:
+            not_run[name] = str(reason)
+            continue
+        reference = sets.pop("base") if spec.reference is None else _reference_photos(Path(spec.reference))
+        beside = "base" if spec.reference is None else f"{len(reference)} photos"
+        records[name] = {**features.record(), "beside": beside}
+        origin = _features(folder / "features", features, reference)
+        distances[name] = {}
+        for variant, files in tqdm(sets.items(), desc=f"features ({name})", unit="set", disable=not progress):
+            value = frechet_distance(origin, _features(folder / "features", features, files))
+            distances[name][variant] = Distance(value=round(value, 4), of=len(files))
+    return distances, records, not_run
+
+
+def _reference_photos(folder: Path) -> list[Path]:
+    files = picture_paths(folder)
+    if len(files) < 2:
+        raise EsdLoraError(f"{folder} has {len(files)} pictures. Expected the photos to measure from, two or more.")
+    return files
+
+
+def _features(folder: Path, features: Any, files: Sequence[Path]) -> np.ndarray:
+    """Return features [N, d] of pictures, from the disk if they were computed from the same files by the same network."""
+    key = json.dumps([features.record(), [hash_file(file) for file in files]])
+    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    batches = (files[i : i + _BATCH] for i in range(0, len(files), _BATCH))
+    computed = np.concatenate([features([open_picture(path) for path in batch]) for batch in batches])
+    with reporting_write_errors(file):
+        folder.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, computed, allow_pickle=False)
+    write_atomically(file, content.getvalue())
+    return computed

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from esd_lora.built_in import BUILT_IN
 from esd_lora.erasers.eraser import Eraser, write_eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
-from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, cells, markdown_cell, markdown_table, number, role_rows
+from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, Number, cells, markdown_cell, markdown_table, role_rows
+from esd_lora.families import FAMILIES
 from esd_lora.formats.licenses import License, base_license
 from esd_lora.wording import HubId, is_hub_id, mask_of, slug, without_article
 
 CARD_NAME = "README.md"
 _TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
-_FAMILY_TAGS = {"sd": ("stable-diffusion", "stable-diffusion-diffusers"), "sdxl": ("stable-diffusion-xl",)}
 _RECORD = ("sampler", "detectors", "files", "versions")  # of an evaluation, for the card
 _MAX_RECIPE_LINES = 120  # longer ones are read in their own file
 _MAX_LISTED = 12  # concepts in a heading, tags for them, and prompts
@@ -122,20 +122,19 @@ def measured_line(evaluation: Measured | None) -> str:
     """Return the numbers on what was erased in a line; `no` where nothing was measured."""
     if evaluation is None:
         return "no"
-    targets = [f"{metric} {number(n)} ({name})" for role, name, metric, n in _numbers(evaluation) if role == "target"]
+    targets = [f"{metric} {number.text()} ({name})" for role, name, metric, number in _numbers(evaluation) if role == "target"]
     return f"suite {evaluation.suite}, {evaluation.date}: {'; '.join(targets)}"
 
 
-def _numbers(evaluation: Measured) -> list[tuple[str, str, str, Mapping[str, Any]]]:
+def _numbers(evaluation: Measured) -> list[tuple[str, str, str, Number]]:
     """Return role, model, metric and number of everything that was measured."""
-    variants = evaluation.model_dump(exclude_none=True)["variants"]
-    return [(role, *row) for role in TITLES for row in role_rows(variants, role)]
+    return [(role, *row) for role in TITLES for row in role_rows(evaluation.variants, role)]
 
 
 def _front_matter(header: EraserHeader, publication: Publication | None) -> dict[str, object]:
     """Return what the Hub indexes; no `instance_prompt`, which its page would call a trigger word."""
     front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    tags = [*_TAGS, *_FAMILY_TAGS.get(header.family, ())]
+    tags = [*_TAGS, *(tag for family in FAMILIES if family.name == header.family for tag in family.tags)]
     if publication:
         front |= publication.license.front_matter()
         concepts = [concept_tag(concept.name) for concept in header.concepts[:_MAX_LISTED]]
@@ -205,7 +204,7 @@ def _measured(evaluation: Measured | None) -> str:
     """Return what it does in numbers, with all that they depend on."""
     if evaluation is None:
         return "## What else it costs\n\nNot measured: neither what it removes nor what else it costs (`esd-lora evaluate`)."
-    rows = [[role, *cells(name, metric, n)] for role, name, metric, n in _numbers(evaluation)]
+    rows = [[role, *cells(name, metric, number)] for role, name, metric, number in _numbers(evaluation)]
     notes = [
         f"- {name}: {yaml.safe_dump(evaluation.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD

@@ -20,15 +20,21 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import ATTACKS, learning, vocabulary, words
-from esd_lora.evaluation.attacks.latents import to_latents, to_pictures
-from esd_lora.evaluation.attacks.learning import captioned, noised, seeded
-from esd_lora.evaluation.attacks.victim import Victim
-from esd_lora.evaluation.attacks.vocabulary import meaning, readable_words, spare_words, tables_of
-from esd_lora.evaluation.attacks.words import best_prefix, renamed
-from esd_lora.evaluation.domain_suite import of_object
-from esd_lora.evaluation.judge import Judge
-from esd_lora.evaluation.planning import Asked
+from esd_lora.evaluation.attacks import learning, words
+from esd_lora.evaluation.attacks.learning import noise_latents
+from esd_lora.evaluation.attacks.victim import Victim, captioned_latents, derive_seed, to_latents, to_pictures
+from esd_lora.evaluation.attacks.words import (
+    encode_with_gradient,
+    readable_words,
+    replace_names,
+    search_prefix,
+    spare_words,
+    spare_words_meaning,
+    tables_of,
+)
+from esd_lora.evaluation.cases import Case, object_cases
+from esd_lora.evaluation.detectors.judge import Judge
+from esd_lora.evaluation.registries import ATTACKS
 from esd_lora.evaluation.variants import Variant, bare, erased
 from esd_lora.trajectory import pick
 from random_erasers import eraser_on
@@ -37,7 +43,7 @@ from toys import load_toy, save_toy
 _BATCH = learning.BATCH
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(), eta=1.0)
-ASKED = [Asked(f"t-{i}", "target", prompt, i, "cat") for i, prompt in enumerate(("a cat", "a cat, noto style", "two kittens"))]
+CASES = [Case(f"t-{i}", "target", prompt, i, "cat") for i, prompt in enumerate(("a cat", "a cat, noto style", "two kittens"))]
 QUICK: Mapping[str, dict[str, Any]] = {
     "token-noise": {"tokens": 2},
     "negative-weight": {"weight": -0.5},
@@ -69,23 +75,23 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load(request.param, tmp_path_factory.mktemp("toys"))
 
 
-def victim_of(base: Base, eraser: Eraser | None = None, asked: Sequence[Asked] = ASKED, strength: float = 0.1) -> Victim:
+def victim_of(base: Base, eraser: Eraser | None = None, cases: Sequence[Case] = CASES, strength: float = 0.1) -> Victim:
     """A base with a random update, which changes every picture and claims to be an eraser of cats."""
     if eraser is None:
         layers = base.family.modules(base.model, "xattn")
         own = {"family": base.family.name, "prediction_type": base.prediction_type, "prefix": base.family.denoiser}
         eraser = eraser_on(base.model, layers, "a cat", seed=3, rank=1, base_hashes=base.hashes(layers), **own)
     at = [Strength(strength)]
-    return Victim(base, erased(base, [eraser], at, STEPS, GUIDANCE), [CAT], asked, STEPS, GUIDANCE, [eraser], at)
+    return Victim(base, erased(base, [eraser], at, STEPS, GUIDANCE), [CAT], cases, STEPS, GUIDANCE, [eraser], at)
 
 
 def attack(victim: Victim, name: str, **settings: Any) -> Variant:
     return ATTACKS.get(name)(victim, **{**QUICK[name], **settings})
 
 
-def painted(variant: Variant, some: Sequence[Asked] = ASKED) -> np.ndarray:
+def painted(variant: Variant, cases: Sequence[Case] = CASES) -> np.ndarray:
     with variant.on() as paint:
-        return pixels(paint(some))
+        return pixels(paint(cases))
 
 
 def pixels(pictures: Sequence[Image]) -> np.ndarray:
@@ -116,8 +122,8 @@ def test_attack_says_the_same_twice_and_leaves_the_base(name: str, each: Base) -
         found = painted(variant)
         again = painted(attack(victim, name))
         assert np.array_equal(found, again)
-        some = painted(variant, ASKED[1:])
-        assert np.abs(found[1:] - some).max() <= 1, "whatever else is in the batch, but for rounding"
+        part = painted(variant, CASES[1:])
+        assert np.abs(found[1:] - part).max() <= 1, "whatever else is in the batch, but for rounding"
         assert variant.name == f"attack-{name}"
         assert QUICK[name].items() <= variant.record.items()
         assert variant.record["victim"] == victim.erased.record
@@ -132,11 +138,11 @@ def test_attack_that_is_broken_off_leaves_the_base(name: str, each: Base, monkey
         with pytest.raises(ZeroDivisionError), variant.on():
             _ = 1 / 0
         if name not in ("token-noise", "negative-weight"):  # these prepare nothing
-            predict, asked = Base.predict, [0]
+            predict, calls = Base.predict, [0]
 
             def failing(self: Base, *args: Any) -> Tensor:
-                asked[0] += 1
-                if asked[0] == 2:
+                calls[0] += 1
+                if calls[0] == 2:
                     raise KeyboardInterrupt
                 return predict(self, *args)
 
@@ -163,7 +169,7 @@ def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> 
     base = load(kind, tmp_path)
     victim = victim_of(base)
     latents = torch.randn(3, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
-    points = noised(victim, latents, 8, torch.Generator().manual_seed(1))
+    points = noise_latents(victim, latents, 8, torch.Generator().manual_seed(1))
     scheduler: Any = base.family.scheduler(base.pipe, STEPS, base.latent_shape())
     assert set(points.t.tolist()) <= set(scheduler.timesteps.tolist())
     assert sorted(points.lesson.tolist()[:6]) != points.lesson.tolist()[:6]
@@ -174,7 +180,7 @@ def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> 
         else:
             x_0 = scheduler.step(target[None], int(t), x_t[None]).pred_original_sample[0]
         assert torch.allclose(x_0, latents[lesson], atol=1e-3), i
-    early = noised(victim, latents, 8, torch.Generator().manual_seed(1), share=0.3)
+    early = noise_latents(victim, latents, 8, torch.Generator().manual_seed(1), share=0.3)
     assert early.t.unique().tolist() == [scheduler.timesteps.max().item()]
 
 
@@ -184,9 +190,9 @@ def test_latents_are_the_pipeline_s(kind: str, tmp_path: Path) -> None:
     if kind == "sdxl":
         base.pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[2.0, 1.0, 0.5, 3.0])
     side = base.latent_shape()[-1] * base.pipe.vae_scale_factor
-    asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2, "guidance_scale": 2.0}
+    settings: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2, "guidance_scale": 2.0}
     latents, found = (
-        base.pipe("a cat", generator=torch.Generator().manual_seed(5), output_type=kind, **asked).images
+        base.pipe("a cat", generator=torch.Generator().manual_seed(5), output_type=kind, **settings).images
         for kind in ("latent", "pil")
     )
     assert np.abs(pixels(to_pictures(base, latents)) - pixels(found)).max() <= 1
@@ -223,14 +229,14 @@ def test_what_learns_lowers_its_loss(name: str, kind: str, tmp_path: Path) -> No
     """On noise that it did not learn on."""
     base = load(kind, tmp_path)
     victim = victim_of(base)
-    latents, captions = captioned(victim, 2, [], 0)
-    points = noised(victim, latents, 32, torch.Generator().manual_seed(99))
+    latents, captions = captioned_latents(victim, 2, [], 0)
+    points = noise_latents(victim, latents, 32, torch.Generator().manual_seed(99))
     named = [(CAT, spare_words(victim, 1))]
-    prompts = captions if name == "fine-tune" else [renamed(caption, named) for caption in captions]
+    prompts = captions if name == "fine-tune" else [replace_names(caption, named) for caption in captions]
 
-    def loss(told: Sequence[str]) -> float:
+    def loss(prompts: Sequence[str]) -> float:
         with torch.no_grad():
-            prediction = base.predict(points.x_t, points.t, pick(base.encode(told), points.lesson))
+            prediction = base.predict(points.x_t, points.t, pick(base.encode(prompts), points.lesson))
         return (prediction - points.target).square().mean().item()
 
     with victim.erased.on():
@@ -242,11 +248,11 @@ def test_what_learns_lowers_its_loss(name: str, kind: str, tmp_path: Path) -> No
 
 def test_prefix_is_of_real_words_and_lowers_the_loss(each: Base) -> None:
     victim = victim_of(each)
-    latents, captions = captioned(victim, 2, [], 0)
+    latents, captions = captioned_latents(victim, 2, [], 0)
     settings = {"tokens": 3, "candidates": 4, "seed": 0}
     with same_after(each), victim.erased.on():
-        found, losses = best_prefix(victim, latents, captions, steps=5, **settings)
-        start, _ = best_prefix(victim, latents, captions, steps=5, **{**settings, "candidates": 1, "seed": 1})
+        found, losses = search_prefix(victim, latents, captions, steps=5, **settings)
+        start, _ = search_prefix(victim, latents, captions, steps=5, **{**settings, "candidates": 1, "seed": 1})
     assert len(found) == 3
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
@@ -262,11 +268,11 @@ def test_prefix_is_of_real_words_and_lowers_the_loss(each: Base) -> None:
 def test_words_are_given_another_meaning_in_every_encoder(each: Base) -> None:
     tables = tables_of(each, ["q", "z"])
     assert len(tables) == (2 if each.family.name == "sdxl" else 1)
-    own = [table.of(["b", "c"]).requires_grad_() for table in tables]
-    with meaning(tables, own):
+    own = [table.embeddings(["b", "c"]).requires_grad_() for table in tables]
+    with spare_words_meaning(tables, own):
         found = each.encode(["a q z", "z on a q"])
-        told = vocabulary.encode(each, ["a q z"])
-        torch.stack([value.sum() for value in told.values()]).sum().backward()
+        condition = encode_with_gradient(each, ["a q z"])
+        torch.stack([value.sum() for value in condition.values()]).sum().backward()
     plain = each.encode(["a b c", "c on a b"])
     assert all(torch.allclose(found[name], plain[name], atol=1e-5) for name in plain)
     assert all(vectors.grad is not None and vectors.grad.abs().amin(1).min() > 0 for vectors in own)
@@ -286,10 +292,10 @@ def test_readable_words(each: Base) -> None:
 
 
 def test_noise_around_a_prompt(emoji: Base) -> None:
-    said: list[Asked] = []
+    passed: list[Case] = []
 
-    def noting(some: Sequence[Asked]) -> list[Image]:
-        said.extend(some)
+    def noting(cases: Sequence[Case]) -> list[Image]:
+        passed.extend(cases)
         return []
 
     @contextmanager
@@ -298,29 +304,29 @@ def test_noise_around_a_prompt(emoji: Base) -> None:
 
     victim = victim_of(emoji)._replace(erased=Variant("erased", {}, on))
     with attack(victim, "token-noise", tokens=3).on() as paint:
-        paint(ASKED)
-    for one, before in zip(said, ASKED, strict=True):
-        assert one._replace(prompt=before.prompt) == before
-        first, second, *middle, last = one.prompt.split(" ")
+        paint(CASES)
+    for case, before in zip(passed, CASES, strict=True):
+        assert case._replace(prompt=before.prompt) == before
+        first, second, *middle, last = case.prompt.split(" ")
         assert " ".join(middle) == before.prompt
         assert {first, second, last} <= set(readable_words(emoji)) - {"cat"}
-    assert len({one.prompt.split(" ")[0] for one in said}) > 1
+    assert len({case.prompt.split(" ")[0] for case in passed}) > 1
 
 
 def test_words_in_the_place_of_the_concept() -> None:
     named = [(CAT, ("foo", "bar"))]
-    assert renamed("a cat and two Kittens, catalogue", named) == "a foo bar and two foo bar, catalogue"
-    assert renamed("an animal", named) == "foo bar an animal"
+    assert replace_names("a cat and two Kittens, catalogue", named) == "a foo bar and two foo bar, catalogue"
+    assert replace_names("an animal", named) == "foo bar an animal"
     dog = ErasedConcept(name="dog", synonyms=("hot dog",), pairs=(), eta=1.0)
-    assert renamed("a hot dog beside a cat", [*named, (dog, ("baz",))]) == "a baz beside a foo bar"
-    assert renamed("a tree", [*named, (dog, ("baz",))]) == "foo bar baz a tree"
+    assert replace_names("a hot dog beside a cat", [*named, (dog, ("baz",))]) == "a baz beside a foo bar"
+    assert replace_names("a tree", [*named, (dog, ("baz",))]) == "foo bar baz a tree"
 
 
 def test_start_keeps_as_much_as_its_strength_lets_it(each: Base) -> None:
     victim = victim_of(each)
     base = painted(bare(each, STEPS, GUIDANCE))
     with bare(each, STEPS, GUIDANCE).on() as paint:
-        start = pixels(to_pictures(each, to_latents(each, paint(ASKED))))
+        start = pixels(to_pictures(each, to_latents(each, paint(CASES))))
     assert np.abs(start - painted(attack(victim, "latent-start", strength=0.01))).max() <= 1, "no step is gone again"
     if each.id == "emoji":
         assert np.abs(start - base).mean() < 10, "but for the VAE it is the base's own picture"
@@ -361,34 +367,34 @@ def test_pictures_of_the_attacker_s_own(name: str, emoji: Base, tmp_path: Path) 
     with pytest.raises(EsdLoraError, match="holds no picture"):
         attack(victim, name, folder=tmp_path)
     with bare(emoji, STEPS, GUIDANCE).on() as paint:
-        paint([ASKED[0]._replace(seed=77)])[0].resize((96, 70)).save(tmp_path / "cat.png")
+        paint([CASES[0]._replace(seed=77)])[0].resize((96, 70)).save(tmp_path / "cat.png")
     variant = attack(victim, name, folder=tmp_path)
     assert list(variant.record["files"]) == ["cat.png"]
-    assert painted(variant, ASKED[:1]).shape == (1, 64, 64, 3)
+    assert painted(variant, CASES[:1]).shape == (1, 64, 64, 3)
     with pytest.raises(EsdLoraError, match="can show one concept, and 2 were erased"):
         attack(victim._replace(concepts=[CAT, CAT]), name, folder=tmp_path)
     (tmp_path / "cat.png").write_bytes(b"not a picture")
     with same_after(emoji), pytest.raises(EsdLoraError, match="cannot be read as a picture"):
-        painted(attack(victim, name, folder=tmp_path), ASKED[:1])
+        painted(attack(victim, name, folder=tmp_path), CASES[:1])
 
 
 def test_what_is_learnt_from(emoji: Base) -> None:
     """The base's pictures for prompts from all over the list, with other seeds."""
-    asked = [Asked(f"t-{i}", "target", f"a cat on a {color} background", 7) for i, color in enumerate(("red", "blue", "pink"))]
-    victim = victim_of(emoji, asked=asked)
-    latents, captions = captioned(victim, 2, [], 0)
-    assert captions == [asked[0].prompt, asked[1].prompt]
-    seeds = [seeded("picture", 0, i, 7) for i in range(2)]
-    expected = painted(bare(emoji, STEPS, GUIDANCE), [one._replace(seed=s) for one, s in zip(asked, seeds, strict=False)])
+    cases = [Case(f"t-{i}", "target", f"a cat on a {color} background", 7) for i, color in enumerate(("red", "blue", "pink"))]
+    victim = victim_of(emoji, cases=cases)
+    latents, captions = captioned_latents(victim, 2, [], 0)
+    assert captions == [cases[0].prompt, cases[1].prompt]
+    seeds = [derive_seed("picture", 0, i, 7) for i in range(2)]
+    expected = painted(bare(emoji, STEPS, GUIDANCE), [case._replace(seed=s) for case, s in zip(cases, seeds, strict=False)])
     assert np.abs(pixels(to_pictures(emoji, latents)) - expected).mean() < 10
-    assert len(captioned(victim, 5, [], 0)[1]) == 5
+    assert len(captioned_latents(victim, 5, [], 0)[1]) == 5
 
 
 @pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev"])
 def test_other_predictions_are_fine_tuned_too(kind: str, tmp_path: Path) -> None:
     base = load(kind, tmp_path)
     with same_after(base):
-        assert painted(attack(victim_of(base), "fine-tune"), ASKED[:1]).shape == (1, 64, 64, 3)
+        assert painted(attack(victim_of(base), "fine-tune"), CASES[:1]).shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sana"])
@@ -403,7 +409,7 @@ def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
         with pytest.raises(EsdLoraError, match="has a VAE of kind AutoencoderDC"):
             attack(victim, "fine-tune")
     else:
-        assert len(painted(attack(victim, "token-noise"), ASKED[:1])) == 1
+        assert len(painted(attack(victim, "token-noise"), CASES[:1])) == 1
 
 
 def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,14 +418,14 @@ def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPa
     quiet = {"preview_every": 0, "probe_every": 0}
     recipe = load_recipe("emoji-cat", {f"train.{key}": value for key, value in {**small, **quiet}.items()})
     eraser = train(recipe, base=emoji, progress=False)
-    asked = [Asked(f"t-{i}", "target", s.prompt, s.seed, "cat") for i, s in enumerate(of_object("cat", {"a cat"}, 6))]
-    victim = victim_of(emoji, eraser, asked, strength=1.0)._replace(concepts=eraser.header.concepts, steps=8)
+    cases = [case._replace(id=f"t-{i}", role="target", label="cat") for i, case in enumerate(object_cases("cat", {"a cat"}, 6))]
+    victim = victim_of(emoji, eraser, cases, strength=1.0)._replace(concepts=eraser.header.concepts, steps=8)
     victim = victim._replace(erased=erased(emoji, [eraser], victim.weights, 8, GUIDANCE))
     judge = Judge("emoji")
 
     def cats(variant: Variant) -> int:
         with variant.on() as paint:
-            return sum(verdict.object == "cat" for verdict in judge(paint(asked)))
+            return sum(verdict.object == "cat" for verdict in judge(paint(cases)))
 
     assert cats(bare(emoji, 8, GUIDANCE)) == 6
     assert cats(victim.erased) <= 1

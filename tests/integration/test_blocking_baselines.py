@@ -25,9 +25,9 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.blocking import SafetyChecker, filtered
-from esd_lora.evaluation.detectors import NotRun
-from esd_lora.evaluation.sld import SLD_STRENGTHS, SldStrength, safe_guidance
+from esd_lora.evaluation.baselines.blocking import SafetyChecker, blacken
+from esd_lora.evaluation.baselines.sld import SLD_STRENGTHS, SldStrength, safe_guidance
+from esd_lora.evaluation.detectors.detector import NotRun
 from esd_lora.families import family_of
 from esd_lora.pictures import paint
 from tiny import tiny_unet
@@ -292,7 +292,7 @@ def test_the_checker_flags_what_is_near_its_concepts(tmp_path: Path) -> None:
     assert flags == [True, False, True] * 12
     assert all(isinstance(flag, bool) for flag in flags)
     assert checker([]) == []
-    out = filtered(pictures, flags)
+    out = blacken(pictures, flags)
     assert [not np.asarray(picture).any() for picture in out] == flags
     assert [picture.size for picture in out] == [picture.size for picture in pictures]
     assert np.asarray(pictures[0]).all()  # the one that was passed is left as it is
@@ -307,7 +307,7 @@ def test_the_checker_blackens_as_the_pipeline_does(base: Base, tmp_path: Path) -
     base.pipe = StableDiffusionPipeline(**parts)
     base.pipe.set_progress_bar_config(disable=True)
     blackened = paint(base, prompts, seeds, steps=2)
-    assert np.array_equal(pixels(filtered(pictures, checker(pictures))), pixels(blackened))
+    assert np.array_equal(pixels(blacken(pictures, checker(pictures))), pixels(blackened))
 
 
 def test_a_checker_that_lacks_weights_is_not_run(tmp_path: Path) -> None:

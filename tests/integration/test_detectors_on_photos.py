@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import DETECTORS, Look, Score
 from esd_lora.evaluation.detectors.classify import Classifier, ImageNet
 from esd_lora.evaluation.detectors.clip import ClipScore
+from esd_lora.evaluation.detectors.detector import Picture, Score
 from esd_lora.evaluation.detectors.faces import Faces
-from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet
-from esd_lora.evaluation.detectors.nudity import Nudity
-from esd_lora.evaluation.detectors.open_nsfw import OpenNsfw
+from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet_distance
+from esd_lora.evaluation.detectors.nudity import Nudity, OpenNsfw
 from esd_lora.evaluation.detectors.similarity import Lpips, Ssim
+from esd_lora.evaluation.registries import DETECTORS
 from esd_lora.files import hash_file
 from networks import IMAGENET, ToyInception, resnet_config, save_alexnet, save_classifier, save_clip, save_script
 from tiny import tiny_tokenizer
@@ -52,12 +52,12 @@ MIRRORED = ASTRONAUT.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 BLURRED = ASTRONAUT.filter(ImageFilter.GaussianBlur(3))
 
 
-def look(image: Image.Image, label: str | None = None, before: Image.Image | None = None, prompt: str = "") -> Look:
-    return Look(image, prompt, label, before=before)
+def picture(image: Image.Image, label: str | None = None, before: Image.Image | None = None, prompt: str = "") -> Picture:
+    return Picture(image, prompt, label, before=before)
 
 
-def values(detector: Callable[[list[Look]], list[Score]], *looks: Look) -> list[Mapping[str, bool | float]]:
-    return [score.values for score in detector(list(looks))]
+def values(detector: Callable[[list[Picture]], list[Score]], *pictures: Picture) -> list[Mapping[str, bool | float]]:
+    return [score.values for score in detector(list(pictures))]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def resnet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nudenet_sees_a_face_and_nothing_exposed() -> None:
-    astronaut, cat, coffee, rocket = Nudity()([look(image) for image in (ASTRONAUT, CAT, COFFEE, ROCKET)])
+    astronaut, cat, coffee, rocket = Nudity()([picture(image) for image in (ASTRONAUT, CAT, COFFEE, ROCKET)])
     (face,) = astronaut.details["detections"]
     assert face["class"] == "FACE_FEMALE"
     assert face["score"] > 0.6
@@ -102,7 +102,7 @@ def test_nudenet_sees_what_it_sees_in_a_file(tmp_path: Path) -> None:
 
     ASTRONAUT.save(tmp_path / "astronaut.png")
     (found,) = nudenet.NudeDetector().detect(str(tmp_path / "astronaut.png"))
-    (seen,) = Nudity()([look(ASTRONAUT)])[0].details["detections"]
+    (seen,) = Nudity()([picture(ASTRONAUT)])[0].details["detections"]
     assert seen == {"class": found["class"], "score": round(found["score"], 4), "box": found["box"]}
 
 
@@ -115,22 +115,22 @@ def test_nudenet_records_its_protocols() -> None:
 
 
 def test_open_nsfw_is_low_on_harmless_photos() -> None:
-    found = values(OpenNsfw(), look(COFFEE), look(CAT), look(ASTRONAUT), look(ROCKET))
+    found = values(OpenNsfw(), picture(COFFEE), picture(CAT), picture(ASTRONAUT), picture(ROCKET))
     assert all(0 <= score["nsfw"] < 0.1 for score in found)
     assert not any(score["nsfw.flagged"] for score in found)
     assert found[1]["nsfw"] < found[2]["nsfw"], "a cat is further from it than a person"
 
 
 def test_open_nsfw_flags_from_its_threshold_on() -> None:
-    (probability,) = (score["nsfw"] for score in values(OpenNsfw(), look(COFFEE)))
+    (probability,) = (score["nsfw"] for score in values(OpenNsfw(), picture(COFFEE)))
     for threshold, flagged in ((probability, 1), (probability + 1e-6, 0), (0, 1), (1, 0)):
         detector = OpenNsfw(threshold=threshold)
-        assert values(detector, look(COFFEE)) == [{"nsfw": probability, "nsfw.flagged": flagged}]
+        assert values(detector, picture(COFFEE)) == [{"nsfw": probability, "nsfw.flagged": flagged}]
         assert detector.record()["threshold"] == threshold
 
 
 def test_imagenet_names_what_is_there() -> None:
-    cat, coffee = ImageNet()([look(CAT, "285"), look(COFFEE, str(ESPRESSO))])
+    cat, coffee = ImageNet()([picture(CAT, "285"), picture(COFFEE, str(ESPRESSO))])
     seen = [entry["index"] for entry in cat.details["top5"]]
     assert seen[0] in CATS
     assert set(CATS) <= set(seen)
@@ -145,10 +145,10 @@ def test_imagenet_names_what_is_there() -> None:
 
 def test_imagenet_knows_what_is_not_there() -> None:
     detector = ImageNet()
-    assert values(detector, look(CAT, "golf ball"), look(COFFEE, "tench")) == [{"accuracy": 0, "top5": 0}] * 2
-    assert values(detector, look(CAT)) == [{}], "no label, nothing to be right about"
+    assert values(detector, picture(CAT, "golf ball"), picture(COFFEE, "tench")) == [{"accuracy": 0, "top5": 0}] * 2
+    assert values(detector, picture(CAT)) == [{}], "no label, nothing to be right about"
     with pytest.raises(EsdLoraError, match="did you mean 'golf ball'"):
-        detector([look(CAT, "0"), look(CAT, "golf bal")])
+        detector([picture(CAT, "0"), picture(CAT, "golf bal")])
 
 
 def test_classifier_as_computed_plainly(resnet_dir: Path) -> None:
@@ -160,7 +160,7 @@ def test_classifier_as_computed_plainly(resnet_dir: Path) -> None:
     with torch.no_grad():
         expected = model(((pixels - mean) / deviation)[None]).logits.softmax(1)[0]
     order = expected.argsort(descending=True).tolist()
-    scores = Classifier(path=resnet_dir)([look(image, str(index)) for index in order])
+    scores = Classifier(path=resnet_dir)([picture(image, str(index)) for index in order])
     assert [score.values for score in scores] == [{"accuracy": i == 0, "top5": i < 5} for i in range(len(NAMES))]
     for entry, index in zip(scores[0].details["top5"], order, strict=False):
         assert (entry["index"], entry["name"]) == (index, NAMES[index])
@@ -169,10 +169,10 @@ def test_classifier_as_computed_plainly(resnet_dir: Path) -> None:
 
 def test_classifier_reads_labels_of_its_own(resnet_dir: Path) -> None:
     detector = Classifier(path=resnet_dir)
-    assert detector([look(CAT, "Tinca tinca")]) == detector([look(CAT, "0")])
+    assert detector([picture(CAT, "Tinca tinca")]) == detector([picture(CAT, "0")])
     for label, message in (("crane", "the classes 1 and 3"), ("gas pumps", "did you mean 'gas pump'"), ("7", "from 0 to 6")):
         with pytest.raises(EsdLoraError, match=message):
-            detector([look(CAT, label)])
+            detector([picture(CAT, label)])
 
 
 def test_classifier_without_its_head_is_refused(resnet_dir: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_clip_score_as_computed_plainly(clip_dir: Path, tmp_path: Path) -> None:
     for file in clip_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model.save_pretrained(tmp_path)
-    (straight,), (turned,) = (values(ClipScore(path=path), look(image, prompt="a cat")) for path in (clip_dir, tmp_path))
+    (straight,), (turned,) = (values(ClipScore(path=path), picture(image, prompt="a cat")) for path in (clip_dir, tmp_path))
     assert straight["clip"] == pytest.approx(max(100 * cosine, 0), abs=0.1)
     assert turned["clip"] == pytest.approx(max(-100 * cosine, 0), abs=0.1)
     assert sorted(score["clip"] > 1 for score in (straight, turned)) == [False, True]
@@ -212,7 +212,7 @@ def test_clip_score_as_computed_plainly(clip_dir: Path, tmp_path: Path) -> None:
 def test_clip_cuts_long_prompts(clip_dir: Path) -> None:
     detector = ClipScore(path=clip_dir)
     room = 16 - 2  # for the tokens of beginning and end
-    exact, longer, other = (look(CAT, prompt=" ".join(letters)) for letters in ("b" * room, "b" * 40, "c" * 40))
+    exact, longer, other = (picture(CAT, prompt=" ".join(letters)) for letters in ("b" * room, "b" * 40, "c" * 40))
     scores = values(detector, exact, longer, other)
     assert scores[0] == scores[1] != scores[2]
 
@@ -234,7 +234,7 @@ def test_faces_are_found_and_told_apart(portraits: Path) -> None:
     pixels = (data.lfw_subset()[0] * 255).astype(np.uint8)
     other = Image.fromarray(np.pad(np.array(Image.fromarray(pixels).resize((150, 150))), 60, mode="edge"))
     astronaut, cropped, stranger, coffee, cat = Faces(references=portraits)(
-        [look(image) for image in (ASTRONAUT, HEAD, other, COFFEE, CAT)]
+        [picture(image) for image in (ASTRONAUT, HEAD, other, COFFEE, CAT)]
     )
     for score in (astronaut, cropped):
         assert (score.values["face"], score.values["same"]) == (1, 1)
@@ -249,16 +249,16 @@ def test_faces_are_found_and_told_apart(portraits: Path) -> None:
 
 
 def test_faces_without_references_are_only_found() -> None:
-    assert values(Faces(), look(ASTRONAUT), look(ROCKET)) == [{"face": 1}, {"face": 0}]
+    assert values(Faces(), picture(ASTRONAUT), picture(ROCKET)) == [{"face": 1}, {"face": 0}]
 
 
 def test_the_nearest_reference_and_the_threshold_count(portraits: Path, tmp_path: Path) -> None:
-    (near,) = values(Faces(references=portraits), look(ASTRONAUT))
+    (near,) = values(Faces(references=portraits), picture(ASTRONAUT))
     strict = Faces(references=portraits, threshold=near["distance"] / 2)
-    assert values(strict, look(ASTRONAUT)) == [{**near, "same": False}]
+    assert values(strict, picture(ASTRONAUT)) == [{**near, "same": False}]
     MIRRORED.save(tmp_path / "a.png")
     ASTRONAUT.save(tmp_path / "b.png")
-    (score,) = Faces(references=tmp_path)([look(ASTRONAUT)])
+    (score,) = Faces(references=tmp_path)([picture(ASTRONAUT)])
     assert score.values == {"face": 1, "same": 1, "distance": 0}
     assert score.details["reference"] == "b.png"
 
@@ -278,7 +278,7 @@ def test_references_show_one_face(tmp_path: Path) -> None:
 
 def test_ssim_of_photos() -> None:
     """Against scikit-image, which leaves the border out."""
-    same, blurred, mirrored = values(Ssim(), *(look(image, before=ASTRONAUT) for image in (ASTRONAUT, BLURRED, MIRRORED)))
+    same, blurred, mirrored = values(Ssim(), *(picture(image, before=ASTRONAUT) for image in (ASTRONAUT, BLURRED, MIRRORED)))
     assert same["ssim"] == pytest.approx(1, abs=1e-6)
     for found, image in ((blurred, BLURRED), (mirrored, MIRRORED)):
         expected = structural_similarity(
@@ -308,7 +308,7 @@ def test_lpips_as_torchmetrics_has_it(alexnet: Path, monkeypatch: pytest.MonkeyP
     x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
     with torch.no_grad():
         expected = theirs(x, x[:1].expand_as(x)).flatten().tolist()
-    found = [score["lpips"] for score in values(Lpips(path=alexnet), *(look(y, before=ASTRONAUT) for y in images))]
+    found = [score["lpips"] for score in values(Lpips(path=alexnet), *(picture(y, before=ASTRONAUT) for y in images))]
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert found[0] == 0 < found[1] < found[2]
 
@@ -316,9 +316,9 @@ def test_lpips_as_torchmetrics_has_it(alexnet: Path, monkeypatch: pytest.MonkeyP
 def test_lpips_of_a_tiny_picture(alexnet: Path) -> None:
     tiny = Image.new("RGB", (40, 30))
     with pytest.raises(EsdLoraError, match=r"a picture of 40 x 30 pixels, expected 31 or more"):
-        Lpips(path=alexnet)([look(tiny, before=tiny)])
+        Lpips(path=alexnet)([picture(tiny, before=tiny)])
     small = Image.new("RGB", (31, 31))
-    assert values(Lpips(path=alexnet), look(small, before=small)) == [{"lpips": 0.0}]
+    assert values(Lpips(path=alexnet), picture(small, before=small)) == [{"lpips": 0.0}]
 
 
 @pytest.mark.parametrize("kind", ["ssim", "lpips"])
@@ -327,17 +327,17 @@ def test_the_likest_original_counts_at_its_size(kind: str, alexnet: Path, tmp_pa
     for name, image in small.items():
         image.save(tmp_path / f"{name}.png")
     weights: dict[str, Any] = {"path": alexnet} if kind == "lpips" else {}
-    (score,) = DETECTORS.get(kind)(originals=tmp_path, **weights)([look(BLURRED.resize((128, 128)), before=COFFEE)])
+    (score,) = DETECTORS.get(kind)(originals=tmp_path, **weights)([picture(BLURRED.resize((128, 128)), before=COFFEE)])
     assert score.details == {"original": "astronaut.png"}
     alone = DETECTORS.get(kind)(**weights)
     resized = BLURRED.resize((128, 128)).resize((96, 96), Image.Resampling.LANCZOS)
-    assert [score.values] == values(alone, look(resized, before=small["astronaut"]))
+    assert [score.values] == values(alone, picture(resized, before=small["astronaut"]))
 
 
 @pytest.mark.parametrize("kind", ["ssim", "lpips"])
 def test_nothing_to_compare_with_is_no_value(kind: str, alexnet: Path) -> None:
     weights = {"path": alexnet} if kind == "lpips" else {}
-    assert DETECTORS.get(kind)(**weights)([look(CAT)]) == [Score({})]
+    assert DETECTORS.get(kind)(**weights)([picture(CAT)]) == [Score({})]
 
 
 def test_efficientnet_features_tell_sets_apart() -> None:
@@ -349,7 +349,7 @@ def test_efficientnet_features_tell_sets_apart() -> None:
     }
     assert sets["cat"].shape == (9, 1280)
     assert features.record()["metric"] == "Frechet distance on EfficientNet-Lite0 features"
-    near, far = (frechet(sets["cat"], sets[name]) for name in ("more cat", "coffee"))
+    near, far = (frechet_distance(sets["cat"], sets[name]) for name in ("more cat", "coffee"))
     assert 0 < near < far / 2
 
 
@@ -389,12 +389,12 @@ ALL = [name for name in DETECTORS.names() if name != "judge"]
 def test_scores_do_not_depend_on_the_batch(name: str, settings: dict[str, dict[str, Any]]) -> None:
     """Of pictures of other sizes, a grey one and one with transparency, alone, together and in another order."""
     images = [HEAD, CAT.resize((150, 100)).convert("RGBA"), COFFEE.resize((96, 64)), ROCKET.resize((160, 107)).convert("L")]
-    looks = [look(image, "3", MIRRORED.resize(image.size), prompt=f"a photo of {i}") for i, image in enumerate(images)]
+    pictures = [picture(image, "3", MIRRORED.resize(image.size), prompt=f"a photo of {i}") for i, image in enumerate(images)]
     detector = DETECTORS.get(name)(**settings[name])
-    together = detector(looks)
-    assert together == [score for one in looks for score in detector([one])]
-    assert together == detector(looks[::-1])[::-1]
-    assert together == DETECTORS.get(name)(**settings[name])(looks)
+    together = detector(pictures)
+    assert together == [score for item in pictures for score in detector([item])]
+    assert together == detector(pictures[::-1])[::-1]
+    assert together == DETECTORS.get(name)(**settings[name])(pictures)
     assert all(score.values for score in together)
     assert detector([]) == []
     for score in together:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -19,11 +20,15 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.measured import Interval
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation import attaching, scoring
-from esd_lora.evaluation.attaching import attach
-from esd_lora.evaluation.detectors import Look, NotRun, Score
+from esd_lora.evaluation import scoring
+from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
+from esd_lora.evaluation.report import attaching
+from esd_lora.evaluation.report.attaching import attach
+from esd_lora.evaluation.report.report import Report
+from esd_lora.evaluation.suites.suite_files import Suite, load_suite
 from esd_lora.formats.inspecting import inspect_file
 from esd_lora.pictures import read_samples
 from random_erasers import eraser_on
@@ -47,7 +52,7 @@ steps: 2
 class Brightness:
     """A detector that everyone can check: whether a picture's mean is above a threshold, and what it is."""
 
-    looked = 0
+    scored = 0
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -55,9 +60,9 @@ class Brightness:
     def record(self) -> dict[str, Any]:
         return {"threshold": self.threshold}
 
-    def __call__(self, looks: Sequence[Look]) -> list[Score]:
-        Brightness.looked += len(looks)
-        means = [float(np.asarray(look.image).mean()) for look in looks]
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        Brightness.scored += len(pictures)
+        means = [float(np.asarray(picture.image).mean()) for picture in pictures]
         return [Score({"bright": mean > self.threshold, "mean": mean}) for mean in means]
 
 
@@ -77,36 +82,71 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def run(base: Base, suite: Path, out: Path, **asked: Any) -> dict[str, Any]:
-    return evaluate(base, suite, out, progress=False, **asked)
+def run(base: Base, suite: Path | Suite, out: Path, **settings: Any) -> Report:
+    return evaluate(base, suite, out, progress=False, **settings)
 
 
 def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
     out = tmp_path / "out"
-    summary = run(base, suite, out, erasers=[cat_dir])
+    report = run(base, suite, out, erasers=[cat_dir])
     pictures = {path.parent.name + path.stem: np.asarray(Image.open(path)).mean() for path in out.rglob("*.png")}
     assert len(pictures) == 12
     assert pictures["baseall-00000"] != pictures["erasedall-00000"]
-    target, general = summary["variants"]["erased"]["target"], summary["variants"]["erased"]["general"]
+    target, general = report.variants["erased"]["target"], report.variants["erased"]["general"]
     cats = [pictures[f"erasedall-0000{i}"] for i in range(2)]
-    assert target["bright.mean"]["value"] == pytest.approx(np.mean(cats), abs=1e-5)
-    assert target["bright.bright"]["hits"] == sum(mean > 100 for mean in cats)
-    assert target["again.bright"]["hits"] == 2
-    assert general["bright.mean"]["of"] == 4
+    assert target["bright.mean"].value == pytest.approx(np.mean(cats), abs=1e-5)
+    assert target["bright.bright"].hits == sum(mean > 100 for mean in cats)
+    assert target["again.bright"].hits == 2
+    assert general["bright.mean"].of == 4
     assert "again.bright" not in general
     before = [pictures[f"baseall-0000{i}"] for i in range(2)]
-    assert target["bright.mean"]["difference"]["value"] == pytest.approx(np.mean(cats) - np.mean(before), abs=1e-5)
-    assert summary["not_run"] == {"absent": "no weights; give detectors.absent.path"}
+    assert target["bright.mean"].difference is not None
+    assert target["bright.mean"].difference.value == pytest.approx(np.mean(cats) - np.mean(before), abs=1e-5)
+    assert report.not_run == {"absent": "no weights; give detectors.absent.path"}
     lines = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
     assert len(lines) == 12
     assert lines[0]["prompt"] == "a photo of a cat"
     assert lines[0]["scores"]["bright"]["values"]["bright.mean"] == pytest.approx(pictures["baseall-00000"])
-    record = summary["record"]
+    record = report.record
     assert record["base"]["id"] == base.id
     assert record["variants"]["erased"]["erasers"][0]["concepts"] == ["a cat"]
     assert record["sampler"] == {"scheduler": "DDIMScheduler", "steps": 2, "guidance": 7.5}
     assert record["detectors"]["bright"] == {"threshold": 100}
     assert "erased" in (out / "table.md").read_text()
+    assert Report.load(out) == Report.load(out / "summary.json") == report
+    assert (out / "summary.json").read_text("utf-8") == report.to_json()
+    summary = json.loads(report.to_json())
+    assert summary["stack"] == {}
+    assert list(summary) == [
+        *("suite", "concepts", "variants", "labels", "layout", "stack", "distances", "not_run", "record", "gates")
+    ]
+
+
+def test_a_report_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    for content in (None, "not JSON", "[]", '{"suite": "mine"}'):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(
+            EsdLoraError, match=r"no report can be read from .*summary\.json .*Expected an evaluation's directory"
+        ):
+            Report.load(file if content is None else tmp_path)
+
+
+def test_an_evaluation_that_measured_nothing_is_written(base: Base, tmp_path: Path) -> None:
+    file = tmp_path / "toy.yaml"
+    file.write_text(re.sub(r"  (bright|again): .*\n", "", SUITE))
+    report = run(base, file, tmp_path / "out", limit=1)
+    assert report.variants == {}
+    assert list(report.not_run) == ["absent"]
+    assert "no weights; give" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_loaded_suite_is_recorded_by_its_name(base: Base, suite: Path, tmp_path: Path) -> None:
+    """Else the same evaluation would be another one."""
+    by_path = run(base, suite, tmp_path / "out", limit=1)
+    assert by_path.suite == "toy"
+    assert run(base, load_suite(suite), tmp_path / "out", limit=1) == by_path
 
 
 def test_two_runs_leave_the_same_files(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
@@ -121,30 +161,30 @@ def test_interrupted_run_goes_on(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(base, suite, whole, erasers=[cat_dir])
-    monkeypatch.setattr(scoring, "_AT_ONCE", 2)
+    monkeypatch.setattr(scoring, "_BATCH", 2)
     paint, painted = base.pipe.__class__.__call__, 0
 
-    def counted(pipe: Any, *args: Any, **asked: Any) -> Any:
+    def counted(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal painted
-        painted += len(asked["prompt"])
+        painted += len(kwargs["prompt"])
         if painted == 8:
             raise KeyboardInterrupt
-        return paint(pipe, *args, **asked)
+        return paint(pipe, *args, **kwargs)
 
     monkeypatch.setattr(base.pipe.__class__, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         run(base, suite, out, erasers=[cat_dir])
     assert len(list(out.rglob("*.png"))) == 6
-    Brightness.looked = 0
+    Brightness.scored = 0
     run(base, suite, out, erasers=[cat_dir])
     assert painted == 8 + 6, "only what was missing is painted"
     assert files(out) == files(whole)
-    assert Brightness.looked == 12 + 4
+    assert Brightness.scored == 12 + 4
     scores = out / "scores" / "bright.jsonl"
     lines = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(lines[:5]) + lines[5][:7])  # as if killed in the middle of a line
     run(base, suite, out, erasers=[cat_dir])
-    assert Brightness.looked == 12 + 4 + 8
+    assert Brightness.scored == 12 + 4 + 8
     assert files(out) == files(whole)
 
 
@@ -157,7 +197,7 @@ def test_another_evaluation_is_not_written_over(base: Base, suite: Path, tmp_pat
     with pytest.raises(EsdLoraError, match="limit, cases differ"):
         run(base, suite, out, erasers=[cat_dir], limit=2)
     assert files(out) == before
-    assert run(base, suite, out, limit=2, force=True)["variants"]["base"]["general"]["bright.mean"]["of"] == 2
+    assert run(base, suite, out, limit=2, force=True).variants["base"]["general"]["bright.mean"].of == 2
     assert len(list(out.rglob("*.png"))) == 2
     photo = tmp_path / "mine" / "images" / "photo.png"
     photo.parent.mkdir(parents=True)
@@ -193,8 +233,8 @@ def test_other_threshold_looks_again_at_the_same_pictures(base: Base, suite: Pat
     first = run(base, suite, out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     second = run(base, suite, out, settings={"detectors.bright.threshold": 256})
-    assert first["variants"]["base"]["general"]["bright.bright"]["hits"] > 0
-    assert second["variants"]["base"]["general"]["bright.bright"]["hits"] == 0
+    assert first.variants["base"]["general"]["bright.bright"].hits
+    assert second.variants["base"]["general"]["bright.bright"].hits == 0
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
 
 
@@ -205,47 +245,50 @@ def test_settings_of_a_detector_are_checked(base: Base, suite: Path, tmp_path: P
 
 def test_pictures_as_a_whole(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
     out, over = tmp_path / "out", {"distances": {"efficientnet": {}, "fid": {}}}
-    summary = run(base, suite, out, erasers=[cat_dir], settings=over)
-    assert list(summary["distances"]["efficientnet"]) == ["erased"]
-    assert summary["distances"]["efficientnet"]["erased"]["value"] > 0
-    assert summary["distances"]["efficientnet"]["erased"]["of"] == 4
-    assert "set `path` to inception" in summary["not_run"]["fid"]
+    report = run(base, suite, out, erasers=[cat_dir], settings=over)
+    assert list(report.distances["efficientnet"]) == ["erased"]
+    assert report.distances["efficientnet"]["erased"].value > 0
+    assert report.distances["efficientnet"]["erased"].of == 4
+    assert "set `path` to inception" in report.not_run["fid"]
     assert "Frechet distance on EfficientNet-Lite0 features" in (out / "report.html").read_text()
     features = list((out / "features").iterdir())
     assert len(features) == 2
     over["distances"]["efficientnet"]["reference"] = str(out / "images" / "base")
-    beside = run(base, suite, out, erasers=[cat_dir], settings=over)["distances"]["efficientnet"]
-    assert beside["base"]["value"] < beside["erased"]["value"], "photos that are the base's pictures and two more"
+    beside = run(base, suite, out, erasers=[cat_dir], settings=over).distances["efficientnet"]
+    assert beside["base"].value < beside["erased"].value, "photos that are the base's pictures and two more"
     over["distances"]["efficientnet"]["reference"] = str(tmp_path)
     with pytest.raises(EsdLoraError, match="has 0 pictures"):
         run(base, suite, out, erasers=[cat_dir], settings=over)
 
 
-def test_members_alone_and_in_company(base: Base, suite: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+def test_members_alone_and_together(base: Base, suite: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
     out = tmp_path / "out"
     over = {"prompts.all.fill.class": ["cat", "car", "dog"], "prompts.all.label": "{class}", "layout": "erased-and-others"}
-    summary = run(base, suite, out, erasers=[cat_dir, car_dir, cat_dir], stack=True, settings=over)
-    assert list(summary["variants"]) == ["base", "erased", "1-a-cat", "2-a-car", "3-a-cat", "first-2"]
-    found, labels = summary["stack"], summary["labels"]
-    assert found["metric"] == "bright.bright"
-    assert [member["name"] for member in found["members"]] == ["a cat", "a car", "a cat"]
-    assert found["members"][1]["alone"] == labels["car"]["2-a-car"]["bright.bright"]
-    assert found["members"][1]["together"] == labels["car"]["erased"]["bright.bright"]
-    assert found["matrix"][0][1] == labels["cat"]["2-a-car"]["bright.bright"]
-    assert [number["of"] for number in found["kept"]] == [2, 2, 2, 2]
-    assert found["kept"][2]["hits"] == summary["variants"]["first-2"]["general"]["bright.bright"]["hits"]
-    assert list(summary["layout"]) == ["1-a-cat", "2-a-car", "3-a-cat", "average"]
-    row = summary["layout"]["2-a-car"]
+    report = run(base, suite, out, erasers=[cat_dir, car_dir, cat_dir], stack=True, settings=over)
+    assert list(report.variants) == ["base", "erased", "1-a-cat", "2-a-car", "3-a-cat", "first-2"]
+    found, labels = report.stack, report.labels
+    assert found is not None
+    assert found.metric == "bright.bright"
+    assert [member.name for member in found.members] == ["a cat", "a car", "a cat"]
+    assert found.members[1].alone == labels["car"]["2-a-car"]["bright.bright"]
+    assert found.members[1].together == labels["car"]["erased"]["bright.bright"]
+    assert found.matrix[0][1] == labels["cat"]["2-a-car"]["bright.bright"]
+    assert [number and number.of for number in found.kept] == [2, 2, 2, 2]
+    assert found.kept[2] is not None
+    assert found.kept[2].hits == report.variants["first-2"]["general"]["bright.bright"].hits
+    assert Report.load(out) == report
+    assert list(report.layout) == ["1-a-cat", "2-a-car", "3-a-cat", "average"]
+    row = report.layout["2-a-car"]
     rest = [labels[name]["2-a-car"]["bright.bright"] for name in ("cat", "dog")]
-    assert row["erased class, base"] == labels["car"]["base"]["bright.bright"]["value"]
-    assert row["erased class, erased"] == labels["car"]["2-a-car"]["bright.bright"]["value"]
-    assert row["other classes, erased"] == sum(number["hits"] for number in rest) / sum(number["of"] for number in rest)
+    assert row["erased class, base"] == labels["car"]["base"]["bright.bright"].value
+    assert row["erased class, erased"] == labels["car"]["2-a-car"]["bright.bright"].value
+    assert row["other classes, erased"] == sum(number.hits or 0 for number in rest) / sum(number.of for number in rest)
     assert "| 2-a-car |" in (out / "table.md").read_text().partition("| average |")[0]
     pictures = {path.relative_to(out / "images").as_posix(): path.read_bytes() for path in out.rglob("images/*/*.png")}
     assert pictures["1-a-cat/all-00000.png"] == pictures["3-a-cat/all-00000.png"] != pictures["first-2/all-00000.png"]
     with Image.open(out / "stack.png") as image:
         assert image.width > image.height
-    assert "## Alone and in company" in (out / "table.md").read_text()
+    assert "## Alone and together" in (out / "table.md").read_text()
     assert "<polyline" in (out / "report.html").read_text()
     with pytest.raises(EsdLoraError, match="two erasers or more, and 1 are given"):
         run(base, suite, tmp_path / "one", erasers=[cat_dir], stack=True)
@@ -291,18 +334,18 @@ def ways_of(tmp_path: Path) -> list[Path]:
 
 def test_comparing_with_a_negative_prompt_and_another_base(base: Base, tiny_dir: Path, suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = run(base, suite, out, concepts=["a cat"], against=["negative-prompt", str(tiny_dir)])
-    assert list(summary["variants"]) == ["base", "negative-prompt", tiny_dir.name]
+    report = run(base, suite, out, concepts=["a cat"], against=["negative-prompt", str(tiny_dir)])
+    assert list(report.variants) == ["base", "negative-prompt", tiny_dir.name]
     pictures = {path.relative_to(out / "images").as_posix(): path.read_bytes() for path in out.rglob("*.png")}
     assert pictures["base/all-00000.png"] == pictures[f"{tiny_dir.name}/all-00000.png"]
     assert pictures["base/all-00000.png"] != pictures["negative-prompt/all-00000.png"]
-    assert summary["variants"][tiny_dir.name]["general"]["bright.mean"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert report.variants[tiny_dir.name]["general"]["bright.mean"].difference == Interval(value=0, low=0, high=0)
     ways = ["sld-max", "sld-weak", "black-list", "safety-checker"]
     blocked = run(base, suite, tmp_path / "ways", concepts=["a cat"], against=ways)
-    assert "safety-checker" not in blocked["variants"]
-    assert "the base has no directory safety_checker" in blocked["not_run"]["safety-checker"]
-    assert blocked["record"]["variants"]["sld-max"]["concept"] == "cat"
-    assert blocked["record"]["variants"]["sld-weak"]["warmup_steps"] == 1, "15 of 50 steps, of 2"
+    assert "safety-checker" not in blocked.variants
+    assert "the base has no directory safety_checker" in blocked.not_run["safety-checker"]
+    assert blocked.record["variants"]["sld-max"]["concept"] == "cat"
+    assert blocked.record["variants"]["sld-weak"]["warmup_steps"] == 1, "15 of 50 steps, of 2"
     found = {
         path.relative_to(tmp_path / "ways" / "images").as_posix(): np.asarray(Image.open(path)) for path in ways_of(tmp_path)
     }
@@ -321,7 +364,7 @@ def test_pictures_made_elsewhere(base: Base, suite: Path, tmp_path: Path, cat_di
     shutil.copytree(out / "images", elsewhere)
     (elsewhere / "base" / "all-00000.png").rename(elsewhere / "base" / "00000_0.png")  # as ESD's scripts number them
     theirs = score_pictures(elsewhere, suite, tmp_path / "scored", concepts=["a cat"], progress=False)
-    assert theirs["variants"] == ours["variants"]
+    assert theirs.variants == ours.variants
     (elsewhere / "erased" / "all-00003.png").unlink()
     with pytest.raises(EsdLoraError, match=r"erased lacks 1 of 6 pictures \(all-00003\.png\)"):
         score_pictures(elsewhere, suite, tmp_path / "more", concepts=["a cat"], progress=False)
@@ -345,18 +388,18 @@ def test_attached_numbers_travel_with_the_eraser(
 ) -> None:
     mine = shutil.copytree(cat_dir, tmp_path / "cat")
     before = Eraser.load(mine)
-    summary = run(base, suite, tmp_path / "out", erasers=[mine])
-    attach(mine, summary)
+    report = run(base, suite, tmp_path / "out", erasers=[mine])
+    attach(mine, tmp_path / "out")
     after = Eraser.load(mine)
-    assert after.header.evaluation.model_dump(exclude_none=True)["variants"] == summary["variants"]
+    assert after.header.evaluation.variants == report.variants
     assert str(tmp_path) not in after.header.model_dump_json(exclude={"base", "recipes"})
     assert all((after.pairs[m].down == before.pairs[m].down).all() for m in before.pairs)
     assert "| target | erased | bright.mean |" in (mine / "README.md").read_text()
     assert "measured  suite toy, 20" in "\n".join(inspect_file(mine).lines())
     again = run(base, suite, tmp_path / "out", erasers=[mine])
-    assert again == summary, "numbers in the header change no tensor"
+    assert again == report, "numbers in the header change no tensor"
     assert not (mine / "samples").exists()
-    attach(mine, summary, tmp_path / "out")
+    attach(mine, report, tmp_path / "out")
     shown = read_samples(mine / "samples")
     assert [prompt for prompt, _, _ in shown] == ["a photo of a cat"] * 2 + ["a photo of a dog", "a photo of a <script>x"]
     with Image.open(shown[0][1]) as image, Image.open(tmp_path / "out" / "images" / "erased" / "all-00000.png") as painted:
@@ -380,14 +423,14 @@ def emoji() -> Base:
 
 def test_built_in_suite_with_its_judge(emoji: Base, tmp_path: Path) -> None:
     wreck = eraser_on(emoji.model, ["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"], "a cat", seed=1)
-    asked: dict[str, Any] = {"erasers": [wreck], "weights": [30.0], "limit": 4}
+    settings: dict[str, Any] = {"erasers": [wreck], "weights": [30.0], "limit": 4}
     with pytest.warns(UserWarning, match="does not say which weights"):
-        summary = run(emoji, Path("emoji-object"), tmp_path / "out", **asked)
-    base, erased = summary["variants"]["base"], summary["variants"]["erased"]
-    assert base["target"]["accuracy"]["value"] == 1
-    assert base["general"]["accuracy"]["value"] == 1
-    assert erased["general"]["accuracy"]["value"] < 1
-    assert summary["labels"]["cat"]["base"]["accuracy"]["of"] == 8
+        report = run(emoji, Path("emoji-object"), tmp_path / "out", **settings)
+    base, erased = report.variants["base"], report.variants["erased"]
+    assert base["target"]["accuracy"].value == 1
+    assert base["general"]["accuracy"].value == 1
+    assert erased["general"]["accuracy"].value < 1
+    assert report.labels["cat"]["base"]["accuracy"].of == 8
 
 
 def invoke(*args: object) -> Any:

@@ -13,7 +13,7 @@ from skimage import data
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.evaluation.evaluating import evaluate
-from esd_lora.evaluation.suite_files import suite_names
+from esd_lora.evaluation.suites.suite_files import suite_names
 from networks import ToyInception, save_alexnet, save_classifier, save_clip, save_script
 from random_erasers import eraser_on
 
@@ -24,7 +24,7 @@ ELSEWHERE = {"attack", "emoji-attack", "emoji-demo", "emoji-object", "emoji-styl
 """Suites with tests of their own: test_attacks, test_evaluating, and `make demo`."""
 
 
-class Case(NamedTuple):
+class SuiteRun(NamedTuple):
     """A suite, what counts as erased, what `-s` gives, and what is measured, `role.metric`, of the erased model."""
 
     concept: str
@@ -65,19 +65,19 @@ def emoji() -> Base:
     return load_base("emoji")
 
 
-CASES = {
-    "nudity": Case(
+RUNS = {
+    "nudity": SuiteRun(
         "nudity",
         {"prompts.i2p.file": "i2p.csv", "prompts.captions.file": "captions.csv", "detectors.clip.path": "clip"},
         {"target.mace.count", "target.nsfw", "general.esd.flagged", "general.clip"},
         ("i2p.csv is no release that is known, not I2P",),
     ),
-    "objects": Case(
+    "objects": SuiteRun(
         "tench",
         {"detectors.resnet50.path": "imagenette"},
         {"target.accuracy", "general.top5", "general.resnet50.accuracy"},
     ),
-    "style": Case(
+    "style": SuiteRun(
         "Vincent van Gogh",
         {
             "prompts.artists.file": "artists.csv",
@@ -87,12 +87,12 @@ CASES = {
         },
         {"target.lpips", "general.lpips", "target.clip", "target.artist.accuracy", "general.artist.accuracy"},
     ),
-    "identity": Case(
+    "identity": SuiteRun(
         "Jane Doe",
         {"detectors.faces.references": "faces", "detectors.clip.path": "clip"},
         {"target.face", "target.same", "neighbour.face", "neighbour.clip"},
     ),
-    "memorised": Case(
+    "memorised": SuiteRun(
         "a cat",
         {
             "prompts.prompts.file": "known.txt",
@@ -104,7 +104,7 @@ CASES = {
         },
         {"target.ssim", "target.lpips", "general.clip"},
     ),
-    "coco": Case(
+    "coco": SuiteRun(
         "a car",
         {
             "prompts.captions.file": "captions.csv",
@@ -115,7 +115,7 @@ CASES = {
         {"general.clip", "general.ssim", "general.lpips"},
         ("captions.csv is no release that is known, not AdvUnlearn COCO 10k",),
     ),
-    "unlearncanvas": Case(
+    "unlearncanvas": SuiteRun(
         "Van Gogh",
         {
             "detectors.style.path": "styles",
@@ -125,7 +125,7 @@ CASES = {
         },
         {"target.style.accuracy", "target.object.rest", "general.style.accuracy", "general.object.accuracy"},
     ),
-    "custom": Case(
+    "custom": SuiteRun(
         "Cats",
         {"prompts.prompts.file": "mine.csv", "detectors.classifier.path": "things"},
         {"target.accuracy", "target.top5", "general.accuracy"},
@@ -134,43 +134,43 @@ CASES = {
 
 
 def test_no_suite_is_forgotten() -> None:
-    assert set(suite_names()) == set(CASES) | ELSEWHERE
+    assert set(suite_names()) == set(RUNS) | ELSEWHERE
 
 
 # torch deprecates TorchScript, and NVIDIA's Inception is published as nothing else.
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.* is no release that is known")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RUNS)
 def test_suite(name: str, emoji: Base, toys: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    case = CASES[name]
+    run = RUNS[name]
     eraser = eraser_on(emoji.model, ["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"], "a cat", seed=1)
     settings = {
         key: str(toys / value) if key.endswith((".file", ".path", ".references", ".originals")) else value
-        for key, value in case.settings.items()
+        for key, value in run.settings.items()
     }
-    summary = evaluate(
+    report = evaluate(
         emoji,
         name,
         tmp_path / "out",
         erasers=[eraser],
-        concepts=[case.concept],
+        concepts=[run.concept],
         limit=4,
         settings=settings | {"steps": 2},
         progress=False,
     )
-    found = {f"{role}.{metric}" for role, metrics in summary["variants"]["erased"].items() for metric in metrics}
-    assert not case.measured - found, sorted(found)
-    assert summary["not_run"] == {}
-    assert all(number["of"] > 0 for role in summary["variants"]["erased"].values() for number in role.values())
+    found = {f"{role}.{metric}" for role, metrics in report.variants["erased"].items() for metric in metrics}
+    assert not run.measured - found, sorted(found)
+    assert report.not_run == {}
+    assert all(number.of > 0 for role in report.variants["erased"].values() for number in role.values())
     lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert {line["variant"] for line in lines} == {"base", "erased"}
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!")
-    assert sorted({w for w in case.warned if any(w in str(told.message) for told in recwarn)}) == sorted(case.warned)
+    assert sorted({w for w in run.warned if any(w in str(warning.message) for warning in recwarn)}) == sorted(run.warned)
     if name == "coco":
-        assert set(summary["distances"]) == {"efficientnet", "fid"}
+        assert set(report.distances) == {"efficientnet", "fid"}
     if name == "unlearncanvas":
-        assert set(summary["layout"]["erased"]) == {"UA", "IRA", "CRA"}
+        assert set(report.layout["erased"]) == {"UA", "IRA", "CRA"}
     if name == "objects":
-        assert set(summary["layout"]["erased"]) == {
+        assert set(report.layout["erased"]) == {
             f"{part}, {when}" for part in ("erased class", "other classes") for when in ("base", "erased")
         }

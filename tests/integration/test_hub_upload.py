@@ -13,8 +13,8 @@ import pytest
 import loopback_hub
 from esd_lora.erasers.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.suite_files import load_suite
-from esd_lora.evaluation.summarising import read_gate
+from esd_lora.evaluation.report.summarising import read_condition
+from esd_lora.evaluation.suites.suite_files import load_suite
 from esd_lora.formats.licenses import license_of
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
@@ -45,7 +45,7 @@ def test_entries_name_what_there_is(entry: Any) -> None:
     suite = load_suite(entry.suite, entry.settings)
     assert suite.sensitive <= entry.sensitive
     for gate in entry.fail_if:
-        read_gate(gate, ["base", "erased"])
+        read_condition(gate, ["base", "erased"])
 
 
 def test_every_repository_is_named_once() -> None:

@@ -1,4 +1,4 @@
-"""Blocking baselines: the formula of safety guidance, the black list, and what a checker asks for."""
+"""Blocking baselines: the formula of safety guidance, the black list, and what a checker needs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.blocking import BlackList, SafetyChecker, filtered
-from esd_lora.evaluation.detectors import NotRun
-from esd_lora.evaluation.sld import SLD_STRENGTHS, SldStrength, safety_term
+from esd_lora.evaluation.baselines.blocking import BlackList, SafetyChecker, blacken
+from esd_lora.evaluation.baselines.sld import SLD_STRENGTHS, SldStrength, safety_term
+from esd_lora.evaluation.detectors.detector import NotRun
 
 
 def term(null: float, prompt: float, concept: float, momentum: float, strength: SldStrength) -> tuple[float, float]:
@@ -65,7 +65,7 @@ def test_a_black_list_that_would_refuse_all_or_none(words: list[str]) -> None:
 
 def test_flagged_pictures_are_black() -> None:
     pictures = [Image.new("RGB", (4, 2), color) for color in ("red", "white", "blue")]
-    out = filtered(pictures, [False, True, False])
+    out = blacken(pictures, [False, True, False])
     assert out[0] is pictures[0]
     assert out[2] is pictures[2]
     assert out[1].size == (4, 2)
@@ -73,7 +73,7 @@ def test_flagged_pictures_are_black() -> None:
     assert not np.asarray(out[1]).any()
     assert np.asarray(pictures[1]).all()
     with pytest.raises(ValueError, match="zip"):
-        filtered(pictures, [True])
+        blacken(pictures, [True])
 
 
 def test_a_checker_that_is_not_there_is_not_run(tmp_path: Path) -> None:

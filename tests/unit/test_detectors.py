@@ -1,4 +1,4 @@
-"""What detectors make of what they found, and what they say when they cannot look."""
+"""Detectors: what they count, and what they raise when they cannot run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from PIL import Image
 from scipy import linalg
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation import detectors
-from esd_lora.evaluation.detectors import DETECTORS, Look, NotRun
-from esd_lora.evaluation.detectors.classify import IMAGENETTE, _wanted, class_index
+from esd_lora.evaluation.detectors import detector as detector_module
+from esd_lora.evaluation.detectors.classify import IMAGENETTE, class_index, expected_classes
+from esd_lora.evaluation.detectors.detector import NotRun, Picture
 from esd_lora.evaluation.detectors.faces import Faces
-from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet
-from esd_lora.evaluation.detectors.nudity import PROTOCOLS, VERSION_2_NAMES, Detection, Nudity, count
-from esd_lora.evaluation.detectors.open_nsfw import OpenNsfw
+from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, InceptionFeatures, frechet_distance
+from esd_lora.evaluation.detectors.nudity import PROTOCOLS, VERSION_2_NAMES, Detection, Nudity, OpenNsfw, count
 from esd_lora.evaluation.detectors.similarity import Lpips
-from esd_lora.evaluation.picture_files import pictures_in
+from esd_lora.evaluation.picture_files import open_pictures
+from esd_lora.evaluation.registries import DETECTORS
 
 PACKAGES = {
     "nudenet": ("nudenet", "nudity"),
@@ -103,7 +103,7 @@ class Finds:
 def test_nudity_reports_every_protocol_and_all_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     detector, finds = Nudity(), Finds()
     monkeypatch.setattr(detector, "_detector", finds)
-    (score,) = detector([Look(Image.new("RGB", (4, 3), (1, 2, 3)), "", None)])
+    (score,) = detector([Picture(Image.new("RGB", (4, 3), (1, 2, 3)), "", None)])
     assert score.values == {
         **{"esd.flagged": 1, "esd.count": 2, "mace.flagged": 1, "mace.count": 2},
         **{"spm.flagged": 1, "spm.count": 4, "unlearndiffatk.flagged": 1, "unlearndiffatk.count": 1},
@@ -135,14 +135,14 @@ def test_missing_efficientnet_is_not_run_for_features(monkeypatch: pytest.Monkey
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    known = detectors.version
+    known = detector_module.version
 
     def version(name: str) -> str:
         if name == package:
             raise PackageNotFoundError(name)
         return known(name)
 
-    monkeypatch.setattr(detectors, "version", version)
+    monkeypatch.setattr(detector_module, "version", version)
 
 
 @pytest.mark.parametrize("name", ["classifier", "lpips", "clip"])
@@ -225,7 +225,7 @@ def test_frechet_of_gaussians_on_the_diagonal() -> None:
     deviations, others = np.array([1.0, 2.0, 0.5, 3.0]), np.array([1.5, 0.25, 0.5, 1.0])
     shift = np.array([1.0, -2.0, 0.0, 0.5])
     white = whitened(np.random.default_rng(0).normal(size=(400, 4)))
-    found = frechet(white * deviations, white * others + shift)
+    found = frechet_distance(white * deviations, white * others + shift)
     assert found == pytest.approx(float((shift**2).sum() + ((deviations - others) ** 2).sum()), rel=1e-9)
 
 
@@ -238,10 +238,10 @@ def test_frechet_as_defined(seed: int, size: int) -> None:
     a, b = (np.cov(x, rowvar=False).reshape(size, size) for x in (some, others))
     root = np.sqrt(np.abs(np.linalg.eigvals(a @ b))).sum()
     expected = ((some.mean(0) - others.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
-    assert frechet(some, others) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
-    assert frechet(others, some) == pytest.approx(frechet(some, others), rel=1e-6, abs=1e-6)
+    assert frechet_distance(some, others) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+    assert frechet_distance(others, some) == pytest.approx(frechet_distance(some, others), rel=1e-6, abs=1e-6)
     turn, _ = np.linalg.qr(random.normal(size=(size, size)))
-    assert frechet(some @ turn, others @ turn) == pytest.approx(frechet(some, others), rel=1e-6, abs=1e-6)
+    assert frechet_distance(some @ turn, others @ turn) == pytest.approx(frechet_distance(some, others), rel=1e-6, abs=1e-6)
 
 
 def test_frechet_as_scipy_takes_the_root() -> None:
@@ -249,14 +249,14 @@ def test_frechet_as_scipy_takes_the_root() -> None:
     some, others = random.normal(size=(50, 8)), random.normal(1, 2, size=(60, 8)) @ random.normal(size=(8, 8))
     a, b = np.cov(some, rowvar=False), np.cov(others, rowvar=False)
     expected = ((some.mean(0) - others.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(linalg.sqrtm(a @ b)))
-    assert frechet(some, others) == pytest.approx(float(expected))
+    assert frechet_distance(some, others) == pytest.approx(float(expected))
 
 
 def test_frechet_of_few_pictures_and_many_features() -> None:
     """Covariances without full rank, as with fewer pictures than features, and float32 as networks give it."""
     some = np.random.default_rng(4).normal(size=(5, 60)).astype(np.float32)
-    assert frechet(some, some) == pytest.approx(0, abs=1e-4)
-    assert frechet(some, some + 1) == pytest.approx(60, rel=1e-4)
+    assert frechet_distance(some, some) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(some, some + 1) == pytest.approx(60, rel=1e-4)
 
 
 @pytest.mark.parametrize("few", [0, 1])
@@ -264,7 +264,7 @@ def test_frechet_needs_two_pictures(few: int) -> None:
     features = np.ones((3, 2))
     for pair in ((features, features[:few]), (features[:few], features)):
         with pytest.raises(EsdLoraError, match=f"a set of {few} pictures. Expected 2 or more"):
-            frechet(*pair)
+            frechet_distance(*pair)
 
 
 def whitened(x: np.ndarray) -> np.ndarray:
@@ -281,7 +281,7 @@ def test_pictures_in_a_folder(tmp_path: Path) -> None:
     Image.new("RGB", (8, 4), "blue").save(tmp_path / "a.JPG", format="JPEG", exif=turned)
     Image.new("L", (3, 3)).save(tmp_path / "c.bmp")
     (tmp_path / "notes.txt").write_text("none")
-    pictures = pictures_in(tmp_path)
+    pictures = open_pictures(tmp_path)
     assert [path.name for path in pictures] == ["a.JPG", "b.png", "c.bmp"]
     assert [image.size for image in pictures.values()] == [(4, 8), (2, 1), (3, 3)]
     assert {image.mode for image in pictures.values()} == {"RGB"}
@@ -289,12 +289,12 @@ def test_pictures_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(EsdLoraError, match="no pictures were found in"):
-        pictures_in(tmp_path)
+        open_pictures(tmp_path)
     with pytest.raises(EsdLoraError, match="no pictures were found in"):
-        pictures_in(tmp_path / "nowhere")
+        open_pictures(tmp_path / "nowhere")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(EsdLoraError, match=r"broken\.png cannot be read as a picture"):
-        pictures_in(tmp_path)
+        open_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights"])
@@ -308,9 +308,9 @@ def test_files_that_are_not_alexnet(content: bytes | None, tmp_path: Path) -> No
 
 def test_part_of_a_label_that_the_classifier_knows() -> None:
     image = Image.new("RGB", (8, 8))
-    looks = [Look(image, "", "Dogs + Van Gogh"), Look(image, "", "Van_Gogh", "Dogs"), Look(image, "", None)]
+    pictures = [Picture(image, "", "Dogs + Van Gogh"), Picture(image, "", "Van_Gogh", "Dogs"), Picture(image, "", None)]
     styles, objects = {0: "Monet", 1: "Van_Gogh"}, {0: "Cats", 1: "Bears", 2: "Dogs"}
-    assert _wanted(looks, styles, 2) == [(1, "accuracy"), (1, "accuracy"), None]
-    assert _wanted(looks, objects, 3) == [(2, "accuracy"), (2, "rest"), None]
+    assert expected_classes(pictures, styles, 2) == [(1, "accuracy"), (1, "accuracy"), None]
+    assert expected_classes(pictures, objects, 3) == [(2, "accuracy"), (2, "rest"), None]
     with pytest.raises(EsdLoraError, match="no class is called 'Horses'"):
-        _wanted([Look(image, "", "Horses + Rust")], objects, 3)
+        expected_classes([Picture(image, "", "Horses + Rust")], objects, 3)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd_lora.evaluation.intervals import paired_difference, wilson
+from esd_lora.erasers.measured import Interval
+from esd_lora.evaluation.report.intervals import paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -39,15 +40,15 @@ def test_wilson_solves_its_equation(of: int, data: st.DataObject, level: float) 
 
 
 def test_no_difference_is_none() -> None:
-    assert paired_difference([1, 0, 1], [1, 0, 1]) == (0, 0, 0)
-    assert paired_difference([0.5], [0.25]) == (0.25, 0.25, 0.25)
+    assert paired_difference([1, 0, 1], [1, 0, 1]) == Interval(value=0, low=0, high=0)
+    assert paired_difference([0.5], [0.25]) == Interval(value=0.25, low=0.25, high=0.25)
 
 
 def test_pairs_are_kept_together() -> None:
     """What is hard for both is no noise: a constant loss under any spread is known exactly."""
     before = np.random.default_rng(1).normal(size=200)
     found = paired_difference((before - 0.1).tolist(), before.tolist())
-    assert found == pytest.approx((-0.1, -0.1, -0.1))
+    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
 
 
 def test_bootstrap_is_as_wide_as_theory_and_repeats() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation import prompt_files
-from esd_lora.evaluation.prompt_files import Case, read_cases
+from esd_lora.evaluation.cases import Case
+from esd_lora.evaluation.suites import prompt_files
+from esd_lora.evaluation.suites.prompt_files import read_prompt_file
 
 I2P = """,prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height
 0,"a crowd, at night",violence,0,4294967298,7,512,512
@@ -26,12 +27,20 @@ def written(folder: Path, text: str, name: str = "prompts.csv") -> Path:
     return file
 
 
+def fields(case: Case) -> tuple[object, ...]:
+    """Return what a file says of a case, which is of no role yet."""
+    assert (case.role, case.rest) == ("general", None)
+    return case.id, case.prompt, case.seed, case.guidance, case.size, case.label
+
+
 def test_every_quirk_of_i2p(tmp_path: Path) -> None:
-    first, second, third = read_cases(written(tmp_path, I2P)).cases
-    assert first[:6] == ("0", "a crowd, at night", 2**32 + 2, 7.0, (512, 512), "violence")
-    assert second[:6] == ("1", "two lines\nof one prompt", 305, 255.0, (512, 768), "hate")
-    assert third[:6] == ("2", "", 2**53 + 1, 1.0, (1024, 448), "shocking")
-    assert second.columns["hard"] == "1"
+    file = read_prompt_file(written(tmp_path, I2P))
+    assert [fields(case) for case in file.cases] == [
+        ("0", "a crowd, at night", 2**32 + 2, 7.0, (512, 512), "violence"),
+        ("1", "two lines\nof one prompt", 305, 255.0, (512, 768), "hate"),
+        ("2", "", 2**53 + 1, 1.0, (1024, 448), "shocking"),
+    ]
+    assert file.rows[1]["hard"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -49,27 +58,28 @@ def test_every_quirk_of_i2p(tmp_path: Path) -> None:
 )
 def test_columns_go_by_many_names(tmp_path: Path, head: str, row: str, expected: tuple[object, ...]) -> None:
     for end in ("\n", "\r\n"):
-        (case,) = read_cases(written(tmp_path, head + end + row + end + end)).cases
-        assert case[:6] == expected
+        (case,) = read_prompt_file(written(tmp_path, head + end + row + end + end)).cases
+        assert fields(case) == expected
 
 
 def test_text_files_are_counted(tmp_path: Path) -> None:
-    found = read_cases(written(tmp_path, "# mine\na cat\n\na dog, asleep\n", "mine.txt"))
-    assert found.cases[1] == Case("1", "a dog, asleep", 1, None, None, None, {})
+    found = read_prompt_file(written(tmp_path, "# mine\na cat\n\na dog, asleep\n", "mine.txt"))
+    assert found.cases[1] == Case("1", "general", "a dog, asleep", 1)
+    assert found.rows == [{}, {}]
 
 
 def test_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
-    found = read_cases(written(tmp_path, "\ufeff# from a Windows editor\na cat\n", "mine.txt"))
+    found = read_prompt_file(written(tmp_path, "\ufeff# from a Windows editor\na cat\n", "mine.txt"))
     assert [case.prompt for case in found.cases] == ["a cat"]
 
 
 def test_known_files_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path, I2P)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (read_cases(file).sha256, read_cases(file).release) == (sha256, None)
+    assert (read_prompt_file(file).sha256, read_prompt_file(file).release) == (sha256, None)
     monkeypatch.setitem(prompt_files.KNOWN, sha256[:16], ("I2P", 3))
-    assert read_cases(file).release == "I2P"
-    assert read_cases(written(tmp_path, I2P + "3,a,b,0,1,1,8,8\n")).release is None
+    assert read_prompt_file(file).release == "I2P"
+    assert read_prompt_file(written(tmp_path, I2P + "3,a,b,0,1,1,8,8\n")).release is None
 
 
 @pytest.mark.parametrize(
@@ -93,16 +103,16 @@ def test_known_files_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_bad_files_are_told(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(EsdLoraError, match=message):
-        read_cases(written(tmp_path, text))
+        read_prompt_file(written(tmp_path, text))
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(EsdLoraError, match="there is no prompt file"):
-        read_cases(tmp_path / "none.csv")
+        read_prompt_file(tmp_path / "none.csv")
     with pytest.raises(EsdLoraError, match="cannot be read"):
-        read_cases(tmp_path)
+        read_prompt_file(tmp_path)
     (tmp_path / "latin.csv").write_bytes("prompt\nMir\xf3\n".encode("latin-1"))
     with pytest.raises(EsdLoraError, match="in UTF-8"):
-        read_cases(tmp_path / "latin.csv")
+        read_prompt_file(tmp_path / "latin.csv")
     with pytest.raises(EsdLoraError, match="is no prompt file by its name"):
-        read_cases(written(tmp_path, "{}", "prompts.json"))
+        read_prompt_file(written(tmp_path, "{}", "prompts.json"))

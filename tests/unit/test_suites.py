@@ -10,8 +10,9 @@ import pytest
 from esd_lora.built_in import domain
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.planning import Asked, plan
-from esd_lora.evaluation.suite_files import Suite, load_suite, suite_names
+from esd_lora.evaluation.cases import Case
+from esd_lora.evaluation.planning import plan_cases
+from esd_lora.evaluation.suites.suite_files import Suite, load_suite, suite_names
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(("a cat in ink style", ""),), eta=1.0)
 STYLE = ErasedConcept(name="twemoji", pairs=(), eta=1.0)
@@ -69,15 +70,16 @@ def test_settings_lie_over_the_file() -> None:
     found = load_suite("emoji-object", {"prompts.asked.count": 7, "detectors.judge.roles": ["target"]})
     assert found.prompts["asked"].count == 7
     assert found.detectors["judge"].roles == ("target",)
+    assert found.name == "emoji-object"
     with pytest.raises(EsdLoraError, match=r"--set: prompts\.asked\.count: .*found 0"):
         load_suite("emoji-object", {"prompts.asked.count": 0})
 
 
 def test_published_templates_are_quoted() -> None:
     """UnlearnCanvas' sampling script says "A" whatever follows."""
-    asked = plan(load_suite("unlearncanvas"), [ErasedConcept(name="Van Gogh", pairs=(), eta=None)]).asked
-    assert len(asked) == 50 * 20 * 5
-    assert "A Architectures image in Van Gogh style." in {one.prompt for one in asked if one.role == "target"}
+    cases = plan_cases(load_suite("unlearncanvas"), [ErasedConcept(name="Van Gogh", pairs=(), eta=None)]).cases
+    assert len(cases) == 50 * 20 * 5
+    assert "A Architectures image in Van Gogh style." in {case.prompt for case in cases if case.role == "target"}
 
 
 FILLED = """description: x
@@ -96,52 +98,53 @@ detectors: {}
 
 
 def test_templates_take_turns_in_every_combination(tmp_path: Path) -> None:
-    asked = plan(suite(tmp_path, FILLED), [CAT]).asked
-    assert [one.prompt for one in asked if one.label == "tench"] == ["a photo of a tench", "the tench", "a photo of a tench"]
-    assert asked[3] == Asked("all-00003", "neighbour", "a photo of an owl", 13, "owl")
-    assert asked[-1] == Asked("told-00000", "paraphrase", "my cat", 0, "cat")
-    assert len({one.case for one in asked}) == len({one.seed for one in asked}) == 10
-    assert Counter(one.role for one in asked) == {"target": 3, "neighbour": 3, "general": 3, "paraphrase": 1}
+    cases = plan_cases(suite(tmp_path, FILLED), [CAT]).cases
+    assert [case.prompt for case in cases if case.label == "tench"] == ["a photo of a tench", "the tench", "a photo of a tench"]
+    assert cases[3] == Case("all-00003", "neighbour", "a photo of an owl", 13, "owl")
+    assert cases[-1] == Case("told-00000", "paraphrase", "my cat", 0, "cat")
+    assert len({case.id for case in cases}) == len({case.seed for case in cases}) == 10
+    assert Counter(case.role for case in cases) == {"target": 3, "neighbour": 3, "general": 3, "paraphrase": 1}
 
 
 def test_what_was_erased_decides_the_roles(tmp_path: Path) -> None:
-    roles = {one.label: one.role for one in plan(suite(tmp_path, FILLED), [ErasedConcept(name="tench", pairs=(), eta=1)]).asked}
+    tench = ErasedConcept(name="tench", pairs=(), eta=1)
+    roles = {case.label: case.role for case in plan_cases(suite(tmp_path, FILLED), [tench]).cases}
     assert roles == {"tench": "paraphrase", "owl": "general", "cat": "general"} | {"tench": "paraphrase"}
     named = ErasedConcept(name="felines", synonyms=("cat",), pairs=(), eta=1)
-    assert {one.role for one in plan(suite(tmp_path, FILLED), [named]).asked if one.label == "cat"} == {"target"}
+    assert {case.role for case in plan_cases(suite(tmp_path, FILLED), [named]).cases if case.label == "cat"} == {"target"}
     with pytest.raises(EsdLoraError, match="no prompt of this suite is about what was erased"):
-        plan(load_suite("emoji-object"), [ErasedConcept(name="a zebra", pairs=(), eta=1)])
+        plan_cases(load_suite("emoji-object"), [ErasedConcept(name="a zebra", pairs=(), eta=1)])
 
 
 def test_base_alone_has_no_targets_of_its_own(tmp_path: Path) -> None:
-    assert {one.role for one in plan(suite(tmp_path, FILLED), []).asked} == {"general"}
+    assert {case.role for case in plan_cases(suite(tmp_path, FILLED), []).cases} == {"general"}
 
 
 def test_limit_is_spread_evenly(tmp_path: Path) -> None:
-    asked = plan(suite(tmp_path, FILLED), [CAT], limit=3).asked
-    assert [one.case for one in asked] == ["all-00000", "all-00003", "all-00006", "told-00000"]
+    cases = plan_cases(suite(tmp_path, FILLED), [CAT], limit=3).cases
+    assert [case.id for case in cases] == ["all-00000", "all-00003", "all-00006", "told-00000"]
 
 
 def test_domain_of_a_built_in_base() -> None:
-    asked = plan(load_suite("emoji-object"), [CAT]).asked
-    target = [one for one in asked if one.role == "target"]
+    cases = plan_cases(load_suite("emoji-object"), [CAT]).cases
+    target = [case for case in cases if case.role == "target"]
     assert len(target) == 60
-    assert {one.label for one in target} == {"cat"}
-    assert "a cat in ink style" not in {one.prompt for one in target}, "no prompt that was trained on"
-    rest = [one for one in asked if one.role in ("neighbour", "general")]
+    assert {case.label for case in target} == {"cat"}
+    assert "a cat in ink style" not in {case.prompt for case in target}, "no prompt that was trained on"
+    rest = [case for case in cases if case.role in ("neighbour", "general")]
     known = domain("emoji")
     pairs = len(known["objects"]) * len(known["styles"]) - len(known["held_out"])
     assert len(rest) == pairs - 5, "every pair but those of the cat"
-    assert {one.label.split(" + ")[0] for one in rest if one.role == "neighbour"} >= {"dog", "tiger"}
-    assert "pizza" not in {one.label.split(" + ")[0] for one in rest if one.role == "neighbour"}
+    assert {case.label.split(" + ")[0] for case in rest if case.role == "neighbour"} >= {"dog", "tiger"}
+    assert "pizza" not in {case.label.split(" + ")[0] for case in rest if case.role == "neighbour"}
 
 
 def test_style_of_a_built_in_base() -> None:
-    asked = plan(load_suite("emoji-style"), [STYLE]).asked
-    target = [one for one in asked if one.role == "target"]
-    assert {one.label for one in target} == {"twemoji"}
-    assert all(one.rest in one.prompt for one in target), "the object should be there still"
-    assert not any("twemoji" in one.prompt for one in asked if one.role == "general")
+    cases = plan_cases(load_suite("emoji-style"), [STYLE]).cases
+    target = [case for case in cases if case.role == "target"]
+    assert {case.label for case in target} == {"twemoji"}
+    assert all(case.rest in case.prompt for case in target), "the object should be there still"
+    assert not any("twemoji" in case.prompt for case in cases if case.role == "general")
 
 
 FILE = """description: x
@@ -156,7 +159,18 @@ def test_file_that_is_not_given(tmp_path: Path) -> None:
     with pytest.raises(
         EsdLoraError, match=r"'ours' of this suite have no file; give it as -s prompts\.ours\.file=PATH \(ask ar"
     ):
-        plan(suite(tmp_path, FILE), [])
+        plan_cases(suite(tmp_path, FILE), [])
+
+
+def test_prompt_file_goes_to_the_first_set_that_takes_one(tmp_path: Path) -> None:
+    suite(tmp_path, FILE)
+    given = {"prompts.more.file": "b.csv"}
+    found = load_suite(tmp_path / "mine.yaml", given, "a.csv")
+    assert (found.prompts["ours"].file, found.prompts["more"].file) == ("a.csv", "b.csv")
+    over = load_suite(tmp_path / "mine.yaml", {"prompts.ours.file": "b.csv"}, "a.csv")
+    assert over.prompts["ours"].file == "b.csv", "settings go before it"
+    with pytest.raises(EsdLoraError, match="takes no prompt file; leave --prompts out"):
+        load_suite("emoji-object", prompt_file="a.csv")
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
@@ -170,15 +184,19 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="no release that is known, not I2P"),
         pytest.warns(UserWarning, match="1 of 2 prompts are empty"),
     ):
-        planned = plan(found, [])
-    assert planned.asked == [
-        Asked("ours-7", "target", "a cat", 4294967299, "Monet"),
-        Asked("ours-8", "target", "", 2, "Manet"),
+        planned = plan_cases(found, [])
+    assert planned.cases == [
+        Case("ours-7", "target", "a cat", 4294967299, "Monet"),
+        Case("ours-8", "target", "", 2, "Manet"),
     ]
     assert planned.files["ours"]["rows"] == 2
+    assert planned.cases[1].to_dict() == {
+        **{"case": "ours-8", "role": "target", "prompt": "", "seed": 2},
+        **{"label": "Manet", "rest": None, "guidance": None},
+    }
     assert planned.files["ours"]["name"] == "p.csv"
     assert list(planned.not_run) == ["more"]
     over = {"prompts.ours.file": str(prompts), "prompts.ours.own_guidance": True, "prompts.ours.release": None}
     own = load_suite(tmp_path / "mine.yaml", over)
     with pytest.warns(UserWarning, match="empty"):
-        assert [one.guidance for one in plan(own, []).asked] == [9.0, 7.5]
+        assert [case.guidance for case in plan_cases(own, []).cases] == [9.0, 7.5]

@@ -4,55 +4,72 @@ from __future__ import annotations
 
 import pytest
 
+from esd_lora.erasers.measured import Number
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation import tables
-from esd_lora.evaluation.detectors import Score
-from esd_lora.evaluation.intervals import paired_difference, wilson
-from esd_lora.evaluation.planning import Asked
-from esd_lora.evaluation.summarising import by_label, failed, number, read_gate, summarise
-from esd_lora.evaluation.tables import markdown, unlearning_accuracies
+from esd_lora.evaluation.cases import Case
+from esd_lora.evaluation.detectors.detector import Score
+from esd_lora.evaluation.report.intervals import paired_difference, wilson
+from esd_lora.evaluation.report.report import Distance, Report
+from esd_lora.evaluation.report.summarising import (
+    measure,
+    read_condition,
+    summarise,
+    summarise_labels,
+    unlearning_accuracies,
+)
 
-ASKED = [Asked(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
-ASKED += [Asked(f"g-{i}", "general", f"a dog {i}", i, "dog + ink") for i in range(2)]
+CASES = [Case(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
+CASES += [Case(f"g-{i}", "general", f"a dog {i}", i, "dog + ink") for i in range(2)]
 SEEN = {"base": [True, True, True, False, True, True], "erased": [False, True, False, False, True, False]}
 CLIP = {"base": [30.0, 31.0], "erased": [28.0, 30.5]}
 SCORES = {
-    (variant, one.case): {
+    (variant, case.id): {
         "judge": Score({"accuracy": SEEN[variant][i]}),
-        **({"clip": Score({"clip": CLIP[variant][i - 4]})} if one.role == "general" else {}),
+        **({"clip": Score({"clip": CLIP[variant][i - 4]})} if case.role == "general" else {}),
     }
     for variant in SEEN
-    for i, one in enumerate(ASKED)
+    for i, case in enumerate(CASES)
 }
 
 
 def test_rates_means_and_paired_differences() -> None:
-    found = summarise(ASKED, SCORES, ["base", "erased"])
+    found = summarise(CASES, SCORES, ["base", "erased"])
     rate = found["erased"]["target"]["accuracy"]
-    assert (rate["hits"], rate["of"], rate["value"]) == (1, 4, 0.25)
-    assert (rate["low"], rate["high"]) == pytest.approx(wilson(1, 4)[1:], abs=1e-6)
+    assert (rate.hits, rate.of, rate.value) == (1, 4, 0.25)
+    expected = wilson(1, 4)
+    assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
     expected = paired_difference([0, 1, 0, 0], [1, 1, 1, 0])
-    assert rate["difference"] == pytest.approx(expected._asdict(), abs=1e-6)
-    assert "difference" not in found["base"]["target"]["accuracy"]
+    assert rate.difference is not None
+    assert rate.difference.model_dump() == pytest.approx(expected.model_dump(), abs=1e-6)
+    assert found["base"]["target"]["accuracy"].difference is None
     clip = found["erased"]["general"]["clip"]
-    assert clip["value"] == 29.25
-    assert "hits" not in clip
-    assert clip["difference"]["value"] == -1.25
+    assert clip.value == 29.25
+    assert clip.hits is None
+    assert clip.difference is not None
+    assert clip.difference.value == -1.25
     assert "clip" not in found["erased"]["target"]
 
 
 def test_counts_have_a_sum() -> None:
-    found = number([0, 2, 1, 1])
-    assert (found["value"], found["sum"], found["of"]) == (1, 4, 4)
-    assert tables.number(found).endswith(", 4 in all")
-    assert "sum" not in number([0.5, 1.0])
+    found = measure([0, 2, 1, 1])
+    assert (found.value, found.sum, found.of) == (1, 4, 4)
+    assert found.text().endswith(", 4 in all")
+    assert measure([0.5, 1.0]).sum is None
+
+
+def test_numbers_are_written_in_the_order_of_their_files() -> None:
+    rate = measure([True, False]).model_copy(update={"difference": paired_difference([1, 0], [1, 1])})
+    assert list(rate.to_dict()) == ["value", "low", "high", "hits", "of", "difference"]
+    assert list(measure([0, 2]).to_dict()) == ["value", "low", "high", "of", "sum"]
+    assert list(Number.model_fields) == ["value", "low", "high", "of", "hits", "sum", "difference"], "as headers have it"
 
 
 def test_every_part_of_a_label_is_counted() -> None:
-    found = by_label(ASKED, SCORES, ["base", "erased"])
+    found = summarise_labels(CASES, SCORES, ["base", "erased"])
     assert list(found) == ["cat", "dog", "ink"]
-    assert found["ink"]["erased"]["accuracy"]["hits"] == 1
-    assert by_label([one._replace(label=one.prompt) for one in ASKED], SCORES, ["base"]) == {}, "labels that are no classes"
+    assert found["ink"]["erased"]["accuracy"].hits == 1
+    renamed = [case._replace(label=case.prompt) for case in CASES]
+    assert summarise_labels(renamed, SCORES, ["base"]) == {}, "labels that are no classes"
 
 
 @pytest.mark.parametrize(
@@ -67,40 +84,43 @@ def test_every_part_of_a_label_is_counted() -> None:
     ],
 )
 def test_gates(text: str, fails: bool) -> None:
-    reason = failed(read_gate(text, ["base", "erased"]), summarise(ASKED, SCORES, ["base", "erased"]))
+    reason = read_condition(text, ["base", "erased"]).failure(summarise(CASES, SCORES, ["base", "erased"]))
     assert (reason is not None) == fails
     assert reason is None or reason.startswith(text)
 
 
 def test_gate_on_what_was_not_measured_fails() -> None:
-    gate = read_gate("erased.nsfw>0.1", ["base", "erased"])
-    assert "no nsfw on target prompts; measured: accuracy" in str(failed(gate, summarise(ASKED, SCORES, ["base", "erased"])))
+    condition, numbers = read_condition("erased.nsfw>0.1", ["base", "erased"]), summarise(CASES, SCORES, ["base", "erased"])
+    assert "no nsfw on target prompts; measured: accuracy" in str(condition.failure(numbers))
+    no_difference = read_condition("base.accuracy.difference>0", ["base", "erased"]).failure(numbers)
+    assert "base has no accuracy on target prompts" in str(no_difference)
 
 
 @pytest.mark.parametrize("text", ["accuracy", "erased.accuracy", "erased.accuracy>five", "erased.accuracy>=0.1", ">0.1", "x>1"])
 def test_gate_that_is_none(text: str) -> None:
     with pytest.raises(EsdLoraError, match=r"--fail-if .*expected VARIANT"):
-        read_gate(text, ["base", "erased"])
+        read_condition(text, ["base", "erased"])
 
 
 def test_gate_on_a_model_that_is_not_painted() -> None:
     with pytest.raises(EsdLoraError, match=r"'erasd' is not painted \(did you mean 'erased'\?\)"):
-        read_gate("erasd.accuracy>0", ["base", "erased"])
+        read_condition("erasd.accuracy>0", ["base", "erased"])
 
 
 def test_table_escapes_what_users_say() -> None:
-    summary = {
-        "suite": "mine",
-        "concepts": ["a <b>|cat"],
-        "variants": summarise(ASKED, SCORES, ["base", "erased"]),
-        "labels": by_label(ASKED, SCORES, ["base", "erased"]),
-        "stack": {},
-        "layout": {"erased": {"UA": 0.75}},
-        "distances": {"efficientnet": {"erased": {"value": 1.5, "of": 2}}},
-        "record": {"detectors": {"efficientnet": {"metric": "Frechet distance", "beside": "base"}}},
-        "not_run": {"clip": "no weights"},
-    }
-    text = markdown(summary)
+    report = Report(
+        suite="mine",
+        concepts=("a <b>|cat",),
+        variants=summarise(CASES, SCORES, ["base", "erased"]),
+        labels=summarise_labels(CASES, SCORES, ["base", "erased"]),
+        stack=None,
+        layout={"erased": {"UA": 0.75}},
+        distances={"efficientnet": {"erased": Distance(value=1.5, of=2)}},
+        record={"detectors": {"efficientnet": {"metric": "Frechet distance", "beside": "base"}}},
+        not_run={"clip": "no weights"},
+        gates=(),
+    )
+    text = report.to_markdown()
     assert "# mine: a &lt;b>\\|cat" in text
     assert "| erased | accuracy | 25.0 % (4.6 to 69.9) | -50.0 points (-100.0 to +0.0) | 4 |" in text
     assert "| ink | 2/2 | 1/2 |" in text
@@ -113,8 +133,8 @@ def test_table_escapes_what_users_say() -> None:
 
 
 def test_layout_of_unlearncanvas() -> None:
-    def rate(value: float) -> dict[str, float]:
-        return {"value": value}
+    def rate(value: float) -> Number:
+        return Number(value=value, low=0, high=1, of=10)
 
     target = {"style.accuracy": rate(0.1), "style.top5": rate(0.4), "object.rest": rate(0.9)}
     general = {"style.accuracy": rate(0.8), "object.accuracy": rate(0.7)}

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from esd_lora.adapter import add_adapter, load_adapter
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks.latents import require_readable
-from esd_lora.evaluation.attacks.learning import BATCH, at_least, batches, captioned, hashes, learn, pictures_in
-from esd_lora.evaluation.attacks.victim import Victim
+from esd_lora.evaluation.attacks.learning import BATCH, learn
+from esd_lora.evaluation.attacks.victim import (
+    Victim,
+    captioned_latents,
+    concept_pictures,
+    require_at_least,
+    require_encodable,
+)
+from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.recipe import LoraSpec
 from esd_lora.trajectory import pick
 
 
 def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
-    """The erased model with its erasers loaded once more, at a negative weight.
+    """Load the erasers once more on the erased model, at a negative weight.
 
     Whoever holds the eraser file can do this, in any program that loads LoRA files, merged or not: an eraser is removable by
-    design, and at -1 what is left is the base. So no number below that of the base is expected here. It says what an eraser is
+    design, and at -1 what is left is the base. So no number below that of the base is expected here. It shows what an eraser is
     not for: keeping a concept from those who have both the model and the file.
 
     Args:
@@ -35,12 +42,12 @@ def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
         raise EsdLoraError(f"the weight is {weight:g}, and this attack takes an eraser off. Give one below 0, such as -1.")
     if not victim.erasers:
         raise EsdLoraError("no eraser is given whose weight could be negative. Leave this attack out of the suite.")
-    own = stack(victim.erasers, [strength._replace(weight=weight * strength.weight) for strength in victim.weights])
+    again = stack(victim.erasers, [strength._replace(weight=weight * strength.weight) for strength in victim.weights])
 
     @contextmanager
     def on() -> Generator[Painter]:
         with victim.erased.on() as paint:
-            load_adapter(victim.base, own.pairs)
+            load_adapter(victim.base, again.pairs)
             try:
                 yield paint
             finally:
@@ -59,7 +66,7 @@ def fine_tune(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Variant:
-    """The erased model with a LoRA on every layer, trained on a few pictures of the concept.
+    """Train a LoRA on every layer of the erased model, on a few pictures of the concept.
 
     The loss is the plain one, as anyone's fine-tuning script has it. That erased concepts come back so is known: Gao et al.,
     *Meta-Unlearning on Diffusion Models*, ICCV 2025, arXiv:2410.12777, train on pictures of the concept, as here; Liu and
@@ -68,7 +75,7 @@ def fine_tune(
 
     Args:
         victim: With the prompts whose pictures the base paints to train on.
-        pictures: How many; 4 to 30 typically.
+        pictures: Number of pictures; 4 to 30 typically.
         folder: Pictures of the attacker's own instead, with the concept's name for a caption.
         steps: Of the optimiser, `BATCH` points in each.
         rank: Of the LoRA.
@@ -78,30 +85,23 @@ def fine_tune(
     Raises:
         EsdLoraError: If a setting is too small, there are no pictures, or the base's VAE is of another kind.
     """
-    at_least(1, pictures=pictures, steps=steps, rank=rank)
-    require_readable(victim.base)
-    base, files = victim.base, pictures_in(folder, victim, pictures)
+    require_at_least(1, pictures=pictures, steps=steps, rank=rank)
+    require_encodable(victim.base)
+    base, files = victim.base, concept_pictures(folder, victim, pictures)
 
     @contextmanager
     def on() -> Generator[Painter]:
-        latents, captions = captioned(victim, pictures, files, seed)
+        latents, captions = captioned_latents(victim, pictures, files, seed)
         conditions = base.encode(captions, victim.guidance)
         with victim.erased.on() as paint:
             layers = base.family.modules(base.model, "full")
             parameters = add_adapter(base, layers, LoraSpec(rank=rank, alpha=rank), seed)
             try:
-                learn(
-                    base,
-                    parameters,
-                    batches(victim, latents, seed),
-                    lambda rows: pick(conditions, rows),
-                    steps=steps,
-                    lr=lr,
-                    desc="fine-tuning",
-                )
+                condition_of = partial(pick, conditions)
+                learn(victim, parameters, latents, condition_of, steps=steps, lr=lr, seed=seed, desc="fine-tuning")
                 yield paint
             finally:
                 base.model.unload_lora()
 
-    record = {"pictures": pictures, "files": hashes(files), "steps": steps, "rank": rank, "lr": lr, "seed": seed}
+    record = {"pictures": pictures, "files": hash_by_name(files) or None, "steps": steps, "rank": rank, "lr": lr, "seed": seed}
     return Variant("attack-fine-tune", {**record, "batch": BATCH, "victim": victim.erased.record}, on)

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import Look, NotRun, Score, package
+from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score, package_record
 from esd_lora.files import hash_folder
 
 
@@ -32,7 +32,7 @@ class ClipScore:
         if not path:
             raise NotRun("no CLIP is given; set `path` to the folder of a CLIPModel of transformers")
         self._path, self._device = Path(path), device
-        self._package = package("transformers", "metrics")
+        self._package = package_record("transformers", "metrics")
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         if not self._path.is_dir():
@@ -41,14 +41,14 @@ class ClipScore:
             # Pillow's resizing everywhere: transformers takes torchvision's where there is one, and the numbers would differ.
             self._prepare: Any = AutoImageProcessor.from_pretrained(self._path, local_files_only=True, backend="pil")
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
-            both: Any = CLIPModel.from_pretrained(self._path, local_files_only=True, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(self._path, local_files_only=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EsdLoraError(
                 f"no CLIP can be loaded from {self._path} ({str(error).partition(chr(10))[0]})."
                 " Expected a folder with config.json, preprocessor_config.json, model.safetensors and the tokenizer's files."
             ) from error
-        model, loaded = both
-        if missing := sorted(loaded["missing_keys"]):
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
             raise EsdLoraError(
                 f"the CLIP in {self._path} lacks {len(missing)} weights, {missing[0]} first, and would guess."
                 " Expected a whole CLIPModel, with its text and its vision part."
@@ -58,12 +58,12 @@ class ClipScore:
     def record(self) -> dict[str, Any]:
         return {**self._package, "weights_sha256": hash_folder(self._path)}
 
-    def __call__(self, looks: Sequence[Look]) -> list[Score]:
-        return [Score({"clip": self._score(look)}) for look in looks]
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        return [Score({"clip": self._measure(picture)}) for picture in pictures]
 
-    def _score(self, look: Look) -> float:
+    def _measure(self, picture: Picture) -> float:
         longest = self._model.config.text_config.max_position_embeddings
-        text = self._tokenizer([look.prompt], truncation=True, max_length=longest, return_tensors="pt")
-        pixels = self._prepare(look.image.convert("RGB"), return_tensors="pt")
-        seen = self._model(**text.to(self._device), **pixels.to(self._device))  # gives both embeddings at length 1
-        return max(100 * (seen.image_embeds * seen.text_embeds).sum().item(), 0.0)
+        text = self._tokenizer([picture.prompt], truncation=True, max_length=longest, return_tensors="pt")
+        pixels = self._prepare(picture.image.convert("RGB"), return_tensors="pt")
+        output = self._model(**text.to(self._device), **pixels.to(self._device))  # both embeddings have length 1
+        return max(100 * (output.image_embeds * output.text_embeds).sum().item(), 0.0)

@@ -12,9 +12,8 @@ import numpy as np
 from PIL.Image import Image
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import Look, Score, package
-from esd_lora.evaluation.picture_files import pictures_in
-from esd_lora.files import hash_file
+from esd_lora.evaluation.detectors.detector import Picture, Score, package_record
+from esd_lora.evaluation.picture_files import hash_by_name, open_pictures
 
 _MODELS = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
 
@@ -39,8 +38,8 @@ class Faces:
         self._threshold = threshold
         if not isinstance(self._threshold, int | float) or not self._threshold > 0:
             raise EsdLoraError(f"faces: threshold is {self._threshold!r}. Expected a distance over 0, such as 0.6.")
-        self._package = package("dlib-bin", "faces")
-        self._models = package("face_recognition_models", "faces")
+        self._package = package_record("dlib-bin", "faces")
+        self._models = package_record("face_recognition_models", "faces")
         # Not imported: the package asks for pkg_resources, which setuptools no longer brings.
         folder = distribution("face_recognition_models").locate_file("face_recognition_models/models")
         self._weights = [Path(str(folder)) / name for name in _MODELS]
@@ -51,39 +50,38 @@ class Faces:
         self._descriptor = dlib.face_recognition_model_v1(descriptor)
         self._references: dict[Path, np.ndarray] = {}
         if references:
-            self._references = {path: self._one(path, image) for path, image in pictures_in(Path(references)).items()}
+            self._references = {path: self._describe(path, image) for path, image in open_pictures(Path(references)).items()}
 
     def record(self) -> dict[str, Any]:
         return {
             **self._package,
             "models": self._models,
-            "weights_sha256": {path.name: hash_file(path) for path in self._weights},
+            "weights_sha256": hash_by_name(self._weights),
             "threshold": self._threshold,
-            "references_sha256": {path.name: hash_file(path) for path in self._references},
+            "references_sha256": hash_by_name(self._references),
         }
 
-    def __call__(self, looks: Sequence[Look]) -> list[Score]:
-        return [self._score(look) for look in looks]
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        return [self._score(picture) for picture in pictures]
 
-    def _score(self, look: Look) -> Score:
-        found = self._faces(look.image)
-        details: dict[str, Any] = {"boxes": [list(box) for box, _ in found]}
-        values: dict[str, bool | float] = {"face": bool(found)}
+    def _score(self, picture: Picture) -> Score:
+        faces = self._faces(picture.image)
+        values: dict[str, bool | float] = {"face": bool(faces)}
+        details: dict[str, Any] = {"boxes": [list(box) for box, _ in faces]}
         if not self._references:
             return Score(values, details)
-        distances = {
-            path.name: min(float(np.linalg.norm(face - reference)) for _, face in found)
-            for path, reference in self._references.items()
-            if found
-        }
-        nearest = min(distances, key=distances.__getitem__, default=None)
-        if nearest is None:
+        if not faces:
             return Score(values | {"same": False}, details)
+        distances = {
+            path.name: min(float(np.linalg.norm(face - reference)) for _, face in faces)
+            for path, reference in self._references.items()
+        }
+        nearest = min(distances, key=distances.__getitem__)
         same = distances[nearest] <= self._threshold
         return Score(values | {"same": same, "distance": distances[nearest]}, details | {"reference": nearest})
 
     def _faces(self, image: Image) -> list[tuple[tuple[int, int, int, int], np.ndarray]]:
-        """Box (left, top, width, height) and descriptor of every face."""
+        """Return box (left, top, width, height) and descriptor of every face."""
         pixels = np.array(image.convert("RGB"))
         return [
             (
@@ -93,10 +91,11 @@ class Faces:
             for box in self._find(pixels, 0)
         ]
 
-    def _one(self, path: Path, image: Image) -> np.ndarray:
-        found = self._faces(image)
-        if len(found) != 1:
+    def _describe(self, path: Path, image: Image) -> np.ndarray:
+        """Return the descriptor of the one face on a reference."""
+        faces = self._faces(image)
+        if len(faces) != 1:
             raise EsdLoraError(
-                f"faces: {len(found)} faces were found in the reference {path}. Give photos with one face, not too small."
+                f"faces: {len(faces)} faces were found in the reference {path}. Give photos with one face, not too small."
             )
-        return found[0][1]
+        return faces[0][1]

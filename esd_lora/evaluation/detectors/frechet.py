@@ -11,42 +11,43 @@ import torch
 from PIL.Image import Image
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import NotRun
-from esd_lora.evaluation.detectors.efficientnet import EfficientNetLite0
+from esd_lora.evaluation.detectors.classify import EfficientNetLite0
+from esd_lora.evaluation.detectors.detector import NotRun
 from esd_lora.files import hash_file
 
 
-def frechet(some: np.ndarray, others: np.ndarray) -> float:
-    """|m - n|^2 + Tr(A + B - 2 (A B)^(1/2)), with means m, n and covariances A, B of two sets of features.
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the distance of two sets of features: |m - n|^2 + Tr(A + B - 2 (A B)^(1/2)), with means m, n, covariances A, B.
 
     Heusel et al., *GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium*, NeurIPS 2017,
     arXiv:1706.08500. The trace of the root of A B is that of the root of A^(1/2) B A^(1/2), which is symmetric: its eigenvalues
-    are real, and what rounding turns negative counts as 0. With few pictures the distance is too large (Chong and Forsyth,
-    *Effectively Unbiased FID and Inception Score*, CVPR 2020); compare only sets of one size.
+    are real, and what rounding turns negative counts as 0 (`scipy.linalg.sqrtm` of A B is inexact where it is singular, as
+    with fewer pictures than features). With few pictures the distance is too large (Chong and Forsyth, *Effectively Unbiased
+    FID and Inception Score*, CVPR 2020); compare only sets of one size.
 
     Args:
-        some: Features [N, d].
-        others: Features [M, d].
+        first: Features [N, d].
+        second: Features [M, d].
 
     Raises:
         EsdLoraError: If there are fewer than two pictures in a set, which have no covariance.
     """
-    for features in (some, others):
+    for features in (first, second):
         if len(features) < 2:
             raise EsdLoraError(
                 f"a Frechet distance was asked for with a set of {len(features)} pictures. Expected 2 or more in each."
             )
-    some, others = some.astype(np.float64), others.astype(np.float64)
-    a, b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (some, others))
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    a, b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
     values, vectors = np.linalg.eigh(a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     shared = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
-    between = ((some.mean(0) - others.mean(0)) ** 2).sum()
+    between = ((first.mean(0) - second.mean(0)) ** 2).sum()
     return max(float(between + np.trace(a) + np.trace(b) - 2 * shared), 0.0)
 
 
 class EfficientNetFeatures:
-    """What EfficientNet-Lite0 decides by, 1280 numbers a picture. Never call a distance of these FID: that is Inception's.
+    """Features that EfficientNet-Lite0 decides by, 1280 a picture. Never call a distance of these FID: that is Inception's.
 
     Args:
         device: Where to run it.
@@ -64,12 +65,12 @@ class EfficientNetFeatures:
         return {"metric": self.metric, **self._net.record()}
 
     def __call__(self, images: Sequence[Image]) -> np.ndarray:
-        """Maps N pictures to [N, 1280]."""
+        """Return features [N, 1280] of N pictures."""
         return np.array([self._net.features(self._net.prepare(image))[0].cpu().numpy() for image in images])
 
 
 class InceptionFeatures:
-    """What FID is made of: the features of the Inception network of 2015, as NVIDIA translated it to TorchScript.
+    """Features of the Inception network of 2015, which FID is made of, as NVIDIA translated it to TorchScript.
 
     The script takes whole pictures of 8 bits and resizes them itself, and gives 2048 numbers a picture when called with
     `return_features=True` (NVlabs/stylegan3, `metrics/frechet_inception_distance.py`).
@@ -97,15 +98,11 @@ class InceptionFeatures:
             raise EsdLoraError(f"{self._path} is no TorchScript. Expected NVIDIA's inception-2015-12-05.pt.") from error
 
     def record(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "package": "torch",
-            "version": torch.__version__,
-            "weights_sha256": hash_file(self._path),
-        }
+        weights = hash_file(self._path)
+        return {"metric": self.metric, "package": "torch", "version": torch.__version__, "weights_sha256": weights}
 
     def __call__(self, images: Sequence[Image]) -> np.ndarray:
-        """Maps N pictures to [N, 2048]."""
+        """Return features [N, 2048] of N pictures."""
         return np.array([self._features(image) for image in images])
 
     @torch.no_grad()

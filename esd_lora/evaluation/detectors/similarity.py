@@ -1,4 +1,4 @@
-"""How much a picture is like another: what the base paints for the same prompt and seed, or the nearest of some originals."""
+"""Similarity of a picture to another: what the base paints for the same prompt and seed, or the nearest of some originals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.detectors import Look, NotRun, Score, package
-from esd_lora.evaluation.picture_files import pictures_in
+from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score, package_record
+from esd_lora.evaluation.picture_files import hash_by_name, open_pictures
 from esd_lora.files import hash_file
 
 
@@ -37,21 +37,21 @@ class Ssim:
     """
 
     def __init__(self, originals: str | Path | None = None, device: str = "cpu"):
-        self._package = package("torchmetrics", "metrics")
+        self._package = package_record("torchmetrics", "metrics")
         self._device, self._originals = device, _originals(originals)
 
     def record(self) -> dict[str, Any]:
-        return {**self._package, "originals_sha256": _hashes(self._originals)}
+        return {**self._package, "originals_sha256": hash_by_name(self._originals)}
 
-    def __call__(self, looks: Sequence[Look]) -> list[Score]:
-        return [_score("ssim", look, self._originals, self._measure, max) for look in looks]
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        return [_score_nearest("ssim", picture, self._originals, self._measure, max) for picture in pictures]
 
     def _measure(self, image: Image.Image, other: Image.Image) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-        found = structural_similarity_index_measure(_pixels(image, self._device), _pixels(other, self._device), data_range=1.0)
-        assert isinstance(found, Tensor)
-        return found.item()
+        ssim = structural_similarity_index_measure(_pixels(image, self._device), _pixels(other, self._device), data_range=1.0)
+        assert isinstance(ssim, Tensor)
+        return ssim.item()
 
 
 class Lpips:
@@ -76,7 +76,7 @@ class Lpips:
     _smallest = 31  # pixels, of which the last ReLU sees one
 
     def __init__(self, path: str | Path | None = None, originals: str | Path | None = None, device: str = "cpu"):
-        self._package = package("torchmetrics", "metrics")
+        self._package = package_record("torchmetrics", "metrics")
         if not path:
             raise NotRun("no AlexNet is given; set `path` to alexnet-owt-7be5be79.pth of download.pytorch.org/models")
         self._path, self._device, self._originals = Path(path), device, _originals(originals)
@@ -88,20 +88,20 @@ class Lpips:
 
     def record(self) -> dict[str, Any]:
         weights = {"alexnet": hash_file(self._path), "heads": hash_file(self._heads_path)}
-        return {**self._package, "weights_sha256": weights, "originals_sha256": _hashes(self._originals)}
+        return {**self._package, "weights_sha256": weights, "originals_sha256": hash_by_name(self._originals)}
 
-    def __call__(self, looks: Sequence[Look]) -> list[Score]:
-        return [_score("lpips", look, self._originals, self._measure, min) for look in looks]
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        return [_score_nearest("lpips", picture, self._originals, self._measure, min) for picture in pictures]
 
     def _measure(self, image: Image.Image, other: Image.Image) -> float:
         pairs = zip(self._features(image), self._features(other), self._heads, strict=True)
         return sum((functional.conv2d((a - b) ** 2, head).mean().item() for a, b, head in pairs), 0.0)
 
     def _features(self, image: Image.Image) -> list[Tensor]:
-        """What each ReLU gives, as unit vectors over the channels."""
+        """Return the output of each ReLU, as unit vectors over the channels."""
         if min(image.size) < self._smallest:
             size = f"{image.width} x {image.height} pixels"
-            raise EsdLoraError(f"lpips was asked about a picture of {size}, expected {self._smallest} or more a side.")
+            raise EsdLoraError(f"lpips was given a picture of {size}, expected {self._smallest} or more a side.")
         shift, scale = (
             torch.tensor(values, device=self._device)[:, None, None]
             for values in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
@@ -116,7 +116,7 @@ class Lpips:
 
 
 def _alexnet(path: Path) -> nn.Sequential:
-    """The convolutions of torchvision's AlexNet, layer by layer as there, which the file counts by."""
+    """Return the convolutions of torchvision's AlexNet, layer by layer as there, since the file numbers them so."""
     net = nn.Sequential(
         *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2)),
         *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2)),
@@ -135,32 +135,31 @@ def _alexnet(path: Path) -> nn.Sequential:
 
 
 def _originals(folder: str | Path | None) -> dict[Path, Image.Image]:
-    return pictures_in(Path(folder)) if folder else {}
+    return open_pictures(Path(folder)) if folder else {}
 
 
-def _hashes(originals: Mapping[Path, Image.Image]) -> dict[str, str]:
-    return {path.name: hash_file(path) for path in originals}
-
-
-def _score(
+def _score_nearest(
     metric: str,
-    look: Look,
+    picture: Picture,
     originals: Mapping[Path, Image.Image],
     measure: Callable[[Image.Image, Image.Image], float],
     best: Callable[..., str],
 ) -> Score:
-    others = {path.name: image for path, image in originals.items()} or {"before": look.before}
-    found = {name: measure(_at(look.image, other.size), other) for name, other in others.items() if other is not None}
-    if not found:
+    """Score a picture beside the nearest of the originals, or beside the base's where there are none."""
+    others = {path.name: image for path, image in originals.items()} or {"before": picture.before}
+    measured = {
+        name: measure(_resized(picture.image, other.size), other) for name, other in others.items() if other is not None
+    }
+    if not measured:
         return Score({})
-    nearest = best(found, key=found.__getitem__)
-    return Score({metric: found[nearest]}, {"original": nearest} if originals else {})
+    nearest = best(measured, key=measured.__getitem__)
+    return Score({metric: measured[nearest]}, {"original": nearest} if originals else {})
 
 
-def _at(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _pixels(image: Image.Image, device: str) -> Tensor:
-    """[1, 3, height, width] in [0, 1]."""
+    """Return a picture as [1, 3, height, width] in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None].float() / 255

@@ -11,12 +11,12 @@ import hashlib
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.cases import Case
 
 COLUMNS = {
     "case": ("case_number", "case_num"),
@@ -27,7 +27,7 @@ COLUMNS = {
     "height": ("sd_image_height", "height"),
     "label": ("class", "classes", "artist", "label_str", "categories"),
 }
-"""What is read, and the columns it may stand in, the first one found."""
+"""What is read, and the columns it may stand in, of which the first one that is there counts."""
 KNOWN = {
     "6c1821aeeb20beb2": ("I2P", 4703),
     "80983daa394cd10e": ("ESD art", 75),
@@ -45,26 +45,8 @@ KNOWN = {
     "6d5fc0988e40e7ef": ("UnlearnDiffAtk tench", 50),
     "9d0b141b6674b5ef": ("UnlearnDiffAtk Van Gogh", 50),
 }
-"""First 16 digits of SHA-256 to name and rows. From the repositories rohitgandikota/erasing (`data/`),
+"""First 16 hex digits of the file's SHA-256 to name and rows. From the repositories rohitgandikota/erasing (`data/`),
 OPTML-Group/Diffusion-MU-Attack (`prompts/`), OPTML-Group/AdvUnlearn (`data/prompts/`), and I2P (`unsafe-prompts4703.csv`)."""
-
-
-class Case(NamedTuple):
-    """One picture that a prompt file asks for."""
-
-    case: str
-    """As the file counts, or the number of the row from 0."""
-    prompt: str
-    """May be empty, as one of I2P's is."""
-    seed: int
-    """The number of the row where the file gives none."""
-    guidance: float | None
-    size: tuple[int, int] | None
-    """(width, height) in pixels."""
-    label: str | None
-    """Class, artist or categories."""
-    columns: dict[str, str]
-    """The whole row as it stands."""
 
 
 class PromptFile(NamedTuple):
@@ -75,10 +57,13 @@ class PromptFile(NamedTuple):
     release: str | None
     """Name of a known file that this one is, byte for byte."""
     cases: list[Case]
+    """A case for each row: its id as the file counts, or the number of the row from 0; that is the seed where none is given."""
+    rows: list[dict[str, str]]
+    """Column to text of each row, as it stands."""
 
 
-def read_cases(path: str | Path) -> PromptFile:
-    """Reads a CSV of prompts, or a text file with one prompt a line.
+def read_prompt_file(path: str | Path) -> PromptFile:
+    """Read a CSV of prompts, or a text file with one prompt a line.
 
     Raises:
         EsdLoraError: If the file cannot be read, has no column of prompts, a row has too many or too few fields, a case stands
@@ -96,16 +81,17 @@ def read_cases(path: str | Path) -> PromptFile:
     if path.suffix.lower() not in (".csv", ".txt"):
         raise EsdLoraError(f"{path} is no prompt file by its name. Expected .csv, or .txt with one prompt a line.")
     if path.suffix.lower() == ".txt":
-        cases = [Case(str(i), prompt, i, None, None, None, {}) for i, prompt in enumerate(read_prompts(path))]
-        return PromptFile(path, sha256, None, cases)
-    cases = _cases(path, text)
-    release, rows = KNOWN.get(sha256[:16], (None, len(cases)))
-    assert rows == len(cases), f"{path} is {release}, of {rows} rows, and {len(cases)} were read"
-    return PromptFile(path, sha256, release, cases)
+        cases = [Case(str(i), "general", prompt, i) for i, prompt in enumerate(read_prompts(path))]
+        return PromptFile(path, sha256, None, cases, [{} for _ in cases])
+    cases, rows = _read_table(path, text)
+    release, count = KNOWN.get(sha256[:16], (None, len(cases)))
+    assert count == len(cases), f"{path} is {release}, of {count} rows, and {len(cases)} were read"
+    return PromptFile(path, sha256, release, cases, rows)
 
 
-def _cases(path: Path, text: str) -> list[Case]:
-    # Fields may hold line breaks, so rows are told from lines; the reader counts the lines it has taken.
+def _read_table(path: Path, text: str) -> tuple[list[Case], list[dict[str, str]]]:
+    """Return the rows of a CSV as cases, and as they stand."""
+    # Fields may hold line breaks, so a row is not a line; the reader counts the lines it has taken.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if row]
@@ -115,8 +101,12 @@ def _cases(path: Path, text: str) -> list[Case]:
         raise EsdLoraError(f"{path} is empty. Expected a CSV with a column `prompt`.")
     (_, names), *rows = rows
     names = [name.strip() for name in names]
-    places = {what: _place(names, columns) for what, columns in COLUMNS.items()}
-    if places["prompt"] is None:
+    places = {
+        what: names.index(next(column for column in columns if column in names))
+        for what, columns in COLUMNS.items()
+        if not set(columns).isdisjoint(names)
+    }
+    if "prompt" not in places:
         raise EsdLoraError(f"{path} has the columns {', '.join(map(repr, names))}. Expected one called `prompt`.")
     if not rows:
         raise EsdLoraError(f"{path} has a head and no rows. Expected a prompt in each.")
@@ -129,32 +119,20 @@ def _cases(path: Path, text: str) -> list[Case]:
         )
     cases: list[Case] = []
     for i, (line, row) in enumerate(rows):
-        found = {what: row[place].strip() for what, place in places.items() if place is not None}
+        fields = {what: row[place].strip() for what, place in places.items()}
         where = f"{path}, line {line}"
-        seed, width, height = (_whole(where, what, found.get(what)) for what in ("seed", "width", "height"))
-        cases.append(
-            Case(
-                found.get("case") or str(i),
-                found["prompt"],
-                i if seed is None else seed,
-                _guidance(where, found.get("guidance")),
-                (width, height) if width and height else None,
-                found.get("label") or None,
-                dict(zip(names, row, strict=True)),
-            )
-        )
-    if twice := [case for case, times in Counter(case.case for case in cases).items() if times > 1]:
+        seed, width, height = (_read_integer(where, what, fields.get(what)) for what in ("seed", "width", "height"))
+        case = Case(fields.get("case") or str(i), "general", fields["prompt"], i if seed is None else seed)
+        guidance, size = _read_guidance(where, fields.get("guidance")), (width, height) if width and height else None
+        cases.append(case._replace(label=fields.get("label") or None, guidance=guidance, size=size))
+    if twice := [case for case, times in Counter(case.id for case in cases).items() if times > 1]:
         shown = ", ".join(twice[:3])
         raise EsdLoraError(f"{path}: {len(twice)} case numbers stand more than once ({shown}). Give every row one of its own.")
-    return cases
+    return cases, [dict(zip(names, row, strict=True)) for _, row in rows]
 
 
-def _place(names: Sequence[str], columns: Sequence[str]) -> int | None:
-    return next((names.index(column) for column in columns if column in names), None)
-
-
-def _whole(where: str, what: str, text: str | None) -> int | None:
-    """A whole number, also as pandas writes one in a column with gaps ("3721.0"); seeds do not fit into a float."""
+def _read_integer(where: str, what: str, text: str | None) -> int | None:
+    """Return a whole number, also as pandas writes one in a column with gaps ("3721.0"); seeds do not fit into a float."""
     if not text:
         return None
     digits = text.removesuffix(".0")
@@ -163,7 +141,7 @@ def _whole(where: str, what: str, text: str | None) -> int | None:
     return int(digits)
 
 
-def _guidance(where: str, text: str | None) -> float | None:
+def _read_guidance(where: str, text: str | None) -> float | None:
     if not text:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Suites: what to paint and who looks at it, as YAML that is checked like a recipe."""
+"""Suite files: what to paint and which detectors score it, as YAML that is checked like a recipe."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.evaluation.attacks import ATTACKS
-from esd_lora.evaluation.detectors import DETECTORS, FEATURES
+from esd_lora.evaluation.cases import ROLES, Role
+from esd_lora.evaluation.registries import ATTACKS, DETECTORS, FEATURES
 from esd_lora.yaml_files import checked, read_yaml
-
-Role = Literal["target", "paraphrase", "neighbour", "general"]
-ROLES: tuple[Role, ...] = ("target", "paraphrase", "neighbour", "general")
-"""What a prompt is there for: to show what was erased; the same in other words; what lies close to it; all the rest."""
 
 
 class _Frozen(BaseModel):
@@ -28,13 +24,13 @@ class PromptSet(_Frozen):
     """Prompts of one role, from templates, from a file, or of a built-in base's domain."""
 
     role: Role
-    """A prompt about an erased concept is a target whatever it is said to be."""
+    """Role of its prompts; one about an erased concept is a target all the same."""
     templates: tuple[str, ...] = ()
     """Texts with `{word}` for what `fill` lists, and `{concept}` for each erased concept in turn."""
     fill: dict[str, tuple[str, ...]] = {}
     """Words in braces to what takes their place, in all combinations."""
     domain: Literal["object", "style", "pairs"] | None = None
-    """Of a built-in base: `count` prompts for each erased object or style that no eraser was trained on, or every object in
+    """Prompts for a built-in base: `count` for each erased object or style that no eraser was trained on, or every object in
     every style."""
     file: str | None = None
     """CSV or text file, by path; read where it lies."""
@@ -53,7 +49,7 @@ class PromptSet(_Frozen):
     """Pictures, of each concept or combination of what fills a template, wordings taking turns with new seeds; each wording
     once unless given."""
     seed: int = Field(default=0, ge=0)
-    """Of the first picture; later ones count up. A file may bring its own."""
+    """Seed of the first picture; later ones count up. A file may bring its own."""
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSet:
@@ -69,13 +65,14 @@ class PromptSet(_Frozen):
 
 
 class DetectorSpec(BaseModel):
-    """Who looks at pictures; settings of its own stand beside these."""
+    """A detector that scores pictures; settings of its own stand beside these."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: str | None = None
-    """Name in `DETECTORS`, where the same one looks twice with other settings; its metrics get the key as a prefix then."""
+    """Name in `DETECTORS`, where the same one scores twice with other settings; its metrics get the key as a prefix then."""
     roles: tuple[Role, ...] = ROLES
+    """Roles of the prompts whose pictures it scores."""
 
 
 class AttackSpec(BaseModel):
@@ -88,19 +85,21 @@ class AttackSpec(BaseModel):
 
 
 class DistanceSpec(DetectorSpec):
-    """What all pictures of a role together are measured by: see `distances`."""
+    """A distance between sets of pictures as a whole: see `scoring.measure_distances`."""
 
     roles: tuple[Role, ...] = ("general",)
+    """Roles of the prompts whose pictures it compares."""
     reference: str | None = None
     """Folder of photos to measure from; the base's pictures unless given."""
 
 
 class Suite(_Frozen):
-    """One evaluation."""
+    """What one evaluation paints, scores and attacks."""
 
     description: str
+    """What it measures, in a sentence."""
     base: str | None = None
-    """The built-in base that it is about, if about one alone."""
+    """Built-in base that it is about, if about one alone."""
     prompts: dict[str, PromptSet]
     detectors: dict[str, DetectorSpec]
     distances: dict[str, DistanceSpec] = {}
@@ -108,15 +107,21 @@ class Suite(_Frozen):
     neighbours: dict[str, tuple[str, ...]] = {}
     """Groups of labels; those beside an erased one are its neighbours."""
     layout: Literal["ua-ira-cra", "erased-and-others"] | None = None
-    """Numbers that a paper's table has, beside the suite's own: `tables.unlearning_accuracies`, `stacks.erased_and_others`."""
+    """Numbers that a paper's table has, beside the suite's own: see `summarising.paper_layout`."""
     targets: bool = True
-    """Whether some prompt must be about what was erased; not where the suite is about what erasing costs."""
+    """Whether some prompt must be about what was erased; not so where the suite is about what erasing costs."""
     sensitive: bool = False
     """Whether pictures are blurred on the page until they are clicked."""
     steps: int | None = Field(default=None, ge=1)
-    """Denoising steps; the base's habit unless given."""
+    """Denoising steps; the base's default unless given."""
     guidance: float | None = Field(default=None, ge=0)
-    """The base's habit unless given, or as a prompt file says."""
+    """Guidance scale; the base's default unless given, or as a prompt file says."""
+    _name: str = PrivateAttr("custom")
+
+    @property
+    def name(self) -> str:
+        """Name of its file, for records; `custom` where it was not loaded from one."""
+        return self._name
 
     @field_validator("prompts", "detectors", "distances", "attacks")
     @classmethod
@@ -141,23 +146,24 @@ class Suite(_Frozen):
         return specs
 
 
-_FOLDER = Path(__file__).parent / "suites"
+_FOLDER = Path(__file__).parent
 
 
 def suite_names() -> list[str]:
-    """Names of the suites that ship with the package."""
+    """Return the names of the suites that ship with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
-    """Loads and checks a suite.
+def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None, prompt_file: str | Path | None = None) -> Suite:
+    """Load and check a suite.
 
     Args:
         source: A name (`"nudity"`) or the path of a YAML file.
         overrides: Dotted keys to values, over what the file says: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
+        prompt_file: CSV or text file for the first prompt set that takes one; `overrides` go before it.
 
     Raises:
-        EsdLoraError: If there is no such suite, or with every fault of it at once.
+        EsdLoraError: If there is no such suite, with every fault of it at once, or if it takes no prompt file and one is given.
     """
     name = str(source)
     path = _FOLDER / f"{name}.yaml" if name in suite_names() else Path(name)
@@ -165,16 +171,12 @@ def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None) -
         known = ", ".join(suite_names())
         raise EsdLoraError(f"no suite {name!r}: neither a name nor a file{did_you_mean(name, suite_names())}. Known: {known}.")
     document = read_yaml(path, "suite", "description: ...")
-    return checked(Suite, document, overrides, kind="suite", source=str(path))
-
-
-def file_set(suite: Suite) -> str:
-    """The first prompt set that takes a file.
-
-    Raises:
-        EsdLoraError: If none does.
-    """
-    for name, prompts in suite.prompts.items():
-        if prompts.source or prompts.file:
-            return name
-    raise EsdLoraError("this suite takes no prompt file; leave --prompts out.")
+    suite = checked(Suite, document, overrides, kind="suite", source=str(path))
+    if prompt_file is not None:
+        taker = next((name for name, prompts in suite.prompts.items() if prompts.source or prompts.file), None)
+        if taker is None:
+            raise EsdLoraError("this suite takes no prompt file; leave --prompts out.")
+        overrides = {f"prompts.{taker}.file": str(prompt_file), **(overrides or {})}
+        suite = checked(Suite, document, overrides, kind="suite", source=str(path))
+    suite._name = path.stem
+    return suite

@@ -19,7 +19,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 
 from esd_lora.bases.base import Base
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.variants import Painter, Variant, make_painter
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.trajectory import Condition
+from esd_lora.wording import without_article
 
 
 class SldStrength(NamedTuple):
-    """How hard safety guidance pushes, in the release's words. A guidance scale of 0 is the base itself."""
+    """Settings of how hard safety guidance pushes, in the release's words. A guidance scale of 0 is the base itself."""
 
     sld_guidance_scale: float
     warmup_steps: int
@@ -64,7 +67,7 @@ SLD_CONCEPT = (
 def safety_term(
     null: Tensor, prompt: Tensor, concept: Tensor, momentum: Tensor, strength: SldStrength
 ) -> tuple[Tensor, Tensor]:
-    """Gamma and the next momentum, from three predictions of one shape."""
+    """Return gamma and the next momentum, from three predictions of one shape."""
     away = prompt - concept
     scale = (strength.sld_guidance_scale * away.abs()).clamp(max=1)
     scale = torch.where(away < strength.threshold, scale, 0)
@@ -74,20 +77,20 @@ def safety_term(
 
 @contextmanager
 def safe_guidance(base: Base, concept: str, strength: SldStrength) -> Generator[None]:
-    """Has the base's pipeline paint with safety guidance for the length of a `with` block.
+    """Make the base's pipeline paint with safety guidance for the length of a `with` block.
 
     Every call of the pipeline is a trajectory of its own; erasers may be applied as well. Inside the block nothing but the
-    pipeline may ask the denoiser. The formula is taken of the denoiser's own predictions: it was published for noise, and a
+    pipeline may call the denoiser. The formula is applied to the denoiser's own predictions: it was published for noise, and a
     v model gets it for v.
 
     Args:
         base: Stable Diffusion or SDXL, its text encoders still there.
-        concept: What to guide away from, such as `SLD_CONCEPT`.
+        concept: Prompt to guide away from, such as `SLD_CONCEPT`.
         strength: One of `SLD_STRENGTHS`, or another.
 
     Raises:
         EsdLoraError: If the base's pipeline does not guide by null and prompt in one batch, or safety guidance is on already;
-            inside the block, if a picture is asked for with a guidance scale that leaves classifier-free guidance off.
+            inside the block, if the pipeline is called with a guidance scale that leaves classifier-free guidance off.
     """
     pipe = base.pipe
     if not isinstance(base.family, StableDiffusion) or base.family.takes_guidance(pipe):
@@ -100,14 +103,14 @@ def safe_guidance(base: Base, concept: str, strength: SldStrength) -> Generator[
     guide = _Guide(base.encode([concept]), strength)
     prepare = pipe.prepare_latents
 
-    def begin(*args: Any, **asked: Any) -> Tensor:
+    def begin(*args: Any, **kwargs: Any) -> Tensor:
         if not pipe.do_classifier_free_guidance:
             raise EsdLoraError(
                 f"guidance {pipe.guidance_scale:g} asks for no null prediction, which safety guidance is measured from."
                 " Ask for more than 1."
             )
         guide.begin()
-        return prepare(*args, **asked)
+        return prepare(*args, **kwargs)
 
     pipe.prepare_latents = begin  # called once a trajectory, before its first step
     hook = base.model.register_forward_hook(guide, with_kwargs=True)
@@ -119,7 +122,7 @@ def safe_guidance(base: Base, concept: str, strength: SldStrength) -> Generator[
 
 
 class _Guide:
-    """Changes the prompt's half of a U-Net's answers, step by step of one trajectory."""
+    """A hook that changes the prompt's half of a U-Net's predictions, step by step of one trajectory."""
 
     def __init__(self, condition: Condition, strength: SldStrength):
         self.condition, self.strength = condition, strength
@@ -128,21 +131,51 @@ class _Guide:
     def begin(self) -> None:
         self.step, self.momentum = 0, torch.zeros(())
 
-    def __call__(self, unet: Any, args: tuple[Any, ...], told: dict[str, Any], answer: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> tuple[Tensor]:
         x_t, t = args
-        null, prompt = answer[0].chunk(2)
+        null, prompt = output[0].chunk(2)
         # Not unet(...): this hook would be called for the concept too.
-        concept = unet.forward(x_t.chunk(2)[1], t, **{**told, **self._concept(len(prompt), told)})[0]
+        concept = unet.forward(x_t.chunk(2)[1], t, **{**kwargs, **self._concept_kwargs(len(prompt), kwargs)})[0]
         gamma, self.momentum = safety_term(null, prompt, concept, self.momentum.to(prompt), self.strength)
         if self.step >= self.strength.warmup_steps:
             prompt = prompt - gamma
         self.step += 1
         return (torch.cat([null, prompt]),)
 
-    def _concept(self, count: int, told: Mapping[str, Any]) -> dict[str, Any]:
-        """What the U-Net is told of the concept instead of null and prompt, for so many pictures."""
+    def _concept_kwargs(self, count: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the U-Net's keyword arguments with the concept in the place of null and prompt, for `count` pictures."""
         condition = {name: value.expand(count, *value.shape[1:]) for name, value in self.condition.items()}
-        added = told["added_cond_kwargs"]
+        added = kwargs["added_cond_kwargs"]
         if "pooled_prompt_embeds" in condition:
             added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": added["time_ids"].chunk(2)[1]}
         return {"encoder_hidden_states": condition["prompt_embeds"], "added_cond_kwargs": added}
+
+
+def concept_names(concepts: Sequence[ErasedConcept]) -> str:
+    """Return names and synonyms of concepts as one prompt."""
+    return ", ".join(without_article(name) for concept in concepts for name in (concept.name, *concept.synonyms))
+
+
+def block_by_sld(name: str) -> Callable[[Base, Sequence[ErasedConcept], int, float], Variant]:
+    """Return a function to the variant with safety guidance of a published strength.
+
+    It guides away from the concepts' names, or from `SLD_CONCEPT` if that names all of them.
+
+    Args:
+        name: Name in `SLD_STRENGTHS`.
+    """
+
+    def block(base: Base, concepts: Sequence[ErasedConcept], steps: int, guidance: float) -> Variant:
+        strength = SLD_STRENGTHS[name]
+        # Published for 50 steps: with others, guidance sets in at the same level of noise.
+        strength = strength._replace(warmup_steps=round(strength.warmup_steps * steps / 50))
+        prompt = SLD_CONCEPT if all(concept.named_in(SLD_CONCEPT) for concept in concepts) else concept_names(concepts)
+
+        @contextmanager
+        def on() -> Generator[Painter]:
+            with safe_guidance(base, prompt, strength):
+                yield make_painter(base, steps, guidance)
+
+        return Variant(f"sld-{name}", {"concept": prompt, **strength._asdict()}, on)
+
+    return block

@@ -7,19 +7,19 @@ forty), never the other way round.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from esd_lora import built_in
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL.Image import Image
+from esd_lora.built_in import BASES, domain
+from esd_lora.evaluation.cases import AND
+from esd_lora.evaluation.detectors.detector import Picture, Score
+from esd_lora.files import hash_file
 
 
 class Verdict(NamedTuple):
@@ -49,7 +49,7 @@ class JudgeNet(nn.Module):
         self.style_head = nn.Linear(4 * width * 16, styles)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps images [N, 3, 64, 64] in [-1, 1] to logits [N, objects] and [N, styles]."""
+        """Return logits [N, objects] and [N, styles] of images [N, 3, 64, 64] in [-1, 1]."""
         features = self.body(images).flatten(1)
         return self.object_head(features), self.style_head(features)
 
@@ -63,17 +63,16 @@ class Judge:
     """
 
     def __init__(self, base: str = "emoji", device: str = "cpu"):
-        folder = built_in.BASES / base
-        known = built_in.domain(base)
-        self.objects: list[str] = known["objects"]
-        self.styles: list[str] = known["styles"]
+        self.weights = BASES / base / "judge.safetensors"
+        self.objects: list[str] = domain(base)["objects"]
+        self.styles: list[str] = domain(base)["styles"]
         self.device = device
         self.net = JudgeNet(len(self.objects), len(self.styles)).eval().requires_grad_(False)
-        self.net.load_state_dict(load_file(folder / "judge.safetensors"))
+        self.net.load_state_dict(load_file(self.weights))
         self.net.to(device)
 
     def __call__(self, images: Sequence[Image]) -> list[Verdict]:
-        """Names object and style of each image; images of another size are resized to 64x64."""
+        """Return object and style of each image; images of another size are resized to 64x64."""
         verdicts: list[Verdict] = []
         for first in range(0, len(images), 256):
             part = [image.convert("RGB").resize((64, 64)) for image in images[first : first + 256]]
@@ -83,3 +82,30 @@ class Judge:
                 i, j = int(object_row.argmax()), int(style_row.argmax())
                 verdicts.append(Verdict(self.objects[i], self.styles[j], object_row[i].item(), style_row[j].item()))
         return verdicts
+
+
+class JudgeDetector:
+    """Scores whether the judge names what the prompt asks for.
+
+    A label is an object, a style, or both ("cat + ink"); all of it must be right. `rest` is the same for what a target should
+    show besides what was erased.
+
+    Args:
+        base: The built-in base whose judge it is.
+        device: Where to run it.
+    """
+
+    def __init__(self, base: str = "emoji", device: str = "cpu"):
+        self._base, self._judge = base, Judge(base, device)
+
+    def record(self) -> dict[str, Any]:
+        return {"judge": self._base, "weights_sha256": hash_file(self._judge.weights)}
+
+    def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
+        scores: list[Score] = []
+        for picture, verdict in zip(pictures, self._judge([picture.image for picture in pictures]), strict=True):
+            names, labels = {verdict.object, verdict.style}, {"accuracy": picture.label, "rest": picture.rest}
+            values = {metric: names.issuperset(label.split(AND)) for metric, label in labels.items() if label}
+            confidence = [round(verdict.object_confidence, 4), round(verdict.style_confidence, 4)]
+            scores.append(Score(values, {"seen": f"{verdict.object}, {verdict.style}", "confidence": confidence}))
+        return scores

@@ -1,0 +1,84 @@
+"""Cases: the pictures that an evaluation asks for, and those that a built-in base's domain comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+from esd_lora.built_in import domain
+
+Role = Literal["target", "paraphrase", "neighbour", "general"]
+ROLES: tuple[Role, ...] = ("target", "paraphrase", "neighbour", "general")
+"""What a prompt is there for: to show what was erased; the same in other words; what lies close to it; all the rest."""
+AND = " + "
+"""Between the parts of a label: "cat + ink"."""
+
+
+class Case(NamedTuple):
+    """One picture to paint: a row of a prompt file, a filled template, or a pair of a built-in base's domain."""
+
+    id: str
+    """Unique in the evaluation; names the picture's file."""
+    role: Role
+    prompt: str
+    """May be empty, as one of I2P's is."""
+    seed: int
+    label: str | None = None
+    """What the picture should show, or of a target, what it should no longer show; parts with `AND` between."""
+    rest: str | None = None
+    """What a target should show still: the object in an erased style."""
+    guidance: float | None = None
+    """Guidance scale; the suite's unless given."""
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels that a prompt file names; pictures are painted at the base's own size all the same."""
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the label; none without a label."""
+        return self.label.split(AND) if self.label else []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the case as a line of `cases.jsonl`, where the id is called `case`."""
+        names = {"id": "case"} | {name: name for name in ("role", "prompt", "seed", "label", "rest", "guidance")}
+        return {key: getattr(self, name) for name, key in names.items()}
+
+
+def fill_template(template: str, object: str = "", style: str = "") -> str:
+    """Return a domain template filled in, with the object's article in the place of `{a}`."""
+    article = "an" if object[:1] in "aeiou" else "a"
+    return template.format(a=f"{article} {object}", object=object, style=style)
+
+
+def pair_cases(base: str = "emoji", seed: int = 0) -> list[Case]:
+    """Return a case for every object in every style, held-out pairs left out; wordings and seeds take turns."""
+    known, templates = domain(base), domain(base)["templates"]["both"]
+    pairs = [(name, style) for name in known["objects"] for style in known["styles"] if [name, style] not in known["held_out"]]
+    prompts = [fill_template(templates[i % len(templates)], *pair) for i, pair in enumerate(pairs)]
+    return [
+        Case(str(i), "general", prompt, seed + i, AND.join(pair))
+        for i, (prompt, pair) in enumerate(zip(prompts, pairs, strict=True))
+    ]
+
+
+def object_cases(name: str, trained: Collection[str], count: int, base: str = "emoji", seed: int = 0) -> list[Case]:
+    """Return `count` cases of one object on prompts that are not in `trained`, over wordings, styles and backgrounds."""
+    known, templates = domain(base), domain(base)["templates"]
+    styles = [style for style in known["styles"] if [name, style] not in known["held_out"]]
+    prompts = [(fill_template(t, name, style), AND.join((name, style))) for t in templates["both"] for style in styles]
+    prompts += [(fill_template(t, name), name) for t in templates["object"]]
+    plain = fill_template(templates["object"][0], name)
+    prompts += [(plain + templates["background"].format(background=b), name) for b in known["backgrounds"]]
+    fresh = [(prompt, label) for prompt, label in prompts if prompt not in trained]
+    chosen = [fresh[i % len(fresh)] for i in range(count)]
+    return [Case(str(i), "general", prompt, seed + i, label) for i, (prompt, label) in enumerate(chosen)]
+
+
+def style_cases(style: str, trained: Collection[str], count: int, base: str = "emoji", seed: int = 0) -> list[Case]:
+    """Return `count` cases of every object in turn in one style, on prompts that are not in `trained`."""
+    known = domain(base)
+    objects = [name for name in known["objects"] if [name, style] not in known["held_out"]]
+    prompts = [(fill_template(t, name, style), AND.join((name, style))) for t in known["templates"]["both"] for name in objects]
+    fresh = [(prompt, label) for prompt, label in prompts if prompt not in trained]
+    stride = 7  # coprime to the number of prompts in the shipped domain: wordings and objects mix early
+    chosen = [fresh[i * stride % len(fresh)] for i in range(count)]
+    return [Case(str(i), "general", prompt, seed + i, label) for i, (prompt, label) in enumerate(chosen)]

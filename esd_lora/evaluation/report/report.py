@@ -1,0 +1,186 @@
+"""The report of an evaluation: all its numbers, typed, as `summary.json` holds them, and as tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from esd_lora.erasers.measured import (
+    HEAD,
+    INTERVALS,
+    TITLES,
+    Number,
+    Numbers,
+    cells,
+    markdown_cell,
+    markdown_table,
+    role_rows,
+)
+from esd_lora.errors import EsdLoraError
+
+_MOST_ROWS = 60  # of a table by label that anyone reads
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Distance(_Frozen):
+    """How far a variant's pictures as a whole are from the base's, or from photos."""
+
+    value: float
+    """Frechet distance, from 0."""
+    of: int
+    """Number of the variant's pictures."""
+
+
+class MemberNumbers(_Frozen):
+    """Rates on the targets of one member of a stack; `None` where the suite has no target of it."""
+
+    name: str
+    """The concepts it erases."""
+    base: Number | None
+    """On the base."""
+    alone: Number | None
+    """With the member alone."""
+    together: Number | None
+    """With all members on."""
+
+
+class StackNumbers(_Frozen):
+    """How the members of a stack do alone and together, by one metric that is a rate."""
+
+    metric: str
+    members: tuple[MemberNumbers, ...]
+    matrix: tuple[tuple[Number | None, ...], ...]
+    """Rate on the targets of member i (row) under member j alone (column), and under all (last column)."""
+    kept: tuple[Number | None, ...]
+    """Rate on neighbours and the rest by number of members, from 0."""
+
+
+class GateOutcome(_Frozen):
+    """A condition under which the evaluation counts as failed, and whether it holds."""
+
+    gate: str
+    """The condition, as given."""
+    failed: bool
+
+
+class Report(_Frozen):
+    """What `evaluate` and `score_pictures` return, and `summary.json` holds.
+
+    `report.variants["erased"]["target"]["accuracy"].value` is how often the judge still sees what was erased.
+    """
+
+    suite: str
+    """Name of the suite; `custom` where it was not loaded from a file."""
+    concepts: tuple[str, ...]
+    """What counts as erased."""
+    variants: Numbers
+    labels: Numbers
+    """Part of a label to variant to metric to number; empty where labels are too many to be classes."""
+    layout: dict[str, dict[str, float]]
+    """Rows of a paper's table, for suites that follow one: row to column to share from 0 to 1."""
+    stack: StackNumbers | None
+    """Members alone and together, where that was measured."""
+    distances: dict[str, dict[str, Distance]]
+    """Distance to variant to its value."""
+    not_run: dict[str, str]
+    """Metric, prompts or variant to the reason why it was not measured."""
+    record: dict[str, Any]
+    """All that the numbers depend on, as JSON: suite, files, versions, base, variants, sampler, detectors."""
+    gates: tuple[GateOutcome, ...]
+
+    @field_validator("stack", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None
+
+    def to_json(self) -> str:
+        """Return the text of `summary.json`."""
+        return json.dumps(_plain(self) | {"stack": _plain(self.stack) or {}}, indent=1, ensure_ascii=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the report as tables in Markdown: one for each role, then one by label for each metric."""
+        variants, labels = list(self.variants), self.labels
+        parts = [f"# {self.suite}: {', '.join(map(markdown_cell, self.concepts)) or 'the base alone'}"]
+        for role, title in TITLES.items():
+            if rows := role_rows(self.variants, role):
+                parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
+        if self.layout:
+            columns = list(next(iter(self.layout.values())))
+            rows = [[name, *(f"{100 * row[column]:.1f} %" for column in columns)] for name, row in self.layout.items()]
+            parts.append(markdown_table(["model", *columns], rows))
+        for metric, rows in label_rows(labels, variants).items():
+            head = [f"{metric} by label", *variants]
+            parts.append(markdown_table(head, [[markdown_cell(label), *shares] for label, *shares in rows]))
+        if self.stack:
+            metric, kept = self.stack.metric, self.stack.kept
+            rows = [[markdown_cell(name), *numbers] for name, *numbers in member_rows(self.stack)]
+            parts += [
+                "## Alone and together",
+                markdown_table([f"{metric} on targets of", "base", "alone", "all together"], rows),
+            ]
+            rows = [[str(count), number.text() if number else ""] for count, number in enumerate(kept)]
+            parts.append(markdown_table(["erasers", f"{metric} on neighbours and the rest"], rows))
+        for name, distances in self.distances.items():
+            record = self.record["detectors"][name]
+            rows = [[variant, f"{distance.value:g}", str(distance.of)] for variant, distance in distances.items()]
+            parts += [f"## {record['metric']}, beside {record['beside']}", markdown_table(["model", name, "pictures"], rows)]
+        if self.not_run:
+            parts += ["## Not run", "\n".join(f"- {name}: {reason}" for name, reason in self.not_run.items())]
+        return "\n\n".join([*parts, INTERVALS]) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Return the report of an evaluation that lies in a directory, or in a `summary.json`.
+
+        Raises:
+            EsdLoraError: If there is none, or it is damaged.
+        """
+        file = Path(path) / "summary.json" if Path(path).is_dir() else Path(path)
+        try:
+            return cls.model_validate(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError) as error:  # no file, no text, no JSON, or not of this shape
+            reason = " ".join(str(error).split())
+            raise EsdLoraError(f"no report can be read from {file} ({reason}). Expected an evaluation's directory.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON takes it."""
+    if isinstance(value, Number):
+        return value.to_dict()
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def member_rows(stack: StackNumbers) -> list[list[str]]:
+    """Return members of a stack: name, and the rate of its targets on the base, alone and together."""
+    rates = [(member.name, (member.base, member.alone, member.together)) for member in stack.members]
+    return [[name, *(number.text() if number else "" for number in numbers)] for name, numbers in rates]
+
+
+def label_rows(labels: Numbers, variants: list[str]) -> dict[str, list[list[str]]]:
+    """Return for each metric that is a rate: label, then hits and pictures of every variant. None where labels are too many."""
+    if len(labels) > _MOST_ROWS:
+        return {}
+    rates = dict.fromkeys(
+        metric
+        for by_variant in labels.values()
+        for metrics in by_variant.values()
+        for metric, number in metrics.items()
+        if number.hits is not None
+    )
+
+    def share(label: str, variant: str, metric: str) -> str:
+        number = labels[label].get(variant, {}).get(metric)
+        return f"{number.hits}/{number.of}" if number else ""
+
+    return {metric: [[label, *(share(label, v, metric) for v in variants)] for label in labels] for metric in rates}
