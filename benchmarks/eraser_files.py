@@ -57,11 +57,11 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 def write_erasers(model: str, folder: Path) -> None:
     """Ten erasers of all layers, ten of cross-attention, with random factors of rank 4 and the size of trained ones."""
     import torch
-    from made import made_header
-    from published import layers_of
-    from real import denoiser
 
     from esd_lora.erasers.eraser import Eraser, LoraPair
+    from published_denoisers import denoiser
+    from random_erasers import build_header
+    from toy_denoisers import layers_of
 
     unet = denoiser(model)
     layers = dict(unet.named_modules())
@@ -74,20 +74,22 @@ def write_erasers(model: str, folder: Path) -> None:
                 down = torch.randn(RANK, *rest, generator=generator) * 0.02
                 pairs[module] = LoraPair(down, torch.randn(out, RANK, *[1] * (len(rest) - 1), generator=generator) * 0.02)
             # Some hash for every layer, that a merge may do the work of comparing it.
-            header = made_header(f"concept {i}", family=FAMILY[model], scope=scope, base_hashes=dict.fromkeys(pairs, "0" * 16))
+            header = build_header(f"concept {i}", family=FAMILY[model], scope=scope, base_hashes=dict.fromkeys(pairs, "0" * 16))
             Eraser(pairs, header).save(folder / f"{model}-{scope}-{i}")
 
 
 def write_unet(folder: Path) -> None:
     """SD 1.5's U-Net in float32 under the original names."""
-    import ldm
     import torch
-    from real import denoiser
     from real_size import fill
     from safetensors.torch import save_file
 
+    import original_checkpoints
+    from published_denoisers import denoiser
+
     save_file(
-        {n: t.contiguous() for n, t in ldm.unet(fill(denoiser("sd15"), torch.float32)).items()}, folder / "unet.safetensors"
+        {n: t.contiguous() for n, t in original_checkpoints.unet(fill(denoiser("sd15"), torch.float32)).items()},
+        folder / "unet.safetensors",
     )
 
 
@@ -218,12 +220,12 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     import copy
 
     import torch
-    from real import denoiser
     from real_size import fill
 
     from esd_lora.adapter import Fused
     from esd_lora.erasers.eraser import Eraser
     from esd_lora.erasers.stacking import stack
+    from published_denoisers import denoiser
 
     base: Any = fill(denoiser("sd15"), torch.float32)
     members = [Eraser.load(folder / f"sd15-xattn-{i}") for i in range(ERASERS)]
@@ -306,8 +308,8 @@ def main() -> None:
 
     def stage(name: str) -> Any:
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--out", str(options.out), "--stage", name]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(said.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "fusing", "sampling") else None
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(output.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "fusing", "sampling") else None
 
     wanted = options.only.split(",")
     print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")

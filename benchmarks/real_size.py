@@ -4,7 +4,7 @@
 
 SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
 diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
-nothing is said about erasure: what is checked is that every shape fits, from the file to the eraser in plain diffusers, and
+nothing is learnt about erasure: what is checked is that every shape fits, from the file to the eraser in plain diffusers, and
 that gradients reach the layers (in the last block of Stable Diffusion 3 a query of the text stream reaches no output).
 Each model runs in a process of its own, in bfloat16, on latents of 256 x 256 pixels.
 """
@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model from the meta device, with small random weights and plain normalisation."""
+    """Return a model from the meta device with small random weights and plain normalisation."""
     model = nn.Module.to(model, dtype).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -65,27 +65,27 @@ def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def write_single_file(name: str, folder: Path) -> Path:
-    """A whole SD model as one float16 checkpoint."""
+    """Write a whole SD model as one float16 checkpoint."""
     from types import SimpleNamespace
 
-    import ldm
-    from real import build, shipped
+    import original_checkpoints
+    from published_denoisers import build_component, shipped_config
 
-    parts = shipped(SINGLE[name])
+    parts = shipped_config(SINGLE[name])
     with torch.device("meta"):
-        models = {part: build(parts, part) for part in parts if part.startswith(("unet", "vae", "text_encoder"))}
+        models = {part: build_component(parts, part) for part in parts if part.startswith(("unet", "vae", "text_encoder"))}
     pipe = SimpleNamespace(**{part: fill(model, torch.float16) for part, model in models.items()})
     predicts = {"modelspec.prediction_type": "v" if name == "sd21" else "epsilon"}
-    return ldm.save_checkpoint(pipe, folder / f"{name}.safetensors", predicts)
+    return original_checkpoints.save_checkpoint(pipe, folder / f"{name}.safetensors", predicts)
 
 
 def write_directory(name: str, folder: Path) -> Path:
-    """A diffusers directory with the real denoiser, and text encoders of the width it reads."""
+    """Write a diffusers directory with the whole denoiser, and text encoders of the width it reads."""
     import diffusers
-    from real import denoiser
     from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
     import toys
+    from published_denoisers import denoiser
 
     transformer, tokenizer = fill(denoiser(name), torch.bfloat16), toys.byte_tokenizer()
     if name == "sana":
@@ -106,7 +106,7 @@ def write_directory(name: str, folder: Path) -> Path:
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Reads, trains, saves, and loads the eraser with plain diffusers."""
+    """Read the base, train, save, and load the eraser with plain diffusers; return what it took."""
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import Eraser
     from esd_lora.recipe_files import load_recipe
@@ -159,11 +159,11 @@ def main() -> None:
     for name in names:
         command = [sys.executable, __file__, "--only", name, "--out", str(options.out), "--stage"]
         subprocess.run([*command, "write"], check=True)
-        said = subprocess.run([*command, "measure"], check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(said.splitlines()[-1])
-        layers = ", ".join(map(str, found["layers"]))
-        cells = [name, f"{found['family']}, {found['prediction']}", f"{found['parameters']:,}", layers]
-        cells += [f"{found[key]:.1f}" for key in ("read", "step", "peak")] + [f"{found['size'] / 1e6:.1f}"]
+        output = subprocess.run([*command, "measure"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured = json.loads(output.splitlines()[-1])
+        layers = ", ".join(map(str, measured["layers"]))
+        cells = [name, f"{measured['family']}, {measured['prediction']}", f"{measured['parameters']:,}", layers]
+        cells += [f"{measured[key]:.1f}" for key in ("read", "step", "peak")] + [f"{measured['size'] / 1e6:.1f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Writes diffusers pipelines as single-file checkpoints, under the names of the original latent-diffusion code.
 
-The map is our own, from the names in CompVis/stable-diffusion, Stability-AI/generative-models and mlfoundations/open_clip, so
-that reading such a file is not tested against the converter that reads it.
+The map is written a second time here, from the names in CompVis/stable-diffusion, Stability-AI/generative-models and
+mlfoundations/open_clip, so that reading such a file is not tested against the converter that reads it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def unet(model: Any) -> dict[str, Tensor]:
-    """The U-Net's weights as `model.diffusion_model.*`."""
+    """Return the U-Net's weights as `model.diffusion_model.*`."""
     each = model.config.layers_per_block
     attends = ["CrossAttn" in kind for kind in model.config.up_block_types]
 
     def place(name: str) -> str:
-        if found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
-            side, block, part, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+        if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
+            side, block, part, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
             if side == "down" and part == "downsamplers":
                 return f"input_blocks.{(each + 1) * (block + 1)}.0.op{rest.removeprefix('conv')}"
             if part == "upsamplers":
@@ -73,7 +73,7 @@ def unet(model: Any) -> dict[str, Tensor]:
 
 
 def sd3(model: Any) -> dict[str, Tensor]:
-    """A Stable Diffusion 3 transformer's weights as in Stability-AI/sd3-ref: queries, keys and values joined."""
+    """Return a Stable Diffusion 3 transformer's weights as in Stability-AI/sd3-ref: queries, keys and values joined."""
     state, last = dict(model.state_dict()), model.config.num_layers - 1
 
     def joined(names: list[str], kind: str) -> Tensor:
@@ -85,15 +85,15 @@ def sd3(model: Any) -> dict[str, Tensor]:
     out = {"pos_embed": state.pop("pos_embed.pos_embed")}
     for kind in ("weight", "bias"):
         for i in range(last + 1):
-            ours, theirs = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+            module, original = f"transformer_blocks.{i}", f"joint_blocks.{i}"
             streams = {
                 "x_block.attn": ["to_q", "to_k", "to_v"],
                 "context_block.attn": ["add_q_proj", "add_k_proj", "add_v_proj"],
             }
             for stream, names in streams.items():
-                out[f"{theirs}.{stream}.qkv.{kind}"] = joined([f"{ours}.attn.{name}" for name in names], kind)
+                out[f"{original}.{stream}.qkv.{kind}"] = joined([f"{module}.attn.{name}" for name in names], kind)
             if i in model.config.dual_attention_layers:
-                out[f"{theirs}.x_block.attn2.qkv.{kind}"] = joined([f"{ours}.attn2.to_{which}" for which in "qkv"], kind)
+                out[f"{original}.x_block.attn2.qkv.{kind}"] = joined([f"{module}.attn2.to_{which}" for which in "qkv"], kind)
         out[f"final_layer.adaLN_modulation.1.{kind}"] = swapped(f"norm_out.linear.{kind}")
         end = f"transformer_blocks.{last}.norm1_context.linear.{kind}"
         out[f"joint_blocks.{last}.context_block.adaLN_modulation.1.{kind}"] = swapped(end)
@@ -123,14 +123,14 @@ def sd3(model: Any) -> dict[str, Tensor]:
         "ff_context.net.2": "context_block.mlp.fc2",
     }
     for name, tensor in state.items():
-        found = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
-        place = f"joint_blocks.{found[1]}.{_renamed(found[2], inside)}" if found else _renamed(name, table)
+        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
+        place = f"joint_blocks.{match[1]}.{_renamed(match[2], inside)}" if match else _renamed(name, table)
         out[place] = tensor
     return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
 
 
 def flux(model: Any) -> dict[str, Tensor]:
-    """A Flux transformer's weights as in black-forest-labs/flux: queries, keys, values and the single blocks' MLP joined."""
+    """Return a Flux transformer's weights as in black-forest-labs/flux: parts of one weight there joined."""
     state = dict(model.state_dict())
     out: dict[str, Tensor] = {}
 
@@ -150,10 +150,10 @@ def flux(model: Any) -> dict[str, Tensor]:
         out[f"final_layer.adaLN_modulation.1.{kind}"] = swapped
     embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
     table = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
-    for ours, theirs in embedders.items():
+    for module, original in embedders.items():
         table |= {
-            f"time_text_embed.{ours}.linear_1": f"{theirs}.in_layer",
-            f"time_text_embed.{ours}.linear_2": f"{theirs}.out_layer",
+            f"time_text_embed.{module}.linear_1": f"{original}.in_layer",
+            f"time_text_embed.{module}.linear_2": f"{original}.out_layer",
         }
     double = {
         "norm1.linear": "img_mod.lin",
@@ -176,17 +176,17 @@ def flux(model: Any) -> dict[str, Tensor]:
         "proj_out": "linear2",
     }
     for name, tensor in state.items():
-        found = re.match(r"(single_)?transformer_blocks\.(\d+)\.(.*)", name)
-        if found:
-            kind, inside = ("single", single) if found[1] else ("double", double)
-            out[f"{kind}_blocks.{found[2]}.{_renamed(found[3], inside)}"] = tensor
+        match = re.match(r"(single_)?transformer_blocks\.(\d+)\.(.*)", name)
+        if match:
+            kind, inside = ("single", single) if match[1] else ("double", double)
+            out[f"{kind}_blocks.{match[2]}.{_renamed(match[3], inside)}"] = tensor
         else:
             out[_renamed(name, table)] = tensor
     return out
 
 
 def vae(model: Any) -> dict[str, Tensor]:
-    """The VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
+    """Return the VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1
     heads = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     out = {}
@@ -197,24 +197,24 @@ def vae(model: Any) -> dict[str, Tensor]:
         place = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{last - int(m[1])}.block", place)
         place = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", place)
         place = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", place)
-        if found := re.match(r"(.*)mid_block\.attentions\.0\.(.*)", place):
-            place = f"{found[1]}mid.attn_1.{_renamed(found[2], heads)}"
+        if match := re.match(r"(.*)mid_block\.attentions\.0\.(.*)", place):
+            place = f"{match[1]}mid.attn_1.{_renamed(match[2], heads)}"
             value = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
         out[f"first_stage_model.{place}"] = value.contiguous()
     return out
 
 
 def clip(model: Any, prefix: str) -> dict[str, Tensor]:
-    """A text encoder under the names of OpenAI's CLIP in transformers."""
+    """Return a text encoder's weights under the names of OpenAI's CLIP in transformers."""
     return {f"{prefix}text_model.{n.removeprefix('text_model.')}": t for n, t in model.state_dict().items()}
 
 
 def open_clip(model: Any, prefix: str, spare_layers: int = 0) -> dict[str, Tensor]:
-    """A text encoder under the names of OpenCLIP: queries, keys and values of a layer are one tensor.
+    """Return a text encoder's weights under the names of OpenCLIP: queries, keys and values of a layer are one tensor.
 
     Args:
         model: The text encoder.
-        prefix: Of every name.
+        prefix: Prefix of every name.
         spare_layers: Layers beyond those of the model, as SD 2.x checkpoints have one that is not read.
     """
     state = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
@@ -233,16 +233,16 @@ def open_clip(model: Any, prefix: str, spare_layers: int = 0) -> dict[str, Tenso
             parts = [state.pop(f"{at}self_attn.{which}_proj.{kind}") for which in "qkv"]
             out[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
     for name, tensor in state.items():
-        found = re.match(r"encoder\.layers\.(\d+)\.(.*)", name)
-        assert found, name
-        out[f"transformer.resblocks.{found[1]}.{_renamed(found[2], _OPEN_CLIP)}"] = tensor
+        match = re.match(r"encoder\.layers\.(\d+)\.(.*)", name)
+        assert match, name
+        out[f"transformer.resblocks.{match[1]}.{_renamed(match[2], _OPEN_CLIP)}"] = tensor
     for extra in range(layers, layers + spare_layers):
         out |= {k.replace("resblocks.0.", f"resblocks.{extra}."): t.clone() for k, t in out.items() if "resblocks.0." in k}
     return {prefix + name: tensor for name, tensor in out.items()}
 
 
 def checkpoint(pipe: Any) -> dict[str, Tensor]:
-    """All weights of an SD 1.x, SD 2.x or SDXL pipeline under their names in a single file."""
+    """Return all weights of an SD 1.x, SD 2.x or SDXL pipeline under their names in a single file."""
     state = {**unet(pipe.unet), **vae(pipe.vae)}
     if hasattr(pipe, "text_encoder_2"):
         state |= clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
@@ -253,7 +253,7 @@ def checkpoint(pipe: Any) -> dict[str, Tensor]:
 
 
 def save_checkpoint(pipe: Any, file: Path, metadata: dict[str, str] | None = None, **extra: Tensor) -> Path:
-    """Writes a pipeline as one `.safetensors` file, with marker tensors beside its weights if any are given."""
+    """Write a pipeline as one `.safetensors` file, with marker tensors beside its weights if any are given."""
     state = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint(pipe).items()}
     save_file({**state, **extra}, file, metadata)
     return file

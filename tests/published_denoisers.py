@@ -15,13 +15,13 @@ from torch import nn
 from esd_lora.bases.single_file import CONFIGS
 
 
-def shipped(name: str) -> dict[str, Any]:
-    """The configurations that ship for single files, by component; their parameters are counted in test_single_file.py."""
+def shipped_config(name: str) -> dict[str, Any]:
+    """Return the configurations that ship for single files, by component (counted in test_single_file.py)."""
     return json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
 
 
-def build(parts: dict[str, Any], part: str) -> Any:
-    """A component from its configuration, wherever torch's default device is."""
+def build_component(parts: dict[str, Any], part: str) -> Any:
+    """Return a component made from its configuration, wherever torch's default device is."""
     config = {key: value for key, value in parts[part].items() if key != "_class_name"}
     library, name = parts["model_index"][part]
     if library == "diffusers":
@@ -40,9 +40,9 @@ _SD3 = {
     "out_channels": 16,
 }
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
-    "sd15": ("sd", UNet2DConditionModel, shipped("sd1")["unet"]),
-    "sd21": ("sd", UNet2DConditionModel, {**shipped("sd2")["unet"], "sample_size": 96}),
-    "sdxl": ("sdxl", UNet2DConditionModel, shipped("sdxl")["unet"]),
+    "sd15": ("sd", UNet2DConditionModel, shipped_config("sd1")["unet"]),
+    "sd21": ("sd", UNet2DConditionModel, {**shipped_config("sd2")["unet"], "sample_size": 96}),
+    "sdxl": ("sdxl", UNet2DConditionModel, shipped_config("sdxl")["unet"]),
     # stabilityai/stable-diffusion-3-medium-diffusers
     "sd3": ("sd3", SD3Transformer2DModel, {**_SD3, "pos_embed_max_size": 192}),
     # stabilityai/stable-diffusion-3.5-medium
@@ -66,11 +66,11 @@ SCOPE_COUNTS = {
     "flux": {"xattn": 76, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 494},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
 }
-"""Layers that each scope holds on the real architectures."""
+"""Number of layers that each scope holds on the published models."""
 
 
 def denoiser(name: str) -> nn.Module:
-    """A published model's denoiser on the meta device."""
-    _, make, config = DENOISERS[name]
+    """Return a published model's denoiser on the meta device."""
+    _, model_class, config = DENOISERS[name]
     with torch.device("meta"):
-        return make(**config)
+        return model_class(**config)

@@ -15,13 +15,14 @@ from esd_lora.recipe_files import load_recipe
 
 
 def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
-    """CLIP's tokenizer over bytes, without merges."""
+    """Return CLIP's tokenizer over bytes, without merges."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
 
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    """Return a U-Net of two levels; `changes` are fields of its configuration."""
     config = {
         "sample_size": 8,
         "in_channels": 4,
@@ -38,6 +39,7 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
 
 
 def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """Return a pipeline with latents of 8 x 8; the seed decides its weights."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -76,12 +78,13 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
+    """Save a tiny pipeline and return its directory."""
     tiny_pipeline(seed).save_pretrained(folder)
     return folder
 
 
 def tiny_recipe(base: Path | str, preset: str = "fast", concepts: Sequence[object] = ("a cat",), **settings: object) -> Recipe:
-    """A preset cut down to run in a moment; `settings` are fields of `train`, but for those of the recipe itself."""
+    """Return a preset cut down to run in a moment; `settings` are fields of `train`, but for those of the recipe itself."""
     small: dict[str, object] = {"steps": 4, "trajectory_steps": 4, "preview_every": 0, "checkpoint_every": 0, "probe_every": 0}
     if preset == "fast":
         small |= {"trajectories": 2, "preserve_trajectories": 2, "preserve_batch": 2}

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 import original_checkpoints
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.families import FAMILIES
+from esd_lora.families import family_named
 from random_erasers import eraser_on
 from tiny import tiny_unet
 from toys import WIDTH, make_toy
 
 
-def sd() -> nn.Module:
-    """Four levels, two resnets each, as in SD 1.x."""
+def sd_unet() -> nn.Module:
+    """Return a U-Net of four levels, two resnets each, as in SD 1.x."""
     return tiny_unet(
         block_out_channels=(8, 8, 16, 16),
         layers_per_block=2,
@@ -26,8 +26,8 @@ def sd() -> nn.Module:
     )
 
 
-def sdxl() -> nn.Module:
-    """Three levels with attention in the last two, transformers of growing depth."""
+def sdxl_unet() -> nn.Module:
+    """Return a U-Net of three levels with attention in the last two, transformers of growing depth, as in SDXL."""
     return tiny_unet(
         block_out_channels=(8, 8, 16),
         layers_per_block=2,
@@ -44,8 +44,8 @@ def sdxl() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], dict[str, str]]] = {
-    "sd": (sd, original_checkpoints.unet, {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"}),
-    "sdxl": (sdxl, original_checkpoints.unet, {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"}),
+    "sd": (sd_unet, original_checkpoints.unet, {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"}),
+    "sdxl": (sdxl_unet, original_checkpoints.unet, {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"}),
     "sd3": (
         lambda: make_toy("sd35").transformer,
         original_checkpoints.sd3,
@@ -61,17 +61,17 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], d
 
 
 def layers_of(family: str, model: nn.Module, scope: str = "full") -> list[str]:
-    """Module paths of a scope."""
-    return list(next(f for f in FAMILIES if f.name == family).modules(model, scope))
+    """Return the module paths of a scope."""
+    return list(family_named(family).modules(model, scope))
 
 
-def everywhere(family: str, model: nn.Module, **how: Any) -> Eraser:
-    """An eraser of every layer that any scope touches: mixed ranks, convolutions."""
-    return eraser_on(model, layers_of(family, model), **MODELS[family][2], **how)
+def eraser_on_all_layers(family: str, model: nn.Module, **options: Any) -> Eraser:
+    """Return an eraser of every layer that any scope touches: mixed ranks, convolutions."""
+    return eraser_on(model, layers_of(family, model), **MODELS[family][2], **options)
 
 
-def changed(family: str, model: Any, eraser: Eraser) -> dict[str, Tensor]:
-    """What an eraser does to a model's weights, under the original names: one copy has the updates added by hand."""
+def original_deltas(family: str, model: Any, eraser: Eraser) -> dict[str, Tensor]:
+    """Return what an eraser does to a model's weights, under the original names: one copy has the updates added by hand."""
     original = MODELS[family][1]
     before = {name: tensor.clone() for name, tensor in original(model).items()}
     layers = dict(model.named_modules())
@@ -85,10 +85,10 @@ def changed(family: str, model: Any, eraser: Eraser) -> dict[str, Tensor]:
 
 
 def client_deltas(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """What kohya's networks.lora, A1111 and ComfyUI add: `alpha / rank * up @ down` on the layer that a name stands for.
+    """Return what kohya's networks.lora, A1111 and ComfyUI add: `alpha / rank * up @ down` on the layer that a name stands for.
 
     Args:
-        tensors: Of a file with kohya's names.
+        tensors: Tensors of a file with kohya's names.
         names: The client's table, name in the file to weight of the model.
 
     Raises:
@@ -105,7 +105,7 @@ def client_deltas(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> di
 
 
 def client_names(family: str, model: Any) -> dict[str, str]:
-    """The table of ComfyUI (comfy/lora.py: model_lora_keys_unet), which A1111's and kohya's agree with on these names.
+    """Return the table of ComfyUI (comfy/lora.py: model_lora_keys_unet), which A1111's and kohya's agree with on these names.
 
     Every weight of the original model answers to `lora_unet_` and its name with underscores; a U-Net's also to diffusers'
     name of the layer.

@@ -45,7 +45,7 @@ _LDM_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end
 
 
 def clip(projected: bool = False, width: int = WIDTH) -> Any:
-    """A text encoder of CLIP's kind for `tiny_tokenizer`."""
+    """Return a text encoder of CLIP's kind for `tiny_tokenizer`."""
     tokenizer = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -63,7 +63,7 @@ def clip(projected: bool = False, width: int = WIDTH) -> Any:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, for T5 and Gemma."""
+    """Return a tokenizer for T5 and Gemma with a token a byte."""
     tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +77,7 @@ def _t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
 
 
 def _vae(channels: int = 4) -> AutoencoderKL:
-    """Eight pixels to a latent, as in every family of these."""
+    """Return a VAE with eight pixels to a latent, as in every family of these."""
     return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -91,8 +91,8 @@ def _vae(channels: int = 4) -> AutoencoderKL:
     )
 
 
-def _alive(model: nn.Module) -> nn.Module:
-    """Fills what starts at zero or nearly so, that text, time and latents all matter to the prediction."""
+def _with_random_weights(model: nn.Module) -> nn.Module:
+    """Fill what starts at zero or nearly so, so that text, time and latents all matter to the prediction."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,7 +149,7 @@ def _sd3(**changes: Any) -> StableDiffusion3Pipeline:
     t5, scheduler = byte_tokenizer(), FlowMatchEulerDiscreteScheduler(shift=3.0)
     long = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=2 * WIDTH, d_ff=WIDTH, d_kv=8, num_heads=2, num_layers=1))
     texts = (clip(True), tiny_tokenizer(), clip(True), tiny_tokenizer(), long, t5)
-    return StableDiffusion3Pipeline(_alive(transformer), scheduler, _vae(8), *texts)
+    return StableDiffusion3Pipeline(_with_random_weights(transformer), scheduler, _vae(8), *texts)
 
 
 def _flux(dev: bool) -> FluxPipeline:
@@ -166,7 +166,7 @@ def _flux(dev: bool) -> FluxPipeline:
     )
     shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0} if dev else {"shift": 1.0}
     scheduler, t5 = FlowMatchEulerDiscreteScheduler(**shifting), byte_tokenizer()
-    return FluxPipeline(scheduler, _vae(), clip(), tiny_tokenizer(), _t5(t5), t5, _alive(transformer))
+    return FluxPipeline(scheduler, _vae(), clip(), tiny_tokenizer(), _t5(t5), t5, _with_random_weights(transformer))
 
 
 def _sana() -> SanaPipeline:
@@ -210,7 +210,7 @@ def _sana() -> SanaPipeline:
         scaling_factor=0.41407,
     )
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return SanaPipeline(tokenizer, _alive(Gemma2Model(gemma)), vae, _alive(transformer), scheduler)
+    return SanaPipeline(tokenizer, _with_random_weights(Gemma2Model(gemma)), vae, _with_random_weights(transformer), scheduler)
 
 
 _BUILDERS: dict[str, Callable[[], Any]] = {
@@ -227,20 +227,21 @@ TOYS = tuple(_BUILDERS)
 
 
 def make_toy(name: str, seed: int = 0) -> Any:
-    """The toy pipeline of one family; the seed decides its weights."""
+    """Return the toy pipeline of one family; the seed decides its weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _BUILDERS[name]()
 
 
-def load_toy(folder: Path, **how: Any) -> Base:
-    """A saved toy as a base. Flux has its native size in the pipeline's code, not in a config: here it is the toy's."""
-    base = load_base(folder, device="cpu", **how)
+def load_toy(folder: Path, **options: Any) -> Base:
+    """Return a saved toy as a base. Flux has its native size in the pipeline's code, not in a config: here it is the toy's."""
+    base = load_base(folder, device="cpu", **options)
     if base.family.name == "flux":
         base.pipe.default_sample_size = 8
     return base
 
 
 def save_toy(name: str, folder: Path) -> Path:
+    """Save the toy pipeline of one family and return its directory."""
     make_toy(name).save_pretrained(folder)
     return folder

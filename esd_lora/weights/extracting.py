@@ -18,7 +18,7 @@ from esd_lora.bases.stored import EMA, StoredFile, bare_names, find_layers, only
 from esd_lora.erasers.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Origin
 from esd_lora.erasers.stacking import check_cut, kept_rank
-from esd_lora.erasers.tensor_files import DTYPES, read_header, read_rows, read_tensors
+from esd_lora.erasers.tensor_files import DTYPES, Header, read_header, read_rows, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily
 from esd_lora.families.layer_names import OriginalLayer
@@ -91,7 +91,7 @@ def extract(
     if not pairs:
         what = "share no layer" if not compared else f"do not differ in any of the {len(compared)} layers they share"
         raise EsdLoraError(f"{base} and {tuned} {what}: nothing to extract. Is {base} what it was tuned from?")
-    beyond = _differences(_read_files(stored.family, stored.files).others, result.others)
+    beyond = _differences(_open_denoiser(stored.family, stored.files).others, result.others)
     if beyond:
         name = max(beyond, key=lambda name: beyond[name])
         warnings.warn(
@@ -100,6 +100,7 @@ def extract(
             stacklevel=2,
         )
     overall = sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values())
+    read_from = {file.name: hash_file(file) for file in files}
     header = EraserHeader(
         family=stored.family.name,
         prefix=stored.family.denoiser,
@@ -112,15 +113,7 @@ def extract(
         recipes=(),
         versions={"esd-lora": version("esd-lora"), "torch": torch.__version__},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        origins=(
-            Origin(
-                how="extracted",
-                files={file.name: hash_file(file) for file in files},
-                layout=layout,
-                rank=rank,
-                energy=energy,
-            ),
-        ),
+        origins=(Origin(how="extracted", files=read_from, layout=layout, rank=rank, energy=energy),),
         truncation=max(0.0, 1 - overall) ** 0.5,
     )
     return Extracted(Eraser(pairs, header), {m: part / whole for m, (part, whole) in kept.items()}, overall, beyond)
@@ -157,68 +150,50 @@ def _open_tuned(family: ModelFamily, tuned: Path) -> tuple[_Denoiser, list[Path]
     """Return the tuned model's denoiser, the files it is read from, and their layout."""
     if tuned.suffix.lower() in PICKLES:
         tensors = {name: tensor for name, tensor in read_tensors(tuned)[0].items() if tensor.is_floating_point()}
-        layers = {name: members for name, members in find_layers(family, tensors).items() if tensors[name].dim() in (2, 4)}
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        return _denoiser(family, layers, shapes, set(tensors), lambda name, rows: tensors[name][rows]), [tuned], "pickle"
+        entries = {name: {"dtype": "F32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}  # or any other
+        file = only_layers(StoredFile(tuned, Header(entries, {}, 0), find_layers(family, tensors)))
+        return _open_denoiser(family, [file], lambda _, name, rows: tensors[name][rows]), [tuned], "pickle"
     if tuned.suffix.lower() == ".safetensors":
         header = read_header(tuned)
         file = only_layers(StoredFile(tuned, header, find_layers(family, header.tensors)))
-        return _read_files(family, [file]), [tuned], "safetensors"
+        return _open_denoiser(family, [file]), [tuned], "safetensors"
     stored = open_stored(tuned)
     if stored.family is not family:
         raise EsdLoraError(f"{tuned} is of family {stored.family.name!r}, the base of {family.name!r}.")
-    return _read_files(family, stored.files), [file.path for file in stored.files], "directory"
+    return _open_denoiser(family, stored.files), [file.path for file in stored.files], "directory"
 
 
-def _read_files(family: ModelFamily, files: Sequence[StoredFile]) -> _Denoiser:
-    """Return the denoiser in safetensors files."""
-    files_of = {name: file for file in files for name in file.header.tensors}
-    entries = {name: file.header.tensors[name] for name, file in files_of.items()}
-
-    def read(name: str, rows: slice) -> Tensor:
-        with files_of[name].path.open("rb") as source:
-            return read_rows(source, files_of[name].header, name, rows)
-
-    layers = {name: members for file in files for name, members in file.layers.items()}
-    floating = {name for name, entry in entries.items() if entry["dtype"] in DTYPES}
-    return _denoiser(family, layers, {name: entry["shape"] for name, entry in entries.items()}, floating, read)
+def _read_stored(file: StoredFile, name: str, rows: slice) -> Tensor:
+    with file.path.open("rb") as source:
+        return read_rows(source, file.header, name, rows)
 
 
-def _denoiser(
-    family: ModelFamily,
-    layers: Mapping[str, list[tuple[str, OriginalLayer]]],
-    shapes: Mapping[str, list[int]],
-    floating: set[str],
-    read: Callable[[str, slice], Tensor],
+def _open_denoiser(
+    family: ModelFamily, files: Sequence[StoredFile], read: Callable[[StoredFile, str, slice], Tensor] = _read_stored
 ) -> _Denoiser:
-    """Return the denoiser among some tensors.
+    """Return the denoiser in some files; `read` gives rows of one tensor by name."""
 
-    Args:
-        family: Family of the model.
-        layers: Tensor name to the layers in it.
-        shapes: Shape of every tensor.
-        floating: Names of those in floating point.
-        read: From a tensor's name and rows to the rows.
-    """
+    def read_layer(file: StoredFile, name: str, place: OriginalLayer) -> Tensor:
+        inputs = file.header.tensors[name]["shape"][1]
+        return place.reordered(read(file, name, place.rows(inputs)), inputs)
 
-    def read_layer(name: str, place: OriginalLayer) -> Tensor:
-        inputs = shapes[name][1]
-        return place.reordered(read(name, place.rows(inputs)), inputs)
-
-    bare = bare_names(shapes)
-    modules = {place.name: module for module, place in family.original_layers(bare).items() if not place.total}
-    others: dict[str, Callable[[], Tensor]] = {}
-    for name, full in bare.items():
-        if full in floating and full not in layers:
-            original, _, kind = name.rpartition(".")
-            others[f"{modules.get(original, original)}.{kind}"] = partial(read, full, slice(None))
-    readers = {
-        module: partial(read_layer, name, place)
-        for name, members in layers.items()
+    layers = {
+        module: partial(read_layer, file, name, place)
+        for file in files
+        for name, members in file.layers.items()
         for module, place in members
         if not name.startswith(EMA)
     }
-    return _Denoiser(readers, others)
+    files_of = {name: file for file in files for name in file.header.tensors}
+    bare = bare_names(files_of)
+    modules = {place.name: module for module, place in family.original_layers(bare).items() if not place.total}
+    others: dict[str, Callable[[], Tensor]] = {}
+    for name, full in bare.items():
+        file = files_of[full]
+        if full not in file.layers and file.header.tensors[full]["dtype"] in DTYPES:
+            original, _, kind = name.rpartition(".")
+            others[f"{modules.get(original, original)}.{kind}"] = partial(read, file, full, slice(None))
+    return _Denoiser(layers, others)
 
 
 def _differences(old: Mapping[str, Callable[[], Tensor]], new: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -55,18 +55,18 @@ def test_scale_reaches_the_denoiser_as_in_its_pipeline(distilled: Base) -> None:
         calls.append((x, t.expand(1), output[0]))
 
     hook = distilled.model.register_forward_hook(record, with_kwargs=True)
-    asked = {**distilled.family.call_kwargs(distilled.pipe), "height": 64, "width": 64}
+    call_kwargs = {**distilled.family.call_kwargs(distilled.pipe), "height": 64, "width": 64}
     if distilled.family.name == "sd":
-        asked = {}  # its pixels are two to a latent
-    distilled.pipe("a cat", num_inference_steps=2, guidance_scale=6.0, output_type="latent", **asked)
+        call_kwargs = {}  # its pixels are two to a latent
+    distilled.pipe("a cat", num_inference_steps=2, guidance_scale=6.0, output_type="latent", **call_kwargs)
     hook.remove()
     assert len(calls) == 2  # one prediction a step: no classifier-free guidance
-    told, other = (distilled.encode(["a cat"], guidance=scale) for scale in (6.0, 1.0))
+    condition, other_condition = (distilled.encode(["a cat"], guidance=scale) for scale in (6.0, 1.0))
     for (x, _, expected), t in zip(calls, distilled.pipe.scheduler.timesteps, strict=True):
         if distilled.family.name == "flux":
             x, expected = (distilled.pipe._unpack_latents(y, 64, 64, 8) for y in (x, expected))
-        torch.testing.assert_close(distilled.predict(x, t.expand(1), told), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(distilled.predict(x, t.expand(1), other), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(distilled.predict(x, t.expand(1), condition), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(distilled.predict(x, t.expand(1), other_condition), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.5])
@@ -92,8 +92,8 @@ def test_plain_models_are_told_no_scale(base: Base, tmp_path: Path) -> None:
         assert "guidance" not in plain.encode(["a cat"], guidance=6.0)
 
 
-@pytest.mark.parametrize(("guidance", "asked"), [(1.0, 1), (3.0, 2)])
-def test_walk_without_guidance_asks_once_a_step(base: Base, guidance: float, asked: int) -> None:
+@pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 1), (3.0, 2)])
+def test_walk_without_guidance_asks_once_a_step(base: Base, guidance: float, evaluations: int) -> None:
     """Few-step models are walked at guidance 1: what they were distilled for, at half the cost."""
     latents: list[int] = []
 
@@ -103,7 +103,7 @@ def test_walk_without_guidance_asks_once_a_step(base: Base, guidance: float, ask
 
     scheduler, noise = base.family.scheduler(base.pipe, 4, base.latent_shape()), torch.zeros(1, *base.latent_shape())
     list(walk(predict, scheduler, noise, base.encode(["a cat"]), base.encode([""]), guidance=guidance))
-    assert sum(latents) == 4 * asked
+    assert sum(latents) == 4 * evaluations
 
 
 def test_lcm_is_of_the_sd_family(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_merge_single_file import KINDS, written
+from test_merge_single_file import KINDS, write_checkpoint
 
 import original_checkpoints
 from esd_lora.erasers.eraser import Eraser, hash_weight
@@ -28,34 +28,34 @@ from toy_denoisers import MODELS, layers_of
 from toys import make_toy
 
 
-def assert_same(found: Eraser, expected: Eraser) -> None:
-    assert found.pairs.keys() == expected.pairs.keys()
+def assert_same(extracted: Eraser, expected: Eraser) -> None:
+    assert extracted.pairs.keys() == expected.pairs.keys()
     for module, pair in expected.pairs.items():
-        delta = found.pairs[module].delta().reshape(pair.shape)
+        delta = extracted.pairs[module].delta().reshape(pair.shape)
         assert (delta - pair.delta()).norm() <= 1e-4 * pair.delta().norm(), module
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_eraser_comes_back(kind: str, tmp_path: Path) -> None:
     """At its own rank, from a single file, to 1e-4; layers that it does not touch are left out."""
-    file, model, _ = written(kind, tmp_path)
+    file, model, _ = write_checkpoint(kind, tmp_path)
     family = {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux"}.get(kind, kind)
     prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
     layers = layers_of(family, model)[::4]
     eraser = eraser_on(model, layers, "a cat", rank=2, **{**MODELS[family][2], **prediction})
     with pytest.warns(UserWarning, match="does not say which weights"):
         tuned = merge([eraser], file, tmp_path / "tuned.safetensors", progress=False)
-    for asked in ({"rank": 2}, {"energy": 1 - 1e-9}):
-        found = extract(file, tuned, progress=False, **asked)
-        assert_same(found.eraser, eraser)
-        assert found.overall > 1 - 1e-6
-        assert found.beyond == {}
-    header = found.eraser.header
+    for cut in ({"rank": 2}, {"energy": 1 - 1e-9}):
+        extracted = extract(file, tuned, progress=False, **cut)
+        assert_same(extracted.eraser, eraser)
+        assert extracted.overall > 1 - 1e-6
+        assert extracted.beyond == {}
+    header = extracted.eraser.header
     assert header.family == family
     weights = dict(model.named_parameters())
     assert header.base_hashes == {module: hash_weight(weights[f"{module}.weight"]) for module in layers}
     assert (header.origins[0].how, list(header.origins[0].files)) == ("extracted", ["tuned.safetensors"])
-    again = merge([found.eraser], file, tmp_path / "again.safetensors", progress=False)  # no warning: it knows its base
+    again = merge([extracted.eraser], file, tmp_path / "again.safetensors", progress=False)  # no warning: it knows its base
     for name, tensor in load_file(again).items():
         torch.testing.assert_close(tensor, load_file(tuned)[name], rtol=1e-4, atol=1e-4)
 
@@ -92,35 +92,35 @@ def test_released_forms(tiny_dir: Path, tmp_path: Path, form: str) -> None:
         tuned = shutil.copytree(tiny_dir, tmp_path / "esd-cat")
         unet.save_pretrained(tuned / "unet")
     with pytest.warns(UserWarning, match=r"biases and norms of .* differ too, which no LoRA can hold"):
-        found = extract(tiny_dir, tuned, energy=1.0, progress=False)
-    assert found.eraser.names == ["esd-cat"]
+        extracted = extract(tiny_dir, tuned, energy=1.0, progress=False)
+    assert extracted.eraser.names == ["esd-cat"]
     before, after = (dict(model.named_modules()) for model in (tiny_pipeline().unet, unet))
-    assert found.eraser.pairs.keys() == set(layers_of("sd", unet, "xattn"))
-    for module, pair in found.eraser.pairs.items():
+    assert extracted.eraser.pairs.keys() == set(layers_of("sd", unet, "xattn"))
+    for module, pair in extracted.eraser.pairs.items():
         torch.testing.assert_close(pair.delta(), after[module].weight - before[module].weight, rtol=1e-4, atol=1e-5)
-    assert set(found.beyond) == {name for name in trained if not name.endswith(".weight")}
+    assert set(extracted.beyond) == {name for name in trained if not name.endswith(".weight")}
 
 
 def test_lower_rank_keeps_what_svd_keeps(tiny_dir: Path, tmp_path: Path) -> None:
     unet, trained = tuned_unet()
     save_file({name: tensor for name, tensor in trained.items() if name.endswith("weight")}, tmp_path / "t.safetensors")
-    found = extract(tiny_dir, tmp_path / "t.safetensors", rank=3, progress=False)
+    extracted = extract(tiny_dir, tmp_path / "t.safetensors", rank=3, progress=False)
     before, after = (dict(model.named_modules()) for model in (tiny_pipeline().unet, unet))
     kept = whole = 0.0
-    for module, pair in found.eraser.pairs.items():
+    for module, pair in extracted.eraser.pairs.items():
         delta = (after[module].weight.double() - before[module].weight.double()).detach()
         squares = torch.linalg.svdvals(delta).square()
         assert pair.rank == 3
-        assert found.energy[module] == pytest.approx(float(squares[:3].sum() / squares.sum()), abs=1e-9)
+        assert extracted.energy[module] == pytest.approx(float(squares[:3].sum() / squares.sum()), abs=1e-9)
         distance = (pair.delta().double() - delta).norm().square() / squares.sum()
-        assert float(distance) == pytest.approx(1 - found.energy[module], abs=1e-6)
+        assert float(distance) == pytest.approx(1 - extracted.energy[module], abs=1e-6)
         kept, whole = kept + float(squares[:3].sum()), whole + float(squares.sum())
-    assert found.overall == pytest.approx(kept / whole, abs=1e-9)
-    assert found.eraser.header.truncation == pytest.approx((1 - kept / whole) ** 0.5, abs=1e-6)
-    some = extract(tiny_dir, tmp_path / "t.safetensors", energy=0.8, progress=False)
-    for module, pair in some.eraser.pairs.items():
+    assert extracted.overall == pytest.approx(kept / whole, abs=1e-9)
+    assert extracted.eraser.header.truncation == pytest.approx((1 - kept / whole) ** 0.5, abs=1e-6)
+    by_energy = extract(tiny_dir, tmp_path / "t.safetensors", energy=0.8, progress=False)
+    for module, pair in by_energy.eraser.pairs.items():
         squares = torch.linalg.svdvals((after[module].weight.double() - before[module].weight.double()).detach()).square()
-        assert some.energy[module] >= 0.8
+        assert by_energy.energy[module] >= 0.8
         assert float(squares[: pair.rank - 1].sum() / squares.sum()) < 0.8
 
 
@@ -134,12 +134,12 @@ def test_norms_of_a_pickle_are_compared_too(tiny_dir: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("cut", "words"),
     [({"rank": 3}, "rank 3"), ({"energy": 0.5}, "energy 0.5"), ({"rank": 2, "energy": 1.0}, "rank 2, energy 1.0")],
 )
 @pytest.mark.parametrize("layout", ["safetensors", "pickle", "directory"])
 def test_origin_says_what_was_read_and_kept(
-    asked: dict[str, float], words: str, layout: str, tiny_dir: Path, tmp_path: Path
+    cut: dict[str, float], words: str, layout: str, tiny_dir: Path, tmp_path: Path
 ) -> None:
     unet, trained = tuned_unet()
     tuned = tmp_path / {"safetensors": "t.safetensors", "pickle": "t.pt", "directory": "t"}[layout]
@@ -151,10 +151,10 @@ def test_origin_says_what_was_read_and_kept(
         save_file(weights, tuned) if layout == "safetensors" else torch.save(weights, tuned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of biases
-        eraser = extract(tiny_dir, tuned, progress=False, **asked).eraser  # type: ignore[arg-type]
+        eraser = extract(tiny_dir, tuned, progress=False, **cut).eraser  # type: ignore[arg-type]
     (origin,) = Eraser.load(eraser.save(tmp_path / "eraser")).header.origins
     assert (origin.how, origin.layout) == ("extracted", layout)
-    assert (origin.rank, origin.energy) == (asked.get("rank"), asked.get("energy"))
+    assert (origin.rank, origin.energy) == (cut.get("rank"), cut.get("energy"))
     assert f"), {layout}, {words}; provenance unknown" in "\n".join(inspect_file(tmp_path / "eraser").lines())
 
 
@@ -196,9 +196,9 @@ def test_full_energy_keeps_what_rounding_adds_only_where_there_is_none() -> None
     assert kept_rank(squares, None, 1.0, rounding=1e-12) == 2
 
 
-def refusal(base: Path, tuned: Path, **asked: float) -> str:
+def refusal(base: Path, tuned: Path, **cut: float) -> str:
     with pytest.raises(EsdLoraError) as caught:
-        extract(base, tuned, progress=False, **asked)  # type: ignore[arg-type]
+        extract(base, tuned, progress=False, **cut)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -60,7 +60,7 @@ def test_every_family_has_a_toy() -> None:
     assert toys == covered - {"LatentConsistencyModelPipeline"}  # SD's U-Net with one more input: test_distilled_models
 
 
-def spied(base: Base, **asked: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+def record_calls(base: Base, **call_kwargs: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(latents, timestep, prediction) of every call the pipeline makes of its denoiser while it paints."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -71,7 +71,7 @@ def spied(base: Base, **asked: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
 
     hook = base.model.register_forward_hook(record, with_kwargs=True)
     try:
-        base.pipe(num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(0), **asked)
+        base.pipe(num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(0), **call_kwargs)
     finally:
         hook.remove()
     return calls
@@ -83,7 +83,7 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
     guided = base.family.name != "flux"
     scale = 3.0 if guided else 1.0
     shape = {} if base.id.endswith("/sd") else {"height": 64, "width": 64}
-    calls = spied(base, prompt="a cat in the rain", guidance_scale=scale, **shape, **base.family.call_kwargs(base.pipe))
+    calls = record_calls(base, prompt="a cat in the rain", guidance_scale=scale, **shape, **base.family.call_kwargs(base.pipe))
     assert len(calls) == STEPS
     condition = base.encode(["", "a cat in the rain"])
     grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps
@@ -92,11 +92,11 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
         if base.family.name == "flux":
             x, expected = (base.pipe._unpack_latents(y, 8 * height, 8 * width, 8) for y in (x, expected))
         x, expected = (y[:, :channels] if guided else y.repeat(2, 1, 1, 1) for y in (x, expected))
-        found = base.predict(x, t.expand(2), condition)
-        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+        prediction = base.predict(x, t.expand(2), condition)
+        torch.testing.assert_close(prediction[1], expected[1], rtol=1e-4, atol=1e-5)
         if guided:
-            torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(prediction[0], expected[0], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(prediction[0], prediction[1], rtol=1e-3, atol=1e-3)
     # The walk visits the pipeline's own grid; Sana's solver starts at 0.999 where Euler starts at 1.
     torch.testing.assert_close(grid.float(), base.pipe.scheduler.timesteps.float(), rtol=3e-3, atol=3)
 
@@ -141,7 +141,7 @@ def test_training_moves_the_student_to_its_target(toy: Path) -> None:
 
     recipe = tiny_recipe(toy, lr=0.01, steps=30, probe_every=2, preserve=[], batch_size=4, eta=1.0)
     train(recipe, base=load_toy(toy), on_step=[note], progress=False)
-    residual = [abs(1 - found) for found in erasure]
+    residual = [abs(1 - value) for value in erasure]
     assert min(residual) < 0.8 * residual[0]
     assert erasure[-1] > erasure[0] > 0
 
@@ -156,12 +156,17 @@ def test_file_loads_in_plain_diffusers_and_paints_the_same(toy: Path, eraser_dir
     pipe = DiffusionPipeline.from_pretrained(toy)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(eraser_dir)
-    asked: dict[str, Any] = {"num_inference_steps": base.steps, "guidance_scale": base.guidance, "height": 64, "width": 64}
-    asked |= base.family.call_kwargs(pipe)
+    call_kwargs: dict[str, Any] = {
+        "num_inference_steps": base.steps,
+        "guidance_scale": base.guidance,
+        "height": 64,
+        "width": 64,
+    }
+    call_kwargs |= base.family.call_kwargs(pipe)
     if toy.name == "sd":
-        del asked["height"], asked["width"]
-    theirs = pipe("a cat", generator=torch.Generator().manual_seed(0), **asked).images
-    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+        del call_kwargs["height"], call_kwargs["width"]
+    by_diffusers = pipe("a cat", generator=torch.Generator().manual_seed(0), **call_kwargs).images
+    assert np.abs(pixels(ours) - pixels(by_diffusers)).max() <= 1
     assert np.abs(pixels(ours) - pixels(before)).max() > 1
 
 
@@ -170,8 +175,8 @@ def test_previews_need_no_text_encoder(base: Base) -> None:
     expected = paint(base, prompts, [0, 1], steps=2)
     condition = base.encode([*prompts, "", ""])
     base.free_text_encoders()
-    found = paint(base, prompts, [0, 1], steps=2, encode=lambda _: condition)
-    assert np.abs(pixels(found) - pixels(expected)).max() <= 1
+    actual = paint(base, prompts, [0, 1], steps=2, encode=lambda _: condition)
+    assert np.abs(pixels(actual) - pixels(expected)).max() <= 1
 
 
 def test_merged_is_adapted(toy: Path, eraser_dir: Path, base: Base, tmp_path: Path) -> None:
@@ -200,23 +205,23 @@ def test_training_loads_the_base_by_itself_at_any_shape(toy: Path) -> None:
 
 @torch.no_grad()
 def test_pseudo_words_take_the_place_of_the_rarest_token(base: Base) -> None:
-    """Every text encoder hears one, the same for the same seed, and the rest of the prompt stays."""
+    """Every text encoder reads one, the same for the same seed, and the rest of the prompt stays."""
     prompts = ["a dog in the rain", "a hat in the rain", "in the rain"]
     words = PseudoWords(base, prompts)
 
-    def told(seed: int) -> dict[str, Tensor]:
+    def encode(seed: int) -> dict[str, Tensor]:
         return words.encode(prompts[:2], torch.Generator().manual_seed(seed))
 
-    real, one, again, other = base.encode(prompts[:2]), told(0), told(0), told(1)
-    assert real.keys() == one.keys()
-    embeds = [name for name in real if name.endswith("embeds")]
+    plain, first, again, other = base.encode(prompts[:2]), encode(0), encode(0), encode(1)
+    assert plain.keys() == first.keys()
+    embeds = [name for name in plain if name.endswith("embeds")]
     assert embeds
     for name in embeds:
-        assert torch.equal(one[name], again[name])
-        for changed in (real, other):
-            assert not any(torch.equal(a, b) for a, b in zip(one[name], changed[name], strict=True)), name
-        assert one[name].isfinite().all()
-    assert torch.equal(base.encode(prompts[:2])[embeds[0]], real[embeds[0]])  # no hook is left
+        assert torch.equal(first[name], again[name])
+        for changed in (plain, other):
+            assert not any(torch.equal(a, b) for a, b in zip(first[name], changed[name], strict=True)), name
+        assert first[name].isfinite().all()
+    assert torch.equal(base.encode(prompts[:2])[embeds[0]], plain[embeds[0]])  # no hook is left
 
 
 def test_stack_is_fused_and_harmonised(base: Base, eraser_dir: Path) -> None:

@@ -81,11 +81,11 @@ def test_merged_model_predicts_what_the_stack_does(tiny_dir: Path, tmp_path: Pat
     x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 20])
     base, merged = load_base(tiny_dir), load_base(out)
     with torch.no_grad():
-        told = base.encode(["a cat", "a dog"])
-        plain = base.predict(x_t, t, told)
+        condition = base.encode(["a cat", "a dog"])
+        plain = base.predict(x_t, t, condition)
         with applied(base, [cat, Eraser.load(car_dir)], [1, 0.5]):
-            stacked = base.predict(x_t, t, told)
-        torch.testing.assert_close(merged.predict(x_t, t, told), stacked, rtol=1e-5, atol=1e-5)
+            stacked = base.predict(x_t, t, condition)
+        torch.testing.assert_close(merged.predict(x_t, t, condition), stacked, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(stacked, plain, atol=1e-3)
 
 

@@ -27,21 +27,21 @@ from esd_lora.weights.merging import merge
 from esd_lora.weights.streaming import MERGED_KEY
 from esd_lora.weights.verifying import verify
 from random_erasers import eraser_on
-from toy_denoisers import MODELS, changed, everywhere, layers_of
+from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
 KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev")
 FAMILY = {"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux"}
 
 
-def with_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:
+def with_base_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:
     """As if trained on the model."""
     layers = dict(model.named_modules())
     hashes = {module: hash_weight(layers[module].weight) for module in eraser.pairs}
     return Eraser(eraser.pairs, eraser.header.model_copy(update={"base_hashes": hashes}))
 
 
-def written(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, torch.nn.Module, Eraser]:
+def write_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, torch.nn.Module, Eraser]:
     """A toy checkpoint in one file, its denoiser, and an eraser of all its layers."""
     pipe = make_toy(kind)
     model = getattr(pipe, "transformer", None) or pipe.unet
@@ -58,13 +58,13 @@ def written(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tupl
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
     eraser = eraser_on(model, layers_of(FAMILY[kind], model), "a cat", **{**MODELS[FAMILY[kind]][2], **prediction})
-    return file, model, with_hashes(eraser, model)
+    return file, model, with_base_hashes(eraser, model)
 
 
 def assert_merged(out: Path, file: Path, family: str, model: torch.nn.Module, eraser: Eraser) -> None:
     """The update in the original's layout, from a model whose weights were changed by hand; everything else as it was."""
     before, after = load_file(file), load_file(out)
-    expected = changed(family, model, eraser)
+    expected = original_deltas(family, model, eraser)
     assert after.keys() == before.keys()
     touched = 0
     for name, old in before.items():
@@ -81,7 +81,7 @@ def assert_merged(out: Path, file: Path, family: str, model: torch.nn.Module, er
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_the_sum_and_the_rest_is_untouched(kind: str, tmp_path: Path) -> None:
-    file, model, eraser = written(kind, tmp_path)
+    file, model, eraser = write_checkpoint(kind, tmp_path)
     before = file.read_bytes()
     out = merge([eraser], file, tmp_path / "new" / "merged.safetensors", progress=False)
     assert_merged(out, file, FAMILY[kind], model, eraser)
@@ -94,7 +94,7 @@ def test_weights_are_the_sum_and_the_rest_is_untouched(kind: str, tmp_path: Path
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype_stays_and_is_rounded_to_once(dtype: torch.dtype, tmp_path: Path) -> None:
-    file, model, eraser = written("sdxl", tmp_path, dtype)
+    file, model, eraser = write_checkpoint("sdxl", tmp_path, dtype)
     out = merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
     assert_merged(out, file, "sdxl", model, eraser)
     name, module = "model.diffusion_model.middle_block.1.proj_in.weight", "mid_block.attentions.0.proj_in"
@@ -104,7 +104,7 @@ def test_dtype_stays_and_is_rounded_to_once(dtype: torch.dtype, tmp_path: Path) 
 
 def test_averaged_weights_are_merged_too(tmp_path: Path) -> None:
     """v1-5-pruned holds the U-Net twice; an eraser merged into one of them would leave the concept in the other."""
-    file, model, eraser = written("sd", tmp_path)
+    file, model, eraser = write_checkpoint("sd", tmp_path)
     state = load_file(file)
     averaged = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
@@ -113,7 +113,7 @@ def test_averaged_weights_are_merged_too(tmp_path: Path) -> None:
     }
     save_file({**state, **averaged}, file)
     out = merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
-    expected, before, after = changed("sd", model, eraser), load_file(file), load_file(out)
+    expected, before, after = original_deltas("sd", model, eraser), load_file(file), load_file(out)
     for name, delta in expected.items():
         twin = "model_ema." + name.removeprefix("model.").replace(".", "")
         torch.testing.assert_close(after[twin], before[twin] + delta, rtol=1e-6, atol=2e-5)
@@ -121,7 +121,7 @@ def test_averaged_weights_are_merged_too(tmp_path: Path) -> None:
 
 
 def test_metadata_grows_by_what_was_merged(tmp_path: Path) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
     out = merge([eraser], file, tmp_path / "one.safetensors", weights=[Strength(0.5, {"mid": 2.0})], progress=False)
     with pytest.warns(UserWarning, match="other weights"):
         again = merge([eraser], out, tmp_path / "two.safetensors", weights=[-1.0], progress=False)
@@ -137,7 +137,7 @@ def test_metadata_grows_by_what_was_merged(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:eraser of .* was trained on other weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_merging_and_taking_out_restores_the_base(dtype: torch.dtype, tmp_path: Path) -> None:
-    file, _, eraser = written("sd", tmp_path, dtype)
+    file, _, eraser = write_checkpoint("sd", tmp_path, dtype)
     there = merge([eraser], file, tmp_path / "there.safetensors", progress=False)
     back = merge([eraser], there, tmp_path / "back.safetensors", weights=[-1.0], progress=False)
     before, between, after = load_file(file), load_file(there), load_file(back)
@@ -147,9 +147,9 @@ def test_merging_and_taking_out_restores_the_base(dtype: torch.dtype, tmp_path: 
 
 
 def test_stack_of_scopes_ranks_and_weights(tmp_path: Path) -> None:
-    file, model, _ = written("sdxl", tmp_path)
+    file, model, _ = write_checkpoint("sdxl", tmp_path)
     members = [
-        with_hashes(eraser_on(model, layers_of("sdxl", model, scope), seed=i, rank=i + 1, **MODELS["sdxl"][2]), model)
+        with_base_hashes(eraser_on(model, layers_of("sdxl", model, scope), seed=i, rank=i + 1, **MODELS["sdxl"][2]), model)
         for i, scope in enumerate(("xattn", "noxattn", "xattn-kv"))
     ]
     out = merge(members, file, tmp_path / "merged.safetensors", weights=[1.0, -0.5, 2.0], progress=False)
@@ -159,7 +159,7 @@ def test_stack_of_scopes_ranks_and_weights(tmp_path: Path) -> None:
 def test_published_layout(tmp_path: Path) -> None:
     """Four levels with two resnets each, as in SD 1.x itself; the toys have fewer."""
     model = MODELS["sd"][0]()
-    eraser = with_hashes(everywhere("sd", model), model)
+    eraser = with_base_hashes(eraser_on_all_layers("sd", model), model)
     clip = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     file = tmp_path / "sd.safetensors"
     save_file({**{n: t.contiguous() for n, t in original_checkpoints.unet(model).items()}, **clip}, file)
@@ -170,16 +170,16 @@ def test_published_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_is_found_and_hashed_alike(kind: str, tmp_path: Path) -> None:
     """What a checkpoint holds is what the model made of it has: names, order of rows, values."""
-    file, model, _ = written(kind, tmp_path)
+    file, model, _ = write_checkpoint(kind, tmp_path)
     layers = dict(model.named_modules())
-    found = dict(open_stored(file).weights())
-    assert set(layers_of(FAMILY[kind], model)) <= found.keys()
-    for module, weight in found.items():
+    weights = dict(open_stored(file).weights())
+    assert set(layers_of(FAMILY[kind], model)) <= weights.keys()
+    for module, weight in weights.items():
         assert torch.equal(weight.flatten(), layers[module].weight.flatten()), module
 
 
 def test_tampered_results_are_told(tmp_path: Path) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
     out = merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
     good = load_file(out)
     touched, untouched = "model.diffusion_model.middle_block.1.proj_in.weight", "model.diffusion_model.out.0.weight"
@@ -207,7 +207,7 @@ def refusal(eraser: Eraser, file: Path, out: Path, **options: object) -> str:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
     out = tmp_path / "merged.safetensors"
     assert "/proc" in refusal(eraser, file, Path("/proc/esd-lora/merged.safetensors"))
     (tmp_path / "link.safetensors").hardlink_to(file)
@@ -235,13 +235,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "GB are free" in refusal(eraser, file, tmp_path / "merged.safetensors")
 
 
 def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -257,12 +257,12 @@ import os, signal, sys
 from pathlib import Path
 from esd_lora.weights import merging, streaming as merged_file
 file, eraser, out, after, force = sys.argv[1:]
-written = 0
+write_checkpoint = 0
 really = merged_file._add
 def dying(*args):
-    global written
-    written += 1
-    if written == int(after):
+    global write_checkpoint
+    write_checkpoint += 1
+    if write_checkpoint == int(after):
         os.kill(os.getpid(), signal.SIGKILL)
     return really(*args)
 merged_file._add = dying
@@ -272,7 +272,7 @@ merging.merge([eraser], file, out, force=bool(int(force)), progress=False)
 
 @pytest.mark.parametrize("force", [False, True])
 def test_kill_leaves_no_output_or_the_old_one(force: bool, tmp_path: Path) -> None:
-    file, _, eraser = written("sd", tmp_path)
+    file, _, eraser = write_checkpoint("sd", tmp_path)
     eraser.save(tmp_path / "eraser")
     out = tmp_path / "new" / "merged.safetensors"
     if force:

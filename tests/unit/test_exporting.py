@@ -25,7 +25,7 @@ from esd_lora.formats.importing import import_lora
 from published_denoisers import DENOISERS, denoiser
 from random_erasers import eraser_on, random_pair
 from tiny import tiny_pipeline
-from toy_denoisers import MODELS, changed, client_deltas, client_names, everywhere, layers_of
+from toy_denoisers import MODELS, client_deltas, client_names, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
 FAMILIES = tuple(MODELS)
@@ -41,14 +41,14 @@ def metadata_of(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def out_of(layout: str, folder: Path) -> Path:
+def output_path(layout: str, folder: Path) -> Path:
     return folder / ("peft" if layout == "peft" else f"{layout}.safetensors")
 
 
-def assert_same_deltas(found: Eraser, expected: Eraser, tolerance: float = 1e-6) -> None:
-    assert found.pairs.keys() == expected.pairs.keys()
+def assert_same_deltas(actual: Eraser, expected: Eraser, tolerance: float = 1e-6) -> None:
+    assert actual.pairs.keys() == expected.pairs.keys()
     for module, pair in expected.pairs.items():
-        distance = (found.pairs[module].delta() - pair.delta()).norm() / pair.delta().norm()
+        distance = (actual.pairs[module].delta() - pair.delta()).norm() / pair.delta().norm()
         assert distance < tolerance, module
 
 
@@ -56,14 +56,14 @@ def assert_same_deltas(found: Eraser, expected: Eraser, tolerance: float = 1e-6)
 def test_clients_add_the_same_update(family: str, models: dict[str, torch.nn.Module]) -> None:
     """Every weight of the original model, those that no eraser touches included; mixed ranks, convolutions, fused layers."""
     model = models[family]
-    eraser = everywhere(family, model)
-    expected, table = changed(family, model, eraser), client_names(family, model)
-    found = client_deltas(kohya_tensors(eraser), table)
+    eraser = eraser_on_all_layers(family, model)
+    expected, table = original_deltas(family, model, eraser), client_names(family, model)
+    actual = client_deltas(kohya_tensors(eraser), table)
     assert len(eraser.pairs) > 20 or family == "flux"
     for name, delta in expected.items():
-        added = found.pop(name).reshape(delta.shape) if name in found else torch.zeros_like(delta)
+        added = actual.pop(name).reshape(delta.shape) if name in actual else torch.zeros_like(delta)
         torch.testing.assert_close(added, delta, rtol=1e-5, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
-    assert not found
+    assert not actual
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,10 +71,10 @@ def test_clients_add_the_same_update(family: str, models: dict[str, torch.nn.Mod
 def test_scopes_that_are_part_of_a_fused_layer(family: str, scope: str, models: dict[str, torch.nn.Module]) -> None:
     model = models[family]
     eraser = eraser_on(model, layers_of(family, model, scope), **MODELS[family][2])
-    expected, found = changed(family, model, eraser), client_deltas(kohya_tensors(eraser), client_names(family, model))
+    expected, actual = original_deltas(family, model, eraser), client_deltas(kohya_tensors(eraser), client_names(family, model))
     for name, delta in expected.items():
-        if name in found:
-            torch.testing.assert_close(found[name].reshape(delta.shape), delta, rtol=1e-5, atol=2e-5)
+        if name in actual:
+            torch.testing.assert_close(actual[name].reshape(delta.shape), delta, rtol=1e-5, atol=2e-5)
         else:
             assert not delta.any()
 
@@ -112,7 +112,7 @@ def test_names_are_those_seen_in_files() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_alpha_for_all_layers(family: str, models: dict[str, torch.nn.Module]) -> None:
-    tensors = kohya_tensors(everywhere(family, models[family]))
+    tensors = kohya_tensors(eraser_on_all_layers(family, models[family]))
     assert len({float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}) == 1
     layers = {name.split(".")[0] for name in tensors}
     assert {f"{layer}{part}" for layer in layers for part in (".lora_down.weight", ".lora_up.weight", ".alpha")} == set(tensors)
@@ -132,15 +132,15 @@ def test_kohya_file_in_diffusers(family: str, models: dict[str, torch.nn.Module]
     loader = StableDiffusionPipeline if family == "sd" else StableDiffusionXLPipeline
     pipe.register_modules(unet=model)
     loader.load_lora_weights(pipe, file, adapter_name="esd_x")
-    found = {
+    actual = {
         path: layer.scaling["esd_x"] * LoraPair(layer.lora_A["esd_x"].weight, layer.lora_B["esd_x"].weight).delta()
         for path, layer in model.named_modules()
         if hasattr(layer, "lora_A")
     }
     model.unload_lora()
-    assert found.keys() == eraser.pairs.keys()
+    assert actual.keys() == eraser.pairs.keys()
     for module, pair in eraser.pairs.items():
-        torch.testing.assert_close(found[module], pair.delta(), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(actual[module], pair.delta(), rtol=1e-5, atol=2e-5)
 
 
 def test_kohya_file_of_flux_in_diffusers(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_kohya_file_of_flux_in_diffusers(tmp_path: Path) -> None:
     pairs = {
         module: random_pair(shape, 1 + i % 2, generator, torch.float32) for i, (module, shape) in enumerate(shapes.items())
     }
-    eraser = Eraser(pairs, everywhere("flux", make_toy("flux-dev").transformer).header)
+    eraser = Eraser(pairs, eraser_on_all_layers("flux", make_toy("flux-dev").transformer).header)
     file = export(eraser, tmp_path / "k.safetensors", layout="kohya")
     converted = FluxPipeline.lora_state_dict(str(file))
     for module, pair in pairs.items():
@@ -170,8 +170,8 @@ def test_kohya_file_of_flux_in_diffusers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back(family: str, layout: str, models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
-    eraser = everywhere(family, models[family])
-    back = import_lora(export(eraser, out_of(layout, tmp_path), layout=layout))
+    eraser = eraser_on_all_layers(family, models[family])
+    back = import_lora(export(eraser, output_path(layout, tmp_path), layout=layout))
     assert_same_deltas(back, eraser)
     assert back.header == eraser.header
     assert [pair.rank for pair in back.pairs.values()] == [back.pairs[m].rank for m in back.pairs]
@@ -192,9 +192,9 @@ def test_any_eraser_goes_there_and_back(
     """Half precision too, to the 1e-6 of float32: rounding happens nowhere on the way."""
     model = _MODELS.setdefault(family, MODELS[family][0]())
     layers = data.draw(st.lists(st.sampled_from(layers_of(family, model)), min_size=1, max_size=6, unique=True))
-    made = eraser_on(model, layers, "a cat", seed=seed, **MODELS[family][2])
-    eraser = Eraser({m: LoraPair(p.down.to(dtype), p.up.to(dtype)) for m, p in made.pairs.items()}, made.header)
-    back = import_lora(export(eraser, out_of(layout, tmp_path_factory.mktemp("there")), layout=layout))
+    precise = eraser_on(model, layers, "a cat", seed=seed, **MODELS[family][2])
+    eraser = Eraser({m: LoraPair(p.down.to(dtype), p.up.to(dtype)) for m, p in precise.pairs.items()}, precise.header)
+    back = import_lora(export(eraser, output_path(layout, tmp_path_factory.mktemp("there")), layout=layout))
     assert_same_deltas(back, eraser)
 
 
@@ -203,21 +203,21 @@ _MODELS: dict[str, torch.nn.Module] = {}
 
 def test_peft_layout_in_peft(models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
     model = models["sd"]
-    eraser = everywhere("sd", model)
+    eraser = eraser_on_all_layers("sd", model)
     folder = export(eraser, tmp_path / "peft", layout="peft")
     loaded = PeftModel.from_pretrained(MODELS["sd"][0](), folder)
-    found = {
+    actual = {
         path.removeprefix("base_model.model."): layer.get_delta_weight("default")
         for path, layer in loaded.named_modules()
         if hasattr(layer, "lora_A")
     }
-    assert found.keys() == eraser.pairs.keys()
+    assert actual.keys() == eraser.pairs.keys()
     for module, pair in eraser.pairs.items():
-        torch.testing.assert_close(found[module], pair.delta(), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(actual[module], pair.delta(), rtol=1e-5, atol=2e-5)
 
 
 def test_diffusers_layout_is_an_eraser(models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
-    eraser = everywhere("sd", models["sd"])
+    eraser = eraser_on_all_layers("sd", models["sd"])
     file = export(eraser, tmp_path / "d.safetensors", layout="diffusers")
     assert Eraser.load(file).header == eraser.header
 
@@ -233,23 +233,27 @@ def with_width(width: int, **header: object) -> Eraser:
 def test_metadata_says_what_is_known(tmp_path: Path) -> None:
     eraser = with_width(768, base="owner/model", cost={"seconds": 60.0, "steps": 200.0})
     file = export(eraser, tmp_path / "k.safetensors", layout="kohya")
-    found = metadata_of(file)
-    assert all(isinstance(value, str) for value in found.values())
-    assert found["ss_base_model_version"] == "sd_v1"
-    assert found["ss_v2"] == "False"
-    assert found["ss_sd_model_name"] == "owner/model"
-    assert found["ss_output_name"] == "no-a-cat"
-    assert (found["ss_network_module"], found["ss_network_dim"], found["ss_network_alpha"]) == ("networks.lora", "4", "4")
-    assert found["ss_steps"] == "200"
-    assert float(found["ss_training_finished_at"]) - float(found["ss_training_started_at"]) == 60
-    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert found["modelspec.prediction_type"] == "epsilon"
-    assert found["modelspec.description"] == "A LoRA that removes a cat. Negative strength does the opposite."
-    assert "a cat" in found["modelspec.tags"].split(", ")
-    assert "modelspec.trigger_phrase" not in found
+    metadata = metadata_of(file)
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_v2"] == "False"
+    assert metadata["ss_sd_model_name"] == "owner/model"
+    assert metadata["ss_output_name"] == "no-a-cat"
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
+        "networks.lora",
+        "4",
+        "4",
+    )
+    assert metadata["ss_steps"] == "200"
+    assert float(metadata["ss_training_finished_at"]) - float(metadata["ss_training_started_at"]) == 60
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.description"] == "A LoRA that removes a cat. Negative strength does the opposite."
+    assert "a cat" in metadata["modelspec.tags"].split(", ")
+    assert "modelspec.trigger_phrase" not in metadata
     raw = file.read_bytes()
     digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
-    assert (found["sshs_model_hash"], found["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
+    assert (metadata["sshs_model_hash"], metadata["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
 
 
 @pytest.mark.parametrize(
@@ -263,24 +267,24 @@ def test_metadata_says_what_is_known(tmp_path: Path) -> None:
 def test_metadata_tells_architectures_apart(
     tmp_path: Path, width: int, header: dict[str, str], version: str | None, architecture: str | None, resolution: str | None
 ) -> None:
-    found = metadata_of(export(with_width(width, **header), tmp_path / "k.safetensors", layout="kohya"))
+    metadata = metadata_of(export(with_width(width, **header), tmp_path / "k.safetensors", layout="kohya"))
     keys = ("ss_base_model_version", "modelspec.architecture", "modelspec.resolution")
-    assert [found.get(key) for key in keys] == [version, architecture, resolution]
+    assert [metadata.get(key) for key in keys] == [version, architecture, resolution]
 
 
 @pytest.mark.parametrize(("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3")])
 def test_metadata_of_other_families(tmp_path: Path, models: dict[str, torch.nn.Module], family: str, version: str) -> None:
-    found = metadata_of(export(everywhere(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))
-    assert found["ss_base_model_version"] == version
-    assert found["ss_network_dim"] == "Dynamic"
+    metadata = metadata_of(export(eraser_on_all_layers(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["ss_network_dim"] == "Dynamic"
 
 
 def test_metadata_holds_no_path_of_this_machine(tmp_path: Path) -> None:
-    found = metadata_of(
+    metadata = metadata_of(
         export(with_width(768, base="/home/me/secret/model.safetensors"), tmp_path / "k.safetensors", layout="kohya")
     )
-    assert found["ss_sd_model_name"] == "model.safetensors"
-    assert not re.search("/home", json.dumps({key: value for key, value in found.items() if key != "esd_lora"}))
+    assert metadata["ss_sd_model_name"] == "model.safetensors"
+    assert not re.search("/home", json.dumps({key: value for key, value in metadata.items() if key != "esd_lora"}))
 
 
 def test_family_without_kohya_names(tmp_path: Path) -> None:
@@ -290,12 +294,12 @@ def test_family_without_kohya_names(tmp_path: Path) -> None:
         export(eraser, tmp_path / "k.safetensors", layout="kohya")
     assert not list(tmp_path.iterdir())
     for layout in ("diffusers", "peft"):
-        assert_same_deltas(import_lora(export(eraser, out_of(layout, tmp_path), layout=layout)), eraser)
+        assert_same_deltas(import_lora(export(eraser, output_path(layout, tmp_path), layout=layout)), eraser)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_existing_output_needs_force(layout: str, tmp_path: Path) -> None:
-    eraser, out = with_width(768), out_of(layout, tmp_path)
+    eraser, out = with_width(768), output_path(layout, tmp_path)
     export(eraser, out, layout=layout)
     with pytest.raises(EsdLoraError, match="--force"):
         export(eraser, out, layout=layout)

@@ -17,7 +17,7 @@ from esd_lora.bases.loading import load_base
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import FAMILIES
+from esd_lora.families import FAMILIES, family_named
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.recipe import SCOPES
@@ -41,27 +41,27 @@ FAMILY = StableDiffusion()
 
 
 def family(name: str) -> ModelFamily:
-    return next(family for family in FAMILIES if family.name == DENOISERS[name][0])
+    return family_named(DENOISERS[name][0])
 
 
 @pytest.fixture(scope="module", params=DENOISERS)
-def real(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+def published(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     """A published denoiser of full size without weights."""
     return request.param, denoiser(request.param)
 
 
-def test_configurations_have_the_published_sizes(real: tuple[str, nn.Module]) -> None:
-    name, model = real
+def test_configurations_have_the_published_sizes(published: tuple[str, nn.Module]) -> None:
+    name, model = published
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-def test_scopes_hold_what_they_should(real: tuple[str, nn.Module]) -> None:
-    name, model = real
+def test_scopes_hold_what_they_should(published: tuple[str, nn.Module]) -> None:
+    name, model = published
     assert {scope: len(family(name).modules(model, scope)) for scope in SCOPES} == SCOPE_COUNTS[name]
 
 
-def test_xattn_and_noxattn_part_full_between_them(real: tuple[str, nn.Module]) -> None:
-    name, model = real
+def test_xattn_and_noxattn_part_full_between_them(published: tuple[str, nn.Module]) -> None:
+    name, model = published
     full, xattn, noxattn = (family(name).modules(model, scope).keys() for scope in ("full", "xattn", "noxattn"))
     assert not xattn & noxattn
     assert xattn | noxattn == full

@@ -19,7 +19,7 @@ from esd_lora.formats.importing import import_lora
 from esd_lora.formats.inspecting import inspect_file
 from random_erasers import eraser_on
 from tiny import tiny_pipeline
-from toy_denoisers import MODELS, changed, everywhere, layers_of
+from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = "lora_unet_" + KEY.replace(".", "_")
@@ -30,40 +30,40 @@ def sd() -> torch.nn.Module:
     return MODELS["sd"][0]()
 
 
-def written(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, str] | None = None) -> Path:
+def save_lora(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, str] | None = None) -> Path:
     file = folder / "van-gogh.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     return file
 
 
-def simple(width: int = 768, rank: int = 2, **changes: Tensor) -> dict[str, Tensor]:
+def one_layer(width: int = 768, rank: int = 2, **changes: Tensor) -> dict[str, Tensor]:
     """A layer under kohya's name."""
-    made = {"lora_down.weight": torch.ones(rank, width), "lora_up.weight": torch.ones(8, rank), **changes}
-    return {f"{KOHYA}.{part}": tensor for part, tensor in made.items()}
+    parts = {"lora_down.weight": torch.ones(rank, width), "lora_up.weight": torch.ones(8, rank), **changes}
+    return {f"{KOHYA}.{part}": tensor for part, tensor in parts.items()}
 
 
-def assert_same(found: Eraser, expected: Eraser) -> None:
-    assert found.pairs.keys() == expected.pairs.keys()
+def assert_same(imported: Eraser, expected: Eraser) -> None:
+    assert imported.pairs.keys() == expected.pairs.keys()
     for module, pair in expected.pairs.items():
-        torch.testing.assert_close(found.pairs[module].delta(), pair.delta(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(imported.pairs[module].delta(), pair.delta(), rtol=1e-5, atol=1e-5)
 
 
 def test_kohya_with_its_own_alphas(sd: torch.nn.Module, tmp_path: Path) -> None:
     """LECO, SPM and sd-scripts write alpha 1 for any rank, or another for every layer."""
-    eraser = everywhere("sd", sd)
+    eraser = eraser_on_all_layers("sd", sd)
     tensors: dict[str, Tensor] = {}
     for i, (module, pair) in enumerate(eraser.pairs.items()):
         name, alpha = "lora_unet_" + module.replace(".", "_"), 1.0 + i % 3
         tensors |= {f"{name}.lora_down.weight": pair.down, f"{name}.lora_up.weight": pair.up * pair.rank / alpha}
         if pair.rank != alpha:
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    found = import_lora(written(tensors, tmp_path), family="sd")
-    assert_same(found, eraser)
+    imported = import_lora(save_lora(tensors, tmp_path), family="sd")
+    assert_same(imported, eraser)
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
-    tensors = simple()
-    file = written(tensors, tmp_path, {"ss_sd_model_name": "v1-5.ckpt", "prompts": "van gogh", "ss_tag_frequency": "{}"})
+    tensors = one_layer()
+    file = save_lora(tensors, tmp_path, {"ss_sd_model_name": "v1-5.ckpt", "prompts": "van gogh", "ss_tag_frequency": "{}"})
     header = import_lora(file).header
     assert (header.family, header.prediction_type, header.base) == ("sd", None, "v1-5.ckpt")
     assert [(c.name, c.eta, c.pairs) for c in header.concepts] == [("van-gogh", None, ())]
@@ -72,12 +72,12 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert (origin.how, origin.layout, list(origin.files)) == ("imported", "kohya", [file.name])
     assert origin.notes == {"ss_sd_model_name": "v1-5.ckpt", "prompts": "van gogh"}
     assert "provenance unknown" in "\n".join(inspect_file(file).lines())
-    told = import_lora(file, concepts=["Van Gogh", "Monet"], base="owner/model")
-    assert (told.names, told.header.base) == (["Van Gogh", "Monet"], "owner/model")
+    metadata = import_lora(file, concepts=["Van Gogh", "Monet"], base="owner/model")
+    assert (metadata.names, metadata.header.base) == (["Van Gogh", "Monet"], "owner/model")
 
 
 def test_imported_eraser_is_saved_and_loaded(tmp_path: Path) -> None:
-    eraser = import_lora(written(simple(), tmp_path))
+    eraser = import_lora(save_lora(one_layer(), tmp_path))
     folder = eraser.save(tmp_path / "eraser")
     assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
     assert Eraser.load(folder).header == eraser.header
@@ -86,7 +86,7 @@ def test_imported_eraser_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_slider_is_a_pickle_of_tensors(tmp_path: Path) -> None:
     """Concept Sliders publish .pt files of kohya's keys."""
-    torch.save(simple(alpha=torch.tensor(1.0)), tmp_path / "age.pt")
+    torch.save(one_layer(alpha=torch.tensor(1.0)), tmp_path / "age.pt")
     pair = import_lora(tmp_path / "age.pt").pairs[KEY]
     assert torch.equal(pair.delta(), torch.ones(8, 768))
 
@@ -116,7 +116,7 @@ def test_pickle_without_tensors(tmp_path: Path) -> None:
 def test_sdxl_files_with_either_kind_of_name(family: str, tmp_path: Path) -> None:
     """Sliders and LECO name SDXL's layers as diffusers does, sd-scripts as the original does."""
     model = MODELS["sdxl"][0]()
-    eraser = everywhere("sdxl", model)
+    eraser = eraser_on_all_layers("sdxl", model)
     names = {m: "lora_unet_" + m.replace(".", "_") for m in eraser.pairs} if family == "sd" else None
     if names:
         tensors = {
@@ -126,17 +126,17 @@ def test_sdxl_files_with_either_kind_of_name(family: str, tmp_path: Path) -> Non
         }
     else:
         tensors = kohya_tensors(eraser)
-    assert_same(import_lora(written(tensors, tmp_path), family="sdxl"), eraser)
+    assert_same(import_lora(save_lora(tensors, tmp_path), family="sdxl"), eraser)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", ""])
 def test_flux_files_with_diffusers_names(prefix: str, tmp_path: Path) -> None:
     """ai-toolkit's files."""
-    eraser = everywhere("flux", MODELS["flux"][0]())
+    eraser = eraser_on_all_layers("flux", MODELS["flux"][0]())
     tensors = {f"{prefix}{key.removeprefix('transformer.')}": tensor for key, tensor in eraser.state_dict().items()}
-    found = import_lora(written(tensors, tmp_path))
-    assert_same(found, eraser)
-    assert (found.header.family, found.header.prefix, found.header.prediction_type) == ("flux", "transformer", "flow")
+    imported = import_lora(save_lora(tensors, tmp_path))
+    assert_same(imported, eraser)
+    assert (imported.header.family, imported.header.prefix, imported.header.prediction_type) == ("flux", "transformer", "flow")
 
 
 def test_flux_files_with_original_dotted_names(tmp_path: Path) -> None:
@@ -145,14 +145,14 @@ def test_flux_files_with_original_dotted_names(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 32, generator=generator), torch.randn(7 * 32, 2, generator=generator)
     name = "diffusion_model.single_blocks.0.linear1"
-    found = import_lora(written({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path))
-    assert sorted(module.rpartition("blocks.0.")[2] for module in found.pairs) == [
+    imported = import_lora(save_lora({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path))
+    assert sorted(module.rpartition("blocks.0.")[2] for module in imported.pairs) == [
         "attn.to_k",
         "attn.to_q",
         "attn.to_v",
         "proj_mlp",
     ]
-    delta = changed("flux", model, found)["single_blocks.0.linear1.weight"]
+    delta = original_deltas("flux", model, imported)["single_blocks.0.linear1.weight"]
     torch.testing.assert_close(delta, up @ down, rtol=1e-5, atol=1e-5)
 
 
@@ -168,12 +168,14 @@ def test_diffusers_file_with_its_own_metadata(tmp_path: Path) -> None:
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="x"))
     config = pipe.unet.peft_config["x"]
     config.base_model_name_or_path = None
-    told = {key: value for key, value in config.to_dict().items() if key in ("r", "lora_alpha", "rank_pattern", "use_rslora")}
-    type(pipe).save_lora_weights(tmp_path / "lora", unet_lora_layers=layers, unet_lora_adapter_metadata=told)
-    found = import_lora(tmp_path / "lora", family="sd")
+    metadata = {
+        key: value for key, value in config.to_dict().items() if key in ("r", "lora_alpha", "rank_pattern", "use_rslora")
+    }
+    type(pipe).save_lora_weights(tmp_path / "lora", unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    imported = import_lora(tmp_path / "lora", family="sd")
     modules = dict(pipe.unet.named_modules())
-    assert {pair.rank for pair in found.pairs.values()} == {2, 4}
-    for module, pair in found.pairs.items():
+    assert {pair.rank for pair in imported.pairs.values()} == {2, 4}
+    for module, pair in imported.pairs.items():
         torch.testing.assert_close(pair.delta(), modules[module].get_delta_weight("x"), rtol=1e-5, atol=1e-6)
 
 
@@ -183,37 +185,37 @@ def test_peft_directory_with_alpha_and_rslora(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     for rslora, scale in ((False, 2.0), (True, 4.0)):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": rslora}))
-        found = import_lora(tmp_path, family="sd")
-        torch.testing.assert_close(found.pairs[KEY].delta(), scale * up @ down)
-        assert found.header.origins[0].layout == "peft"
+        imported = import_lora(tmp_path, family="sd")
+        torch.testing.assert_close(imported.pairs[KEY].delta(), scale * up @ down)
+        assert imported.header.origins[0].layout == "peft"
 
 
 def test_text_encoder_is_not_dropped_in_silence(tmp_path: Path) -> None:
-    extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{k.split('.', 1)[1]}": t.clone() for k, t in simple().items()}
-    file = written({**simple(), **extra}, tmp_path)
+    extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{k.split('.', 1)[1]}": t.clone() for k, t in one_layer().items()}
+    file = save_lora({**one_layer(), **extra}, tmp_path)
     with pytest.raises(EsdLoraError, match=r"text encoder.*--without-text-encoder"):
         import_lora(file)
     assert list(import_lora(file, without_text_encoder=True).pairs) == [KEY]
 
 
 def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:
-    assert import_lora(written(simple(1024), tmp_path)).header.family == "sd"
-    assert import_lora(written(simple(16), tmp_path), family="sdxl").header.family == "sdxl"
-    assert import_lora(written(simple(16), tmp_path, {"ss_base_model_version": "sdxl_base_v1-0"})).header.family == "sdxl"
-    deep = {key.replace("transformer_blocks_0", "transformer_blocks_0"): t for key, t in simple(2048).items()}
-    assert import_lora(written(deep, tmp_path)).header.family == "sdxl"
+    assert import_lora(save_lora(one_layer(1024), tmp_path)).header.family == "sd"
+    assert import_lora(save_lora(one_layer(16), tmp_path), family="sdxl").header.family == "sdxl"
+    assert import_lora(save_lora(one_layer(16), tmp_path, {"ss_base_model_version": "sdxl_base_v1-0"})).header.family == "sdxl"
+    deep = {key.replace("transformer_blocks_0", "transformer_blocks_0"): t for key, t in one_layer(2048).items()}
+    assert import_lora(save_lora(deep, tmp_path)).header.family == "sdxl"
     with pytest.raises(EsdLoraError, match="fit sd and sdxl alike: say which with --family"):
-        import_lora(written(simple(16), tmp_path))
+        import_lora(save_lora(one_layer(16), tmp_path))
     with pytest.raises(EsdLoraError, match="did you mean 'sdxl'"):
-        import_lora(written(simple(16), tmp_path), family="sdx")
+        import_lora(save_lora(one_layer(16), tmp_path), family="sdx")
     with pytest.raises(EsdLoraError, match="no model of family 'flux' has"):
-        import_lora(written(simple(16), tmp_path), family="flux")
+        import_lora(save_lora(one_layer(16), tmp_path), family="flux")
     with pytest.raises(EsdLoraError, match="of no model known here"):
-        import_lora(written({f"lora_unet_strange_{key}": t for key, t in simple().items()}, tmp_path))
+        import_lora(save_lora({f"lora_unet_strange_{key}": t for key, t in one_layer().items()}, tmp_path))
 
 
 def test_vector_is_refused_before_its_width_is_asked_for(tmp_path: Path) -> None:
-    file = written(simple() | {f"{KOHYA}.lora_down.weight": torch.ones(768)}, tmp_path)
+    file = save_lora(one_layer() | {f"{KOHYA}.lora_down.weight": torch.ones(768)}, tmp_path)
     with pytest.raises(EsdLoraError, match="fit sd and sdxl alike"):
         import_lora(file)
     with pytest.raises(EsdLoraError, match="no lora_B that fits"):
@@ -231,36 +233,36 @@ def test_vector_is_refused_before_its_width_is_asked_for(tmp_path: Path) -> None
     ],
 )
 def test_prediction_type(tmp_path: Path, metadata: dict[str, str], expected: str | None) -> None:
-    assert import_lora(written(simple(), tmp_path, metadata)).header.prediction_type == expected
+    assert import_lora(save_lora(one_layer(), tmp_path, metadata)).header.prediction_type == expected
 
 
 REFUSED = {
     "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
     "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(2, 2)}, "LoKr"),
-    "DoRA": ({**simple(), f"{KOHYA}.dora_scale": torch.ones(8, 1)}, "DoRA"),
+    "DoRA": ({**one_layer(), f"{KOHYA}.dora_scale": torch.ones(8, 1)}, "DoRA"),
     "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, "no LoRA's tensors"),
     "empty": ({}, "no layer"),
     "down without up": ({f"{KOHYA}.lora_down.weight": torch.ones(2, 768)}, "no lora_B"),
     "up without down": ({f"{KOHYA}.lora_up.weight": torch.ones(8, 2)}, "no down factor"),
     "rank 0": ({f"{KOHYA}.lora_down.weight": torch.ones(0, 768), f"{KOHYA}.lora_up.weight": torch.ones(8, 0)}, "rank 1"),
-    "ranks that differ": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, "no lora_B that fits"),
-    "alpha that is no number": (simple(alpha=torch.tensor(float("nan"))), "a finite number"),
-    "two alphas": (simple(alpha=torch.ones(2)), "2 values"),
-    "integers": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)}, "int8"),
-    "float8": (simple() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2).to(torch.float8_e4m3fn)}, "float8"),
-    "NaN": (simple() | {f"{KOHYA}.lora_up.weight": torch.full((8, 2), float("nan"))}, "NaN"),
-    "infinity": (simple() | {f"{KOHYA}.lora_down.weight": torch.full((2, 768), float("inf"))}, "infinity"),
+    "ranks that differ": (one_layer() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 3)}, "no lora_B that fits"),
+    "alpha that is no number": (one_layer(alpha=torch.tensor(float("nan"))), "a finite number"),
+    "two alphas": (one_layer(alpha=torch.ones(2)), "2 values"),
+    "integers": (one_layer() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)}, "int8"),
+    "float8": (one_layer() | {f"{KOHYA}.lora_up.weight": torch.ones(8, 2).to(torch.float8_e4m3fn)}, "float8"),
+    "NaN": (one_layer() | {f"{KOHYA}.lora_up.weight": torch.full((8, 2), float("nan"))}, "NaN"),
+    "infinity": (one_layer() | {f"{KOHYA}.lora_down.weight": torch.full((2, 768), float("inf"))}, "infinity"),
     "one layer under two names": (
-        simple() | {key.replace(KOHYA, f"unet.{KEY}"): tensor for key, tensor in simple().items()},
+        one_layer() | {key.replace(KOHYA, f"unet.{KEY}"): tensor for key, tensor in one_layer().items()},
         "twice",
     ),
 }
 
 
-@pytest.mark.parametrize(("tensors", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(tmp_path: Path, tensors: dict[str, Tensor], said: str) -> None:
-    file = written({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path)
-    with pytest.raises(EsdLoraError, match=said) as caught:
+@pytest.mark.parametrize(("tensors", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(tmp_path: Path, tensors: dict[str, Tensor], reason: str) -> None:
+    file = save_lora({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path)
+    with pytest.raises(EsdLoraError, match=reason) as caught:
         import_lora(file, family="sd")
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -280,7 +282,7 @@ CONFIGS = {
 def test_damaged_configuration_of_scales(tmp_path: Path, config: str) -> None:
     tensors = {f"unet.{KEY}.lora_A.weight": torch.ones(2, 768), f"unet.{KEY}.lora_B.weight": torch.ones(8, 2)}
     with pytest.raises(EsdLoraError, match="damaged configuration"):
-        import_lora(written(tensors, tmp_path, {"lora_adapter_metadata": config}))
+        import_lora(save_lora(tensors, tmp_path, {"lora_adapter_metadata": config}))
     folder = tmp_path / "adapter"
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -298,4 +300,4 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_scope_of_one_layer_type(sd: torch.nn.Module, tmp_path: Path) -> None:
     eraser = eraser_on(sd, layers_of("sd", sd, "xattn-kv"), **MODELS["sd"][2])
-    assert_same(import_lora(written(kohya_tensors(eraser), tmp_path), family="sd"), eraser)
+    assert_same(import_lora(save_lora(kohya_tensors(eraser), tmp_path), family="sd"), eraser)

@@ -16,7 +16,7 @@ from esd_lora.formats.cards import render_card, save_with_card
 from esd_lora.formats.exporting import export
 from esd_lora.formats.inspecting import bars, block_of, diff, inspect_file
 from random_erasers import build_header, random_eraser
-from toy_denoisers import MODELS, everywhere
+from toy_denoisers import MODELS, eraser_on_all_layers
 
 
 def test_bars_are_as_long_as_values() -> None:
@@ -42,36 +42,36 @@ def test_blocks(module: str, block: str) -> None:
 def test_facts_of_a_stack(tmp_path: Path) -> None:
     members = [random_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat"), random_eraser({"conv": 1}, "a hat", seed=1)]
     stacked = compress(stack(members, [Strength(-0.5, {"conv": 2.0}), 1.0]), rank=2).eraser
-    found = inspect_file(stacked.save(tmp_path / "stack"))
-    text = "\n".join(found.lines())
+    inspected = inspect_file(stacked.save(tmp_path / "stack"))
+    text = "\n".join(inspected.lines())
     assert "a cat (eta 3, weight -0.5, amplified, conv x 2)" in text
     assert f"{stacked.header.truncation:.2%} of the update's norm" in text
     assert "rank 1, 2" in text
-    told = found.as_json()
+    document = inspected.as_json()
     norms = {module: float(pair.delta().norm()) for module, pair in stacked.pairs.items()}
-    assert {module: facts["norm"] for module, facts in told["layers"].items()} == pytest.approx(norms)
-    assert told["norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
-    assert told["blocks"]["conv"] == {"layers": 1, "norm": pytest.approx(norms["conv"])}
+    assert {module: facts["norm"] for module, facts in document["layers"].items()} == pytest.approx(norms)
+    assert document["norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
+    assert document["blocks"]["conv"] == {"layers": 1, "norm": pytest.approx(norms["conv"])}
 
 
 def test_foreign_file(tmp_path: Path) -> None:
-    eraser = everywhere("sd", MODELS["sd"][0]())
+    eraser = eraser_on_all_layers("sd", MODELS["sd"][0]())
     file = export(eraser, tmp_path / "k.safetensors", layout="kohya")
-    found = inspect_file(file)
-    assert found.layers.keys() == eraser.pairs.keys()
-    assert found.size == file.stat().st_size
-    lines = found.lines()
+    inspected = inspect_file(file)
+    assert inspected.layers.keys() == eraser.pairs.keys()
+    assert inspected.size == file.stat().st_size
+    lines = inspected.lines()
     assert any("--layers shows each" in line for line in lines)
-    assert len(found.lines(each_layer=True)) > len(eraser.pairs)
-    assert not any("--layers" in line for line in found.lines(each_layer=False))
+    assert len(inspected.lines(each_layer=True)) > len(eraser.pairs)
+    assert not any("--layers" in line for line in inspected.lines(each_layer=False))
 
 
 def test_manifest(tmp_path: Path) -> None:
     folder = random_eraser({"conv": 2}, dtype=torch.float32).save(tmp_path / "one")
     write_manifest(tmp_path / "s.yaml", [folder], [Strength(2.0)])
-    found, plain = inspect_file(tmp_path / "s.yaml"), inspect_file(folder)
-    assert found.layers["conv"].norm == pytest.approx(2 * plain.layers["conv"].norm)
-    assert plain.sha256_tensors != found.sha256_tensors
+    inspected, plain = inspect_file(tmp_path / "s.yaml"), inspect_file(folder)
+    assert inspected.layers["conv"].norm == pytest.approx(2 * plain.layers["conv"].norm)
+    assert plain.sha256_tensors != inspected.sha256_tensors
 
 
 def test_measured_numbers_are_shown(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_measured_numbers_are_shown(tmp_path: Path) -> None:
 
 def test_difference_of_equal_files(tmp_path: Path) -> None:
     """An export is no difference, a truncation is as large as it says."""
-    eraser = everywhere("sd", MODELS["sd"][0]())
+    eraser = eraser_on_all_layers("sd", MODELS["sd"][0]())
     folder = eraser.save(tmp_path / "one")
     same = diff(folder, export(eraser, tmp_path / "k.safetensors", layout="kohya"))
     assert same.overall < 1e-7
@@ -105,19 +105,19 @@ def test_difference_of_equal_files(tmp_path: Path) -> None:
 def test_difference_of_others(tmp_path: Path) -> None:
     a = random_eraser({"conv": 2, "mid.attn2.to_k": 1}, "a cat").save(tmp_path / "a")
     b = stack([random_eraser({"conv": 2, "mid.attn2.to_v": 1}, "a hat", seed=1)], [1.0]).save(tmp_path / "b")
-    found = diff(a, b)
-    one, other = Eraser.load(a).pairs, Eraser.load(b).pairs
-    assert found.only == (["mid.attn2.to_k"], ["mid.attn2.to_v"])
-    apart = one["conv"].delta() - other["conv"].delta()
-    assert found.layers["conv"][0] == pytest.approx(float(apart.norm()) / one["conv"].norm())
-    assert found.layers["conv"][1] == pytest.approx(
-        one["conv"].inner(other["conv"]) / one["conv"].norm() / other["conv"].norm()
+    difference = diff(a, b)
+    first, second = Eraser.load(a).pairs, Eraser.load(b).pairs
+    assert difference.only == (["mid.attn2.to_k"], ["mid.attn2.to_v"])
+    apart = first["conv"].delta() - second["conv"].delta()
+    assert difference.layers["conv"][0] == pytest.approx(float(apart.norm()) / first["conv"].norm())
+    assert difference.layers["conv"][1] == pytest.approx(
+        first["conv"].inner(second["conv"]) / first["conv"].norm() / second["conv"].norm()
     )
-    squares = float(apart.norm()) ** 2 + one["mid.attn2.to_k"].norm() ** 2 + other["mid.attn2.to_v"].norm() ** 2
-    assert found.overall == pytest.approx((squares / sum(pair.norm() ** 2 for pair in one.values())) ** 0.5)
-    text = "\n".join(found.lines())
+    squares = float(apart.norm()) ** 2 + first["mid.attn2.to_k"].norm() ** 2 + second["mid.attn2.to_v"].norm() ** 2
+    assert difference.overall == pytest.approx((squares / sum(pair.norm() ** 2 for pair in first.values())) ** 0.5)
+    text = "\n".join(difference.lines())
     assert "only in the first: 1 layers (mid.attn2.to_k)" in text
-    assert "concepts" in found.header
+    assert "concepts" in difference.header
 
 
 def test_files_of_two_models(tmp_path: Path) -> None:

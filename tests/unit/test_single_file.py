@@ -22,7 +22,7 @@ from esd_lora.bases.stored import open_stored
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_named
 from esd_lora.files import PICKLES
-from published_denoisers import build, shipped
+from published_denoisers import build_component, shipped_config
 from toys import make_toy, save_toy
 
 SIZES = {
@@ -46,7 +46,7 @@ def small_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "configs"
     folder.mkdir()
     for name in ("sd1", "sd2"):
-        parts = shipped(name)
+        parts = shipped_config(name)
         for part, changes in SMALL.items():
             parts[part] |= changes
         for part, kinds in (("unet", ("down_block_types", "up_block_types")), ("vae", ("down_block_types", "up_block_types"))):
@@ -64,7 +64,7 @@ def small_checkpoint(configs: Path, name: str, file: Path, metadata: dict[str, s
     parts = json.loads((configs / f"{name}.json").read_text())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        models = {part: build(parts, part) for part in SMALL}
+        models = {part: build_component(parts, part) for part in SMALL}
     pipe = diffusers.StableDiffusionPipeline(
         **models, tokenizer=None, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -74,31 +74,31 @@ def small_checkpoint(configs: Path, name: str, file: Path, metadata: dict[str, s
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Counts attempts to reach anything, with the Hub's own offline switch off."""
-    asked: list[Any] = []
+    addresses: list[Any] = []
 
     def refuse(_socket: Any, address: Any) -> None:
-        asked.append(address)
+        addresses.append(address)
         raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield asked
-    assert not asked
+    yield addresses
+    assert not addresses
 
 
 @pytest.mark.parametrize("name", ["sd", "sd2-v", "sdxl"])
 def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     folder = save_toy(name, tmp_path / "base")
     file = original_checkpoints.save_checkpoint(make_toy(name), tmp_path / "model.safetensors")
-    expected, found = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
-    assert found.family is expected.family
-    assert found.prediction_type == expected.prediction_type
+    expected, actual = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
+    assert actual.family is expected.family
+    assert actual.prediction_type == expected.prediction_type
     for part, component in expected.pipe.components.items():
         if isinstance(component, torch.nn.Module):
-            states = component.state_dict(), getattr(found.pipe, part).state_dict()
+            states = component.state_dict(), getattr(actual.pipe, part).state_dict()
             assert states[0].keys() == states[1].keys()
             assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), part
-    conditions = expected.encode(["", "a cat"]), found.encode(["", "a cat"])
+    conditions = expected.encode(["", "a cat"]), actual.encode(["", "a cat"])
     assert all(torch.equal(value, conditions[1][key]) for key, value in conditions[0].items())
 
 
@@ -113,12 +113,12 @@ def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, 
     save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
     with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
         load_base(file)
-    expected, found = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
-    assert found.family is expected.family
+    expected, actual = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
+    assert actual.family is expected.family
     for key, component in expected.pipe.components.items():
         if isinstance(component, torch.nn.Module):
             wanted = getattr(other, part) if key == part else component
-            states = wanted.state_dict(), getattr(found.pipe, key).state_dict()
+            states = wanted.state_dict(), getattr(actual.pipe, key).state_dict()
             assert states[0].keys() == states[1].keys()
             assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), key
 
@@ -139,13 +139,13 @@ def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> N
     folder = save_toy("flux-dev", tmp_path / "base")
     settings = {key: value for key, value in wide.config.items() if not key.startswith("_")}
     (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **settings}))
-    found = load_base(tmp_path / "flux.safetensors", config=folder, device="cpu", dtype=torch.bfloat16)
-    assert found.family.name == "flux"
-    read = found.model.state_dict()
+    actual = load_base(tmp_path / "flux.safetensors", config=folder, device="cpu", dtype=torch.bfloat16)
+    assert actual.family.name == "flux"
+    read = actual.model.state_dict()
     assert read.keys() == wide.state_dict().keys()
     assert all(torch.equal(tensor, read[name]) for name, tensor in wide.state_dict().items())
     encoder = pipe.text_encoder_2.state_dict()
-    assert all(torch.equal(tensor.bfloat16(), found.pipe.text_encoder_2.state_dict()[n]) for n, tensor in encoder.items())
+    assert all(torch.equal(tensor.bfloat16(), actual.pipe.text_encoder_2.state_dict()[n]) for n, tensor in encoder.items())
 
 
 def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_configurations_that_ship_have_the_published_sizes(name: str) -> None:
-    parts = shipped(name)
+    parts = shipped_config(name)
     with torch.device("meta"):
-        found = {part: sum(p.numel() for p in build(parts, part).parameters()) for part in SIZES[name]}
-    assert found == SIZES[name]
+        actual = {part: sum(p.numel() for p in build_component(parts, part).parameters()) for part in SIZES[name]}
+    assert actual == SIZES[name]
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
@@ -218,11 +218,11 @@ def test_prediction_type_is_measured_where_both_are_common(
     small_configs: Path, tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = small_checkpoint(small_configs, "sd2", tmp_path / "model.safetensors")
-    asked: list[torch.Tensor] = []
+    timesteps: list[torch.Tensor] = []
 
     def perfect(_: Any, x_t: torch.Tensor, t: torch.Tensor, **_told: Any) -> tuple[torch.Tensor]:
         """A model that knows the one picture it was trained on."""
-        asked.append(t)
+        timesteps.append(t)
         alpha = diffusers.DDIMScheduler.from_config(scheduler).alphas_cumprod[t]
         picture = torch.linspace(-1, 1, x_t.numel()).view_as(x_t)
         noise = (x_t - alpha.sqrt() * picture) / (1 - alpha).sqrt()
@@ -232,7 +232,7 @@ def test_prediction_type_is_measured_where_both_are_common(
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", perfect)
     base = load_base(file, device="cpu")
     assert base.prediction_type == answers
-    assert [int(t) for t in asked] == [999]
+    assert [int(t) for t in timesteps] == [999]
     assert measured_prediction_type(base.pipe) == answers
 
 
@@ -260,7 +260,7 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
 
 
 @pytest.mark.parametrize(
-    ("shapes", "found"),
+    ("shapes", "content"),
     [
         ({**SD1, FIRST: (320, 9, 3, 3)}, "9 channels"),
         ({**SD1, "control_model.time_embed.0.weight": (1, 1)}, "ControlNet"),
@@ -276,11 +276,11 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
         ({}, "0 tensors"),
     ],
 )
-def test_what_no_family_reads_is_named(shapes: dict[str, tuple[int, ...]], found: str) -> None:
+def test_what_no_family_reads_is_named(shapes: dict[str, tuple[int, ...]], content: str) -> None:
     with pytest.raises(EsdLoraError) as caught:
         identify(Path("model.safetensors"), shapes)
     message = str(caught.value)
-    assert found in message
+    assert content in message
     assert "Supported single files: SD 1.x" in message
     assert "\n" not in message
 
@@ -296,13 +296,13 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str, there: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [(b"", "or damaged"), (b"x", "or damaged"), (b"PK\x03\x04 a zip", "is a pickle"), (b"\xff" * 64, "or damaged")],
 )
-def test_file_that_is_no_safetensors(tmp_path: Path, content: bytes, said: str) -> None:
+def test_file_that_is_no_safetensors(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(EsdLoraError, match=said):
+    with pytest.raises(EsdLoraError, match=reason):
         load_base(file)
 
 
