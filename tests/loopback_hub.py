@@ -284,8 +284,8 @@ class LoopbackHub:
             home.private, home.gated, home.downloads, home.likes, home.tags = private, gated, downloads, likes, tuple(tags)
             tree = dict(home.commits[home.refs["refs/heads/main"]]) if home.refs else {}
             for name, data in files.items():
-                told = (lies or {}).get(name, {})
-                tree[name] = File(data, told.get("lfs", self.is_lfs(name, len(data))), told)
+                claims = (lies or {}).get(name, {})
+                tree[name] = File(data, claims.get("lfs", self.is_lfs(name, len(data))), claims)
                 home.objects[hashlib.sha256(data).hexdigest()] = data
             return home.commit("refs/heads/main", tree)
 
@@ -406,7 +406,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.hub = self.server.hub
         raw, _, query = self.path.partition("?")
-        self.query, self.asked = parse_qs(query), f"{self.hub.endpoint}{raw}"
+        self.query, self.url = parse_qs(query), f"{self.hub.endpoint}{raw}"
         self.seen = Request(self.command, unquote(raw), query, 0, self.headers.get("Authorization"))
         with self.hub.lock:
             self.hub.log.append(self.seen)
@@ -450,9 +450,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for methods, pattern, name in self.STORAGE if self.server is self.hub.servers[1] else self.ROUTES:
                     match = re.fullmatch(pattern, path)
                     if match and self.command in methods.split("|"):
-                        told = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                        found = getattr(self, name)(**told)
-                        return found if isinstance(found, Answer) else Answer(200, as_json(found))
+                        arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                        result = getattr(self, name)(**arguments)
+                        return result if isinstance(result, Answer) else Answer(200, as_json(result))
                 if re.fullmatch(r"/api/models/[^/]+|/[^/]+/resolve/.+", path):
                     raise no_repo(self.user() is not None)
                 if path.startswith("/api/"):
@@ -494,17 +494,17 @@ class _Handler(BaseHTTPRequestHandler):
         return known | {"auth": {"type": "access_token", "accessToken": token}}
 
     def create(self) -> Any:
-        user, asked = self.user(), json.loads(self.body)
+        user, request = self.user(), json.loads(self.body)
         if user is None:
             raise Refusal(401)
-        namespace = asked.get("organization") or user.name
-        name = f"{namespace}/{asked['name']}"
+        namespace = request.get("organization") or user.name
+        name = f"{namespace}/{request['name']}"
         url = {"url": f"{self.hub.endpoint}/{name}", "name": name}
         if not user.may_write(namespace):
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         if name in self.hub.repos:
             return Answer(409, as_json({"error": "You already created this model repo", **url}))
-        repo = self.hub.repos[name] = Repo(name, asked.get("visibility") == "private" or bool(asked.get("private")))
+        repo = self.hub.repos[name] = Repo(name, request.get("visibility") == "private" or bool(request.get("private")))
         repo.commit("refs/heads/main", {".gitattributes": File(GIT_ATTRIBUTES, lfs=False)})
         return url
 
@@ -515,9 +515,9 @@ class _Handler(BaseHTTPRequestHandler):
                 warnings.append("empty or missing yaml metadata in repo card")
         except (yaml.YAMLError, ValueError) as error:
             errors.append(f"invalid metadata: {error}")
-        said = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+        verdict = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
         plain = self.headers.get("Accept") == "text/plain"
-        return Answer(400 if errors else 200, "\n".join(errors).encode() if plain else as_json(said))
+        return Answer(400 if errors else 200, "\n".join(errors).encode() if plain else as_json(verdict))
 
     def page(self, entries: list[Any], most: int) -> Answer:
         """A page of a listing, and in its header the address of the next one."""
@@ -525,12 +525,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {}
         if start + most < len(entries):
             query = urlencode({**self.query, "cursor": start + most}, doseq=True)
-            headers["Link"] = f'<{self.asked}?{query}>; rel="next"'
+            headers["Link"] = f'<{self.url}?{query}>; rel="next"'
         return Answer(200, as_json(entries[start : start + most]), headers)
 
     def models(self) -> Any:
         query, user = self.query, self.user()
-        found = []
+        listed = []
         for repo in self.hub.repos.values():
             if repo.private and not (user and user.belongs_to(repo.namespace)):
                 continue
@@ -538,16 +538,16 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = {*query.get("filter", []), *query.get("pipeline_tag", [])}
             named = all(word.lower() in repo.name.lower() for word in query.get("search", []))
             if named and wanted <= set(info["tags"]) and query.get("author", [repo.namespace]) == [repo.namespace]:
-                found.append(info)
+                listed.append(info)
         order = query.get("sort", ["downloads"])[0]
-        found.sort(key=lambda info: info["id"])
-        found.sort(key=lambda info: info.get(order) or 0, reverse=True)
+        listed.sort(key=lambda info: info["id"])
+        listed.sort(key=lambda info: info.get(order) or 0, reverse=True)
         if "expand" not in query:
             hidden = {"author", "sha", "lastModified", "gated", "disabled", "siblings"} if "full" not in query else set()
             hidden |= {"cardData"} if "cardData" not in query else set()
-            found = [{key: value for key, value in info.items() if key not in hidden} for info in found]
+            listed = [{key: value for key, value in info.items() if key not in hidden} for info in listed]
         most = min(int(query.get("limit", [self.hub.page_size])[0]), self.hub.page_size)
-        return self.page([self.expanded(info) for info in found], most)
+        return self.page([self.expanded(info) for info in listed], most)
 
     def expanded(self, info: dict[str, Any]) -> dict[str, Any]:
         """Of what is known of a model, what `expand` asks for; everything without one."""
@@ -595,9 +595,9 @@ class _Handler(BaseHTTPRequestHandler):
         return {"branches": listed("refs/heads/"), "converts": [], "tags": listed("refs/tags/")} | pulls
 
     def new_ref(self, repo: str, kind: str, name: str) -> Any:
-        home, asked = self.repo(repo, write=True), json.loads(self.body or b"{}")
-        ref = f"refs/heads/{name}" if kind == "branch" else f"refs/tags/{asked['tag']}"
-        start = asked.get("startingPoint", "main") if kind == "branch" else name
+        home, request = self.repo(repo, write=True), json.loads(self.body or b"{}")
+        ref = f"refs/heads/{name}" if kind == "branch" else f"refs/tags/{request['tag']}"
+        start = request.get("startingPoint", "main") if kind == "branch" else name
         if ref in home.refs:
             raise Refusal(409, f"Reference {ref} already exists")
         home.refs[ref] = home.find(start)[1]
@@ -614,25 +614,25 @@ class _Handler(BaseHTTPRequestHandler):
         return {"files": files}
 
     def batch(self, repo: str) -> Any:
-        asked = json.loads(self.body)
-        home = self.repo(repo, write=True, pull_request="ref" not in asked)
+        request = json.loads(self.body)
+        home = self.repo(repo, write=True, pull_request="ref" not in request)
         storage = f"{self.hub.storage}/storage/{repo}"
         objects = []
-        for wanted in asked["objects"]:
+        for wanted in request["objects"]:
             oid, size = wanted["oid"], wanted["size"]
-            told = {"oid": oid, "size": size, "authenticated": True}
+            entry = {"oid": oid, "size": size, "authenticated": True}
             if oid not in home.objects:
                 upload: dict[str, Any] = {"href": f"{storage}/{oid}?signature=loopback"}
-                if size > self.hub.multipart_above and "multipart" in asked["transfers"]:
+                if size > self.hub.multipart_above and "multipart" in request["transfers"]:
                     self.hub.parts[repo, oid] = {}
                     count = -(-size // self.hub.part_size)
                     parts = {f"{part:05}": f"{storage}/{oid}/{part}?signature=loopback" for part in range(1, count + 1)}
                     header = {"chunk_size": str(self.hub.part_size), **parts}
                     upload = {"href": f"{self.hub.endpoint}/api/complete_multipart/{repo}/{oid}", "header": header}
                 verify = {"href": f"{self.hub.endpoint}/{repo}.git/info/lfs/objects/verify"}
-                told["actions"] = {"upload": upload, "verify": verify}
-            objects.append(told)
-        many = any("header" in told.get("actions", {}).get("upload", {}) for told in objects)
+                entry["actions"] = {"upload": upload, "verify": verify}
+            objects.append(entry)
+        many = any("header" in entry.get("actions", {}).get("upload", {}) for entry in objects)
         return {"transfer": "multipart" if many else "basic", "objects": objects}
 
     def store(self, repo: str, oid: str, part: str | None = None) -> Any:
@@ -644,17 +644,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def complete(self, repo: str, oid: str) -> Any:
         parts = self.hub.parts.pop((repo, oid), {})
-        told = {part["partNumber"]: part["etag"] for part in json.loads(self.body)["parts"]}
-        if told != {number: f'"{hashlib.md5(data).hexdigest()}"' for number, data in parts.items()}:
+        etags = {part["partNumber"]: part["etag"] for part in json.loads(self.body)["parts"]}
+        if etags != {number: f'"{hashlib.md5(data).hexdigest()}"' for number, data in parts.items()}:
             raise Refusal(400, "the parts that were sent are not those that were named")
         self.hub.repos[repo].objects[oid] = b"".join(data for _, data in sorted(parts.items()))
         return {}
 
     def verify(self, repo: str) -> Any:
-        home, asked = self.repo(repo, write=True, pull_request=True), json.loads(self.body)
-        data = home.objects.get(asked["oid"], b"")
-        if len(data) != asked["size"] or hashlib.sha256(data).hexdigest() != asked["oid"]:
-            home.objects.pop(asked["oid"], None)
+        home, request = self.repo(repo, write=True, pull_request=True), json.loads(self.body)
+        data = home.objects.get(request["oid"], b"")
+        if len(data) != request["size"] or hashlib.sha256(data).hexdigest() != request["oid"]:
+            home.objects.pop(request["oid"], None)
             raise Refusal(400, "the object that was sent is not the one that was named")
         return {}
 
@@ -664,7 +664,7 @@ class _Handler(BaseHTTPRequestHandler):
         ref, parent = home.find(revision)
         tree = dict(home.commits[parent])
         for line in self.body.splitlines():
-            key, value = (told := json.loads(line))["key"], told["value"]
+            key, value = (operation := json.loads(line))["key"], operation["value"]
             if key == "header":
                 if not pull_request and not parent.startswith(value.get("parentCommit", "")):
                     raise Refusal(412, "A commit has happened since. Please refresh and try again.")

@@ -387,6 +387,7 @@ def test_import_of_a_stranger_s_file(tmp_path: Path, cat: Eraser) -> None:
     assert said == f"eraser of Van Gogh, 16 layers of family sd; where it came from is not known: {tmp_path / 'out'}\n"
     assert Eraser.load(tmp_path / "out").header.base == "owner/model"
     assert "provenance unknown" in good("inspect", tmp_path / "out")
+    assert "provenance unknown" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def test_extract(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
@@ -400,6 +401,7 @@ def test_extract(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
     for module, pair in Eraser.load(cat_dir).pairs.items():
         found = Eraser.load(tmp_path / "out").pairs[module].delta()
         torch.testing.assert_close(found, pair.delta(), rtol=1e-4, atol=1e-4 * float(pair.delta().abs().max()))
+    assert "# Eraser: a cat" in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "--force" in bad_sentence(*command, "--rank", 4)
     result = invoke("extract", "--base", tiny_dir, "--tuned", tiny_dir, "--rank", 4, "-o", tmp_path / "nothing")
     assert result.exit_code == 1

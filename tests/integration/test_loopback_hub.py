@@ -65,9 +65,9 @@ def test_a_repository_is_created_once(ada: LoopbackHub) -> None:
 def test_who_one_is(ada: LoopbackHub) -> None:
     ada.user("eve", "hf_eve", role="read")
     ada.user("bob", "hf_bob", role="fineGrained")
-    mine, eves, bobs = (client.whoami(token) for token in (None, "hf_eve", "hf_bob"))
-    assert (mine["name"], [org["name"] for org in mine["orgs"]]) == ("ada", ["lab"])
-    assert [who["auth"]["accessToken"]["role"] for who in (mine, eves, bobs)] == ["write", "read", "fineGrained"]
+    adas, eves, bobs = (client.whoami(token) for token in (None, "hf_eve", "hf_bob"))
+    assert (adas["name"], [org["name"] for org in adas["orgs"]]) == ("ada", ["lab"])
+    assert [who["auth"]["accessToken"]["role"] for who in (adas, eves, bobs)] == ["write", "read", "fineGrained"]
     assert bobs["auth"]["accessToken"]["fineGrained"]["scoped"][0]["entity"]["name"] == "bob"
 
 
@@ -206,7 +206,7 @@ def test_the_page_of_a_model(hub: LoopbackHub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"),
+    ("wanted", "names"),
     [
         ({}, ["bob/dog", "ada/no-cat", "ada/a-cat"]),
         ({"search": "CAT"}, ["ada/no-cat", "ada/a-cat"]),
@@ -217,16 +217,16 @@ def test_the_page_of_a_model(hub: LoopbackHub) -> None:
         ({"limit": 1}, ["bob/dog"]),
     ],
 )
-def test_models_are_found(wanted: dict, found: list[str], hub: LoopbackHub) -> None:
+def test_models_are_found(wanted: dict, names: list[str], hub: LoopbackHub) -> None:
     hub.plant("ada/no-cat", {"README.md": CARD}, downloads=5, likes=1, tags=["esd-lora"])
     hub.plant("bob/dog", {}, downloads=9, likes=2, tags=["esd-lora"])
     hub.plant("ada/a-cat", {}, likes=3)
     hub.plant("ada/secret-cat", {}, private=True, downloads=99, tags=["esd-lora"])
-    assert [model.id for model in client.list_models(**wanted)] == found
+    assert [model.id for model in client.list_models(**wanted)] == names
     hub.log.clear()
     hub.page_size = 2
-    assert [model.id for model in client.list_models(**wanted)] == found
-    assert len(seen(hub, "/api/models")) == (len(found) + 1) // 2
+    assert [model.id for model in client.list_models(**wanted)] == names
+    assert len(seen(hub, "/api/models")) == (len(names) + 1) // 2
 
 
 def test_the_owner_finds_what_is_private(ada: LoopbackHub) -> None:

@@ -54,19 +54,20 @@ def ada(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
     return hub
 
 
-def made_for(base: str, *names: str) -> Eraser:
+def eraser_for(base: str, *names: str) -> Eraser:
     """An eraser on two layers that Stable Diffusion has."""
-    made, random = build_header(*names, base=base), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     block = "mid_block.attentions.0.transformer_blocks.0.attn2"
     return Eraser(
-        {f"{block}.to_{x}": random_pair((8, 6), rank, random, torch.float32) for x, rank in {"k": 1, "v": 2}.items()}, made
+        {f"{block}.to_{x}": random_pair((8, 6), rank, generator, torch.float32) for x, rank in {"k": 1, "v": 2}.items()},
+        build_header(*names, base=base),
     )
 
 
 @pytest.fixture
 def no_cat(tmp_path: Path) -> Path:
     """An eraser with pictures, on a base whose licence is known."""
-    folder = made_for(BASE, "a cat").save(tmp_path / "no-cat")
+    folder = eraser_for(BASE, "a cat").save(tmp_path / "no-cat")
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     save_samples(folder / "samples", ["a cat", "a dog"], pictures, pictures[::-1])
     (folder / "train_log.jsonl").write_text("{}\n")
@@ -119,7 +120,7 @@ def test_push_publishes_what_it_said(ada: LoopbackHub, no_cat: Path) -> None:
     assert data["base_model_relation"] == "adapter"
     assert {"lora", "diffusers", "template:sd-lora", "concept-erasure", "esd", "erases:cat"} <= set(data["tags"])
     assert "instance_prompt" not in data
-    shown = [(one["text"], one["output"]["url"]) for one in data["widget"]]
+    shown = [(picture["text"], picture["output"]["url"]) for picture in data["widget"]]
     assert shown[:2] == [("a cat (base)", "samples/1_base.png"), ("a cat", "samples/1_erased.png")]
     assert "hf_ada_secret" not in result.output
 
@@ -190,7 +191,7 @@ def test_files_of_others_stay(ada: LoopbackHub, no_cat: Path) -> None:
 
 
 def test_pictures_of_something_else_are_not_taken(ada: LoopbackHub, no_cat: Path) -> None:
-    made_for(BASE, "a hat").save(no_cat.parent / "hat")
+    eraser_for(BASE, "a hat").save(no_cat.parent / "hat")
     shutil.copy(no_cat.parent / "hat" / WEIGHTS_NAME, no_cat / "hat.safetensors")
     assert not [name for name in drafted(no_cat / "hat.safetensors", "ada/hat").files if name.startswith("samples/")]
     push(no_cat, "ada/no-cat")
@@ -204,9 +205,9 @@ def test_a_branch_and_a_pull_request(ada: LoopbackHub, no_cat: Path) -> None:
     assert WEIGHTS_NAME not in ada.files("ada/no-cat")
     ada.user("bob", "hf_bob")
     ada.plant("bob/eraser", {"README.md": b"mine"})
-    asked = push(no_cat, "bob/eraser", create_pr=True)
-    assert asked is not None
-    assert asked.url.endswith("/bob/eraser/discussions/1")
+    proposed = push(no_cat, "bob/eraser", create_pr=True)
+    assert proposed is not None
+    assert proposed.url.endswith("/bob/eraser/discussions/1")
     assert ada.files("bob/eraser") == {"README.md": b"mine"}
     assert WEIGHTS_NAME in ada.files("bob/eraser", "refs/pr/1")
 
@@ -239,7 +240,7 @@ def test_a_cut_push_goes_on(ada: LoopbackHub, no_cat: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "pattern", "status", "headers", "said"),
+    ("token", "repo", "pattern", "status", "headers", "words"),
     [
         (None, "ada/x", None, 0, {}, "hf auth login"),
         ("hf_nobody", "ada/x", None, 0, {}, "does not know the token here"),
@@ -259,7 +260,7 @@ def test_what_the_hub_refuses_to_take(
     pattern: str | None,
     status: int,
     headers: dict[str, str],
-    said: str,
+    words: str,
     ada: LoopbackHub,
     no_cat: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -272,7 +273,7 @@ def test_what_the_hub_refuses_to_take(
     if pattern:
         ada.trouble(pattern, status, times=50, headers=headers)
     message = fault("push", no_cat, repo, "--yes")
-    assert said in message
+    assert words in message
     assert not token or token not in message
     assert ada.files("bob/theirs") == {"README.md": b"theirs"}
 
@@ -293,7 +294,7 @@ def test_nobody_answers(hub: LoopbackHub, no_cat: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "said"),
+    ("changes", "options", "words"),
     [
         ({"base": "/home/me/model"}, [], "made for base '/home/me/model', which nobody else has"),
         ({"base": "owner/unknown"}, [], "licence of base 'owner/unknown' is not known"),
@@ -304,11 +305,11 @@ def test_nobody_answers(hub: LoopbackHub, no_cat: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_what_is_not_pushed(
-    changes: dict[str, str], options: list[str], said: str, ada: LoopbackHub, no_cat: Path, tmp_path: Path
+    changes: dict[str, str], options: list[str], words: str, ada: LoopbackHub, no_cat: Path, tmp_path: Path
 ) -> None:
     eraser = Eraser.load(no_cat)
     folder = Eraser(eraser.pairs, eraser.header.model_copy(update=changes)).save(tmp_path / "changed")
-    assert said in fault("push", folder, "ada/x", "--yes", *options)
+    assert words in fault("push", folder, "ada/x", "--yes", *options)
     assert ada.log == []
 
 
@@ -318,7 +319,7 @@ def test_damaged_erasers_are_not_pushed(ada: LoopbackHub, no_cat: Path) -> None:
     eraser.save(no_cat)
     assert "NaN" in fault("push", no_cat, "ada/x", "--yes")
     assert "no name of a repository" in fault("push", no_cat, "x", "--yes")
-    made_for(BASE).save(no_cat)
+    eraser_for(BASE).save(no_cat)
     (no_cat / "samples" / "1_erased.png").write_bytes(b"no picture")
     assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--yes")
     assert ada.log == []
@@ -326,12 +327,12 @@ def test_damaged_erasers_are_not_pushed(ada: LoopbackHub, no_cat: Path) -> None:
 
 def test_no_path_of_this_machine_becomes_public(ada: LoopbackHub, tmp_path: Path) -> None:
     here = "/home/me/models/sd"
-    made = made_for(here)
+    eraser = eraser_for(here)
     recipes = tuple(
-        recipe.model_copy(update={"base": here, "base_config": "/home/me/config"}) for recipe in made.header.recipes
+        recipe.model_copy(update={"base": here, "base_config": "/home/me/config"}) for recipe in eraser.header.recipes
     )
-    header = made.header.model_copy(update={"base": here, "recipes": recipes})
-    folder = Eraser(made.pairs, header).save(tmp_path / "one")
+    header = eraser.header.model_copy(update={"base": here, "recipes": recipes})
+    folder = Eraser(eraser.pairs, header).save(tmp_path / "one")
     push(folder, "ada/one", base_model=f"{BASE}@abc", kohya=True)
     for name, data in ada.files("ada/one").items():
         assert b"/home/me" not in data, name
@@ -343,7 +344,7 @@ def test_no_path_of_this_machine_becomes_public(ada: LoopbackHub, tmp_path: Path
 def test_no_path_of_any_member_becomes_public(ada: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "my-sd").mkdir(parents=True)
-    cat, hat = made_for(BASE, "a cat"), made_for(BASE, "a hat")
+    cat, hat = eraser_for(BASE, "a cat"), eraser_for(BASE, "a hat")
     here = hat.header.recipes[0].model_copy(
         update={
             "base": "models/my-sd",
@@ -366,9 +367,9 @@ def test_no_path_of_any_member_becomes_public(ada: LoopbackHub, tmp_path: Path, 
     assert header.recipes[1].base == BASE
     assert header.recipes[1].neighbours is not None
     assert header.recipes[1].neighbours.vocabulary == "words.txt"
-    local = made_for("models/my-sd", "a cat").save(tmp_path / "local")
+    local = eraser_for("models/my-sd", "a cat").save(tmp_path / "local")
     assert "nobody else has under that name" in fault("push", local, "ada/x", "--yes", "--license", "mit")
-    inside = made_for(BASE).header.model_copy(update={"versions": {"torch": f"{tmp_path}/torch"}})
+    inside = eraser_for(BASE).header.model_copy(update={"versions": {"torch": f"{tmp_path}/torch"}})
     Eraser(cat.pairs, inside).save(tmp_path / "inside")
     push(tmp_path / "inside", "ada/inside")
     assert str(tmp_path).encode() not in ada.files("ada/inside")[WEIGHTS_NAME]
@@ -400,9 +401,9 @@ def test_sensitive_pages(ada: LoopbackHub, no_cat: Path) -> None:
     ],
 )
 def test_masking_touches_no_key_tag_or_address(name: str, prompt: str, shown: str, ada: LoopbackHub, tmp_path: Path) -> None:
-    made = made_for(BASE, name)
-    concept = made.header.concepts[0].model_copy(update={"pairs": ((prompt, ""),)})
-    folder = Eraser(made.pairs, made.header.model_copy(update={"concepts": (concept,)})).save(tmp_path / "one")
+    eraser = eraser_for(BASE, name)
+    concept = eraser.header.concepts[0].model_copy(update={"pairs": ((prompt, ""),)})
+    folder = Eraser(eraser.pairs, eraser.header.model_copy(update={"concepts": (concept,)})).save(tmp_path / "one")
     save_samples(folder / "samples", [prompt], [Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))])
     push(folder, "ada/one", sensitive=True, kohya=True)
     files = ada.files("ada/one")
@@ -410,7 +411,7 @@ def test_masking_touches_no_key_tag_or_address(name: str, prompt: str, shown: st
     data = card.data.to_dict()
     assert (data["license"], data["base_model"], data["pipeline_tag"]) == ("creativeml-openrail-m", BASE, "text-to-image")
     assert {"template:sd-lora", "esd-lora", "lora"} <= set(data["tags"])
-    assert [one["text"] for one in data["widget"]] == [shown]
+    assert [picture["text"] for picture in data["widget"]] == [shown]
     assert f"| {shown} | (empty prompt) |" in card.text
     assert "take `kohya/one.safetensors`" in card.text
     assert f'from_pretrained("{BASE}")' in card.text
@@ -421,18 +422,18 @@ def test_masking_touches_no_key_tag_or_address(name: str, prompt: str, shown: st
 def test_card_from_hostile_words(tmp_path: Path) -> None:
     """Text of users stands in the card as text: no HTML, link, picture, table cell, heading, code or front matter of theirs."""
     evil = "x | y\n---\n\n# Fake\n<script>alert(1)</script> [l](http://e.vil) ![p](http://e.vil/p.png) `code` *bold* $base"
-    made = made_for(BASE, evil)
+    eraser = eraser_for(BASE, evil)
     strings = [
         name
-        for name, field in type(made.header).model_fields.items()
+        for name, field in type(eraser.header).model_fields.items()
         if str(field.annotation).startswith(("<class 'str", "str |"))
     ]
     assert {"family", "scope", "objective", "prediction_type"} <= set(strings)
     changes = {name: evil for name in strings if name not in ("base", "created", "prefix", "family")}
-    made.header.versions.clear()
-    header = made.header.model_copy(update={**changes, "versions": {evil: evil}, "preserve": (evil,), "family": f"sd{evil}"})
+    eraser.header.versions.clear()
+    header = eraser.header.model_copy(update={**changes, "versions": {evil: evil}, "preserve": (evil,), "family": f"sd{evil}"})
     publication = Publication(HubId("ada/x"), license_of(BASE, None), [Sample(evil, "samples/1_erased.png")])
-    card = render_card(Eraser(made.pairs, header), publication)
+    card = render_card(Eraser(eraser.pairs, header), publication)
     front, _, body = card[4:].partition("\n---\n")
     assert set(yaml.safe_load(front)) == {
         *("library_name", "pipeline_tag", "license", "tags", "base_model", "base_model_relation", "widget"),
@@ -450,8 +451,8 @@ def test_card_from_hostile_words(tmp_path: Path) -> None:
 
 
 def test_a_stack_of_many_has_a_short_heading() -> None:
-    made = made_for(BASE, *(f"concept {i}" for i in range(150)))
-    card = render_card(made, Publication(HubId("ada/x"), license_of(BASE, None)))
+    eraser = eraser_for(BASE, *(f"concept {i}" for i in range(150)))
+    card = render_card(eraser, Publication(HubId("ada/x"), license_of(BASE, None)))
     heading = next(line for line in card.splitlines() if line.startswith("# Eraser"))
     assert heading.endswith("concept 11 and 138 more")
     assert len([tag for tag in ModelCard(card).data.to_dict()["tags"] if tag.startswith("erases:")]) == 12
@@ -480,7 +481,7 @@ def test_pushing_to_a_pull_request_that_is_there(ada: LoopbackHub, no_cat: Path)
 
 def test_nothing_of_a_stranger_commands_the_terminal(ada: LoopbackHub, tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07\ncat\n  erases nothing\u202e"
-    folder = made_for(BASE, evil).save(tmp_path / "evil")
+    folder = eraser_for(BASE, evil).save(tmp_path / "evil")
     for command in (
         ["push", folder, "ada/x", "--dry-run"],
         ["push", folder, "ada/x", "--yes"],
@@ -550,7 +551,7 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("files", "lies", "said"),
+    ("files", "lies", "words"),
     [
         ({"../../evil.json": b"{}"}, {}, "leads out of its directory"),
         ({"/etc/evil.json": b"{}"}, {}, "leads out of its directory"),
@@ -575,7 +576,7 @@ def bomb() -> bytes:
 def test_poisoned_repositories(
     files: dict[str, bytes],
     lies: dict[str, dict[str, Any]],
-    said: str,
+    words: str,
     ada: LoopbackHub,
     no_cat: Path,
     tmp_path: Path,
@@ -586,11 +587,11 @@ def test_poisoned_repositories(
     monkeypatch.chdir(work)
     ada.plant("bob/evil", {WEIGHTS_NAME: (no_cat / WEIGHTS_NAME).read_bytes(), **files}, lies=lies)
     before = set(tmp_path.rglob("*"))
-    assert said in fault("pull", "bob/evil", "-o", work / "out")
+    assert words in fault("pull", "bob/evil", "-o", work / "out")
     assert set(tmp_path.rglob("*")) - before <= {work / "out"}
     assert not any(work.rglob("out/*"))
     # What is wrong stays wrong the second time, when something of it may lie in the cache.
-    assert said in fault("pull", "bob/evil", "-o", work / "out")
+    assert words in fault("pull", "bob/evil", "-o", work / "out")
 
 
 def test_code_in_yaml_and_html_in_the_card_stay_text(ada: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -623,7 +624,7 @@ def test_a_pull_that_cannot_be_finished_changes_nothing(ada: LoopbackHub, no_cat
     """Where a file should go there is a folder, or a file where a folder should."""
     push(no_cat, "ada/no-cat")
     ada.plant("ada/no-cat", {"x.md/y.md": b"", "new.md": b""} if inside == "x.md" else {"new.md": b""})
-    out = save_with_card(made_for(BASE, "a hat"), tmp_path / "out")
+    out = save_with_card(eraser_for(BASE, "a hat"), tmp_path / "out")
     if inside == "README.md":
         (out / inside).unlink()
         (out / inside).mkdir()
@@ -638,7 +639,7 @@ def test_a_pull_that_cannot_be_finished_changes_nothing(ada: LoopbackHub, no_cat
 @pytest.mark.usefixtures("ada")
 def test_pull_over_another_eraser(no_cat: Path, tmp_path: Path) -> None:
     push(no_cat, "ada/no-cat")
-    out = made_for(BASE, "a hat").save(tmp_path / "out")
+    out = eraser_for(BASE, "a hat").save(tmp_path / "out")
     for name in ("checkpoint.pt", "mine.txt", "stack.yaml"):
         (out / name).write_bytes(b"here before")
     assert invoke("pull", "ada/no-cat", "-o", out, "--force").exit_code == 0
@@ -661,15 +662,15 @@ def test_names_that_the_client_does_not_take(repo: str, ada: LoopbackHub, no_cat
 
 def test_a_mistyped_path(hub: LoopbackHub) -> None:
     assert "there is no path out/no-cta here, and there is no repository" in fault("inspect", "out/no-cta")
-    asked = len(hub.log)
+    requests = len(hub.log)
     with pytest.raises(EsdLoraError, match="no eraser at out/no-cta"):
         load_eraser(Path("out/no-cta"))
-    assert len(hub.log) == asked, "a Path is never a Hub id"
+    assert len(hub.log) == requests, "a Path is never a Hub id"
     assert "no eraser at" in fault("export", "x" * 300, "--layout", "kohya", "-o", "out.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "words"),
     [
         ('{"format": ' + "9" * 5000 + "}", "has format 999999999"),
         ('{"format": "x"}', "damaged header"),
@@ -677,10 +678,10 @@ def test_a_mistyped_path(hub: LoopbackHub) -> None:
         ('"\\ud800"', "damaged header"),
     ],
 )
-def test_damaged_headers(header: str, said: str, no_cat: Path) -> None:
+def test_damaged_headers(header: str, words: str, no_cat: Path) -> None:
     tensors = Eraser.load(no_cat).state_dict()
     (no_cat / WEIGHTS_NAME).write_bytes(file_content(tensors, {"format": "pt", "esd_lora": header}))
-    assert said in fault("inspect", no_cat)
+    assert words in fault("inspect", no_cat)
     assert invoke("catalog", no_cat, "--no-cache").stdout == "none found\n"
 
 
@@ -815,8 +816,8 @@ def test_cached_erasers_need_no_hub(ada: LoopbackHub, no_cat: Path, monkeypatch:
     expected = load_eraser("ada/no-cat").state_dict()
     for server in ada.servers:
         server.stop()
-    found = load_eraser("ada/no-cat").state_dict()
-    assert all(found[name].equal(expected[name]) for name in expected)
+    loaded = load_eraser("ada/no-cat").state_dict()
+    assert all(loaded[name].equal(expected[name]) for name in expected)
     with pytest.raises(EsdLoraError, match="the connection to the Hub failed on ada/other"):
         load_eraser("ada/other")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -871,12 +872,12 @@ def test_from_training_to_plain_diffusers_elsewhere(ada: LoopbackHub, tmp_path: 
     """Train, measure, attach, push; then, with an empty cache, pull, and load with diffusers alone: the same picture."""
     quick = {"steps": 4, "trajectories": 2, "preserve_trajectories": 1, "trajectory_steps": 4, "lr": 0.01, "preview_every": 4}
     settings = [part for key, value in quick.items() for part in ("-s", f"train.{key}={value}")]
-    mine = tmp_path / "no-cat"
+    trained = tmp_path / "no-cat"
     measure = ["--base", "emoji", "--suite", "emoji-object", "--limit", 2, "-s", "steps=3", "-o", tmp_path / "measured"]
     for command in (
-        ["train", "--concept", "a cat", "--base", "emoji", *settings, "-o", mine],
-        ["evaluate", mine, *measure, "--attach"],
-        ["push", mine, "ada/no-cat", "--yes"],
+        ["train", "--concept", "a cat", "--base", "emoji", *settings, "-o", trained],
+        ["evaluate", trained, *measure, "--attach"],
+        ["push", trained, "ada/no-cat", "--yes"],
     ):
         result = invoke(*command)
         assert result.exit_code == 0, result.output
@@ -901,7 +902,7 @@ def test_from_training_to_plain_diffusers_elsewhere(ada: LoopbackHub, tmp_path: 
 
     loopback_hub.connect(ada, tmp_path / "third", monkeypatch)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert picture("ada/no-cat") == picture(mine) != picture(None)
+    assert picture("ada/no-cat") == picture(trained) != picture(None)
 
 
 # Search and catalog
@@ -909,16 +910,20 @@ def test_from_training_to_plain_diffusers_elsewhere(ada: LoopbackHub, tmp_path: 
 
 def test_search(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
     push(no_cat, "ada/no-cat")
-    made = made_for("owner/other", "Van Gogh")
-    folder = made.save(tmp_path / "gogh")
+    eraser = eraser_for("owner/other", "Van Gogh")
+    folder = eraser.save(tmp_path / "gogh")
     push(folder, "ada/no-gogh", license="mit")
     ada.plant("bob/lora", {"README.md": b"---\ntags: [lora]\n---\n"})
-    assert {one.repo for one in search()} == {"ada/no-cat", "ada/no-gogh"}
-    assert [one.repo for one in search(concept="A CAT")] == [one.repo for one in search(concept="cat")] == ["ada/no-cat"]
+    assert {eraser.repo for eraser in search()} == {"ada/no-cat", "ada/no-gogh"}
+    assert (
+        [eraser.repo for eraser in search(concept="A CAT")]
+        == [eraser.repo for eraser in search(concept="cat")]
+        == ["ada/no-cat"]
+    )
     (gogh,) = search(concept="van Gogh")
     assert (gogh.repo, gogh.erases, gogh.base) == ("ada/no-gogh", ["van gogh"], "owner/other")
-    assert [one.repo for one in search(base=BASE)] == ["ada/no-cat"]
-    assert [one.repo for one in search("gogh")] == ["ada/no-gogh"]
+    assert [eraser.repo for eraser in search(base=BASE)] == ["ada/no-cat"]
+    assert [eraser.repo for eraser in search("gogh")] == ["ada/no-gogh"]
     assert search(tags=("nothing",)) == []
     shown = invoke("search", "--concept", "a cat").stdout.splitlines()
     assert shown[0].split()[:2] == ["repository", "erases"]

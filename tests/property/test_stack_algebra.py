@@ -26,8 +26,8 @@ def deltas(eraser: Eraser) -> dict[str, Tensor]:
     return {**zeros, **{module: pair.delta() for module, pair in eraser.pairs.items()}}
 
 
-def assert_same(found: Eraser, expected: dict[str, Tensor]) -> None:
-    for module, delta in deltas(found).items():
+def assert_same(result: Eraser, expected: dict[str, Tensor]) -> None:
+    for module, delta in deltas(result).items():
         torch.testing.assert_close(delta, expected[module], rtol=1e-12, atol=1e-12, msg=lambda text, m=module: f"{m}: {text}")
 
 
@@ -90,15 +90,15 @@ singles = st.builds(
 def test_order_does_not_matter(a: Eraser, b: Eraser) -> None:
     """And in float32 the sum is exact to 1e-6 of its terms."""
     for module in SHAPES:
-        one, two = (
+        first, second = (
             (stack(order).pairs[module].delta() if module in stack(order).pairs else torch.zeros(()))
             for order in ([a, b], [b, a])
         )
         terms = [e.pairs[module].delta().double() for e in (a, b) if module in e.pairs]
         if terms:
             size = sum(term.norm() for term in terms)
-            assert (one - two).norm() <= 1e-6 * size
-            assert (one.double() - sum(terms)).norm() <= 1e-6 * size
+            assert (first - second).norm() <= 1e-6 * size
+            assert (first.double() - sum(terms)).norm() <= 1e-6 * size
 
 
 @given(singles)
@@ -132,13 +132,13 @@ def test_compressing_to_an_energy_honours_it(a: Eraser, b: Eraser, energy: float
     smaller, errors, _ = compress(stacked, energy=energy)
     bound = (1 - energy) ** 0.5
     for module, pair in stacked.pairs.items():
-        found = smaller.pairs[module]
-        distance = float((found.delta() - pair.delta()).norm() / pair.delta().norm())
+        result = smaller.pairs[module]
+        distance = float((result.delta() - pair.delta()).norm() / pair.delta().norm())
         assert distance <= bound + 1e-5
         assert abs(distance - errors[module]) <= 1e-5
-        assert (found.down.dtype, found.up.dtype) == (torch.float32, torch.float32)
-        if found.rank > 1 and energy < 0.999:
-            less = compress(Eraser({module: pair}, stacked.header), rank=found.rank - 1).overall
+        assert (result.down.dtype, result.up.dtype) == (torch.float32, torch.float32)
+        if result.rank > 1 and energy < 0.999:
+            less = compress(Eraser({module: pair}, stacked.header), rank=result.rank - 1).overall
             assert less > bound - 1e-5
 
 
@@ -158,10 +158,10 @@ def test_strength_by_block(a: Eraser, blocks: dict[str, float], weight: float) -
         fitting = [block for block in blocks if f"{module}.".startswith(f"{block}.")]
         factor = weight * (blocks[max(fitting, key=len)] if fitting else 1)
         torch.testing.assert_close(stacked.pairs[module].delta(), factor * pair.delta(), rtol=1e-12, atol=1e-12)
-    assert told(stacked) == {module: Strength(weight, blocks).at(module) for module in a.pairs}
+    assert recorded_strengths(stacked) == {module: Strength(weight, blocks).at(module) for module in a.pairs}
 
 
-def told(eraser: Eraser) -> dict[str, float]:
+def recorded_strengths(eraser: Eraser) -> dict[str, float]:
     """Strength of the first concept at every layer, as the header says."""
     concept = eraser.header.concepts[0]
     return {module: Strength(concept.weight, concept.blocks).at(module) for module in eraser.pairs}
@@ -176,7 +176,7 @@ def test_strengths_by_block_of_a_stack_of_stacks_multiply(
 ) -> None:
     a = random_eraser({"mid.attn2.to_k": 1, "mid.attn2.to_v": 2, "conv": 1}, seed=seed)
     stacked = stack([stack([a], [Strength(first, inner)])], [Strength(second, outer)])
-    for module, factor in told(stacked).items():
+    for module, factor in recorded_strengths(stacked).items():
         torch.testing.assert_close(stacked.pairs[module].delta(), factor * a.pairs[module].delta(), rtol=1e-9, atol=1e-12)
 
 
@@ -184,9 +184,9 @@ def test_strengths_by_block_of_a_stack_of_stacks_multiply(
 def test_norms_and_products_by_the_factors(ranks: dict[str, int], seed: int) -> None:
     a, b = random_eraser(ranks, seed=seed), random_eraser(ranks, seed=seed + 1)
     for module in ranks:
-        one, other = a.pairs[module], b.pairs[module]
-        assert abs(one.norm() - float(one.delta().norm())) <= 1e-9 * one.norm()
-        assert abs(one.inner(other) - float((one.delta() * other.delta()).sum())) <= 1e-9 * one.norm() * other.norm()
+        first, other = a.pairs[module], b.pairs[module]
+        assert abs(first.norm() - float(first.delta().norm())) <= 1e-9 * first.norm()
+        assert abs(first.inner(other) - float((first.delta() * other.delta()).sum())) <= 1e-9 * first.norm() * other.norm()
 
 
 @given(ranks, st.integers(0, 2**32))
@@ -213,6 +213,6 @@ def test_saved_eraser_loads_bit_for_bit(ranks: dict[str, int], seed: int, dtype:
     assert loaded.header == eraser.header == build_header(*names)
     assert loaded.pairs.keys() == eraser.pairs.keys()
     for module, pair in eraser.pairs.items():
-        for found, expected in zip(loaded.pairs[module], pair, strict=True):
-            assert found.dtype == dtype
-            assert torch.equal(found, expected)
+        for result, expected in zip(loaded.pairs[module], pair, strict=True):
+            assert result.dtype == dtype
+            assert torch.equal(result, expected)

@@ -30,7 +30,7 @@ NAMES = {
 }
 
 
-def written(file: Path, header: object, data: bytes = b"\0" * 4, length: int | None = None) -> Path:
+def safetensors_file(file: Path, header: object, data: bytes = b"\0" * 4, length: int | None = None) -> Path:
     """A safetensors file made by hand."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
@@ -63,7 +63,7 @@ READERS = {"load": Eraser.load, "import": import_lora, "inspect": inspect_file, 
 def test_damaged_file_is_told_in_a_sentence(
     tmp_path: Path, header: object, data: bytes, length: int | None, reader: object
 ) -> None:
-    file = written(tmp_path / "x.safetensors", header, data, length)
+    file = safetensors_file(tmp_path / "x.safetensors", header, data, length)
     with pytest.raises(EsdLoraError, match="damaged") as caught:
         reader(file)  # type: ignore[operator]
     assert str(file) in str(caught.value)
@@ -80,7 +80,7 @@ def test_pickle_under_a_safe_name(tmp_path: Path, head: bytes, reader: object) -
         reader(file)  # type: ignore[operator]
 
 
-def spoilt(tmp_path: Path, **changes: torch.Tensor) -> Path:
+def spoilt_file(tmp_path: Path, **changes: torch.Tensor) -> Path:
     """An eraser whose tensors were exchanged."""
     from safetensors.torch import save_file
 
@@ -107,10 +107,10 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), SPOILT.values(), ids=SPOILT)
-def test_tensors_that_are_no_lora(tmp_path: Path, changes: dict[str, torch.Tensor], said: str) -> None:
-    file = spoilt(tmp_path, **changes)
-    with pytest.raises(EsdLoraError, match=said) as caught:
+@pytest.mark.parametrize(("changes", "words"), SPOILT.values(), ids=SPOILT)
+def test_tensors_that_are_no_lora(tmp_path: Path, changes: dict[str, torch.Tensor], words: str) -> None:
+    file = spoilt_file(tmp_path, **changes)
+    with pytest.raises(EsdLoraError, match=words) as caught:
         Eraser.load(file)
     assert f"{file}: layer conv" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -122,7 +122,7 @@ def test_file_beyond_two_gigabytes(tmp_path: Path) -> None:
     size = 4 * rows * width
     entry = {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]}
     last = {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]}
-    file = written(tmp_path / "big.safetensors", {"a": entry, "b": last}, b"")
+    file = safetensors_file(tmp_path / "big.safetensors", {"a": entry, "b": last}, b"")
     with file.open("r+b") as opened:
         start = opened.seek(0, 2)
         opened.truncate(start + size + 8)

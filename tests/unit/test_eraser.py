@@ -118,10 +118,10 @@ def test_delta_is_the_product_in_the_weights_shape(module: str) -> None:
     x = torch.randn(1, SHAPES[module][1], *([6, 6] if len(pair.shape) == 4 else []), dtype=torch.float64)
     if len(pair.shape) == 4:
         convolve = torch.nn.functional.conv2d
-        expected, found = convolve(convolve(x, pair.down), pair.up), convolve(x, pair.delta())
+        expected, result = convolve(convolve(x, pair.down), pair.up), convolve(x, pair.delta())
     else:
-        expected, found = x @ pair.down.T @ pair.up.T, x @ pair.delta().T
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        expected, result = x @ pair.down.T @ pair.up.T, x @ pair.delta().T
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_delta_of_half_precision_is_summed_in_float32() -> None:
@@ -136,9 +136,9 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 def test_file_that_is_not_safetensors(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    for content, said in ((b"", "damaged"), (b"PK\x03\x04 not one", "pickle"), (b"\xff" * 64, "damaged")):
+    for content, words in ((b"", "damaged"), (b"PK\x03\x04 not one", "pickle"), (b"\xff" * 64, "damaged")):
         file.write_bytes(content)
-        assert said in refusal(file)
+        assert words in refusal(file)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
+from esd_lora.formats.cards import save_with_card
 from esd_lora.formats.exporting import kohya_tensors
 from esd_lora.formats.importing import import_lora
 from esd_lora.formats.inspecting import inspect_file
@@ -78,7 +79,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
 
 def test_imported_eraser_is_saved_and_loaded(tmp_path: Path) -> None:
     eraser = import_lora(save_lora(one_layer(), tmp_path))
-    folder = eraser.save(tmp_path / "eraser")
+    folder = save_with_card(eraser, tmp_path / "eraser")
     assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
     assert Eraser.load(folder).header == eraser.header
     assert "provenance unknown" in (folder / "README.md").read_text("utf-8")

@@ -39,10 +39,10 @@ def test_manifest_is_the_exact_stack(folder: Path) -> None:
     members = [folder / "no-cat", folder / "deep" / "no-hat" / WEIGHTS_NAME]
     written = write_manifest(folder / "stack.yaml", members, strengths)
     expected = stack([Eraser.load(member) for member in members], strengths)
-    for found in (written, load_eraser(folder / "stack.yaml"), load_eraser(folder)):
-        assert found.header == expected.header
-        assert found.pairs.keys() == expected.pairs.keys()
-        assert all(torch.equal(found.pairs[m].delta(), pair.delta()) for m, pair in expected.pairs.items())
+    for loaded in (written, load_eraser(folder / "stack.yaml"), load_eraser(folder)):
+        assert loaded.header == expected.header
+        assert loaded.pairs.keys() == expected.pairs.keys()
+        assert all(torch.equal(loaded.pairs[m].delta(), pair.delta()) for m, pair in expected.pairs.items())
 
 
 def test_what_a_manifest_says(folder: Path) -> None:
@@ -99,20 +99,20 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
-def test_broken_manifests(folder: Path, content: object, said: str) -> None:
-    assert said in refusal(folder, content)
+@pytest.mark.parametrize(("content", "words"), BROKEN.values(), ids=BROKEN)
+def test_broken_manifests(folder: Path, content: object, words: str) -> None:
+    assert words in refusal(folder, content)
 
 
 def test_manifest_of_manifests(folder: Path) -> None:
     write_manifest(folder / "deep" / "stack.yaml", [folder / "deep" / "no-hat"], [Strength(0.5)])
     members = [folder / "no-cat", folder / "deep" / "stack.yaml", folder / "deep"]
     write_manifest(folder / "stack.yaml", members, [Strength(), Strength(2.0), Strength(-1.0)])
-    found = load_eraser(folder / "stack.yaml")
-    assert [(c.name, c.weight) for c in found.header.concepts] == [("a cat", 1.0), ("a hat", 1.0), ("a hat", -0.5)]
+    loaded = load_eraser(folder / "stack.yaml")
+    assert [(c.name, c.weight) for c in loaded.header.concepts] == [("a cat", 1.0), ("a hat", 1.0), ("a hat", -0.5)]
     hat = Eraser.load(folder / "deep" / "no-hat")
     expected = stack([Eraser.load(folder / "no-cat"), hat], [1.0, 0.5])
-    torch.testing.assert_close(found.pairs["conv"].delta(), expected.pairs["conv"].delta())
+    torch.testing.assert_close(loaded.pairs["conv"].delta(), expected.pairs["conv"].delta())
     (folder / "deep" / "stack.yaml").write_text("stack: [{file: no-hat}]")
     with pytest.raises(EsdLoraError, match=r"deep/stack\.yaml has changed since"):
         load_eraser(folder / "stack.yaml")

@@ -16,17 +16,17 @@ def changed(eraser: Eraser, **header: object) -> Eraser:
 
 
 @pytest.mark.parametrize(
-    ("field", "mine", "theirs", "words"),
+    ("field", "first", "second", "words"),
     [
         ("family", "sd", "sdxl", "family 'sd' and 'sdxl'"),
         ("prediction_type", "epsilon", "v_prediction", "prediction type 'epsilon' and 'v_prediction'"),
         ("prefix", "unet", "transformer", "prefix 'unet' and 'transformer'"),
     ],
 )
-def test_members_of_different_kinds_are_named(field: str, mine: str, theirs: str, words: str) -> None:
+def test_members_of_different_kinds_are_named(field: str, first: str, second: str, words: str) -> None:
     a, b = random_eraser({"conv": 1}, "a cat"), random_eraser({"conv": 1}, "a hat")
     with pytest.raises(EsdLoraError) as caught:
-        stack([changed(a, **{field: mine}), changed(b, **{field: theirs})])
+        stack([changed(a, **{field: first}), changed(b, **{field: second})])
     message = str(caught.value)
     assert "['a cat']" in message
     assert "['a hat']" in message
@@ -76,23 +76,24 @@ def test_short_names_of_blocks() -> None:
     modules = ("down_blocks.1.attentions.0.to_k", "down_blocks.10.to_k", "mid_block.to_k", "up_blocks.1.to_k")
     eraser = Eraser(dict.fromkeys(modules, pair), build_header())
     strength = Strength(2.0, {"down.1": 0.5, "mid": 0.0, "up_blocks": 3.0, "up.1": -1.0})
-    found = [pair.inner(other) / pair.norm() ** 2 for other in stack([eraser], [strength]).pairs.values()]
-    assert found == pytest.approx([1.0, 2.0, 0.0, -2.0])
+    factors = [pair.inner(other) / pair.norm() ** 2 for other in stack([eraser], [strength]).pairs.values()]
+    assert factors == pytest.approx([1.0, 2.0, 0.0, -2.0])
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [({}, "give one"), ({"rank": 0}, "1 or more"), ({"energy": 0.0}, "share"), ({"energy": 1.1}, "share")]
+    ("settings", "words"),
+    [({}, "give one"), ({"rank": 0}, "1 or more"), ({"energy": 0.0}, "share"), ({"energy": 1.1}, "share")],
 )
-def test_compressing_to_what_cannot_be(asked: dict[str, float], said: str) -> None:
-    with pytest.raises(EsdLoraError, match=said):
-        compress(random_eraser({"conv": 1}), **asked)  # type: ignore[arg-type]
+def test_compressing_to_what_cannot_be(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(EsdLoraError, match=words):
+        compress(random_eraser({"conv": 1}), **settings)  # type: ignore[arg-type]
 
 
 def test_compressing_never_multiplies_out() -> None:
     """A convolution of SDXL's size: its update has 15 million values, its factors half a million."""
     rank, out, width = 40, 1280, 1280
-    made = random_eraser({"conv": 1}).pairs["conv"]
-    pair = made._replace(down=torch.randn(rank, width, 3, 3), up=torch.randn(out, rank, 1, 1))
+    small = random_eraser({"conv": 1}).pairs["conv"]
+    pair = small._replace(down=torch.randn(rank, width, 3, 3), up=torch.randn(out, rank, 1, 1))
     seen: list[int] = []
 
     class Watched(torch.Tensor):
