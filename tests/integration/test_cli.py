@@ -21,7 +21,7 @@ from esd_lora import __version__, training
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.formats.exporting import kohya_tensors
-from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
+from esd_lora.recipe_files import load_fuse_spec, load_recipe, recipe_text, recipe_title, recipes_by_kind, recipes_dir
 from esd_lora.watching import StepReport
 from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
@@ -455,24 +455,40 @@ def test_inspect_as_json(cat_dir: Path) -> None:
 
 def test_recipes_list_says_what_each_is() -> None:
     lines = good("recipes", "list").splitlines()
-    assert [line.split()[0] for line in lines] == recipe_names()
-    for line in lines:
-        name, described = line.split(maxsplit=1)
+    heads = [line for line in lines if not line.startswith("  ")]
+    assert [head.split()[0].rstrip(":") for head in heads] == ["presets", "concepts", "recipes", "how", "how"]
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    composed = [f"{base}/CONCEPT" for base in ("flux", "sd", "sdxl")]
+    kinds = recipes_by_kind()
+    expected = [*kinds["preset"], *kinds["concept"], *kinds["recipe"], *composed, "fuse", "harmonise"]
+    assert list(listed) == expected
+    for name in composed:
+        base = name.partition("/")[0]
+        assert listed.pop(name) == f"{base}/fast with any of the concepts: {base}/van-gogh"
+    for name, described in listed.items():
         assert len(described) > 20, name
-        assert recipe_path(name).read_text("utf-8").startswith(f"# {described}\n")
+        assert recipe_text(name).startswith(f"# {described}\n")
 
 
 def test_recipes_show() -> None:
-    assert good("recipes", "show", "paper") == recipe_path("paper").read_text("utf-8")
+    assert good("recipes", "show", "paper") == (recipes_dir() / "paper.yaml").read_text("utf-8")
+    assert good("recipes", "show", "sdxl/van-gogh").splitlines() == [
+        "# Erases Van Gogh from stabilityai/stable-diffusion-xl-base-1.0: scope xattn, eta 1, 500 steps.",
+        f"# {recipe_title('sdxl/fast')}",
+        f"# {recipe_title('concepts/van-gogh')}",
+        "extends: [sdxl/fast, concepts/van-gogh]",
+    ]
 
 
 def test_recipes_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert good("recipes", "copy", "fast") == "recipe: fast.yaml\n"
-    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("fast").read_text("utf-8")
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_text("fast")
     assert "already exists" in bad_sentence("recipes", "copy", "paper", "-o", "fast.yaml")
     good("recipes", "copy", "paper", "-o", "fast.yaml", "--force")
-    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("paper").read_text("utf-8")
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_text("paper")
+    assert good("recipes", "copy", "sd/van-gogh") == "recipe: van-gogh.yaml\n"
+    assert load_recipe("van-gogh.yaml") == load_recipe("sd/van-gogh")
 
 
 def test_recipes_check(tmp_path: Path) -> None:
@@ -481,6 +497,12 @@ def test_recipes_check(tmp_path: Path) -> None:
     said = good("recipes", "check", "fast", file).splitlines()
     assert said[0].startswith("fast: good")
     assert said[1] == f"{file}: good, erases a cat, a hat"
+    assert good("recipes", "check", "sd/van-gogh", "concepts/tench", "fuse", "harmonise").splitlines() == [
+        "sd/van-gogh: good, erases Van Gogh",
+        "concepts/tench: good, a concept, give it a preset",
+        "fuse: good, says how to fuse a stack",
+        "harmonise: good, says how to harmonise a stack",
+    ]
 
 
 def test_recipes_check_resolved(tmp_path: Path) -> None:
@@ -489,6 +511,8 @@ def test_recipes_check_resolved(tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(good("recipes", "check", file, "-s", "eta=2", "--resolved"))
     assert load_recipe(resolved) == load_recipe(file, {"eta": 2})
+    resolved.write_text(good("recipes", "check", "fuse", "-s", "lam=0.7", "--resolved"))
+    assert load_fuse_spec(resolved) == load_fuse_spec(lam=0.7)
 
 
 def test_version_and_help() -> None:
