@@ -159,21 +159,32 @@ def load_recipe(
     return _checked(Recipe, source, overrides, fields, "fast")
 
 
-def load_fuse_spec(source: str | Path = "fuse", overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> FuseSpec:
-    """Load and check how to fuse: `load_fuse_spec(lam=0.03)`. Arguments and errors are those of `load_recipe`."""
+def load_fuse_spec(
+    source: str | Path | FuseSpec = "fuse", overrides: Mapping[str, Any] | None = None, /, **fields: Any
+) -> FuseSpec:
+    """Load and check how to fuse: `load_fuse_spec(lam=0.03)`.
+
+    Args:
+        source: A built-in name, the path of a YAML file, or what was loaded before.
+        overrides: As in `load_recipe`.
+        **fields: As in `load_recipe`.
+
+    Raises:
+        EsdLoraError: As `load_recipe` does.
+    """
     return _checked(FuseSpec, source, overrides, fields, "fuse")
 
 
 def load_harmonise_spec(
-    source: str | Path = "harmonise", overrides: Mapping[str, Any] | None = None, /, **fields: Any
+    source: str | Path | HarmoniseSpec = "harmonise", overrides: Mapping[str, Any] | None = None, /, **fields: Any
 ) -> HarmoniseSpec:
-    """Load and check how to harmonise: `load_harmonise_spec(steps=200)`. Arguments and errors are those of `load_recipe`."""
+    """Load and check how to harmonise: `load_harmonise_spec(steps=200)`. Arguments and errors are those of `load_fuse_spec`."""
     return _checked(HarmoniseSpec, source, overrides, fields, "harmonise")
 
 
 def _checked(
     model: type[Model],
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | BaseModel | Sequence[str | Path],
     overrides: Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     example: str,
@@ -183,14 +194,14 @@ def _checked(
     def hint(place: Place) -> str:
         return "" if place[0] == "concepts" else f" (a preset gives it: 'extends: {example}')"
 
+    if isinstance(source, BaseModel):
+        return checked(model, Document(source.model_dump(), {}), overrides, fields, kind="recipe", source="given", hint=hint)
     paths = [path for name in ([source] if isinstance(source, str | Path) else source) for path in recipe_paths(str(name))]
-    document = _laid([_load(path) for path in paths])
+    document, where = _laid([_load(path) for path in paths]), " ".join(map(str, paths))
     method = document.values.get("method")
     if model is Recipe and method in ("fuse", "harmonise"):
-        raise EsdLoraError(
-            f"{' '.join(map(str, paths))} says how to {method} a stack, and nothing to train. Give another recipe."
-        )
-    return checked(model, document, overrides, fields, kind="recipe", source=" ".join(map(str, paths)), hint=hint)
+        raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")
+    return checked(model, document, overrides, fields, kind="recipe", source=where, hint=hint)
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -148,3 +148,13 @@ _AT_ONCE = 2**15
 def latents_per_batch(shape: Sequence[int]) -> int:
     """Latents of a shape (channels, height, width) in one batch: bounds memory, and changes results by rounding alone."""
     return max(1, _AT_ONCE // (shape[-2] * shape[-1]))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of one step's random draws, so that a run may be taken up at any step.
+
+    Args:
+        seed: Seed of the whole run.
+        step: Number of the step from 0, below 100,003: streams of runs with other seeds begin beyond it.
+    """
+    return seed * 100_003 + step

@@ -259,7 +259,7 @@ def test_manifest_stands_for_its_stack(tiny_dir: Path, tmp_path: Path, cat_dir: 
 def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
     said = good("stack", cat_dir, car_dir, cat_dir, "-o", tmp_path / "out", "--fuse", "sum", "--report", "--base", tiny_dir)
     assert "read overlap" in said
-    assert "changed in company by" in said
+    assert "changed in the stack by" in said
     found = json.loads((tmp_path / "out" / "interference.json").read_text("utf-8"))
     assert found["cosine"][0][2] == pytest.approx(1)
     assert found["shared"][0] == [16, 0, 16]
@@ -277,7 +277,7 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     assert " of no update's, plain sum " in said
     assert "fused from 2 erasers beside 4 kept prompts (lam 0.1, mu 0.03)" in good("inspect", fused)
     assert "- Fused from 2 erasers" in (fused / "README.md").read_text("utf-8")
-    assert "changed in company by" in said
+    assert "changed in the stack by" in said
     (record,) = Eraser.load(fused).header.fusions
     assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.1)
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
