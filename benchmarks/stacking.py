@@ -37,6 +37,7 @@ from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.cases import Case, fill_template, object_cases, pair_cases, style_cases
 from esd_lora.evaluation.detectors.judge import Judge, Verdict
 from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.harmonising import harmonise
 from esd_lora.fusing.prompts import keep_list, own_prompts
 from esd_lora.gating import Gate
 from esd_lora.pictures import grid, paint
@@ -45,7 +46,6 @@ from esd_lora.training import train
 
 ERASED_SHOTS = 120
 SURE = 0.9
-HARMONISE = 400
 ENERGY = 0.9
 
 
@@ -223,8 +223,8 @@ def apply(method: str, base: Base, chosen: Sequence[Member], members: Sequence[E
         return [jointly(base, chosen, seed)]
     if method.startswith("sum"):
         return [stack(members, [len(members) ** -0.5 if "sqrt" in method else 1.0] * len(members))]
-    steps = HARMONISE if "harmonised" in method else 0
-    return [fuse(members, base, harmonise=steps, energy=ENERGY if "small" in method else None, seed=seed, progress=False)]
+    fused = fuse(members, base, energy=ENERGY if "small" in method else None, seed=seed, progress=False)
+    return [harmonise(fused, members, base, seed=seed, progress=False) if "harmonised" in method else fused]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from esd_lora.formats.importing import import_lora
     from esd_lora.formats.inspecting import diff, inspect_file
     from esd_lora.fusing.closed_form import fuse
+    from esd_lora.fusing.harmonising import harmonise
     from esd_lora.gating import Gate
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
@@ -58,6 +59,7 @@ _HOMES = {
     "extract": "weights.extracting",
     "fuse": "fusing.closed_form",
     "generate": "sampling",
+    "harmonise": "fusing.harmonising",
     "import_lora": "formats.importing",
     "inspect_file": "formats.inspecting",
     "load_base": "bases.loading",
@@ -89,6 +91,7 @@ __all__ = [
     "extract",
     "fuse",
     "generate",
+    "harmonise",
     "import_lora",
     "inspect_file",
     "load_base",

@@ -5,55 +5,117 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import yaml
+from pydantic import BaseModel
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.recipe import Recipe
-from esd_lora.yaml_files import Document, Place, checked, laid_over, read_yaml
+from esd_lora.recipe import FuseSpec, HarmoniseSpec, Recipe
+from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml
+
+RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
+"""A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
 
 
 def recipes_dir() -> Path:
-    """The folder of recipes that ship with the project: inside the installed package, or beside it in a checkout."""
+    """Return the folder of recipes that ship with the project: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the project, presets and concepts among them (`kind_of`)."""
-    folder = recipes_dir()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    """Return the names of all recipes that ship: of every file, and every BASE/CONCEPT composed of two (`recipe_paths`)."""
+    return sorted(_shipped())
 
 
-def recipe_path(name: str) -> Path:
-    """Finds a recipe by built-in name or by path.
+def recipe_paths(name: str) -> list[Path]:
+    """Return the files of a recipe, each to be laid over those before it.
+
+    A file, by path or built-in name, is a recipe by itself. BASE/CONCEPT is composed of two: `sd/van-gogh` of `sd/fast` and
+    `concepts/van-gogh`. BASE is any folder of `recipes/` with a preset `fast`, CONCEPT any concept.
 
     Raises:
         EsdLoraError: If there is neither such a file nor such a name.
     """
-    built_in = recipes_dir() / f"{name}.yaml"
-    if name in recipe_names():
-        return built_in
+    shipped = _shipped()
+    if name in shipped:
+        return shipped[name]
     if Path(name).is_file():
-        return Path(name)
+        return [Path(name)]
+    files = ", ".join(sorted(known for known, paths in shipped.items() if len(paths) == 1))
     raise EsdLoraError(
-        f"no recipe {name!r}: neither a file nor a built-in name{did_you_mean(name, recipe_names())}."
-        f" Built-in: {', '.join(recipe_names())}."
+        f"no recipe {name!r}: neither a file nor a built-in name{did_you_mean(name, shipped)}."
+        f" Built-in: {files}; and {', '.join(recipe_bases())} with any concept, such as sd/van-gogh."
     )
 
 
-def kind_of(name: str) -> Literal["recipe", "preset", "concept"]:
-    """What a file is: a whole recipe; a preset, which names no concept; or a concept, which has no hyper-parameters.
+def recipe_bases() -> list[str]:
+    """Return every BASE that concepts compose with: the folders that hold a preset `fast`."""
+    return sorted(path.parent.name for path in recipes_dir().glob("*/fast.yaml"))
 
-    The latter two are there for others to extend: `extends: [sdxl/fast, concepts/van-gogh]`.
+
+def _shipped() -> dict[str, list[Path]]:
+    """Return name to files of all that ships, as in `recipe_paths`."""
+    folder = recipes_dir()
+    files = {path.relative_to(folder).with_suffix("").as_posix(): [path] for path in folder.rglob("*.yaml")}
+    concepts = {path.stem: path for path in folder.glob("concepts/*.yaml")}
+    composed = {
+        f"{base}/{name}": [folder / base / "fast.yaml", path] for base in recipe_bases() for name, path in concepts.items()
+    }
+    return composed | files
+
+
+def recipe_text(name: str) -> str:
+    """Return a recipe as YAML: its file as it stands, or for BASE/CONCEPT what a file of its own would say.
+
+    Raises:
+        EsdLoraError: If there is no such recipe.
     """
-    values = _load(recipe_path(name)).values
+    paths = recipe_paths(name)
+    if len(paths) == 1:
+        return paths[0].read_text("utf-8")
+    recipe = load_recipe(name)
+    parts = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in paths]
+    erased = ", ".join(concept.name for concept in recipe.concepts)
+    lines = [
+        f"# Erases {erased} from {recipe.base}: scope {recipe.scope}, eta {recipe.eta:g}, {recipe.train.steps} steps.",
+        *(f"# {recipe_title(part)}" for part in parts),
+        f"extends: [{', '.join(parts)}]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_title(name: str) -> str:
+    """Return the first line of a recipe, which says what it does."""
+    return recipe_text(name).partition("\n")[0].lstrip("# ")
+
+
+def recipe_kind(name: str) -> RecipeKind:
+    """Return what a recipe is for.
+
+    Presets and concepts are there for others to extend: `extends: [sdxl/fast, concepts/van-gogh]`.
+
+    Raises:
+        EsdLoraError: If there is no such recipe, or it cannot be read.
+    """
+    values = _laid([_load(path) for path in recipe_paths(name)]).values
+    if values.get("method") in ("fuse", "harmonise"):
+        return values["method"]
     return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
 
 
+def recipes_by_kind() -> dict[RecipeKind, list[str]]:
+    """Return kind to names of every recipe file that ships, in the order of `RecipeKind`; composed ones are not among them."""
+    kinds: dict[RecipeKind, list[str]] = {kind: [] for kind in get_args(RecipeKind)}
+    for name in recipe_names():
+        if len(recipe_paths(name)) == 1:
+            kinds[recipe_kind(name)].append(name)
+    return kinds
+
+
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> Document:
-    """Reads a recipe and, below it, what it extends."""
+    """Read a recipe file and, below it, what it extends."""
     if path.resolve() in seen:
         raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}. Break the circle.")
     document = read_yaml(path, "recipe", "extends: fast")
@@ -64,15 +126,15 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> Document:
     for parent in cast("list[object]", parents if isinstance(parents, list) else [parents]):
         beside = path.parent / str(parent)
         try:
-            source = beside if beside.is_file() else recipe_path(str(parent))
+            files = [beside] if beside.is_file() else recipe_paths(str(parent))
         except EsdLoraError as error:
             raise EsdLoraError(f"{path}:{document.marks[('extends',)][1]}: extends {error}") from error
-        layers.append(_load(source, (*seen, path.resolve())))
+        layers += [_load(file, (*seen, path.resolve())) for file in files]
     return _laid([*layers, document])
 
 
 def _laid(layers: Sequence[Document]) -> Document:
-    """Documents over one another, the last on top."""
+    """Return documents over one another, the last on top."""
     whole = Document({}, {})
     for layer in layers:
         whole = Document(laid_over(whole.values, layer.values), {**whole.marks, **layer.marks})
@@ -82,7 +144,7 @@ def _laid(layers: Sequence[Document]) -> Document:
 def load_recipe(
     source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | None = None, /, **fields: Any
 ) -> Recipe:
-    """Loads and checks a recipe.
+    """Load and check a recipe.
 
     Args:
         source: A built-in name (`"fast"`, `"sd/van-gogh"`) or the path of a YAML file; or several, each over those before
@@ -94,17 +156,56 @@ def load_recipe(
         EsdLoraError: If the file cannot be read, or with every fault of the recipe at once, each as `file:line: field:
             what is wrong`.
     """
-    paths = [recipe_path(str(name)) for name in ([source] if isinstance(source, str | Path) else source)]
-    document = _laid([_load(path) for path in paths])
-    return checked(Recipe, document, overrides, fields, kind="recipe", source=" ".join(map(str, paths)), hint=_hint)
+    return _checked(Recipe, source, overrides, fields, "fast")
 
 
-def _hint(place: Place) -> str:
-    return "" if place[0] == "concepts" else " (a preset gives it: 'extends: fast')"
+def load_fuse_spec(
+    source: str | Path | FuseSpec = "fuse", overrides: Mapping[str, Any] | None = None, /, **fields: Any
+) -> FuseSpec:
+    """Load and check how to fuse: `load_fuse_spec(lam=0.03)`.
+
+    Args:
+        source: A built-in name, the path of a YAML file, or what was loaded before.
+        overrides: As in `load_recipe`.
+        **fields: As in `load_recipe`.
+
+    Raises:
+        EsdLoraError: As `load_recipe` does.
+    """
+    return _checked(FuseSpec, source, overrides, fields, "fuse")
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field written out; `load_recipe` reads it back to an equal recipe."""
+def load_harmonise_spec(
+    source: str | Path | HarmoniseSpec = "harmonise", overrides: Mapping[str, Any] | None = None, /, **fields: Any
+) -> HarmoniseSpec:
+    """Load and check how to harmonise: `load_harmonise_spec(steps=200)`. Arguments and errors are those of `load_fuse_spec`."""
+    return _checked(HarmoniseSpec, source, overrides, fields, "harmonise")
+
+
+def _checked(
+    model: type[Model],
+    source: str | Path | BaseModel | Sequence[str | Path],
+    overrides: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    example: str,
+) -> Model:
+    """Read sources over one another as a model; `example` is a built-in name that gives every field but concepts."""
+
+    def hint(place: Place) -> str:
+        return "" if place[0] == "concepts" else f" (a preset gives it: 'extends: {example}')"
+
+    if isinstance(source, BaseModel):
+        return checked(model, Document(source.model_dump(), {}), overrides, fields, kind="recipe", source="given", hint=hint)
+    paths = [path for name in ([source] if isinstance(source, str | Path) else source) for path in recipe_paths(str(name))]
+    document, where = _laid([_load(path) for path in paths]), " ".join(map(str, paths))
+    method = document.values.get("method")
+    if model is Recipe and method in ("fuse", "harmonise"):
+        raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")
+    return checked(model, document, overrides, fields, kind="recipe", source=where, hint=hint)
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """Return a recipe as YAML, every field written out; loading reads it back to an equal recipe."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     if any(odd in text for odd in "\x85\u2028\u2029"):  # PyYAML writes these line breaks bare and reads them as spaces
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
@@ -112,14 +213,19 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_schema() -> str:
-    """The JSON schema of recipe files: a recipe's, but that a file may extend others and leave out what they say."""
-    schema = Recipe.model_json_schema()
-    for name, part in {"": schema, **schema["$defs"]}.items():
-        if name in ("", "TrainSpec", "LoraSpec"):
-            part.pop("required", None)
+    """Return the JSON schema of recipe files: of every kind, but that a file may extend others and leave out what they say."""
     names: dict[str, Any] = {"type": "string", "description": "A built-in recipe, or a file beside this one."}
     extends = {"anyOf": [names, {"type": "array", "items": names}]}
+    parts: dict[str, Any] = {}
+    for model in (Recipe, FuseSpec, HarmoniseSpec):
+        schema = model.model_json_schema(ref_template="#/$defs/{model}")
+        parts |= schema.pop("$defs", {})
+        parts[model.__name__] = schema | {"properties": {"extends": extends, **schema["properties"]}}
+    for name in ("Recipe", "TrainSpec", "LoraSpec", "FuseSpec", "HarmoniseSpec"):
+        parts[name].pop("required", None)
     for short in ("Concept", "PromptPair"):  # a plain string stands for one of these
-        schema["$defs"][short] = {"anyOf": [{"type": "string"}, schema["$defs"][short]]}
-    schema["properties"] = {"extends": extends, **schema["properties"]}
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"
+        parts[short] = {"anyOf": [{"type": "string"}, parts[short]]}
+    kinds = [{"$ref": f"#/$defs/{model}"} for model in ("Recipe", "FuseSpec", "HarmoniseSpec")]
+    return (
+        json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": kinds, "$defs": parts}, indent=1) + "\n"
+    )

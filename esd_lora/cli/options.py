@@ -85,6 +85,11 @@ def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
     return [path for path, _, _ in erasers], [Strength(weight, blocks) for _, weight, blocks in erasers]
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given, in their order: those that are not `None`."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def numbers(option: str, text: str) -> list[float]:
     """Reads `0,0.5,1`.
 

@@ -8,7 +8,26 @@ import click
 
 from esd_lora.cli.options import force_option, overrides
 from esd_lora.errors import EsdLoraError
-from esd_lora.recipe_files import dump_recipe, kind_of, load_recipe, recipe_names, recipe_path, recipe_schema
+from esd_lora.recipe_files import (
+    dump_recipe,
+    load_fuse_spec,
+    load_harmonise_spec,
+    load_recipe,
+    recipe_bases,
+    recipe_kind,
+    recipe_schema,
+    recipe_text,
+    recipe_title,
+    recipes_by_kind,
+)
+
+_HEADINGS = {
+    "preset": "presets: how to train; give one a --concept, or a concept after it",
+    "concept": "concepts: what to erase; give one after a preset, or name it with a base",
+    "recipe": "recipes: both",
+    "fuse": "how to fuse a stack",
+    "harmonise": "how to harmonise a stack",
+}
 
 
 @click.group()
@@ -18,18 +37,21 @@ def recipes() -> None:
 
 @recipes.command("list")
 def recipes_list() -> None:
-    """List the built-in recipes."""
-    width = max(map(len, recipe_names())) + 2
-    for name in recipe_names():
-        first = recipe_path(name).read_text("utf-8").splitlines()[0]
-        click.echo(f"{name:<{width}}{first.lstrip('# ')}")
+    """List the built-in recipes: presets, concepts, complete recipes, and how stacks are made."""
+    for kind, names in recipes_by_kind().items():
+        titles = {name: recipe_title(name) for name in names}
+        if kind == "recipe":
+            titles |= {f"{base}/CONCEPT": f"{base}/fast with any of the concepts: {base}/van-gogh" for base in recipe_bases()}
+        click.echo(f"{_HEADINGS[kind]}:")
+        for name, title in titles.items():
+            click.echo(f"  {name:<36}{title}")
 
 
 @recipes.command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
     """Print a recipe as it stands in its file."""
-    click.echo(recipe_path(name).read_text("utf-8"), nl=False)
+    click.echo(recipe_text(name), nl=False)
 
 
 @recipes.command("copy")
@@ -38,13 +60,13 @@ def recipes_show(name: str) -> None:
 @force_option
 def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     """Copy a built-in recipe to a file of your own."""
-    source = recipe_path(name)
-    out = out or Path(f"{source.stem}.yaml")
+    text = recipe_text(name)
+    out = out or Path(f"{Path(name).stem}.yaml")
     if out.exists() and not force:
         raise EsdLoraError(f"{out} already exists. Choose another with -o, or add --force.")
     if not out.parent.is_dir():
         raise EsdLoraError(f"no directory {out.parent} to copy {out} into. Make it first.")
-    out.write_text(source.read_text("utf-8"), "utf-8")
+    out.write_text(text, "utf-8")
     click.echo(f"recipe: {out}")
 
 
@@ -55,12 +77,19 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
 def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: bool) -> None:
     """Check recipes and report every fault with its line."""
     for name in names:
-        kind = kind_of(name)
-        sources = ["fast", name] if kind == "concept" else [name]
-        recipe = load_recipe(sources, overrides(settings), **({"concepts": ["CONCEPT"]} if kind == "preset" else {}))
-        use = {"preset": "a preset, give it a --concept", "concept": "a concept, give it a preset"}
-        erased = use.get(kind, f"erases {', '.join(concept.name for concept in recipe.concepts)}")
-        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {erased}")
+        kind, over = recipe_kind(name), overrides(settings)
+        if kind == "fuse":
+            recipe, purpose = load_fuse_spec(name, over), "says how to fuse a stack"
+        elif kind == "harmonise":
+            recipe, purpose = load_harmonise_spec(name, over), "says how to harmonise a stack"
+        elif kind == "concept":
+            recipe, purpose = load_recipe(["fast", name], over), "a concept, give it a preset"
+        elif kind == "preset":
+            recipe, purpose = load_recipe(name, over, concepts=["CONCEPT"]), "a preset, give it a --concept"
+        else:
+            recipe = load_recipe(name, over)
+            purpose = f"erases {', '.join(concept.name for concept in recipe.concepts)}"
+        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {purpose}")
 
 
 @recipes.command("schema")

@@ -7,19 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, unweighted
+from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, given, unweighted
 from esd_lora.errors import EsdLoraError
+from esd_lora.recipe_files import load_harmonise_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from esd_lora.bases.base import Base
     from esd_lora.erasers.eraser import Eraser
     from esd_lora.erasers.stacking import Strength
 
-_MANIFESTS = (".yaml", ".yml")
-_HARMONISE = 400  # steps of --harmonise without a number
-_distil = {"is_flag": False, "flag_value": _HARMONISE, "metavar": "[STEPS]"}
+
+class HarmoniseSteps(click.IntRange):
+    """Number of steps; without a number that of `recipes/harmonise.yaml`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of steps."""
+        return load_harmonise_spec().steps if value == "recipe" else super().convert(value, param, ctx)
+
+
+_harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=0), "is_flag": False, "flag_value": "recipe", "metavar": "[STEPS]"}
 
 
 @click.command()
@@ -27,14 +35,14 @@ _distil = {"is_flag": False, "flag_value": _HARMONISE, "metavar": "[STEPS]"}
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
 @base_option()
 @click.option("--fuse", "how", type=click.Choice(["closed-form", "sum"]), help="Default: closed-form on a --base, else sum.")
+@click.option("--harmonise", help="Distil afterwards what members do alone: slower, erases more.", **_harmonise)
 @click.option(
-    "--harmonise", type=click.IntRange(min=0), help="Distil afterwards what members do alone: slower, erases more.", **_distil
+    "--keep", metavar="FILE", help="Prompts to leave alone, one a line; 'default', as without it: the base's or the package's."
 )
-@click.option("--keep", metavar="FILE", help="Prompts to leave alone, one a line; default: the base's or the package's.")
 @click.option("--lam", type=click.FloatRange(min=0), help="Weight of what is kept.")
 @click.option("--rank", "--max-rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
 @click.option("--energy", type=float, help="Share of every layer's effect (in a sum: squared norm) to keep: 0.995.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of the trajectories that fusing walks.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of fusing and harmonising.")
 @click.option("--report", is_flag=True, help="Report how the members interfere: a table, interference.json and .png.")
 @device_options
 @force_option
@@ -64,76 +72,96 @@ def stack(
     esd-lora stack no-cat no-style -o stack.yaml                   # a document instead of a file
     esd-lora stack no-cat no-style --fuse sum --report --base emoji -o no-both
     """
+    from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.erasers.manifests import load_eraser, write_manifest
-    from esd_lora.erasers.stacking import stack as add_up
     from esd_lora.files import prepare_directory, prepare_file
     from esd_lora.formats.cards import save_with_card
     from esd_lora.fusing.interference import REPORT_FILES, measure
 
-    paths, strengths = unweighted(erasers)
-    manifest = out.suffix.lower() in _MANIFESTS
+    (paths, strengths), manifest = unweighted(erasers), out.suffix.lower() in (".yaml", ".yml")
+    settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
-    chosen = {n: v for n, v in {"lam": lam, "harmonise": harmonise, "seed": seed}.items() if v is not None}
-    if how == "closed-form" and not base:
-        raise EsdLoraError("--fuse closed-form needs --base: what the layers read there decides. Give the base of the erasers.")
-    if how == "sum" and (chosen or keep):
-        raise EsdLoraError(f"--{next(iter(chosen), 'keep')} goes with --fuse closed-form, on a --base.")
-    if base and how == "sum" and not report:
-        raise EsdLoraError("--base has nothing to do in a sum: leave out --fuse sum, or add --report.")
-    if manifest and (rank is not None or energy is not None or how != "sum"):
-        raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
+    _check(how, base, settings, ranks, manifest=manifest, report=report)
     members = [load_eraser(path) for path in paths]
     prepare_file(out, force) if manifest else prepare_directory(out, force, ())  # before minutes of work are lost on it
-    loaded = None
-    if base:
-        from esd_lora.bases.loading import load_base
-
-        loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False)
+    loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
     if loaded and how == "closed-form":
-        stacked = _fused(members, strengths, loaded, keep, rank=rank, energy=energy, **chosen)
+        stacked = _fuse(members, strengths, loaded, ranks, **settings)
     else:
-        if len(members) > 1:
-            click.echo(
-                f"warning: a plain sum of {len(members)} erasers adds up what they cost everything else too; with --base they"
-                " are fused instead (docs/stacking.md).",
-                err=True,
-            )
-        stacked = write_manifest(out, paths, strengths) if manifest else _cut(add_up(members, strengths), rank, energy)
+        _warn_of_damage(len(members))
+        stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
     if not manifest:
         prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
         save_with_card(stacked, out)
     if report:
-        found = measure(members, strengths, base=loaded, whole=stacked if loaded else None)
-        found.save(out.parent if manifest else out)
-        click.echo("\n".join(found.lines()))
-    named = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
-    click.echo(f"stack of {', '.join(named)}: {out}")
+        interference = measure(members, strengths, base=loaded, whole=stacked if loaded else None)
+        interference.save(out.parent if manifest else out)
+        click.echo("\n".join(interference.lines()))
+    names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
+    click.echo(f"stack of {', '.join(names)}: {out}")
 
 
-def _fused(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base, keep: str | None, **chosen: Any) -> Eraser:
-    """The closed form, and what it went by."""
+def _check(
+    how: str, base: str | None, settings: Mapping[str, Any], ranks: Mapping[str, Any], *, manifest: bool, report: bool
+) -> None:
+    """Refuse options that do not go together."""
+    if how == "closed-form" and not base:
+        raise EsdLoraError("--fuse closed-form needs --base: what the layers read there decides. Give the base of the erasers.")
+    if how == "sum" and settings:
+        raise EsdLoraError(f"--{next(iter(settings))} goes with --fuse closed-form, on a --base.")
+    if base and how == "sum" and not report:
+        raise EsdLoraError("--base has nothing to do in a sum: leave out --fuse sum, or add --report.")
+    if manifest and (ranks or how != "sum"):
+        raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
+
+
+def _fuse(
+    members: Sequence[Eraser],
+    strengths: Sequence[Strength],
+    base: Base,
+    ranks: Mapping[str, Any],
+    *,
+    harmonise: int = 0,
+    keep: str = "default",
+    lam: float | None = None,
+    seed: int | None = None,
+) -> Eraser:
+    """Fuse, harmonise for a number of steps, and print what was done."""
     from esd_lora.built_in import read_prompts
     from esd_lora.fusing.closed_form import fuse
+    from esd_lora.fusing.harmonising import harmonise as distil
 
-    prompts = None if keep in (None, "default") else read_prompts(keep)
-    fused = fuse(members, base, weights=strengths, keep=prompts, **chosen)
-    record = fused.header.fusions[-1]
-    if record.dropped:
-        click.echo(f"not kept, because they name what is erased: {'; '.join(record.dropped)}")
-    ranks = sorted({pair.rank for pair in fused.pairs.values()})
-    click.echo("\n".join([*fused.header.making(), f"ranks {ranks[0]} to {ranks[-1]}"]))
+    prompts = None if keep == "default" else read_prompts(keep)
+    fused = fuse(members, base, weights=strengths, keep=prompts, **ranks, **given(lam=lam, seed=seed))
+    if harmonise:
+        fused = distil(fused, members, base, weights=strengths, keep=prompts, steps=harmonise, **given(seed=seed))
+    if dropped := fused.header.fusions[-1].dropped:
+        click.echo(f"not kept, because they name what is erased: {'; '.join(dropped)}")
+    reached = sorted({pair.rank for pair in fused.pairs.values()})
+    click.echo("\n".join([*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}"]))
     return fused
 
 
-def _cut(stacked: Eraser, rank: int | None, energy: float | None) -> Eraser:
-    """A sum at lower ranks, if asked for, and what that cost."""
-    from esd_lora.erasers.stacking import compress
+def _warn_of_damage(count: int) -> None:
+    """Say what a plain sum of several erasers costs."""
+    if count > 1:
+        click.echo(
+            f"warning: a plain sum of {count} erasers adds up what they cost everything else too; with --base they"
+            " are fused instead (docs/stacking.md).",
+            err=True,
+        )
 
-    if rank is None and energy is None:
-        return stacked
-    shrunk, errors, overall = compress(stacked, rank=rank, energy=energy)
-    for module, error in errors.items():
-        click.echo(f"  {module}  rank {shrunk.pairs[module].rank}  relative error {error:.2e}")
-    click.echo(f"relative error over all {len(errors)} layers: {overall:.2e}")
-    return shrunk
+
+def _add_up(members: Sequence[Eraser], strengths: Sequence[Strength], ranks: Mapping[str, Any]) -> Eraser:
+    """Add up, at lower ranks if any are given, and print what that cost."""
+    from esd_lora.erasers.stacking import compress
+    from esd_lora.erasers.stacking import stack as add_up
+
+    stacked = add_up(members, strengths)
+    if ranks:
+        stacked, errors, overall = compress(stacked, **ranks)
+        for module, error in errors.items():
+            click.echo(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")
+        click.echo(f"relative error over all {len(errors)} layers: {overall:.2e}")
+    return stacked

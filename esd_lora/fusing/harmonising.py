@@ -1,15 +1,17 @@
 """Harmonising a stack: a short distillation of what every member does alone into the one update they share.
 
 A sibling of `training.py` with other teachers. On member i's prompts the teacher is the base with eraser i alone, on prompts
-to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`fusing.py`): one matrix a
-layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept points are
-asked about with words that mean nothing, so that what stands in no list is left alone too.
+to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`closed_form.py`): one
+matrix a layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept
+points carry words that mean nothing, so that what stands in no list is left alone too.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,138 +21,181 @@ from esd_lora.adapter import adapter_disabled, applied, load_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
-from esd_lora.fusing.moments import turns
+from esd_lora.erasers.stacking import Strength
+from esd_lora.fusing.moments import take_turns
+from esd_lora.fusing.prompts import gather_members
 from esd_lora.fusing.pseudo_words import PseudoWords
 from esd_lora.optimizers import make_optimizer
-from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, latents_per_batch, pick, walk
-
-LEARNING_RATE = 3e-3
-BATCH = 16
-"""Points of members' prompts in a step, and as many of kept ones, with the same weight."""
-PUSH = 1.75
-"""What a member does alone is taught times this, because what is kept pulls back."""
-SHAKE = 0.7
-"""Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
-other, times this."""
+from esd_lora.recipe import HarmoniseSpec
+from esd_lora.recipe_files import load_harmonise_spec
+from esd_lora.seeds import step_generator
+from esd_lora.trajectory import (
+    Condition,
+    Points,
+    TrajectoryBuffer,
+    concatenate,
+    latents_per_batch,
+    pick,
+    walk,
+)
 
 
 def harmonise(
     stacked: Eraser,
-    members: Sequence[Eraser],
-    prompts: Sequence[Sequence[str]],
-    kept: Sequence[str],
+    erasers: Sequence[Eraser],
     base: Base,
     *,
-    steps: int,
-    trajectories: int = 32,
-    keep_trajectories: int = 128,
-    trajectory_steps: int = 12,
-    guidance: float = 3.0,
-    seed: int = 0,
+    weights: Sequence[float | Strength] | None = None,
+    keep: Sequence[str] | None = None,
+    spec: HarmoniseSpec | str | Path = "harmonise",
     progress: bool = True,
+    **fields: Any,
 ) -> Eraser:
-    """Distils the members into a stack.
+    """Distil the members into their stack.
+
+        fused = fuse([cat, style], base)
+        better = harmonise(fused, [cat, style], base)
 
     Args:
-        stacked: Where to start from.
-        members: What to do on their own prompts.
-        prompts: Of each member.
-        kept: Prompts to leave alone.
+        stacked: The stack to start from, typically from `fuse`.
+        erasers: Its members, in any order: each teaches what it does on its own prompts.
         base: The loaded base; it leaves as it came.
-        steps: Optimiser steps, 200 to 600; the learning rate falls to 0 over them.
-        trajectories: Walked by the base for each member, its prompts taking turns; every point is trained on. A member with
-            more prompts gets one for each, up to three times as many, and so more of every batch.
-        keep_trajectories: Walked for the kept prompts.
-        trajectory_steps: Points on each.
-        guidance: Of the trajectories.
-        seed: Of noise and batches.
+        weights: Strength of each member, as the stack has them.
+        keep: Prompts to leave alone, as in `fuse`.
+        spec: How to harmonise: loaded, a built-in name, or a YAML file.
         progress: Whether to show a progress bar.
+        **fields: Fields of `HarmoniseSpec`, over those of `spec`: `steps=200`.
 
     Returns:
         The stack of the same ranks, with this in its header.
+
+    Raises:
+        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, or a field
+            is out of range.
     """
-    started, evaluations = time.monotonic(), 0
-    walks = [max(trajectories, min(len(own), 3 * trajectories)) for own in prompts]
+    started, spec = time.monotonic(), load_harmonise_spec(spec, **fields)
+    members = gather_members(erasers, base, weights, keep)
+    counts = [max(spec.trajectories, min(len(prompts), 3 * spec.trajectories)) for prompts in members.prompts]
     # Only what is walked: a large text encoder's output takes megabytes a prompt.
-    asked = [[own[i] for i in turns(count, len(own))] for own, count in zip(prompts, walks, strict=True)]
-    asked_kept = [kept[i] for i in turns(keep_trajectories, len(kept))]
-    table = list(dict.fromkeys(["", *asked_kept, *(prompt for own in asked for prompt in own)]))
-    conditions = base.encode(table)
-    spread = {name: value - value.mean(0) for name, value in conditions.items() if name.endswith("embeds")}
-    words = PseudoWords(base, asked_kept)
-    shape, device = base.latent_shape(), base.model.device
-    noise = torch.Generator().manual_seed(seed)
-
-    def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        nonlocal evaluations
-        evaluations += len(x_t)
-        return base.predict(x_t, t, condition)
-
-    def pushed(part: Points) -> Tensor:
-        """From the base's prediction towards the teacher's, and beyond."""
-        alone = predict(part.x_t, part.t, pick(conditions, part.lesson))
-        return part.target + PUSH * (alone - part.target)
-
-    def points(walked: Sequence[str], teacher: Eraser | None = None) -> TrajectoryBuffer:
-        """The base's trajectories under prompts, with what the teacher predicts there."""
-        places = torch.tensor([table.index(prompt) for prompt in walked], device=device)
-        starts = torch.randn(len(walked), *shape, generator=noise).to(device)
-        parts: list[Points] = []
-        for rows, start in zip(places.split(latents_per_batch(shape)), starts.split(latents_per_batch(shape)), strict=True):
-            told, null = pick(conditions, rows), pick(conditions, torch.zeros_like(rows))
-            scheduler = base.family.scheduler(base.pipe, trajectory_steps, shape, device)
-            for x_t, t, _, before in walk(predict, scheduler, start, told, null, guidance=guidance):
-                assert before is not None
-                parts.append(Points(x_t, t, rows, before))
-        if teacher is not None:
-            with applied(base, [teacher]), torch.no_grad():
-                parts = [part._replace(target=pushed(part)) for part in parts]
-        return TrajectoryBuffer(Points.join(parts))
-
-    buffers = [points(walked, member) for walked, member in zip(asked, members, strict=True)]
-    erasing = TrajectoryBuffer(Points.join([buffer.points for buffer in buffers]))
-    keeping = points(asked_kept)
+    taught = [take_turns(prompts, count) for prompts, count in zip(members.prompts, counts, strict=True)]
+    kept = take_turns(members.kept, spec.keep_trajectories)
+    run = _Distiller(base, spec, [*kept, *(prompt for prompts in taught for prompt in prompts)], kept)
+    erasing = TrajectoryBuffer(Points.join([run.walk(*pair) for pair in zip(taught, members.erasers, strict=True)]))
+    keeping = TrajectoryBuffer(run.walk(kept))
     parameters = load_adapter(base, stacked.pairs)
-    losses: list[float] = []
     try:
-        optimizer = make_optimizer("adam", parameters, LEARNING_RATE, {})
-        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
-        for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
-            chance = torch.Generator().manual_seed(seed * 100_003 + step)
-            erased, keep = erasing.sample(BATCH, chance), keeping.sample(BATCH, chance)
-            half = BATCH // 2
-            shaken = words.encode([table[i] for i in keep.lesson[:half].tolist()], chance)
-            mix = SHAKE * torch.randn(half, len(table), generator=chance) / len(table) ** 0.5
-            for name, differences in spread.items():
-                shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
-            with torch.no_grad(), adapter_disabled(base):
-                keep.target[:half] = predict(keep.x_t[:half], keep.t[:half], shaken)
-            told = concatenate(pick(conditions, erased.lesson), shaken, pick(conditions, keep.lesson[half:]))
-            both = Points.join([erased, keep])
-            optimizer.zero_grad()
-            losses.append(0.0)
-            for rows in torch.arange(len(both.t), device=device).split(latents_per_batch(shape)):
-                prediction = predict(both.x_t[rows], both.t[rows], pick(told, rows))
-                loss = (prediction - both.target[rows]).square().mean() * len(rows) / len(both.t)
-                scaler.scale(loss).backward()
-                losses[-1] += loss.item()
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1 - step / steps)
-            scaler.step(optimizer)
-            scaler.update()
+        losses = run.distil(parameters, erasing, keeping, progress=progress)
         pairs = read_pairs(base.model)
     finally:
         base.model.unload_lora()
-    tenth = -(-steps // 10)
+    tenth = -(-spec.steps // 10)
     record = Distillation(
-        steps=steps,
-        trajectories=tuple(walks),
-        keep_trajectories=keep_trajectories,
-        trajectory_steps=trajectory_steps,
-        guidance=guidance,
-        evaluations=evaluations,
+        steps=spec.steps,
+        trajectories=tuple(counts),
+        keep_trajectories=spec.keep_trajectories,
+        trajectory_steps=spec.trajectory_steps,
+        guidance=spec.guidance,
+        evaluations=run.evaluations,
         seconds=time.monotonic() - started,
-        first_loss=sum(losses[:tenth]) / tenth if steps else None,
-        last_loss=sum(losses[-tenth:]) / tenth if steps else None,
+        first_loss=sum(losses[:tenth]) / tenth if spec.steps else None,
+        last_loss=sum(losses[-tenth:]) / tenth if spec.steps else None,
     )
     return Eraser(pairs, stacked.header.model_copy(update={"distillations": (*stacked.header.distillations, record)}))
+
+
+class _Distiller:
+    """One run: the encoded prompts, the base's trajectories under them, and the student's steps.
+
+    Args:
+        base: The loaded base.
+        spec: How to harmonise.
+        prompts: All prompts of the run.
+        kept: Those to keep among them.
+    """
+
+    def __init__(self, base: Base, spec: HarmoniseSpec, prompts: Sequence[str], kept: Sequence[str]):
+        self.base, self.spec = base, spec
+        self.evaluations = 0
+        """Latents through the model so far, the student's included; a guided pair counts 2."""
+        self._prompts = list(dict.fromkeys(["", *prompts]))
+        self._conditions = base.encode(self._prompts)
+        self._spread = {name: value - value.mean(0) for name, value in self._conditions.items() if name.endswith("embeds")}
+        """How the prompts differ from their mean, [prompts, ...]."""
+        self._pseudo_words = PseudoWords(base, kept)
+        self._noise = torch.Generator().manual_seed(spec.seed)
+
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.evaluations += len(x_t)
+        return self.base.predict(x_t, t, condition)
+
+    def walk(self, prompts: Sequence[str], teacher: Eraser | None = None) -> Points:
+        """Return the points of the base's trajectories under prompts, with what the teacher predicts there.
+
+        Args:
+            prompts: One for each trajectory.
+            teacher: An eraser that is on alone; the base itself unless given.
+        """
+        base, shape, device = self.base, self.base.latent_shape(), self.base.model.device
+        size = latents_per_batch(shape)
+        places = torch.tensor([self._prompts.index(prompt) for prompt in prompts], device=device)
+        starts = torch.randn(len(prompts), *shape, generator=self._noise).to(device)
+        parts: list[Points] = []
+        for rows, start in zip(places.split(size), starts.split(size), strict=True):
+            condition, null = pick(self._conditions, rows), pick(self._conditions, torch.zeros_like(rows))
+            scheduler = base.family.scheduler(base.pipe, self.spec.trajectory_steps, shape, device)
+            for x_t, t, _, prompted in walk(self._predict, scheduler, start, condition, null, guidance=self.spec.guidance):
+                assert prompted is not None
+                parts.append(Points(x_t, t, rows, prompted))
+        if teacher is not None:
+            with applied(base, [teacher]), torch.no_grad():
+                parts = [part._replace(target=self._pushed(part)) for part in parts]
+        return Points.join(parts)
+
+    def _pushed(self, part: Points) -> Tensor:
+        """Return the target from the base's prediction towards the teacher's, and beyond."""
+        alone = self._predict(part.x_t, part.t, pick(self._conditions, part.lesson))
+        return part.target + self.spec.push * (alone - part.target)
+
+    def distil(
+        self, parameters: list[torch.nn.Parameter], erasing: TrajectoryBuffer, keeping: TrajectoryBuffer, *, progress: bool
+    ) -> list[float]:
+        """Train the adapter on both buffers, and return the loss of every step."""
+        spec, base, device = self.spec, self.base, self.base.model.device
+        optimizer = make_optimizer("adam", parameters, spec.lr, {})
+        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
+        half, losses = spec.batch_size // 2, list[float]()
+        for step in trange(spec.steps, desc="harmonising", unit="step", disable=not progress):
+            generator = step_generator(spec.seed, step)
+            erased, kept = erasing.sample(spec.batch_size, generator), keeping.sample(spec.batch_size, generator)
+            shaken = self._shaken(kept.lesson[:half], generator)
+            with torch.no_grad(), adapter_disabled(base):
+                kept.target[:half] = self._predict(kept.x_t[:half], kept.t[:half], shaken)
+            condition = concatenate(pick(self._conditions, erased.lesson), shaken, pick(self._conditions, kept.lesson[half:]))
+            points = Points.join([erased, kept])
+            optimizer.zero_grad()
+            losses.append(0.0)
+            for rows in torch.arange(len(points.t), device=device).split(latents_per_batch(base.latent_shape())):
+                prediction = self._predict(points.x_t[rows], points.t[rows], pick(condition, rows))
+                loss = (prediction - points.target[rows]).square().mean() * len(rows) / len(points.t)
+                scaler.scale(loss).backward()
+                losses[-1] += loss.item()
+            for group in optimizer.param_groups:
+                group["lr"] = spec.lr * (1 - step / spec.steps)
+            scaler.step(optimizer)
+            scaler.update()
+        return losses
+
+    def _shaken(self, places: Tensor, generator: torch.Generator) -> Condition:
+        """Return the condition of prompts, each with a pseudo-word in it and noise on its text.
+
+        The noise is a random mixture of how the prompts of the run differ from each other.
+
+        Args:
+            places: [N], indices of the prompts.
+            generator: Source of words and noise, on the CPU.
+        """
+        shaken = self._pseudo_words.encode([self._prompts[i] for i in places.tolist()], generator)
+        mix = self.spec.shake * torch.randn(len(places), len(self._prompts), generator=generator) / len(self._prompts) ** 0.5
+        for name, differences in self._spread.items():
+            shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
+        return shaken

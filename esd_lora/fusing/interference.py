@@ -1,4 +1,4 @@
-"""How the members of a stack get in each other's way: by their subspaces, and by what they do to a base together."""
+"""How the members of a stack interfere: by their subspaces, and by what they do to a base together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.erasers.stacking import Strength, stack
+from esd_lora.erasers.stacking import Strength, stack, strengths_of
 from esd_lora.files import write_atomically
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 REPORT_FILES = ("interference.json", "interference.png")
 _PROMPTS = 4  # of each member
-_STEPS = 6
+_STEPS = 6  # of a trajectory
+_GUIDANCE = 3.0
 
 
 class Interference(NamedTuple):
@@ -30,19 +31,19 @@ class Interference(NamedTuple):
     """Overlap of what two members read: mean squared cosine of the principal angles between their input subspaces, over the
     layers both have, weighted by the product of the updates' norms. 0 orthogonal, 1 one inside the other."""
     writes: list[list[float]]
-    """The same of what they write: output subspaces."""
+    """Overlap of what two members write: the same of their output subspaces."""
     cosine: list[list[float]]
     """Cosine of the updates themselves: below 0 they work against each other, near 1 they are the same."""
     shared: list[list[int]]
-    """Layers that both have."""
+    """Number of layers that both have."""
     effect: list[list[float]] | None = None
     """On a base: how far member j (column) moves predictions for member i's prompts (row), relative to how far i does."""
-    company: list[float] | None = None
+    together: list[float] | None = None
     """On a base: how far the whole stack's predictions for member i's prompts are from those of i alone, relative to i's
     effect. 0 is undisturbed, 1 as much again as the eraser itself."""
 
     def lines(self) -> list[str]:
-        """The report as a table in text."""
+        """Return the report as a table in text."""
         width = max(10, *(len(name) for name in self.names))
         rows = [f"{'members':<{2 * width + 3}}  shared layers  read overlap  write overlap  cosine"]
         for i in range(len(self.names)):
@@ -51,27 +52,29 @@ class Interference(NamedTuple):
                     f"{self.names[i]:<{width}} | {self.names[j]:<{width}}  {self.shared[i][j]:>13}  {self.reads[i][j]:>12.3f}"
                     f"  {self.writes[i][j]:>13.3f}  {self.cosine[i][j]:>+6.3f}"
                 )
-        if self.effect and self.company:
-            rows += ["", f"{'on prompts of':<{width}}  changed in company by  of others' effects, most from"]
+        if self.effect and self.together:
+            rows += ["", f"{'on prompts of':<{width}}  changed in the stack by  of others' effects, most from"]
             for i, name in enumerate(self.names):
                 others = [(self.effect[i][j], self.names[j]) for j in range(len(self.names)) if j != i]
                 most, by = max(others, default=(0.0, "nobody"))
-                rows.append(f"{name:<{width}}  {self.company[i]:>21.1%}  {most:.1%} {by}")
+                rows.append(f"{name:<{width}}  {self.together[i]:>23.1%}  {most:.1%} {by}")
         return rows
 
     def save(self, directory: Path) -> None:
-        """Writes `interference.json` and the heat maps, `interference.png`."""
+        """Write `interference.json` and the heat maps, `interference.png`."""
         from io import BytesIO
 
         from esd_lora.pictures import heat_maps
 
-        write_atomically(directory / REPORT_FILES[0], json.dumps(self._asdict(), indent=1, ensure_ascii=False).encode())
+        # `company` is the file's name for it.
+        content = {"company" if name == "together" else name: value for name, value in self._asdict().items()}
+        write_atomically(directory / REPORT_FILES[0], json.dumps(content, indent=1, ensure_ascii=False).encode())
         maps: dict[str, Sequence[Sequence[float]]] = {"read overlap": self.reads, "write overlap": self.writes}
         maps["cosine of updates"] = self.cosine
-        if self.effect and self.company:
-            maps["effect on row's prompts"] = [[*row, more] for row, more in zip(self.effect, self.company, strict=True)]
+        if self.effect and self.together:
+            maps["effect on row's prompts"] = [[*row, more] for row, more in zip(self.effect, self.together, strict=True)]
         picture = BytesIO()
-        heat_maps(maps, self.names, last_column="in company").save(picture, "PNG")
+        heat_maps(maps, self.names, last_column="in the stack").save(picture, "PNG")
         write_atomically(directory / REPORT_FILES[1], picture.getvalue())
 
 
@@ -84,7 +87,7 @@ def measure(
     whole: Eraser | None = None,
     seed: int = 0,
 ) -> Interference:
-    """Reports how the members of a stack interfere.
+    """Report how the members of a stack interfere.
 
     Args:
         erasers: The members, two or more.
@@ -93,44 +96,42 @@ def measure(
         base: A loaded base to measure effects on, at the points of short trajectories (6 DDIM or Euler steps, guidance 3)
             under up to four prompts of each member. Without one only the files are compared.
         whole: The stack as it is, if it is not the plain sum: fused, or at lower ranks.
-        seed: Of the trajectories' noise.
+        seed: Seed of the trajectories' noise.
 
     Raises:
         EsdLoraError: If the members do not fit each other or the base.
     """
-    members = [
-        stack([e], None if weights is None else [w]) for e, w in zip(erasers, weights or [1.0] * len(erasers), strict=True)
-    ]
+    members = [stack([e], [s]) for e, s in zip(erasers, strengths_of(erasers, weights), strict=True)]
     stack(members)  # refuses what does not belong together
     size = range(len(members))
-    named = list(names or [", ".join(member.names)[:40] for member in members])
+    titles = list(names or [", ".join(member.names)[:40] for member in members])
     spans = [_spans(member) for member in members]
     pairs = {(i, j): _compare(members[i], members[j], spans[i], spans[j]) for i in size for j in range(i + 1)}
     reads, writes, cosine = ([[pairs[max(i, j), min(i, j)][k] for j in size] for i in size] for k in range(3))
     shared = [[len(members[i].pairs.keys() & members[j].pairs.keys()) for j in size] for i in size]
-    report = Interference(named, reads, writes, cosine, shared)
+    report = Interference(titles, reads, writes, cosine, shared)
     if base is None:
         return report
-    effect, company = _effects(members, [whole] if whole else members, base, seed)
-    return report._replace(effect=effect, company=company)
+    effect, together = _effects(members, [whole] if whole else members, base, seed)
+    return report._replace(effect=effect, together=together)
 
 
-def _compare(one: Eraser, other: Eraser, spans: _Spans, others: _Spans) -> tuple[float, float, float]:
-    """Overlap of inputs, overlap of outputs, cosine of the updates; zeros where no layer is shared."""
+def _compare(first: Eraser, second: Eraser, first_spans: _Spans, second_spans: _Spans) -> tuple[float, float, float]:
+    """Return overlap of inputs, overlap of outputs and cosine of the updates; zeros where no layer is shared."""
     read = write = inner = whole = 0.0
-    for module in one.pairs.keys() & other.pairs.keys():
-        a, b = one.pairs[module], other.pairs[module]
+    for module in first.pairs.keys() & second.pairs.keys():
+        a, b = first.pairs[module], second.pairs[module]
         weight = a.norm() * b.norm()
         whole += weight
-        read += weight * _overlap(spans[module][0], others[module][0])
-        write += weight * _overlap(spans[module][1], others[module][1])
+        read += weight * _overlap(first_spans[module][0], second_spans[module][0])
+        write += weight * _overlap(first_spans[module][1], second_spans[module][1])
         inner += a.inner(b)
-    norms = [sum(pair.norm() ** 2 for pair in eraser.pairs.values()) ** 0.5 for eraser in (one, other)]
+    norms = [sum(pair.norm() ** 2 for pair in eraser.pairs.values()) ** 0.5 for eraser in (first, second)]
     return (read / whole if whole else 0.0), (write / whole if whole else 0.0), inner / (norms[0] * norms[1] or 1.0)
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
-    """Mean squared cosine of the principal angles between two spaces, given orthonormal bases."""
+    """Return the mean squared cosine of the principal angles between two spaces, given orthonormal bases."""
     least = min(a.shape[1], b.shape[1])
     return float((a.T @ b).double().square().sum()) / least if least else 0.0
 
@@ -139,20 +140,21 @@ _Spans = dict[str, tuple[Tensor, Tensor]]
 
 
 def _spans(eraser: Eraser) -> _Spans:
-    """Orthonormal bases of what every layer's update reads and writes."""
+    """Return orthonormal bases of what every layer's update reads and writes."""
     return {m: (_span(pair.down.flatten(1).T), _span(pair.up.flatten(1))) for m, pair in eraser.pairs.items()}
 
 
 def _span(columns: Tensor) -> Tensor:
-    """Orthonormal basis of a column space, as precise as it was stored."""
+    """Return an orthonormal basis of a column space, as precise as it was stored."""
     u, s, _ = torch.linalg.svd(columns.double(), full_matrices=False)
     kept = u[:, s > 1e-6 * s.max()] if s.max() > 0 else u[:, :0]
     return kept.to(torch.promote_types(columns.dtype, torch.float32))
 
 
 def _effects(
-    members: Sequence[Eraser], together: Sequence[Eraser], base: Base, seed: int
+    members: Sequence[Eraser], stacked: Sequence[Eraser], base: Base, seed: int
 ) -> tuple[list[list[float]], list[float]]:
+    """Return `Interference.effect`, and `Interference.together` of the erasers that are all on."""
     from esd_lora.adapter import applied
     from esd_lora.trajectory import concatenate, walk
 
@@ -160,20 +162,20 @@ def _effects(
     noise = torch.Generator().manual_seed(seed)
     for member in members:
         prompts = [prompt for c in member.header.concepts for prompt, _ in c.pairs][:_PROMPTS] or member.names[:_PROMPTS]
-        told, null = base.encode(prompts), base.encode([""] * len(prompts))
+        condition, null = base.encode(prompts), base.encode([""] * len(prompts))
         shape = base.latent_shape()
         scheduler = base.family.scheduler(base.pipe, _STEPS, shape, base.model.device)
         start = torch.randn(len(prompts), *shape, generator=noise).to(base.model.device)
-        walked = walk(base.predict, scheduler, start, told, null, guidance=3.0)
-        x_t, t = torch.cat([p.x_t for p in walked]), torch.cat([p.t for p in walked])
-        points.append((x_t, t, concatenate(*[told] * len(walked))))
+        visited = walk(base.predict, scheduler, start, condition, null, guidance=_GUIDANCE)
+        x_t, t = torch.cat([p.x_t for p in visited]), torch.cat([p.t for p in visited])
+        points.append((x_t, t, concatenate(*[condition] * len(visited))))
 
     def predictions(erasers: Sequence[Eraser]) -> list[Tensor]:
         with applied(base, erasers), torch.no_grad():
             return [base.predict(*point) for point in points]
 
-    before, company = predictions([]), predictions(together)
+    before, together = predictions([]), predictions(stacked)
     alone = [predictions([member]) for member in members]
     own = [float((alone[i][i] - before[i]).norm()) or 1.0 for i in range(len(members))]
     effect = [[float((moved[i] - before[i]).norm()) / own[i] for moved in alone] for i in range(len(members))]
-    return effect, [float((company[i] - alone[i][i]).norm()) / own[i] for i in range(len(members))]
+    return effect, [float((together[i] - alone[i][i]).norm()) / own[i] for i in range(len(members))]

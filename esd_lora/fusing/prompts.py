@@ -1,20 +1,69 @@
-"""Which prompts a stack is made by: each member's own, and those to keep."""
+"""What a stack is fused by: its members in an order of their own, each with its prompts, and the prompts to keep."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.stacking import Strength, stack, strengths_of
+from esd_lora.erasers.tensor_files import hash_tensors
+from esd_lora.errors import EsdLoraError
+
+
+class Members(NamedTuple):
+    """The members of a stack, and the prompts that it is fused by."""
+
+    erasers: list[Eraser]
+    """The members with their strengths folded in, those of strength 0 left out, sorted by hash: so a result is the same bit for
+    bit in whatever order they are given."""
+    hashes: list[str]
+    """SHA-256 of every member's tensors."""
+    prompts: list[list[str]]
+    """Every member's own prompts (`own_prompts`)."""
+    kept: list[str]
+    """Prompts to keep (`keep_list`)."""
+    dropped: list[str]
+    """Prompts that are not kept, because they name what is erased."""
+
+
+def gather_members(
+    erasers: Sequence[Eraser], base: Base, weights: Sequence[float | Strength] | None, keep: Sequence[str] | None
+) -> Members:
+    """Collect what a stack is fused by.
+
+    Args:
+        erasers: The members, trained on one base.
+        base: The loaded base they were trained on.
+        weights: Strength of each, 1 by default.
+        keep: Prompts to leave alone; the base's keep list or the package's broad one unless given.
+
+    Raises:
+        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, or no prompt to keep is left.
+    """
+    strengths = strengths_of(erasers, weights)
+    base.check(stack(erasers, strengths))
+    present = [stack([e], [s]) for e, s in zip(erasers, strengths, strict=True) if s.weight]
+    if not present:
+        raise EsdLoraError("every member has weight 0: there is nothing to fuse.")
+    hashed = sorted(((hash_tensors(member.state_dict()), member) for member in present), key=lambda pair: pair[0])
+    members = [member for _, member in hashed]
+    kept, dropped = keep_list(members, base.keep if keep is None else keep)
+    if not kept:
+        raise EsdLoraError(f"no prompt to keep is left: all {len(dropped)} name an erased concept. Give others.")
+    prompts = [own_prompts(member, kept, dropped) for member in members]
+    return Members(members, [digest for digest, _ in hashed], prompts, kept, dropped)
 
 
 def keep_list(members: Sequence[Eraser], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The prompts to keep, and those left out, because they name a member's concept or are erased by one.
+    """Return the prompts to keep, and those left out, because they name a member's concept or are erased by one.
 
     Args:
-        members: Of the stack; what they preserved in training is kept too.
-        prompts: To keep.
+        members: Members of the stack; what they preserved in training is kept too.
+        prompts: Prompts to keep.
     """
     concepts = [concept for member in members for concept in member.header.concepts]
     erased = {prompt for concept in concepts for prompt, _ in concept.pairs}
@@ -24,27 +73,27 @@ def keep_list(members: Sequence[Eraser], prompts: Sequence[str]) -> tuple[list[s
 
 
 def own_prompts(member: Eraser, kept: Sequence[str], dropped: Sequence[str]) -> list[str]:
-    """A member's prompts: those it was trained on, and others that ask for the same.
+    """Return a member's prompts: those it was trained on, and others that call for the same.
 
     These are the prompts left out of the keep list that name its concepts, and its own in the place that another prompt has
-    within a longer one of the list: beside "a dog" and "a dog in a park", "a cat" is asked for in a park too.
+    within a longer one of the list: beside "a dog" and "a dog in a park", "a cat" stands in a park too.
 
     Args:
-        member: Whose; one that does not know its prompts is asked by its concepts' names.
+        member: The eraser; the names of its concepts stand for prompts it does not know.
         kept: From `keep_list`.
         dropped: From `keep_list`.
     """
     concepts = member.header.concepts
     trained = [prompt for concept in concepts for prompt, _ in concept.pairs] or member.names
     mentioning = [p for p in dropped if any(concept.named_in(p) for concept in concepts)]
-    asked = dict.fromkeys([*trained, *mentioning])
+    prompts = dict.fromkeys([*trained, *mentioning])
     if len(trained) <= len(frames := frames_of([*kept, *dropped])):
-        asked |= dict.fromkeys(frame.replace("{}", trained[i % len(trained)]) for i, frame in enumerate(frames))
-    return list(asked)
+        prompts |= dict.fromkeys(frame.replace("{}", trained[i % len(trained)]) for i, frame in enumerate(frames))
+    return list(prompts)
 
 
 def frames_of(prompts: Sequence[str]) -> list[str]:
-    """What stands around a prompt in longer ones of the same list, with `{}` in its place, in order and without repetition.
+    """Return what stands around a prompt in longer ones of the same list, with `{}` in its place, in order, each once.
 
     Where a prompt holds several others ("a bus in ink style", beside "a bus" and "ink style"), the frame counts that stands
     around most: "{} in ink style", as dogs and keys stand in it too, and not "a bus in {}". Among equals it is the first.

@@ -25,13 +25,13 @@ class PseudoWords:
 
     Args:
         base: The loaded base; each of its text encoders gets pseudo-words of its own.
-        prompts: Among which a token is rare or not: a keep list.
+        prompts: The prompts among which a token is rare or not: a keep list.
     """
 
     def __init__(self, base: Base, prompts: Sequence[str]):
         self.base = base
         encoders = [getattr(base.pipe, name) for name in base.pipe.components if name.startswith("text_encoder")]
-        # T5 asks another module than `get_input_embeddings` names, with the same weight.
+        # T5 runs another module than `get_input_embeddings` returns, with the same weight.
         tables = [
             module
             for encoder in encoders
@@ -47,10 +47,10 @@ class PseudoWords:
             base.encode(prompts)
 
     def encode(self, prompts: Sequence[str], generator: torch.Generator) -> Condition:
-        """The condition of N prompts, each with a pseudo-word of its own.
+        """Return the condition of N prompts, each with a pseudo-word of its own.
 
         Args:
-            prompts: Of the list.
+            prompts: Prompts of the list.
             generator: Source of the words, on the CPU so that they do not depend on the device.
         """
         with ExitStack() as hooks:
@@ -62,7 +62,7 @@ class PseudoWords:
         self._counts[table].update(args[0].flatten().tolist())
 
     def _replace(self, generator: torch.Generator, table: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """The embeddings [N, tokens, width] with those of every prompt's rarest token replaced."""
+        """Return the embeddings [N, tokens, width] with those of every prompt's rarest token replaced."""
         (ids,), (mean, std), count = args, self._spread[table], self._counts[table]
         rarest = torch.tensor([min(row, key=lambda token: (count[token], token)) for row in ids.tolist()])
         words = mean + std * torch.randn(len(ids), len(mean), generator=generator).to(mean)

@@ -22,7 +22,7 @@ from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks import learning, words
 from esd_lora.evaluation.attacks.learning import noise_latents
-from esd_lora.evaluation.attacks.victim import Victim, captioned_latents, derive_seed, to_latents, to_pictures
+from esd_lora.evaluation.attacks.victim import Victim, captioned_latents, to_latents, to_pictures
 from esd_lora.evaluation.attacks.words import (
     encode_with_gradient,
     readable_words,
@@ -36,6 +36,7 @@ from esd_lora.evaluation.cases import Case, object_cases
 from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.evaluation.registries import ATTACKS
 from esd_lora.evaluation.variants import Variant, bare, erased
+from esd_lora.seeds import text_seed
 from esd_lora.trajectory import pick
 from random_erasers import eraser_on
 from toys import load_toy, save_toy
@@ -384,7 +385,7 @@ def test_what_is_learnt_from(emoji: Base) -> None:
     victim = victim_of(emoji, cases=cases)
     latents, captions = captioned_latents(victim, 2, [], 0)
     assert captions == [cases[0].prompt, cases[1].prompt]
-    seeds = [derive_seed("picture", 0, i, 7) for i in range(2)]
+    seeds = [text_seed("picture", 0, i, 7) for i in range(2)]
     expected = painted(bare(emoji, STEPS, GUIDANCE), [case._replace(seed=s) for case, s in zip(cases, seeds, strict=False)])
     assert np.abs(pixels(to_pictures(emoji, latents)) - expected).mean() < 10
     assert len(captioned_latents(victim, 5, [], 0)[1]) == 5

@@ -21,7 +21,7 @@ from esd_lora import __version__, training
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.formats.exporting import kohya_tensors
-from esd_lora.recipe_files import load_recipe, recipe_names, recipe_path
+from esd_lora.recipe_files import load_fuse_spec, load_recipe, recipe_text, recipe_title, recipes_by_kind, recipes_dir
 from esd_lora.watching import StepReport
 from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
@@ -259,7 +259,7 @@ def test_manifest_stands_for_its_stack(tiny_dir: Path, tmp_path: Path, cat_dir: 
 def test_report_of_a_stack(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
     said = good("stack", cat_dir, car_dir, cat_dir, "-o", tmp_path / "out", "--fuse", "sum", "--report", "--base", tiny_dir)
     assert "read overlap" in said
-    assert "changed in company by" in said
+    assert "changed in the stack by" in said
     found = json.loads((tmp_path / "out" / "interference.json").read_text("utf-8"))
     assert found["cosine"][0][2] == pytest.approx(1)
     assert found["shared"][0] == [16, 0, 16]
@@ -277,7 +277,7 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     assert " of no update's, plain sum " in said
     assert "fused from 2 erasers beside 4 kept prompts (lam 0.1, mu 0.03)" in good("inspect", fused)
     assert "- Fused from 2 erasers" in (fused / "README.md").read_text("utf-8")
-    assert "changed in company by" in said
+    assert "changed in the stack by" in said
     (record,) = Eraser.load(fused).header.fusions
     assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.1)
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
@@ -457,24 +457,40 @@ def test_inspect_as_json(cat_dir: Path) -> None:
 
 def test_recipes_list_says_what_each_is() -> None:
     lines = good("recipes", "list").splitlines()
-    assert [line.split()[0] for line in lines] == recipe_names()
-    for line in lines:
-        name, described = line.split(maxsplit=1)
+    heads = [line for line in lines if not line.startswith("  ")]
+    assert [head.split()[0].rstrip(":") for head in heads] == ["presets", "concepts", "recipes", "how", "how"]
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    composed = [f"{base}/CONCEPT" for base in ("flux", "sd", "sdxl")]
+    kinds = recipes_by_kind()
+    expected = [*kinds["preset"], *kinds["concept"], *kinds["recipe"], *composed, "fuse", "harmonise"]
+    assert list(listed) == expected
+    for name in composed:
+        base = name.partition("/")[0]
+        assert listed.pop(name) == f"{base}/fast with any of the concepts: {base}/van-gogh"
+    for name, described in listed.items():
         assert len(described) > 20, name
-        assert recipe_path(name).read_text("utf-8").startswith(f"# {described}\n")
+        assert recipe_text(name).startswith(f"# {described}\n")
 
 
 def test_recipes_show() -> None:
-    assert good("recipes", "show", "paper") == recipe_path("paper").read_text("utf-8")
+    assert good("recipes", "show", "paper") == (recipes_dir() / "paper.yaml").read_text("utf-8")
+    assert good("recipes", "show", "sdxl/van-gogh").splitlines() == [
+        "# Erases Van Gogh from stabilityai/stable-diffusion-xl-base-1.0: scope xattn, eta 1, 500 steps.",
+        f"# {recipe_title('sdxl/fast')}",
+        f"# {recipe_title('concepts/van-gogh')}",
+        "extends: [sdxl/fast, concepts/van-gogh]",
+    ]
 
 
 def test_recipes_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert good("recipes", "copy", "fast") == "recipe: fast.yaml\n"
-    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("fast").read_text("utf-8")
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_text("fast")
     assert "already exists" in bad_sentence("recipes", "copy", "paper", "-o", "fast.yaml")
     good("recipes", "copy", "paper", "-o", "fast.yaml", "--force")
-    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_path("paper").read_text("utf-8")
+    assert (tmp_path / "fast.yaml").read_text("utf-8") == recipe_text("paper")
+    assert good("recipes", "copy", "sd/van-gogh") == "recipe: van-gogh.yaml\n"
+    assert load_recipe("van-gogh.yaml") == load_recipe("sd/van-gogh")
 
 
 def test_recipes_check(tmp_path: Path) -> None:
@@ -483,6 +499,12 @@ def test_recipes_check(tmp_path: Path) -> None:
     said = good("recipes", "check", "fast", file).splitlines()
     assert said[0].startswith("fast: good")
     assert said[1] == f"{file}: good, erases a cat, a hat"
+    assert good("recipes", "check", "sd/van-gogh", "concepts/tench", "fuse", "harmonise").splitlines() == [
+        "sd/van-gogh: good, erases Van Gogh",
+        "concepts/tench: good, a concept, give it a preset",
+        "fuse: good, says how to fuse a stack",
+        "harmonise: good, says how to harmonise a stack",
+    ]
 
 
 def test_recipes_check_resolved(tmp_path: Path) -> None:
@@ -491,6 +513,8 @@ def test_recipes_check_resolved(tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(good("recipes", "check", file, "-s", "eta=2", "--resolved"))
     assert load_recipe(resolved) == load_recipe(file, {"eta": 2})
+    resolved.write_text(good("recipes", "check", "fuse", "-s", "lam=0.7", "--resolved"))
+    assert load_fuse_spec(resolved) == load_fuse_spec(lam=0.7)
 
 
 def test_version_and_help() -> None:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import esd_lora.trajectory
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser, LoraPair
@@ -20,9 +19,10 @@ from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.exporting import export
 from esd_lora.formats.importing import import_lora
-from esd_lora.fusing import closed_form
+from esd_lora.fusing import closed_form, moments
 from esd_lora.fusing.closed_form import fuse, solve
-from esd_lora.fusing.moments import Moment, Reading, Readings
+from esd_lora.fusing.harmonising import harmonise
+from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
 from random_erasers import eraser_on
 
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "steps": 2, "progress": False}
@@ -67,12 +67,12 @@ def brute_force(
 @pytest.mark.parametrize("kind", LAYERS)
 @given(seed=st.integers(0, 1000), lam=st.sampled_from([0.0, 0.1, 3.0]), mu=st.sampled_from([0.001, 0.1]))
 def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float, mu: float) -> None:
-    layer, random = LAYERS[kind], torch.Generator().manual_seed(seed)
+    layer, generator = LAYERS[kind], torch.Generator().manual_seed(seed)
     shape = layer.weight.shape
     assert isinstance(layer.weight, Tensor)
 
     def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     def read(number: int) -> Tensor:
         return drawn(number, 3, shape[1]) if kind == "linear" else drawn(number, shape[1], 5, 5)
@@ -85,25 +85,25 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     moment = Moment(layer, {i: pair.down for i, pair in enumerate(members) if i != 1})
     for i, x in enumerate(inputs):
         moment.add(x, 1.0)
-        moment.close(Reading([], 0, member=i))
+        moment.close(PromptGroup([], 0, member=i))
     moment.add(keep[:1], 0.25)
     moment.add(keep[1:], 0.75)
-    moment.close(Reading([], 0, weight=lam * 3))
+    moment.close(PromptGroup([], 0, weight=lam * 3))
     there = [members[0], members[2]]
     pair = LoraPair(torch.cat([p.down for p in there]), torch.cat([p.up for p in there], 1))
-    found = solve(moment, pair, 3, lam, mu).delta().flatten(1)
+    solved = solve(moment, pair, 3, lam, mu).delta().flatten(1)
     deltas, rows = [p.delta().flatten(1) for p in members], [patches(layer, x) for x in inputs]
     kept = patches(layer, keep)
     whole = sum(float(x.square().mean()) for x in rows) + 3 * lam * float(kept.square().mean())
     square = whole / (3 + 3 * lam)
     left, right, expected = brute_force(deltas, rows, kept, lam, closed_form._RIDGE * square, mu * square)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-9)
 
     def objective(delta: Tensor) -> float:
         return float((left @ delta.T - right).square().sum())
 
     summed = sum(deltas, torch.zeros_like(deltas[0]))
-    assert objective(found) <= objective(summed) + 1e-9
+    assert objective(solved) <= objective(summed) + 1e-9
     left, right, _ = brute_force(deltas, rows, kept, lam, 0, 0)  # the header's figure has no ridge in it
     assert closed_form.objective(moment, pair) == pytest.approx(objective(torch.zeros_like(summed)))
     assert closed_form.objective(moment, pair, pair) == pytest.approx(objective(summed))
@@ -114,12 +114,12 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
 def test_truncation_loses_the_least_of_what_is_read(seed: int, rank: int) -> None:
     """Against the singular values of the update times a root of the second moment, by a full SVD."""
-    layer, random = LAYERS["linear"], torch.Generator().manual_seed(seed)
-    pair = LoraPair(*(torch.randn(*size, generator=random, dtype=torch.float64) for size in ((5, 5), (4, 5))))
-    x = torch.randn(40, 5, generator=random, dtype=torch.float64) * torch.tensor([3.0, 1, 1, 0.3, 0.1])
+    layer, generator = LAYERS["linear"], torch.Generator().manual_seed(seed)
+    pair = LoraPair(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 5), (4, 5))))
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1, 1, 0.3, 0.1])
     moment = Moment(layer, {0: pair.down})
     moment.add(x, 1.0)
-    moment.close(Reading([], 0, member=0))
+    moment.close(PromptGroup([], 0, member=0))
     full, cut = solve(moment, pair, 1, 0, 0), solve(moment, pair, 1, 0, 0, rank=rank)
     assert cut.rank == min(rank, 4) or cut.rank == rank
     square = float(x.square().mean())
@@ -137,18 +137,18 @@ def on(base: Base, scope: str, *names: str, seed: int = 0, **header: object) -> 
 
 @pytest.fixture(autouse=True, scope="module")
 def every_patch() -> Iterator[None]:
-    """What is read is counted whole, so that it can be compared."""
+    """Count everything that is read, so that it can be compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(esd_lora.trajectory, "_ROWS", 10**9)
+        patch.setattr(moments, "_ROWS", 10**9)
         yield
 
 
 def test_pixels_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esd_lora.trajectory, "_ROWS", 4)
+    monkeypatch.setattr(moments, "_ROWS", 4)
     layer, x = nn.Linear(2, 1), torch.arange(20.0).reshape(1, 10, 2)
     moment = Moment(layer, {})
     moment.add(x, 1.0)
-    moment.close(Reading([], 0))
+    moment.close(PromptGroup([], 0))
     taken = x[0, [0, 3, 6, 9]]
     torch.testing.assert_close(moment.total, taken.T @ taken / 4)
 
@@ -177,10 +177,10 @@ def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> Non
     modules = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_q", "mid_block.resnets.0.conv1"]
     layers = dict(base.model.named_modules())
     moments = {module: Moment(layers[module], {}) for module in modules}
-    reading = Reading(["a dog", "a hat"], 3, weight=2.0)
-    watched = Readings(base, [reading], steps=2, guidance=guidance, seed=5)
-    watched.add(0, moments)
-    assert watched.evaluations == 3 * 2 * (2 if guidance != 1 else 1)
+    group = PromptGroup(["a dog", "a hat"], 3, weight=2.0)
+    collector = MomentCollector(base, [group], steps=2, guidance=guidance, seed=5)
+    collector.add(0, moments)
+    assert collector.evaluations == 3 * 2 * (2 if guidance != 1 else 1)
 
     seen: dict[str, list[Tensor]] = {module: [] for module in modules}
     hooks = [
@@ -189,10 +189,10 @@ def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> Non
         )
         for module in modules
     ]
-    for x_t, t, told in watched._points[0]:
+    for x_t, t, condition in collector._points[0]:
         for i in range(len(t)):
             with torch.no_grad():
-                base.predict(x_t[i : i + 1], t[i : i + 1], {name: value[i : i + 1] for name, value in told.items()})
+                base.predict(x_t[i : i + 1], t[i : i + 1], {name: value[i : i + 1] for name, value in condition.items()})
     for hook in hooks:
         hook.remove()
     for module, rows in seen.items():
@@ -206,9 +206,9 @@ def test_text_layers_get_the_moment_of_what_they_are_called_with(base: Base) -> 
     modules = [f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in "kv"]
     moments = {module: Moment(layers[module], {}) for module in modules}
     prompts = [f"{number} dogs" for number in range(19)]
-    watched = Readings(base, [Reading(prompts, 3, weight=2.0)], steps=2, guidance=3.0, seed=5)
-    watched.add(0, moments)
-    assert watched.evaluations == 0
+    collector = MomentCollector(base, [PromptGroup(prompts, 3, weight=2.0)], steps=2, guidance=3.0, seed=5)
+    collector.add(0, moments)
+    assert collector.evaluations == 0
 
     rows: list[Tensor] = []
     hook = layers[modules[0]].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, 1)))
@@ -224,7 +224,7 @@ def test_moments_are_the_same_in_one_group_and_in_many(
     base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fuse(members, base, keep=KEEP, **QUICK)
-    monkeypatch.setattr(closed_form, "_GROUP", 5 * 10**5)
+    monkeypatch.setattr(closed_form, "_BYTES_AT_ONCE", 5 * 10**5)
     widths = [pair.down[0].numel() for pair in whole.pairs.values()]
     assert 8 * sum(width**2 for width in widths) > 4 * 5 * 10**5
     # Later groups ask for the prompts alone, in batches of another size: that rounds otherwise, 1 / _RIDGE times as much.
@@ -238,8 +238,8 @@ def test_layers_too_wide_are_summed_and_named(base: Base, members: list[Eraser],
     plain = deltas(stack(members))
     wide = [module for module, pair in fused.pairs.items() if pair.down[0].numel() > 100]
     assert wide
-    (told,) = fused.header.fusions
-    assert sorted(told.summed) == sorted(wide)
+    (fusion,) = fused.header.fusions
+    assert sorted(fusion.summed) == sorted(wide)
     for module, delta in deltas(fused).items():
         assert torch.allclose(delta, plain[module], atol=1e-6) == (module in wide), module
 
@@ -286,39 +286,39 @@ def test_what_is_kept_weighs_by_lam(base: Base, members: list[Eraser]) -> None:
 
 def test_prompts_that_name_a_member_are_not_kept(base: Base, members: list[Eraser]) -> None:
     fused = fuse(members[:2], base, keep=[*KEEP, "two cats", "a CAR at night", "a catalogue"], **QUICK)
-    (told,) = fused.header.fusions
-    assert told.dropped == ("a CAR at night", "two cats")
-    assert told.kept == len({*KEEP, "a catalogue"})
+    (fusion,) = fused.header.fusions
+    assert fusion.dropped == ("a CAR at night", "two cats")
+    assert fusion.kept == len({*KEEP, "a catalogue"})
     with pytest.raises(EsdLoraError, match="no prompt to keep is left"):
         fuse(members[:2], base, keep=["a cat"], **QUICK)
 
 
 def test_keep_list_of_the_package_is_the_default(base: Base, members: list[Eraser]) -> None:
     fused = fuse(members[2:3], base, **QUICK)
-    (told,) = fused.header.fusions
-    assert told.kept > 300
-    assert "a bee" in told.dropped
+    (fusion,) = fused.header.fusions
+    assert fusion.kept > 300
+    assert "a bee" in fusion.dropped
 
 
 def test_header_says_how_it_was_made(base: Base, members: list[Eraser], tmp_path: Path) -> None:
     fused = fuse(members, base, keep=KEEP, lam=0.2, mu=0.02, **QUICK)
-    (told,) = Eraser.load(fused.save(tmp_path / "fused")).header.fusions
-    assert (told.lam, told.mu, told.steps, told.seed) == (0.2, 0.02, 2, 0)
-    assert len(set(told.members)) == 4
-    assert told.evaluations == 2 * 2 * (4 * 2 + 3)
-    assert told.dropped == ()
+    (fusion,) = Eraser.load(fused.save(tmp_path / "fused")).header.fusions
+    assert (fusion.lam, fusion.mu, fusion.steps, fusion.seed) == (0.2, 0.02, 2, 0)
+    assert len(set(fusion.members)) == 4
+    assert fusion.evaluations == 2 * 2 * (4 * 2 + 3)
+    assert fusion.dropped == ()
     assert fused.header.distillations == ()
-    assert told.objective is not None
-    assert told.objective_summed is not None
-    assert 0 < told.objective < min(1, told.objective_summed)
+    assert fusion.objective is not None
+    assert fusion.objective_summed is not None
+    assert 0 < fusion.objective < min(1, fusion.objective_summed)
     assert {concept.name for concept in fused.header.concepts} == {"a cat", "a car", "a bee", "a key"}
 
 
 def test_text_alone_needs_no_denoising(base: Base) -> None:
     members = [on(base, "xattn-kv", name, seed=i) for i, name in enumerate(["a cat", "a car"])]
     fused = fuse(members, base, keep=KEEP, **QUICK)
-    (told,) = fused.header.fusions
-    assert told.evaluations == 0
+    (fusion,) = fused.header.fusions
+    assert fusion.evaluations == 0
 
 
 def test_fused_file_is_an_eraser_like_any(base: Base, members: list[Eraser], tmp_path: Path) -> None:
@@ -356,7 +356,8 @@ def test_members_of_another_base_are_refused(base: Base, members: list[Eraser]) 
 def test_base_leaves_as_it_came(tiny_dir: Path, members: list[Eraser]) -> None:
     base = load_base(tiny_dir, device="cpu")
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    fuse(members, base, keep=KEEP, harmonise=2, **QUICK)
+    fused = fuse(members, base, keep=KEEP, **QUICK)
+    harmonise(fused, members, base, keep=KEEP, steps=2, trajectories=2, keep_trajectories=3, progress=False)
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

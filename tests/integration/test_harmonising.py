@@ -20,39 +20,38 @@ QUICK = {"trajectories": 2, "keep_trajectories": 3, "trajectory_steps": 3, "prog
 
 
 def distilled(base: Base, members: Sequence[Eraser], steps: int, seed: int = 0) -> Eraser:
-    asked = [[prompt for prompt, _ in member.header.concepts[0].pairs] for member in members]
-    return harmonise(stack(members), members, asked, KEPT, base, steps=steps, seed=seed, **QUICK)
+    return harmonise(stack(members), members, base, keep=KEPT, steps=steps, seed=seed, **QUICK)
 
 
 def moved(base: Base, erasers: Sequence[Eraser]) -> float:
     """How far kept prompts' predictions are from the base's."""
-    told = base.encode(KEPT)
+    condition = base.encode(KEPT)
     x_t = torch.randn(len(KEPT), *base.latent_shape(), generator=torch.Generator().manual_seed(9))
     t = torch.full((len(KEPT),), 500)
     with torch.no_grad():
-        before = base.predict(x_t, t, told)
+        before = base.predict(x_t, t, condition)
         with applied(base, erasers):
-            return float((base.predict(x_t, t, told) - before).norm())
+            return float((base.predict(x_t, t, condition) - before).norm())
 
 
 def test_stack_comes_nearer_to_its_members_and_to_the_base(base: Base, cat: Eraser, car: Eraser) -> None:
     members, plain = [cat, car], stack([cat, car])
     better = distilled(base, members, steps=60)
-    before, after = (measure(members, base=base, whole=whole).company for whole in (plain, better))
+    before, after = (measure(members, base=base, whole=whole).together for whole in (plain, better))
     assert before is not None
     assert after is not None
     assert sum(after) < 0.8 * sum(before)
-    (spent,) = better.header.distillations
-    assert spent.first_loss
-    assert spent.last_loss
-    assert spent.last_loss < spent.first_loss
+    (distillation,) = better.header.distillations
+    assert distillation.first_loss
+    assert distillation.last_loss
+    assert distillation.last_loss < distillation.first_loss
     assert moved(base, [better]) < 0.8 * moved(base, [plain])
 
 
 def test_file_stays_as_large_and_says_the_same(base: Base, cat: Eraser, car: Eraser) -> None:
     plain, better = stack([cat, car]), distilled(base, [cat, car], steps=2)
-    (spent,) = better.header.distillations
-    assert (spent.steps, spent.trajectories, spent.keep_trajectories) == (2, (2, 2), 3)
+    (distillation,) = better.header.distillations
+    assert (distillation.steps, distillation.trajectories, distillation.keep_trajectories) == (2, (2, 2), 3)
     assert better.header.model_copy(update={"distillations": ()}) == plain.header
     assert {m: (p.rank, p.shape) for m, p in better.pairs.items()} == {m: (p.rank, p.shape) for m, p in plain.pairs.items()}
 

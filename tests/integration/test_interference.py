@@ -67,35 +67,35 @@ def test_layers_count_by_their_norms() -> None:
 def test_effects_on_a_base(base: Base, cat: Eraser, car: Eraser, tmp_path: Path) -> None:
     report = measure([cat, car], base=base)
     assert report.effect is not None
-    assert report.company is not None
+    assert report.together is not None
     assert [report.effect[i][i] for i in range(2)] == pytest.approx([1, 1])
-    assert all(value > 0.01 for value in (report.effect[0][1], report.effect[1][0], *report.company))
+    assert all(value > 0.01 for value in (report.effect[0][1], report.effect[1][0], *report.together))
     report.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(REPORT_FILES)
-    told = json.loads((tmp_path / REPORT_FILES[0]).read_text())
-    assert told["names"] == ["a cat", "a car"]
-    assert told["company"] == report.company
+    written = json.loads((tmp_path / REPORT_FILES[0]).read_text())
+    assert written["names"] == ["a cat", "a car"]
+    assert written["company"] == report.together
     with Image.open(tmp_path / REPORT_FILES[1]) as picture:
         assert picture.width > 600
         assert len(picture.getcolors(100_000) or []) > 8
     text = "\n".join(report.lines())
     assert "a cat" in text
-    assert f"{report.company[0]:.1%}" in text
+    assert f"{report.together[0]:.1%}" in text
 
 
-def test_company_of_nothing_disturbs_nobody(base: Base, cat: Eraser, car: Eraser) -> None:
+def test_member_of_strength_0_disturbs_nobody(base: Base, cat: Eraser, car: Eraser) -> None:
     report = measure([cat, car], [1.0, 0.0], base=base)
-    assert report.company is not None
+    assert report.together is not None
     assert report.effect is not None
-    assert report.company[0] == 0
+    assert report.together[0] == 0
     assert report.effect[0][1] == 0
 
 
-def test_company_of_its_own_twin_is_as_much_again(base: Base, cat: Eraser) -> None:
+def test_own_twin_disturbs_as_much_again(base: Base, cat: Eraser) -> None:
     """Twice the small update moves predictions nearly twice as far."""
     small = Strength(0.01)
     report = measure([cat, cat], [small, small], base=base)
-    assert report.company == pytest.approx([1, 1], abs=0.1)
+    assert report.together == pytest.approx([1, 1], abs=0.1)
 
 
 def test_weights_and_names(cat: Eraser, car: Eraser) -> None:

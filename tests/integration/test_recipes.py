@@ -1,4 +1,4 @@
-"""Every recipe that ships: it trains on its family's toy, and what its first line states is so."""
+"""Every recipe that ships: it trains on its family's toy, and the sizes that presets state are so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from esd_lora.bases.base import Base
 from esd_lora.families import FAMILIES
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import kind_of, load_recipe, recipe_names, recipe_path
+from esd_lora.recipe_files import load_recipe, recipe_bases, recipe_names, recipe_text, recipes_by_kind
 from esd_lora.training import train
 from published_denoisers import DENOISERS, denoiser
 from toys import load_toy, save_toy
@@ -24,10 +24,12 @@ TOY_OF = {
     "black-forest-labs/FLUX.1-schnell": "flux-schnell",
 }
 """Base of a recipe to the toy of its family."""
-TITLES = {"SD 1.4/1.5": "sd15", "SDXL base 1.0": "sdxl", "Flux.1 dev": "flux"}
-KINDS = {name: kind_of(name) for name in recipe_names()}
-READY = [name for name, kind in KINDS.items() if kind == "recipe"]
-ON_REAL_BASES = [name for name in READY if not name.startswith("emoji-")]
+DENOISER_OF = {"sd": "sd15", "sdxl": "sdxl", "flux": "flux"}
+"""BASE of `BASE/fast` to its published denoiser."""
+KINDS = {name: kind for kind in ("preset", "concept", "recipe") for name in recipes_by_kind()[kind]}
+COMPOSED = sorted(set(recipe_names()) - {name for names in recipes_by_kind().values() for name in names})
+EVERY_SCOPE = {(name.split("/")[0], load_recipe(name).scope): name for name in COMPOSED}
+"""One composed recipe for each base and scope: what is trained of a pair beyond its preset and its concept."""
 BRIEF = {
     "train.steps": 2,
     "train.trajectories": 2,
@@ -40,10 +42,11 @@ BRIEF = {
 
 
 def complete(name: str) -> Recipe:
-    """A shipped file as a recipe: a preset with a concept, a concept with a preset."""
-    if KINDS[name] == "preset":
+    """Return a shipped recipe, brief: a preset with a concept, a concept with a preset."""
+    kind = KINDS.get(name)
+    if kind == "preset":
         return load_recipe(name, BRIEF, concepts=["a cat"])
-    return load_recipe(["fast", name] if KINDS[name] == "concept" else name, BRIEF)
+    return load_recipe(["fast", name] if kind == "concept" else name, BRIEF)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,13 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 
 
 def test_nothing_is_left_out() -> None:
-    assert len(READY) == 62
-    assert len(ON_REAL_BASES) == 60
-    assert {complete(name).base for name in KINDS} == TOY_OF.keys()
+    assert len(KINDS) == 39
+    assert len(COMPOSED) == 81
+    assert sorted(EVERY_SCOPE) == [(base, scope) for base in recipe_bases() for scope in ("noxattn", "xattn")]
+    assert {complete(name).base for name in [*KINDS, *EVERY_SCOPE.values()]} == TOY_OF.keys()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *EVERY_SCOPE.values()])
 def test_recipe_trains_on_its_family_s_toy(name: str, toys: dict[str, Base]) -> None:
     recipe = complete(name)
     eraser = train(recipe, base=toys[TOY_OF[recipe.base]], progress=False)
@@ -78,17 +82,19 @@ def bytes_of(model: str, scope: str, rank: int) -> int:
     return 4 * total
 
 
-@pytest.mark.parametrize("name", ON_REAL_BASES)
-def test_first_line_states_what_is_so(name: str) -> None:
-    line = recipe_path(name).read_text("utf-8").splitlines()[0]
-    stated = re.fullmatch(
-        r"# Erases .+ from (.+): (\S+) \(.+\), eta ([\d.]+), (\d+) steps, ([\d.]+) MB\. Not yet run on these weights\.", line
+@pytest.mark.parametrize("base", recipe_bases())
+def test_stated_sizes_are_so(base: str) -> None:
+    """`BASE/fast` states the size of an eraser for every scope that a concept has."""
+    stated = re.search(
+        r"^# At rank (\d+) an eraser takes ([\d.]+) MB for (\S+) \(.+\) and ([\d.]+) MB for (\S+) \(.+\)\.$",
+        recipe_text(f"{base}/fast"),
+        re.MULTILINE,
     )
-    assert stated, line
-    title, scope, eta, steps, size = stated.groups()
-    recipe = load_recipe(name)
-    assert (scope, float(eta), int(steps)) == (recipe.scope, recipe.eta, recipe.train.steps)
-    model = TITLES[title]
+    assert stated
+    rank, *sizes = stated.groups()
+    recipe, model = load_recipe(f"{base}/fast", concepts=["a cat"]), DENOISER_OF[base]
     assert TOY_OF[recipe.base].split("-")[0] == DENOISERS[model][0]
-    assert recipe.lora.ranks == {}
-    assert f"{bytes_of(model, scope, recipe.lora.rank) / 1e6:.1f}" == size
+    assert (recipe.lora.rank, recipe.lora.ranks, recipe.lora.conv_rank) == (int(rank), {}, None)
+    assert {scope for folder, scope in EVERY_SCOPE if folder == base} == set(sizes[1::2])
+    for size, scope in zip(sizes[::2], sizes[1::2], strict=True):
+        assert f"{bytes_of(model, scope, int(rank)) / 1e6:.1f}" == size

@@ -12,7 +12,19 @@ from jsonschema import Draft202012Validator
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.recipe_files import kind_of, load_recipe, recipe_names, recipe_path, recipe_schema, recipes_dir
+from esd_lora.recipe_files import (
+    load_fuse_spec,
+    load_harmonise_spec,
+    load_recipe,
+    recipe_bases,
+    recipe_kind,
+    recipe_names,
+    recipe_paths,
+    recipe_schema,
+    recipe_text,
+    recipes_by_kind,
+    recipes_dir,
+)
 
 
 def write(path: Path, text: str) -> Path:
@@ -31,12 +43,88 @@ PRESETS = ["esd2025", "fast", "flux/fast", "flux/schnell", "leco", "paper", "rep
 
 
 def test_kinds_of_files() -> None:
-    names = recipe_names()
-    assert len(names) == len(list(recipes_dir().rglob("*.yaml"))) == 99
-    kinds = {name: kind_of(name) for name in names}
-    assert sorted(name for name, kind in kinds.items() if kind == "preset") == PRESETS
-    assert {name for name, kind in kinds.items() if kind == "concept"} == {n for n in names if n.startswith("concepts/")}
-    assert sum(kind == "concept" for kind in kinds.values()) == 27
+    kinds = recipes_by_kind()
+    files = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")]
+    assert sorted(name for names in kinds.values() for name in names) == sorted(files)
+    assert len(files) == 41
+    assert kinds["preset"] == PRESETS
+    assert kinds["concept"] == sorted(name for name in files if name.startswith("concepts/"))
+    assert len(kinds["concept"]) == 27
+    assert kinds["recipe"] == ["emoji-cat", "emoji-twemoji"]
+    assert (kinds["fuse"], kinds["harmonise"]) == (["fuse"], ["harmonise"])
+
+
+COMPOSED = sorted(set(recipe_names()) - {name for names in recipes_by_kind().values() for name in names})
+
+
+def test_every_base_composes_with_every_concept() -> None:
+    assert recipe_bases() == ["flux", "sd", "sdxl"]
+    assert len(COMPOSED) == 3 * 27
+    assert {recipe_kind(name) for name in COMPOSED} == {"recipe"}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_recipe_is_its_preset_and_its_concept(name: str, tmp_path: Path) -> None:
+    base, _, concept = name.partition("/")
+    assert recipe_paths(name) == [recipes_dir() / base / "fast.yaml", recipes_dir() / "concepts" / f"{concept}.yaml"]
+    recipe, preset = load_recipe(name), load_recipe(f"{base}/fast", concepts=["a cat"])
+    alone = load_recipe(["fast", f"concepts/{concept}"])
+    assert (recipe.base, recipe.lora, recipe.train) == (preset.base, preset.lora, preset.train)
+    assert (recipe.concepts, recipe.scope, recipe.objective, recipe.eta) == (
+        alone.concepts,
+        alone.scope,
+        alone.objective,
+        alone.eta,
+    )
+    # What `recipes show` and `recipes copy` give is a file of the same recipe, and its first line is so.
+    copied = write(tmp_path / "copied.yaml", recipe_text(name))
+    assert load_recipe(copied) == recipe
+    stated = re.match(r"# Erases (.+) from (\S+): scope (\S+), eta ([\d.]+), (\d+) steps\.\n", recipe_text(name))
+    assert stated
+    erased, base_id, scope, eta, steps = stated.groups()
+    assert erased == ", ".join(concept.name for concept in recipe.concepts)
+    assert (base_id, scope, float(eta), int(steps)) == (recipe.base, recipe.scope, recipe.eta, recipe.train.steps)
+    child = write(tmp_path / "child.yaml", f"extends: {name}\neta: 7\n")
+    assert load_recipe(child) == recipe.model_copy(update={"eta": 7.0})
+
+
+@pytest.mark.parametrize("name", ["sd/none", "none/van-gogh", "concepts/fast", "sd"])
+def test_what_does_not_compose(name: str) -> None:
+    (line,) = faults(name)
+    assert "flux, sd, sdxl with any concept, such as sd/van-gogh" in line
+
+
+def test_how_stacks_are_made_stands_in_recipes(tmp_path: Path) -> None:
+    fusing, harmonising = load_fuse_spec(), load_harmonise_spec()
+    assert (fusing.lam, fusing.mu, fusing.trajectories, fusing.keep_trajectories) == (0.1, 0.03, 8, 64)
+    assert (fusing.steps, fusing.guidance, fusing.seed) == (4, 3.0, 0)
+    assert (harmonising.steps, harmonising.lr, harmonising.batch_size) == (400, 3e-3, 16)
+    assert (harmonising.push, harmonising.shake, harmonising.guidance, harmonising.seed) == (1.75, 0.7, 3.0, 0)
+    assert (harmonising.trajectories, harmonising.keep_trajectories, harmonising.trajectory_steps) == (32, 128, 12)
+    mine = write(tmp_path / "mine.yaml", "extends: fuse\nlam: 0.5\nsteps: 3\n")
+    assert recipe_kind(str(mine)) == "fuse"
+    assert load_fuse_spec(mine, {"steps": 2}, seed=4) == fusing.model_copy(update={"lam": 0.5, "steps": 2, "seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("extends: fuse\nlan: 1\n", ":2: lan: unknown key (did you mean 'lam'?)"),
+        ("extends: fuse\nlam: -1\n", ":2: lam: "),
+        ("method: fuse\nlam: 1\n", "mu: missing (a preset gives it: 'extends: fuse')"),
+        ("extends: harmonise\n", "method: "),
+    ],
+)
+def test_faults_of_how_stacks_are_made(tmp_path: Path, text: str, expected: str) -> None:
+    file = write(tmp_path / "r.yaml", text)
+    with pytest.raises(EsdLoraError) as caught:
+        load_fuse_spec(file)
+    assert expected in str(caught.value)
+
+
+def test_how_to_fuse_is_nothing_to_train() -> None:
+    (line,) = faults("fuse", concepts=["a cat"])
+    assert "says how to fuse a stack, and nothing to train" in line
 
 
 def test_several_recipes_over_one_another() -> None:
@@ -69,7 +157,7 @@ def test_schema_is_fresh() -> None:
 def test_recipe_files_fit_the_schema(name: str) -> None:
     validator = Draft202012Validator(json.loads(recipe_schema()))
     # Editors read 1e-4 as a number, as YAML 1.2 says; PyYAML wants 1.0e-4.
-    text = re.sub(r"\b(\d+)e-(\d)", r"\1.0e-\2", recipe_path(name).read_text("utf-8"))
+    text = re.sub(r"\b(\d+)e-(\d)", r"\1.0e-\2", recipe_text(name))
     assert not list(validator.iter_errors(yaml.safe_load(text)))
 
 
@@ -78,6 +166,8 @@ def test_schema_tells_a_wrong_key() -> None:
     assert list(validator.iter_errors({"extends": "fast", "concpts": ["cat"]}))
     assert list(validator.iter_errors({"extends": "fast", "train": {"step": 3}}))
     assert list(validator.iter_errors({"extends": "fast", "lora": {"rank": 0}}))
+    assert list(validator.iter_errors({"extends": "fuse", "lam": -1}))
+    assert list(validator.iter_errors({"extends": "harmonise", "pish": 2}))
 
 
 def test_preset_with_base_and_concepts() -> None:
@@ -250,7 +340,7 @@ def test_missing_file_suggests_a_name() -> None:
     (line,) = faults("fsat")
     assert "did you mean 'fast'?" in line
     assert "?." not in line
-    assert all(name in line for name in recipe_names())
+    assert all(name in line for names in recipes_by_kind().values() for name in names)
 
 
 def test_recipe_is_frozen() -> None:

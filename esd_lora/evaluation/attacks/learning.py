@@ -20,17 +20,13 @@ from tqdm.auto import trange
 
 from esd_lora.evaluation.attacks.victim import Victim
 from esd_lora.optimizers import make_optimizer
+from esd_lora.seeds import step_generator
 from esd_lora.trajectory import Condition, Points, latents_per_batch
 
 BATCH = 16
 """Noised pictures in a step of learning."""
 DELAY = 2.0
 """Seconds before a progress bar shows."""
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return the seed of what is drawn at a step of learning."""
-    return seed * 100_003 + step
 
 
 def noise_latents(victim: Victim, latents: Tensor, count: int, generator: torch.Generator, share: float = 1.0) -> Points:
@@ -88,7 +84,7 @@ def learn(
     scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
     losses: list[float] = []
     for step in trange(steps, desc=desc, unit="step", leave=False, delay=DELAY):
-        points = noise_latents(victim, latents, BATCH, torch.Generator().manual_seed(step_seed(seed, step)))
+        points = noise_latents(victim, latents, BATCH, step_generator(seed, step))
         optimizer.zero_grad()
         losses.append(0.0)
         for part in points.split(latents_per_batch(base.latent_shape())):

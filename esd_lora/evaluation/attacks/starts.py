@@ -15,7 +15,6 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.victim import (
     Victim,
     concept_pictures,
-    derive_seed,
     require_stable_diffusion,
     to_latents,
     to_pictures,
@@ -23,6 +22,7 @@ from esd_lora.evaluation.attacks.victim import (
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.picture_files import hash_by_name, open_picture
 from esd_lora.evaluation.variants import Variant, make_painter
+from esd_lora.seeds import text_seed
 from esd_lora.trajectory import concatenate, latents_per_batch
 
 
@@ -57,7 +57,7 @@ def latent_start(victim: Victim, *, strength: float = 0.7, folder: str | Path | 
     def start_latents(cases: Sequence[Case]) -> Tensor:
         """Return latents of the picture that each case starts from."""
         if files:
-            drawn = [files[derive_seed("picture", seed, case.id) % len(files)] for case in cases]
+            drawn = [files[text_seed("picture", seed, case.id) % len(files)] for case in cases]
             return to_latents(base, list(map(open_picture, drawn)))
         return to_latents(base, make_painter(base, victim.steps, victim.guidance)(cases))
 
@@ -65,7 +65,7 @@ def latent_start(victim: Victim, *, strength: float = 0.7, folder: str | Path | 
     def denoise(cases: Sequence[Case], x_0: Tensor) -> list[Image.Image]:
         scheduler: Any = base.family.scheduler(base.pipe, victim.steps, shape, device)
         times = scheduler.timesteps[victim.steps - round(strength * victim.steps) :]
-        generators = [torch.Generator().manual_seed(derive_seed("noise", seed, case.id)) for case in cases]
+        generators = [torch.Generator().manual_seed(text_seed("noise", seed, case.id)) for case in cases]
         noise = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
         scales = [victim.guidance if case.guidance is None else case.guidance for case in cases]
         guidance = torch.tensor(scales, device=device).view(-1, 1, 1, 1)

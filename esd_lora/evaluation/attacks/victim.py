@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.picture_files import SUFFIXES, open_picture, picture_paths
 from esd_lora.evaluation.variants import Variant, make_painter
 from esd_lora.families.sd import StableDiffusion
+from esd_lora.seeds import text_seed
 
 
 class Victim(NamedTuple):
@@ -84,11 +84,6 @@ def require_encodable(base: Base) -> None:
         )
 
 
-def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts and on nothing else."""
-    return random.Random(" ".join(map(str, parts))).getrandbits(32)
-
-
 def concept_pictures(folder: str | Path | None, victim: Victim, count: int | None = None) -> list[Path]:
     """Return the first `count` pictures of an attacker's folder, by name, or all of them; none without a folder.
 
@@ -123,7 +118,7 @@ def captioned_latents(victim: Victim, count: int, files: Sequence[Path], seed: i
     if files:
         return to_latents(victim.base, list(map(open_picture, files))), [victim.concepts[0].name] * len(files)
     chosen = [victim.cases[i * len(victim.cases) // count] for i in range(count)]
-    cases = [case._replace(seed=derive_seed("picture", seed, i, case.seed)) for i, case in enumerate(chosen)]
+    cases = [case._replace(seed=text_seed("picture", seed, i, case.seed)) for i, case in enumerate(chosen)]
     pictures = make_painter(victim.base, victim.steps, victim.guidance)(cases)
     return to_latents(victim.base, pictures), [case.prompt for case in cases]
 
