@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
+export NO_MKDOCS_2_WARNING = 1
 
 .PHONY: demo test test-slow lint format docs setup benchmark clean
 

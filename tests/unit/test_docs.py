@@ -1,0 +1,31 @@
+"""The documentation names what there is: every room has its page, every public name its row."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import esd_lora
+
+PACKAGE = Path(esd_lora.__file__).parent
+DOCS = PACKAGE.parent / "docs"
+
+
+def test_every_room_stands_on_one_page_of_the_reference() -> None:
+    pages = [page.read_text("utf-8") for page in (DOCS / "api").glob("*.md")]
+    shown = [name for page in pages for name in re.findall(r"^::: esd_lora\.(\w+)$", page, re.MULTILINE)]
+    rooms = {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    rooms |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(shown) == sorted(rooms)
+
+
+def test_every_public_name_has_a_row() -> None:
+    rows = re.findall(r"^\| \[`(\w+)`\]\[(esd_lora\.[\w.]+)\]", (DOCS / "api" / "index.md").read_text("utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == esd_lora.__all__
+    for name, place in rows:
+        assert getattr(esd_lora, name).__module__ == place.rpartition(".")[0]
+
+
+def test_every_page_of_the_reference_is_in_the_menu() -> None:
+    menu = re.findall(r"api/\w+\.md", (PACKAGE.parent / "mkdocs.yml").read_text("utf-8"))
+    assert sorted(menu) == sorted(f"api/{page.name}" for page in (DOCS / "api").glob("*.md"))
