@@ -1,6 +1,6 @@
 """The demo: erase an object and a style on the built-in base, stack, merge, and measure all of it.
 
-At floor 4 beside the command line: the one place that strings the verbs together.
+It stands on top, beside the command line: the one place that strings the verbs together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COLUMNS = (
 
 
 def demo(out: str | Path, *, force: bool = False) -> str:
-    """Runs the demo and returns what it prints.
+    """Run the demo and return what it prints.
 
     Writes the two erasers, their stack, the merged pipeline, `grid.png`, and an evaluation of all of them in `measured`.
 
@@ -54,7 +54,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     for name, on in {"base": [], f"no {OBJECT}": erasers[:1], f"no {STYLE}": erasers[1:], "stack": erasers}.items():
         with applied(base, on):
             rows[name] = paint(base, _COLUMNS, range(len(_COLUMNS)))
-    # The merged pipeline is a directory like any other and has no habits of its own.
+    # The merged pipeline is a directory like any other and has no defaults of its own.
     rows["merged"] = paint(merged, _COLUMNS, range(len(_COLUMNS)), steps=base.steps, guidance=base.guidance)
     grid(rows, _COLUMNS).save(out / "grid.png")
     measured = out / "measured"

@@ -1,4 +1,4 @@
-"""Gating: erasers that are on for the prompts that ask for what they erase, and off for all others.
+"""Gating: erasers that are on for the prompts that name what they erase or come near it, and off for all others.
 
 Where weights need not be final, this costs nothing elsewhere: a prompt that comes near no concept gets the base's own picture,
 bit for bit. It protects nothing against someone who holds the files, and nothing against words that the text encoder does not
@@ -38,8 +38,8 @@ class Gate:
     holds the name itself, in singular or plural.
 
     Args:
-        base: Whose text encoder compares.
-        erasers: To scale.
+        base: The loaded base, whose text encoder compares.
+        erasers: The erasers to scale.
         threshold: Similarity at which an eraser begins to be on; at 1 it is fully. A threshold of 1 lets names alone pass.
 
     Raises:
@@ -54,26 +54,26 @@ class Gate:
         self.base, self.threshold = base, threshold
         self.concepts = [eraser.header.concepts for eraser in erasers]
         self._directions: dict[str, Tensor] = {}
-        self._learn([name for concepts in self.concepts for concept in concepts for name in _names(concept)])
+        self._encode([name for concepts in self.concepts for concept in concepts for name in _names(concept)])
 
     def similarities(self, prompt: str) -> list[float]:
-        """How near the prompt comes to each eraser's concepts, up to 1."""
+        """Return how near the prompt comes to each eraser's concepts, up to 1."""
         words = re.findall(r"\w[\w'-]*", prompt)
         return [
             max((self._similarity(prompt, words, concept) for concept in concepts), default=0.0) for concepts in self.concepts
         ]
 
     def __call__(self, prompt: str) -> list[float]:
-        """The factor of each eraser: 0 up to the threshold, then evenly up to 1."""
+        """Return the factor of each eraser: 0 up to the threshold, then evenly up to 1."""
         if self.threshold == 1:
             return [float(s >= 1) for s in self.similarities(prompt)]
         return [max(0.0, (s - self.threshold) / (1 - self.threshold)) for s in self.similarities(prompt)]
 
     def record(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What the gate goes by and what it says of prompts, for JSON."""
+        """Return threshold and names, and every prompt's similarities and factors, for JSON."""
         names = [[name for concept in concepts for name in _names(concept)] for concepts in self.concepts]
-        said = [{"prompt": p, "similarities": self.similarities(p), "factors": self(p)} for p in prompts]
-        return {"threshold": self.threshold, "erasers": names, "prompts": said}
+        gated = [{"prompt": p, "similarities": self.similarities(p), "factors": self(p)} for p in prompts]
+        return {"threshold": self.threshold, "erasers": names, "prompts": gated}
 
     def _similarity(self, prompt: str, words: Sequence[str], concept: ErasedConcept) -> float:
         if concept.named_in(prompt):
@@ -82,16 +82,17 @@ class Gate:
         for name in _names(concept):
             size = len(name.split())
             runs = [" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))]
-            self._learn(runs)
+            self._encode(runs)
             best = max(best, *(float(self._directions[run] @ self._directions[name]) for run in runs))
         return min(best, 1.0)
 
     @torch.no_grad()
-    def _learn(self, texts: Sequence[str]) -> None:
+    def _encode(self, texts: Sequence[str]) -> None:
+        """Fill `_directions` for texts that are not in it: the encoder's outputs less that of the empty prompt, of length 1."""
         unknown = [text for text in dict.fromkeys(texts) if text not in self._directions]
         if unknown:
-            told = self.base.encode(["", *unknown])["prompt_embeds"].float().flatten(1)
-            directions = torch.nn.functional.normalize(told[1:] - told[:1], dim=1)
+            embeds = self.base.encode(["", *unknown])["prompt_embeds"].float().flatten(1)
+            directions = torch.nn.functional.normalize(embeds[1:] - embeds[:1], dim=1)
             self._directions |= dict(zip(unknown, directions, strict=True))
 
 
@@ -100,11 +101,11 @@ def _names(concept: ErasedConcept) -> list[str]:
 
 
 def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESHOLD) -> Callable[..., Any]:
-    """Has a diffusers pipeline apply erasers by prompt; returns what to call instead of it, with one prompt.
+    """Load erasers into a diffusers pipeline, and return what to call instead of it: with one prompt, it applies them by that.
 
     Args:
         pipe: A pipeline of a known family; the erasers are loaded into it as adapters.
-        erasers: Their paths.
+        erasers: Paths of erasers.
         threshold: As in `Gate`.
     """
     loaded = [load_eraser(path) for path in erasers]
@@ -113,13 +114,13 @@ def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESH
     for number, eraser in enumerate(loaded):
         pipe.load_lora_weights(eraser.state_dict(), adapter_name=f"esd_{number}")
 
-    def call(prompt: str, **asked: Any) -> Any:
+    def call(prompt: str, **kwargs: Any) -> Any:
         factors = {f"esd_{number}": factor for number, factor in enumerate(gate(prompt)) if factor}
         if not factors:
             pipe.disable_lora()
-            return pipe(prompt, **asked)
+            return pipe(prompt, **kwargs)
         pipe.enable_lora()
         pipe.set_adapters(list(factors), list(factors.values()))
-        return pipe(prompt, **asked)
+        return pipe(prompt, **kwargs)
 
     return call

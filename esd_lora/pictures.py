@@ -36,19 +36,19 @@ def paint(
     encode: Callable[[Sequence[str]], Condition] | None = None,
     desc: str | None = None,
 ) -> list[Image.Image]:
-    """Paints one picture for each prompt, with the base as it stands (adapters included).
+    """Paint one picture for each prompt, with the base as it stands (adapters included).
 
     Every picture starts from noise of its own seed, drawn on the CPU, so the same prompt and seed give the same picture
-    whatever else is asked for in the call.
+    whatever else stands in the call.
 
     Args:
         base: From `load_base`.
         prompts: N prompts.
         seeds: N seeds.
-        steps: Denoising steps; the base's habit unless given.
-        guidance: Classifier-free guidance scale; the base's habit unless given.
+        steps: Denoising steps; the base's default unless given.
+        guidance: Classifier-free guidance scale; the base's default unless given.
         negative_prompt: Takes the place of the empty prompt in guidance.
-        encode: Gives the condition of prompts where the base's text encoders are gone.
+        encode: Returns the condition of prompts where the base's text encoders are gone.
         desc: Label of a progress bar; without one there is none.
     """
     pictures: list[Image.Image] = []
@@ -57,13 +57,13 @@ def paint(
     native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
     for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
         part = list(prompts[first : first + size])
-        asked: dict[str, Any] = {"prompt": part}
+        text: dict[str, Any] = {"prompt": part}
         if negative_prompt:
-            asked["negative_prompt"] = [negative_prompt] * len(part)
+            text["negative_prompt"] = [negative_prompt] * len(part)
         if encode:
-            asked = _told(base, encode([*part, *[""] * len(part)]))
+            text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
         pictures += base.pipe(
-            **asked,
+            **text,
             **native,
             **base.family.call_kwargs(base.pipe),
             num_inference_steps=steps or base.steps,
@@ -73,18 +73,18 @@ def paint(
     return pictures
 
 
-def _told(base: Base, condition: Condition) -> dict[str, Tensor | None]:
-    """What the pipeline's call takes instead of N prompts and N negative ones, the halves of `condition`."""
-    asked: dict[str, Tensor | None] = {"negative_prompt": None}
+def _embeds_kwargs(base: Base, condition: Condition) -> dict[str, Tensor | None]:
+    """Return what the pipeline's call takes instead of N prompts and N negative ones, the halves of `condition`."""
+    kwargs: dict[str, Tensor | None] = {"negative_prompt": None}
     for name, value in condition.items():
         prompted, null = value.chunk(2)
-        asked |= {name: prompted, f"negative_{name}": null}
+        kwargs |= {name: prompted, f"negative_{name}": null}
     known = signature(base.pipe.__call__).parameters
-    return {name: value for name, value in asked.items() if name in known}
+    return {name: value for name, value in kwargs.items() if name in known}
 
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], *, tile: int = 128) -> Image.Image:
-    """Lays pictures out in labelled rows and columns.
+    """Lay pictures out in labelled rows and columns.
 
     Args:
         rows: Row label to that row's pictures, one a column.
@@ -108,11 +108,11 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], *, t
 
 
 def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[str], *, last_column: str = "") -> Image.Image:
-    """Lays matrices out side by side as heat maps: white at 0, red to 1 and above, blue below 0.
+    """Lay matrices out side by side as heat maps: white at 0, red to 1 and above, blue below 0.
 
     Args:
         maps: Title to matrix, one row for each label; a matrix with one more column than labels gets `last_column` over it.
-        labels: Of rows and columns, wrapped.
+        labels: Labels of rows and columns, wrapped.
         last_column: Label of the extra column.
     """
     font, cell = ImageFont.load_default(12), 56
@@ -145,7 +145,7 @@ _PROMPT = "parameters"  # of a PNG's text, where A1111 and most viewers look for
 
 
 def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> None:
-    """Saves pictures for a model card, `1_base.png`, `1_erased.png` and so on, each with its prompt inside."""
+    """Save pictures for a model card, `1_base.png`, `1_erased.png` and so on, each with its prompt inside."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1):
         for name, picture in zip(("base", "erased"), pair, strict=True):
@@ -153,7 +153,7 @@ def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Im
 
 
 def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
-    """What `save_samples` left: prompt, picture of the eraser, and of the base. None where there is no such folder.
+    """Return what `save_samples` left: prompt, picture of the eraser, and of the base; nothing where there is no such folder.
 
     Raises:
         EsdLoraError: If a file is no PNG that can be read.
@@ -161,22 +161,22 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
     samples: list[tuple[str, Path, Path | None]] = []
     for i in range(1, SAMPLES + 1):
         erased, before = (folder / f"{i}_{name}.png" for name in ("erased", "base"))
-        found = [path for path in (erased, before) if path.is_file()]
+        paths = [path for path in (erased, before) if path.is_file()]
         prompts: list[str] = []
-        for path in found:
+        for path in paths:
             try:
                 with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as picture:
                     picture.load()
                     prompts.append(" ".join(str(picture.info.get(_PROMPT, "")).split()))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
                 raise EsdLoraError(f"{path} cannot be read as a PNG ({error}). Remove it, or make it again.") from error
-        if erased in found:
-            samples.append((prompts[0], erased, before if before in found else None))
+        if erased in paths:
+            samples.append((prompts[0], erased, before if before in paths else None))
     return samples
 
 
 def clean_png(path: Path, prompt: str | None) -> bytes:
-    """A picture with nothing in it but its pixels and its prompt."""
+    """Return a picture as a PNG with nothing in it but its pixels and its prompt."""
     content = io.BytesIO()
     with Image.open(path) as picture:
         clean = picture.convert("RGB")
@@ -186,7 +186,7 @@ def clean_png(path: Path, prompt: str | None) -> bytes:
 
 
 def _note(prompt: str | None) -> PngImagePlugin.PngInfo:
-    """What is written into a PNG beside its pixels."""
+    """Return what is written into a PNG beside its pixels."""
     note = PngImagePlugin.PngInfo()
     if prompt:
         note.add_itxt(_PROMPT, prompt)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
 
@@ -14,8 +14,12 @@ from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
+from esd_lora.files import prepare_directory, write_atomically
 from esd_lora.gating import Gate
-from esd_lora.pictures import paint
+from esd_lora.pictures import grid, paint
+
+COMPARISON, STRENGTHS, GATES = "comparison.png", "strengths.png", "gates.json"
+"""What `write_pictures` leaves beside the pictures."""
 
 
 def generate(
@@ -29,7 +33,7 @@ def generate(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> list[Image]:
-    """Generates one picture for each prompt and seed, prompts first: `[p0 s0, p0 s1, ..., p1 s0, ...]`.
+    """Generate one picture for each prompt and seed, prompts first: `[p0 s0, p0 s1, ..., p1 s0, ...]`.
 
     Args:
         base: A base name, directory or Hub id, or a loaded base.
@@ -37,15 +41,16 @@ def generate(
         erasers: Erasers or their paths, applied together as one exact stack.
         weights: Strength of each eraser, 1 by default.
         gate: Says for every prompt how far each eraser is on, on top of `weights`; without one all are on for all.
-        seeds: Of the noise; the same seed with and without erasers starts from the same noise.
-        steps: Denoising steps; the base's habit unless given.
-        guidance: Classifier-free guidance scale; the base's habit unless given.
+        seeds: Seeds of the noise; the same seed with and without erasers starts from the same noise.
+        steps: Denoising steps; the base's default unless given.
+        guidance: Classifier-free guidance scale; the base's default unless given.
 
     Raises:
         EsdLoraError: If the base or an eraser cannot be loaded, or they do not fit each other.
     """
-    asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
-    return sweep(base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, **asked)[1.0]
+    return sweep(
+        base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
+    )[1.0]
 
 
 def sweep(
@@ -60,7 +65,7 @@ def sweep(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> dict[float, list[Image]]:
-    """Generates the same pictures at several strengths of the whole stack.
+    """Generate the same pictures at several strengths of the whole stack.
 
     Args:
         base: As in `generate`.
@@ -81,21 +86,79 @@ def sweep(
         EsdLoraError: As `generate` does.
     """
     base = base if isinstance(base, Base) else load_base(base)
-    asked = [(prompt, seed) for prompt in prompts for seed in seeds]
-    loaded = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
-    given = strengths_of(loaded, weights)
-    factors = {prompt: (1.0,) * len(loaded) for prompt in prompts}
-    if gate is not None:
-        factors = {prompt: tuple(gate(prompt)) for prompt in factors}
-    pictures: dict[float, list[Image]] = {strength: [Image()] * len(asked) for strength in strengths}
-    for alike in dict.fromkeys(factors.values()):
-        places = [i for i, (prompt, _) in enumerate(asked) if factors[prompt] == alike]
-        on = [(e, s.after(Strength(factor))) for e, s, factor in zip(loaded, given, alike, strict=True) if factor]
+    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    member_strengths = strengths_of(members, weights)
+    cases = [(prompt, seed) for prompt in prompts for seed in seeds]
+    gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
+    pictures: dict[float, list[Image]] = {strength: [Image()] * len(cases) for strength in strengths}
+    for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
+        places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
+        texts, numbers = zip(*(cases[i] for i in places), strict=True)
+        on = [(e, s.after(Strength(factor))) for e, s, factor in zip(members, member_strengths, opening, strict=True) if factor]
         with applied(base, [e for e, _ in on], [s for _, s in on]) as fused:
-            for strength in pictures:
+            for strength, column in pictures.items():
                 fused.set_strength(strength)
-                texts, numbers = zip(*(asked[i] for i in places), strict=True)
                 painted = paint(base, texts, numbers, steps=steps, guidance=guidance)
                 for place, picture in zip(places, painted, strict=True):
-                    pictures[strength][place] = picture
+                    column[place] = picture
     return pictures
+
+
+def write_pictures(
+    base: str | Path | Base,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    erasers: Sequence[Eraser | str | Path] = (),
+    weights: Sequence[float | Strength] | None = None,
+    gate: Gate | None = None,
+    compare: bool = False,
+    strengths: Sequence[float] = (),
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance: float | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Generate pictures into a folder: `000_seed0.png` and so on, by prompt and seed.
+
+    Args:
+        base: As in `generate`.
+        prompts: As in `generate`.
+        out: Folder to make.
+        erasers: As in `generate`.
+        weights: As in `generate`.
+        gate: As in `generate`; what it goes by is written into `gates.json`.
+        compare: Whether to write `comparison.png`, the base's pictures above and the erased ones below.
+        strengths: As in `sweep`; `strengths.png` gets a row for each, if there are any.
+        seeds: As in `generate`.
+        steps: As in `generate`.
+        guidance: As in `generate`.
+        force: Write over an earlier run in the folder.
+
+    Returns:
+        The pictures, and after them the sheets.
+
+    Raises:
+        EsdLoraError: As `generate` does, or if `out` is not empty and `force` is not set.
+    """
+    out = Path(out)
+    files = [out / f"{i:03d}_seed{seed}.png" for i in range(len(prompts)) for seed in seeds]
+    prepare_directory(out, force, [*(file.name for file in files), COMPARISON, STRENGTHS, GATES])
+    if gate:
+        write_atomically(out / GATES, json.dumps(gate.record(prompts), indent=1, ensure_ascii=False).encode())
+    wanted = [1.0, *strengths, *([0.0] if compare else [])]
+    pictures = sweep(
+        base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
+    )
+    for picture, file in zip(pictures[1.0], files, strict=True):
+        picture.save(file)
+    columns = [prompt for prompt in prompts for _ in seeds]
+    if compare:
+        grid({"base": pictures[0.0], "erased": pictures[1.0]}, columns).save(out / COMPARISON)
+        files.append(out / COMPARISON)
+    if strengths:
+        labels = {0.0: "0 (base)"} | {value: f"{value:g} (amplified)" for value in strengths if value < 0}
+        rows = {labels.get(value, f"{value:g}"): pictures[value] for value in strengths}
+        grid(rows, columns).save(out / STRENGTHS)
+        files.append(out / STRENGTHS)
+    return files

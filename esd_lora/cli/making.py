@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, numbers, overrides, unweighted
+from esd_lora.cli.options import (
+    ERASER,
+    NUMBERS,
+    Weighted,
+    base_option,
+    device_options,
+    force_option,
+    given,
+    overrides,
+    unweighted,
+)
 from esd_lora.errors import EsdLoraError
+from esd_lora.recipe import with_negative_guidance
 from esd_lora.recipe_files import load_recipe
+
+if TYPE_CHECKING:
+    from esd_lora.erasers.eraser import Eraser
 
 
 @click.command()
@@ -20,7 +33,12 @@ from esd_lora.recipe_files import load_recipe
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
 @click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX.")
-@click.option("--negative-guidance", type=float, metavar="X", help="eta in the convention of ESD's 2025 scripts: eta + 1.")
+@click.option(
+    "--negative-guidance",
+    type=float,
+    metavar="X",
+    help="eta as ESD's 2025 scripts say it: eta + 1, of prompts without an anchor; with --erase-from eta itself.",
+)
 @click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field: train.lr=1e-4.")
 @device_options
 @click.option("--track", multiple=True, metavar="TRACKER", help="Report to tensorboard, wandb or trackio.")
@@ -56,28 +74,22 @@ def train(
     if not concepts and (not recipes or anchor is not None or erase_from is not None):
         raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
     fields: dict[str, Any] = {"base": base, "base_config": base_config, "scope": scope}
-    fields = {key: value for key, value in fields.items() if value}
+    fields = {key: value for key, value in fields.items() if value} | given(eta=negative_guidance)
     if concepts:
         fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
+    recipe = load_recipe(recipes or "fast", overrides(settings), **fields)
     if negative_guidance is not None:
-        # concept - g (concept - null) is anchor - (g - 1) (concept - null) for the empty anchor; erase_from is its own anchor.
-        fields["eta"] = negative_guidance - (erase_from is None)
-        measured = "the concept" if erase_from is None else "the prompt it is erased from"
-        click.echo(f"negative guidance {negative_guidance:g}, measured from {measured}, is eta {fields['eta']:g}")
-    loaded = load_recipe(recipes or "fast", overrides(settings), **fields)
+        recipe = with_negative_guidance(recipe, negative_guidance)
+        start = "the concept" if recipe.eta < negative_guidance else "the prompt it is erased from"
+        click.echo(f"negative guidance {negative_guidance:g}, measured from {start}, is eta {recipe.eta:g}")
     from esd_lora.training import train as run
 
     try:
-        eraser = run(loaded, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track)
+        eraser = run(recipe, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track)
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:
-        from esd_lora.formats.exporting import export
-        from esd_lora.wording import slug
-
-        # In a folder of its own: load_lora_weights takes a directory with one file in it.
-        file = export(eraser, out / "kohya" / f"{slug('no ' + ' '.join(eraser.names))}.safetensors", layout="kohya", force=True)
-        click.echo(f"kohya LoRA: {file}")
+        click.echo(f"kohya LoRA: {_export_kohya(eraser, out)}")
     cost = eraser.header.cost
     click.echo(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
@@ -85,12 +97,20 @@ def train(
     )
 
 
+def _export_kohya(eraser: Eraser, out: Path) -> Path:
+    """Write an eraser for A1111, Forge and ComfyUI, in a folder of its own: load_lora_weights takes one with one file in it."""
+    from esd_lora.formats.exporting import export
+    from esd_lora.wording import slug
+
+    return export(eraser, out / "kohya" / f"{slug('no ' + ' '.join(eraser.names))}.safetensors", layout="kohya", force=True)
+
+
 @click.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @base_option("emoji")
 @click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")
 @click.option("--compare", is_flag=True, help="Also write comparison.png: base above, erased below.")
-@click.option("--strengths", metavar="LIST", help="Also write strengths.png, a row for each: 0,0.5,1,1.5.")
+@click.option("--strengths", type=NUMBERS, metavar="LIST", help="Also write strengths.png, a row for each: 0,0.5,1,1.5.")
 @click.option("--gate", is_flag=True, help="Have each eraser on for prompts near its concepts alone; writes gates.json.")
 @click.option("--gate-threshold", type=float, metavar="X", help="Similarity up to which --gate keeps an eraser off: 0.95.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the first picture.")
@@ -106,7 +126,7 @@ def generate(
     base_config: str | None,
     erasers: tuple[Weighted, ...],
     compare: bool,
-    strengths: str | None,
+    strengths: list[float] | None,
     gate: bool,
     gate_threshold: float | None,
     seed: int,
@@ -127,38 +147,37 @@ def generate(
     """
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser
-    from esd_lora.files import prepare_directory, write_atomically
-    from esd_lora.gating import THRESHOLD, Gate
-    from esd_lora.pictures import grid
-    from esd_lora.sampling import sweep
+    from esd_lora.gating import Gate
+    from esd_lora.sampling import write_pictures
 
-    paths, weights = unweighted(erasers)
-    loaded = [load_eraser(path) for path in paths]
-    if strengths is not None and not loaded:
+    gate = gate or gate_threshold is not None
+    _check_erasers(erasers, strengths, gate)
+    members = [load_eraser(path) for path, *_ in erasers]
+    loaded = load_base(base, device=device, dtype=dtype, config=base_config)
+    files = write_pictures(
+        loaded,
+        prompts,
+        out,
+        erasers=members,
+        weights=unweighted(erasers)[1],
+        gate=Gate(loaded, members, **given(threshold=gate_threshold)) if gate else None,
+        compare=compare,
+        strengths=strengths or (),
+        seeds=range(seed, seed + count),
+        steps=steps,
+        guidance=guidance,
+        force=force,
+    )
+    pictures, sheets = len(prompts) * count, [file.name for file in files[len(prompts) * count :]]
+    click.echo(f"{pictures} pictures in {out}" + (f", {' and '.join(sheets)} among them" if sheets else ""))
+
+
+def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None, gate: bool) -> None:
+    """Refuse options that say how an eraser is on where there is none."""
+    if strengths is not None and not erasers:
         raise EsdLoraError("--strengths needs an --eraser whose strength to change.")
-    if (gate or gate_threshold is not None) and not loaded:
+    if gate and not erasers:
         raise EsdLoraError("--gate needs an --eraser to switch by prompt.")
-    rows = numbers("--strengths", strengths) if strengths is not None else []
-    seeds = range(seed, seed + count)
-    names = [f"{i:03d}_seed{s}.png" for i in range(len(prompts)) for s in seeds]
-    model = load_base(base, device=device, dtype=dtype, config=base_config)
-    opened = Gate(model, loaded, threshold=gate_threshold or THRESHOLD) if gate or gate_threshold is not None else None
-    prepare_directory(out, force, [*names, "comparison.png", "strengths.png", "gates.json"])
-    if opened:
-        write_atomically(out / "gates.json", json.dumps(opened.record(prompts), indent=1, ensure_ascii=False).encode())
-    asked: dict[str, Any] = {"seeds": seeds, "steps": steps, "guidance": guidance}
-    wanted = [1.0, *rows, *([0.0] if compare else [])]
-    found = sweep(model, prompts, wanted, erasers=loaded, weights=weights, gate=opened, **asked)
-    for picture, name in zip(found[1.0], names, strict=True):
-        picture.save(out / name)
-    columns = [prompt for prompt in prompts for _ in seeds]
-    if compare:
-        grid({"base": found[0.0], "erased": found[1.0]}, columns).save(out / "comparison.png")
-    if rows:
-        labels = {0.0: "0 (base)"} | {value: f"{value:g} (amplified)" for value in rows if value < 0}
-        grid({labels.get(value, f"{value:g}"): found[value] for value in rows}, columns).save(out / "strengths.png")
-    sheets = ["comparison.png"] * compare + ["strengths.png"] * bool(rows)
-    click.echo(f"{len(names)} pictures in {out}" + (f", {' and '.join(sheets)} among them" if sheets else ""))
 
 
 @click.command()

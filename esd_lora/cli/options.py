@@ -54,32 +54,56 @@ class EraserType(click.ParamType):
     name = "ERASER[:W]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:  # noqa: ARG002
-        path, colon, said = str(value).rpartition(":")
+        path, colon, strength = str(value).rpartition(":")
         if not colon or Path(value).exists():
             return str(value), 1.0, {}
         weight, blocks = 1.0, dict[str, float]()
-        for i, part in enumerate(said.split(",")):
+        for i, part in enumerate(strength.split(",")):
             block, equals, number = part.rpartition("=")
             try:
-                strength = float(number)
+                factor = float(number)
             except ValueError:
                 return str(value), 1.0, {}  # then the colon belongs to the path
             if not equals and i > 0:
                 raise EsdLoraError(f"{value}: {part!r} is a second weight, expected BLOCK=FACTOR, such as mid=0.5.")
-            if not math.isfinite(strength):
+            if not math.isfinite(factor):
                 raise EsdLoraError(f"weight {part!r} of eraser {path} is not a finite number.")
             if equals:
-                blocks[block.strip()] = strength
+                blocks[block.strip()] = factor
             else:
-                weight = strength
+                weight = factor
         return path, weight, blocks
 
 
 ERASER = EraserType()
 
 
+class NumbersType(click.ParamType):
+    """Finite numbers with commas between: `0,0.5,1`."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:  # noqa: ARG002
+        """Return the numbers.
+
+        Raises:
+            EsdLoraError: If something is not a finite number.
+        """
+        try:
+            numbers = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            name = param.opts[0] if param else "list"
+            raise EsdLoraError(f"{name} {value!r}: expected numbers with commas between, such as 0,0.5,1.")
+        return numbers
+
+
+NUMBERS = NumbersType()
+
+
 def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
-    """Paths and strengths of `ERASER:WEIGHT` arguments."""
+    """Return paths and strengths of `ERASER:WEIGHT` arguments."""
     from esd_lora.erasers.stacking import Strength
 
     return [path for path, _, _ in erasers], [Strength(weight, blocks) for _, weight, blocks in erasers]
@@ -90,23 +114,8 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def numbers(option: str, text: str) -> list[float]:
-    """Reads `0,0.5,1`.
-
-    Raises:
-        EsdLoraError: If something in it is not a finite number.
-    """
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
-        raise EsdLoraError(f"{option} {text!r}: expected numbers with commas between, such as 0,0.5,1.")
-    return found
-
-
 def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
-    """`--base` and what a single-file base may need."""
+    """Add `--base` and what a single-file base may need."""
 
     def add(command: _Command) -> _Command:
         known = "Built-in base, diffusers directory, .safetensors checkpoint, or Hub id[@revision]."
@@ -118,8 +127,8 @@ def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
 
 
 def device_options(command: _Command) -> _Command:
-    """`--device` and `--dtype`."""
-    dtype = "Of the frozen base: float32, bfloat16, float16; default: what suits the device."
+    """Add `--device` and `--dtype`."""
+    dtype = "Type of the frozen base: float32, bfloat16, float16; default: what suits the device."
     command = click.option("--dtype", help=dtype)(command)
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")(command)
 
@@ -128,18 +137,18 @@ force_option = click.option("--force", is_flag=True, help="Write over an existin
 
 
 def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Reads `-s key=value` settings; values are YAML.
+    """Return `-s key=value` settings by key; values are YAML.
 
     Raises:
         EsdLoraError: If one has no `=` or its value is not YAML.
     """
-    out: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
         try:
-            out[key.strip()] = yaml.safe_load(value)
+            values[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
-    return out
+    return values

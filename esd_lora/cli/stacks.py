@@ -77,10 +77,12 @@ def stack(
     from esd_lora.erasers.manifests import load_eraser, write_manifest
     from esd_lora.files import prepare_directory, prepare_file
     from esd_lora.formats.cards import save_with_card
-    from esd_lora.fusing.interference import REPORT_FILES, measure
+    from esd_lora.fusing.interference import REPORT_FILES
 
-    (paths, strengths), manifest = unweighted(erasers), out.suffix.lower() in (".yaml", ".yml")
-    settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
+    paths, strengths = unweighted(erasers)
+    manifest = out.suffix.lower() in (".yaml", ".yml")
+    settings = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep)
+    ranks = given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     _check(how, base, settings, ranks, manifest=manifest, report=report)
     members = [load_eraser(path) for path in paths]
@@ -95,9 +97,7 @@ def stack(
         prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
         save_with_card(stacked, out)
     if report:
-        interference = measure(members, strengths, base=loaded, whole=stacked if loaded else None)
-        interference.save(out.parent if manifest else out)
-        click.echo("\n".join(interference.lines()))
+        _report(members, strengths, loaded, stacked, out.parent if manifest else out)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
     click.echo(f"stack of {', '.join(names)}: {out}")
 
@@ -141,6 +141,15 @@ def _fuse(
     reached = sorted({pair.rank for pair in fused.pairs.values()})
     click.echo("\n".join([*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}"]))
     return fused
+
+
+def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser, folder: Path) -> None:
+    """Write and print how the members interfere, on the base if there is one."""
+    from esd_lora.fusing.interference import measure
+
+    interference = measure(members, strengths, base=base, whole=stacked if base else None)
+    interference.save(folder)
+    click.echo("\n".join(interference.lines()))
 
 
 def _warn_of_damage(count: int) -> None:

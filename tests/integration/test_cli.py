@@ -18,10 +18,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esd_lora import __version__, training
-from esd_lora.cli import main
+from esd_lora.cli import main, stacks
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.formats.exporting import kohya_tensors
-from esd_lora.recipe_files import load_fuse_spec, load_recipe, recipe_text, recipe_title, recipes_by_kind, recipes_dir
+from esd_lora.recipe_files import (
+    load_fuse_spec,
+    load_harmonise_spec,
+    load_recipe,
+    recipe_text,
+    recipe_title,
+    recipes_by_kind,
+    recipes_dir,
+)
 from esd_lora.watching import StepReport
 from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
@@ -88,7 +96,9 @@ def test_train_from_a_file(tiny_dir: Path, tmp_path: Path) -> None:
     ("options", "eta", "said"),
     [
         ([], 1.0, "negative guidance 2, measured from the concept, is eta 1"),
+        (["--anchor", ""], 1.0, "negative guidance 2, measured from the concept, is eta 1"),
         (["--erase-from", "a man with a cat"], 2.0, "measured from the prompt it is erased from, is eta 2"),
+        (["--erase-from", "a man", "--anchor", "a man"], 2.0, "measured from the prompt it is erased from, is eta 2"),
     ],
 )
 def test_negative_guidance_is_converted_and_says_so(
@@ -100,6 +110,25 @@ def test_negative_guidance_is_converted_and_says_so(
     assert said in good(*train, "--negative-guidance", "2", *options)
     (recipe,) = Eraser.load(out).header.recipes
     assert recipe.eta == eta
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--concept", "a cat", "--anchor", "a dog"],
+        ["--concept", "a cat", "--anchor", "a dog", "--erase-from", "a man with a cat"],
+        ["--concept", "a cat", "--anchor", "", "--erase-from", "a man with a cat"],
+        ["concepts/van-gogh"],
+    ],
+    ids=["anchor", "anchor and prompt to erase from", "empty anchor and prompt to erase from", "anchors of a recipe"],
+)
+def test_negative_guidance_knows_no_anchor(tiny_dir: Path, tmp_path: Path, command: list[str]) -> None:
+    preset = [] if command[0] == "--concept" else ["fast"]
+    out = tmp_path / "out"
+    message = bad_sentence("train", *preset, *command, "--base", tiny_dir, "--negative-guidance", 2, *SETTINGS, "-o", out)
+    assert "negative guidance 2: ESD's scripts know no anchor" in message
+    assert "-s eta=" in message
+    assert not out.exists()
 
 
 def test_concept_replaced_by_another(tiny_dir: Path, tmp_path: Path) -> None:
@@ -294,6 +323,25 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     assert spent.first_loss
     assert f"{spent.evaluations} evaluations" in said
     assert {pair.rank for pair in chosen_too.pairs.values()} == {1}
+
+
+def test_default_keep_list_by_name(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
+    """`--keep default` is what happens without --keep, and the help says so."""
+    command = ["stack", cat_dir, "--base", tiny_dir, "--seed", 3]
+    good(*command, "-o", tmp_path / "without")
+    good(*command, "--keep", "default", "-o", tmp_path / "default")
+    without, named = (Eraser.load(tmp_path / name) for name in ("without", "default"))
+    assert without.header.fusions[0].kept_sha256 == named.header.fusions[0].kept_sha256
+    assert all(a.equal(b) for m, pair in without.pairs.items() for a, b in zip(pair, named.pairs[m], strict=True))
+    assert "'default', as without it" in " ".join(good("stack", "--help").split())
+
+
+def test_harmonise_without_a_number_takes_that_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+    monkeypatch.setattr(stacks.stack, "callback", lambda **options: steps.append(options["harmonise"]))
+    for options in (["--harmonise"], ["--harmonise", 7], []):
+        good("stack", "x", "-o", tmp_path, *options)
+    assert steps == [load_harmonise_spec().steps, 7, None]
 
 
 def test_sum_without_a_base_says_what_it_costs(tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
@@ -581,6 +629,8 @@ MISTAKES = {
     "block without a layer": ("stack {cat}:1,mad=0 -o {out}", "has no layer in 'mad'"),
     "rank and share that cannot be": ("stack {cat} --energy 0 -o {out}", "a share above 0"),
     "strengths that are no numbers": ("generate cat --base {tiny} --eraser {cat} --strengths 0,x -o {out}", "'0,x'"),
+    "gate that is always open": ("generate cat --base {tiny} --eraser {cat} --gate-threshold 0 -o {out}", "gate threshold 0: "),
+    "gate of nothing": ("generate cat --base {tiny} --gate-threshold 0 -o {out}", "--eraser"),
     "strengths of nothing": ("generate cat --base {tiny} --strengths 0,1 -o {out}", "--eraser"),
     "missing manifest": ("stack {out}.yaml -o {out}", "no stack manifest"),
     "unknown layout": ("export {cat} --layout koyha -o {out}.safetensors", "did you mean 'kohya'?"),

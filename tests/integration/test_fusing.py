@@ -179,7 +179,7 @@ def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> Non
     moments = {module: Moment(layers[module], {}) for module in modules}
     group = PromptGroup(["a dog", "a hat"], 3, weight=2.0)
     collector = MomentCollector(base, [group], steps=2, guidance=guidance, seed=5)
-    collector.add(0, moments)
+    collector.collect(0, moments)
     assert collector.evaluations == 3 * 2 * (2 if guidance != 1 else 1)
 
     seen: dict[str, list[Tensor]] = {module: [] for module in modules}
@@ -207,7 +207,7 @@ def test_text_layers_get_the_moment_of_what_they_are_called_with(base: Base) -> 
     moments = {module: Moment(layers[module], {}) for module in modules}
     prompts = [f"{number} dogs" for number in range(19)]
     collector = MomentCollector(base, [PromptGroup(prompts, 3, weight=2.0)], steps=2, guidance=3.0, seed=5)
-    collector.add(0, moments)
+    collector.collect(0, moments)
     assert collector.evaluations == 0
 
     rows: list[Tensor] = []

@@ -11,7 +11,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.recipe import Concept, Recipe
+from esd_lora.objectives import OBJECTIVES, Predictions
+from esd_lora.recipe import Concept, Recipe, with_negative_guidance
 from esd_lora.recipe_files import (
     load_fuse_spec,
     load_harmonise_spec,
@@ -168,6 +169,44 @@ def test_schema_tells_a_wrong_key() -> None:
     assert list(validator.iter_errors({"extends": "fast", "lora": {"rank": 0}}))
     assert list(validator.iter_errors({"extends": "fuse", "lam": -1}))
     assert list(validator.iter_errors({"extends": "harmonise", "pish": 2}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "concept", "eta"),
+    [
+        ("esd", {"name": "cat"}, 1.0),
+        ("contrast", {"name": "cat"}, 1.0),
+        ("esd", {"name": "cat", "prompts": ["a cat", "two cats"], "anchor": ""}, 1.0),
+        ("esd", {"name": "hat", "erase_from": "a cowboy"}, 2.0),
+        ("esd", {"name": "hat", "anchor": "hat"}, 2.0),
+    ],
+)
+def test_negative_guidance_gives_the_scripts_target(objective: str, concept: dict[str, object], eta: float) -> None:
+    """By numbers in the place of predictions: start - g (concept - null)."""
+    recipe = with_negative_guidance(load_recipe("fast", objective=objective, concepts=[concept]), 2.0)
+    assert recipe.eta == eta
+    predictions = {"": 0.5, "cat": 3.0, "a cat": 3.0, "two cats": -1.0, "hat": 2.0, "a cowboy": -7.0}
+    for start, prompt, anchor in recipe.concepts[0].lessons():
+        target = OBJECTIVES.get(objective)(Predictions(predictions[""], predictions[prompt], predictions[anchor]), recipe.eta)  # type: ignore[arg-type]
+        assert target == predictions[start] - 2 * (predictions[prompt] - predictions[""])
+
+
+@pytest.mark.parametrize(
+    ("objective", "concepts", "sentence"),
+    [
+        ("esd", [{"name": "cat", "anchor": "dog"}], "'cat', which is anchored at 'dog'"),
+        ("esd", [{"name": "hat", "erase_from": "a cowboy", "anchor": ""}], "'hat', which is anchored at ''"),
+        ("contrast", [{"name": "hat", "erase_from": "a cowboy"}], "'hat', which is anchored at 'a cowboy'"),
+        (
+            "esd",
+            ["cat", {"name": "hat", "erase_from": "a cowboy"}],
+            "is eta 1 for prompts that are erased from themselves, and 2",
+        ),
+    ],
+)
+def test_negative_guidance_that_no_eta_gives(objective: str, concepts: list[object], sentence: str) -> None:
+    with pytest.raises(EsdLoraError, match=re.escape(sentence)):
+        with_negative_guidance(load_recipe("fast", objective=objective, concepts=concepts), 2.0)
 
 
 def test_preset_with_base_and_concepts() -> None:
