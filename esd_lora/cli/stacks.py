@@ -73,11 +73,8 @@ def stack(
     esd-lora stack no-cat no-style --fuse sum --report --base emoji -o no-both
     """
     from esd_lora.bases.loading import load_base
-    from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.erasers.manifests import load_eraser, write_manifest
     from esd_lora.files import prepare_directory, prepare_file
-    from esd_lora.formats.cards import save_with_card
-    from esd_lora.fusing.interference import REPORT_FILES
 
     paths, strengths = unweighted(erasers)
     manifest = out.suffix.lower() in (".yaml", ".yml")
@@ -94,8 +91,7 @@ def stack(
         _warn_of_damage(len(members))
         stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
     if not manifest:
-        prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
-        save_with_card(stacked, out)
+        _save(stacked, out, force)
     if report:
         _report(members, strengths, loaded, stacked, out.parent if manifest else out)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
@@ -114,6 +110,17 @@ def _check(
         raise EsdLoraError("--base has nothing to do in a sum: leave out --fuse sum, or add --report.")
     if manifest and (ranks or how != "sum"):
         raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
+
+
+def _save(stacked: Eraser, out: Path, force: bool) -> None:
+    """Write the stack's directory over what an earlier run left there."""
+    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.files import prepare_directory
+    from esd_lora.formats.cards import save_with_card
+    from esd_lora.fusing.interference import REPORT_FILES
+
+    prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
+    save_with_card(stacked, out)
 
 
 def _fuse(
