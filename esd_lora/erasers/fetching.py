@@ -28,23 +28,15 @@ _MAX_WEIGHTS, _MAX_OTHER = 4 * 2**30, 64 * 2**20  # bytes of the largest file th
 _MAX_FILES = 500  # an eraser has a dozen
 
 
-class Listing(NamedTuple):
-    """What a repository holds at one commit, names and sizes checked."""
-
-    commit: str
-    files: dict[str, RepoFile]
-    """Name to size and hash of every file that may be taken."""
-    left_out: list[str]
-    """Names of files of other kinds."""
-
-
 class Snapshot(NamedTuple):
-    """The Hub's cache of a repository at one commit."""
+    """A repository at one commit, in the Hub's cache."""
 
     folder: Path
+    commit: str
     files: list[str]
     """Names below the folder of the files that were fetched and checked."""
-    listing: Listing
+    left_out: list[str]
+    """Names of files in the repository of kinds that are not taken."""
 
 
 def locate(eraser: str | Path) -> Path:
@@ -98,11 +90,11 @@ def take_snapshot(hub_id: HubId, *, whole: bool) -> Snapshot:
     Raises:
         EsdLoraError: If it holds no eraser, or something in it is not as it should be.
     """
-    wrong = ["what it holds"]
+    wrong: list[str] = []
     for _ in range(2):  # it may be changed between listing and fetching
         with reporting_hub_errors(str(hub_id)):
-            listing = _list_files(hub_id)
-        names = list(listing.files)
+            commit, files, left_out = _list_files(hub_id)
+        names = list(files)
         if not {*names} & {*ERASER_FILES}:
             held = ", ".join(sorted(names)[:5]) or "nothing that may be taken"
             raise EsdLoraError(f"{hub_id} on the Hub holds no eraser: expected {' or '.join(ERASER_FILES)}, found {held}.")
@@ -110,23 +102,26 @@ def take_snapshot(hub_id: HubId, *, whole: bool) -> Snapshot:
             stack = [name for name in names if name.endswith((".safetensors", ".yaml"))]
             names = [WEIGHTS_NAME] if WEIGHTS_NAME in names else stack
         with reporting_hub_errors(str(hub_id)):
-            folder = _download(hub_id, listing.commit, names)
-        if folder.name != listing.commit:
-            continue
-        wrong = [name for name in names if not _is_as_announced(folder / name, listing.files[name])]
-        if not wrong:
-            for name in names:
-                if name.lower().endswith(".safetensors"):
-                    read_header(folder / name)
-            return Snapshot(folder, names, listing)
+            newest = _download(hub_id, commit, names)
+        folder = newest.parent / commit
+        wrong = [name for name in names if not _is_as_announced(folder / name, files[name])]
         for name in wrong:
             (folder / name).resolve().unlink(missing_ok=True)
             (folder / name).unlink(missing_ok=True)
-    raise EsdLoraError(f"{wrong[0]} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
+        if newest != folder:  # what came from there was not checked
+            for name in ERASER_FILES:
+                (newest / name).unlink(missing_ok=True)
+        elif not wrong:
+            for name in names:
+                if name.lower().endswith(".safetensors"):
+                    read_header(folder / name)
+            return Snapshot(folder, commit, names, left_out)
+    what = wrong[0] if wrong else "what it holds"
+    raise EsdLoraError(f"{what} of {hub_id} did not arrive as the Hub announced it. Do not trust it if it stays so.")
 
 
-def _list_files(hub_id: HubId) -> Listing:
-    """List a repository at the commit that its revision stands for now.
+def _list_files(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
+    """Return the commit that a revision stands for now, the files that may be taken by name, and the names of all others.
 
     Raises:
         EsdLoraError: If a name leads elsewhere, or files are too many or too large.
@@ -143,24 +138,24 @@ def _list_files(hub_id: HubId) -> Listing:
         raise EsdLoraError(
             f"{hub_id} holds {len(files):,} files, more than {_MAX_FILES}: that is no eraser. Nothing was fetched."
         )
-    listing = Listing(commit, {}, [])
+    allowed: dict[str, RepoFile] = {}
+    left_out: list[str] = []
     for file in files:
         parts = file.path.split("/")
         if any(re.fullmatch(r"[. ]*", p) or re.search(r"[\\:]|[. ]$", p) or not p.isprintable() or len(p) > 120 for p in parts):
             raise EsdLoraError(f"{hub_id} holds a file named {file.path!r}, which leads out of its directory. Do not trust it.")
         kind = PurePosixPath(file.path).suffix.lower()
         if kind not in ALLOWED or any(part.startswith(".") for part in parts):
-            if file.path != ".gitattributes":  # which every repository has
-                listing.left_out.append(file.path)
+            left_out += [file.path] if file.path != ".gitattributes" else []  # which every repository has
             continue
         if file.size > (_MAX_WEIGHTS if kind == ".safetensors" else _MAX_OTHER):
             raise EsdLoraError(
                 f"{hub_id} holds {file.path} of {file.size:,} bytes, too large for an eraser's. Nothing was fetched."
             )
-        listing.files[file.path] = file
-    if sum(file.size for file in listing.files.values()) > 2 * _MAX_WEIGHTS:
+        allowed[file.path] = file
+    if sum(file.size for file in allowed.values()) > 2 * _MAX_WEIGHTS:
         raise EsdLoraError(f"{hub_id} is too large in all for an eraser. Nothing was fetched.")
-    return listing
+    return commit, allowed, left_out
 
 
 def _download(hub_id: HubId, commit: str, names: list[str]) -> Path:

@@ -45,7 +45,7 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
     new = not out.exists()
     prepare_directory(out, force, ())
     try:
-        folder, names, listing = take_snapshot(hub_id, whole=True)
+        folder, commit, names, left_out = take_snapshot(hub_id, whole=True)
         load_eraser(folder)
         for name in names:
             if (out / name).is_dir() or any(parent.is_file() for parent in (out / name).parents if parent.is_relative_to(out)):
@@ -63,4 +63,4 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
         if new and not any(out.iterdir()):
             out.rmdir()
         raise
-    return Pulled(out, listing.commit, names, listing.left_out)
+    return Pulled(out, commit, names, left_out)

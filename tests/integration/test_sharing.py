@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from PIL import Image
 
 import loopback_hub
@@ -736,6 +736,7 @@ def test_a_repository_that_changes_meanwhile(
     fetched = {request.path.split("/")[4] for request in ada.log if request.path.endswith("README.md")}
     assert fetched
     assert fetched <= listed, "what was not listed and checked is not fetched"
+    assert not isinstance(try_to_load_from_cache("ada/no-cat", WEIGHTS_NAME), str), "nor used when the Hub is away"
 
 
 @pytest.mark.parametrize("status", [429, 503])
