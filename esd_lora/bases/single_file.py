@@ -58,7 +58,7 @@ def open_single_file(
     shapes = {name: tuple(entry["shape"]) for name, entry in header.tensors.items()}
     family, checkpoint = identify(file, shapes)
     if config is not None:
-        directory = nullcontext(_checked(Path(config), family, checkpoint, file))
+        directory = nullcontext(_check_config(Path(config), family, checkpoint, file))
     elif checkpoint.config is not None:
         directory = unpacked_config(checkpoint.config)
     else:
@@ -71,7 +71,7 @@ def open_single_file(
     pipe.to(device)
     if config is None:
         stated = family.stated_prediction_type(header.metadata, shapes) or checkpoint.prediction_type
-        _configure_scheduler(pipe, checkpoint, stated or measured_prediction_type(pipe), zero_snr="ztsnr" in shapes)
+        _configure_scheduler(pipe, checkpoint, stated or measure_prediction_type(pipe), zero_snr="ztsnr" in shapes)
     return pipe, family
 
 
@@ -114,7 +114,7 @@ def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
     return f"{len(shapes)} tensors that are no model known here ({first}{', ...' if len(shapes) > 3 else ''})"
 
 
-def _checked(config: Path, family: ModelFamily, checkpoint: Checkpoint, file: Path) -> Path:
+def _check_config(config: Path, family: ModelFamily, checkpoint: Checkpoint, file: Path) -> Path:
     """Return the user's diffusers directory, once it is seen to be of the checkpoint's family."""
     index = config / "model_index.json"
     if not index.is_file():
@@ -176,7 +176,7 @@ def _configure_scheduler(pipe: Any, checkpoint: Checkpoint, prediction_type: str
 
 
 @torch.no_grad()
-def measured_prediction_type(pipe: Any) -> str:
+def measure_prediction_type(pipe: Any) -> str:
     """Return `epsilon` or `v_prediction`, from the U-Net's prediction for noise at the last timestep.
 
     There x_t is nearly all noise. A noise model predicts x_t itself; a v model minus the picture it expects, which the noise

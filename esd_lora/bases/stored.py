@@ -14,7 +14,7 @@ from esd_lora.built_in import BUILT_IN, base_files
 from esd_lora.erasers.tensor_files import DTYPES, Header, read_header, read_rows
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily, family_of, read_pipeline
-from esd_lora.families.family import scheduler_prediction_type
+from esd_lora.families.family import read_prediction_type
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import PICKLES
 from esd_lora.wording import HubId
@@ -139,7 +139,7 @@ def _open_directory(folder: Path) -> Stored:
         files.append(StoredFile(file, header, {f"{module}.weight": [(module, OriginalLayer(module))] for module in modules}))
     if not files:
         raise EsdLoraError(f"{denoiser} has no .safetensors weights. Save the base as safetensors first.")
-    prediction_type = scheduler_prediction_type(json.loads(config.read_text("utf-8"))) if config.is_file() else None
+    prediction_type = read_prediction_type(json.loads(config.read_text("utf-8"))) if config.is_file() else None
     return Stored(folder, family, prediction_type, denoiser, [only_layers(file) for file in files])
 
 

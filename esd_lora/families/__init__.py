@@ -16,7 +16,7 @@ from esd_lora.families.sdxl import StableDiffusionXL
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
 FAMILIES: list[ModelFamily] = [StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana()]
-"""Every family there is; appending one of your own is all that it needs."""
+"""Every family there is. To add one of your own, append it."""
 
 
 def family_of(pipeline: str) -> ModelFamily:

@@ -33,7 +33,7 @@ class PublishedModel(NamedTuple):
     text_width: int | None = None
     """Inputs of the layers that read text, where the family has models of several widths."""
     prediction_type: str | None = None
-    """Where it tells the family's models apart."""
+    """What it predicts, where that tells the family's models apart."""
     v2: bool = False
     """`ss_v2` of kohya-ss/sd-scripts: whether it is Stable Diffusion 2."""
 
@@ -166,7 +166,7 @@ class ModelFamily(ABC):
 
     def prediction_type(self, pipe: Any) -> str:
         """Return `epsilon`, `v_prediction` or `flow`, read from the base's scheduler and never guessed."""
-        return scheduler_prediction_type({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+        return read_prediction_type({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
 
     def stated_prediction_type(self, metadata: Mapping[str, str], tensors: Collection[str] = ()) -> str | None:
         """Return what a file says that its model predicts, or what the whole family does; `None` where neither tells.
@@ -239,7 +239,7 @@ class ModelFamily(ABC):
         return chosen
 
 
-def scheduler_prediction_type(config: Mapping[str, Any]) -> str:
+def read_prediction_type(config: Mapping[str, Any]) -> str:
     """Return `epsilon`, `v_prediction` or `flow`, from a scheduler's configuration with its `_class_name`."""
     kind = config.get("prediction_type", "epsilon")
     flow = kind == "flow_prediction" or str(config.get("_class_name", "")).startswith("FlowMatch")

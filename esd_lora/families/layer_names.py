@@ -1,4 +1,4 @@
-"""Where layers stand in the original projects' models, and the map of the U-Nets that Stable Diffusion and SDXL share.
+"""The places of layers in the original projects' models, and the map of the U-Nets that Stable Diffusion and SDXL share.
 
 The names are facts of other projects: CompVis/stable-diffusion and Stability-AI/generative-models (U-Nets),
 kohya-ss/sd-scripts. The originals of the transformers keep queries, keys and values in one weight, so a layer in diffusers may

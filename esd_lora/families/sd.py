@@ -47,7 +47,7 @@ class StableDiffusion(ModelFamily):
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]}
 
-    def added(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:  # noqa: ARG002
+    def added_conditions(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:  # noqa: ARG002
         """Return the U-Net's conditions beside text and time."""
         return None
 
@@ -61,7 +61,7 @@ class StableDiffusion(ModelFamily):
             t,
             encoder_hidden_states=condition["prompt_embeds"],
             timestep_cond=scale,
-            added_cond_kwargs=self.added(pipe, x_t, condition),
+            added_cond_kwargs=self.added_conditions(pipe, x_t, condition),
             return_dict=False,
         )[0]
 

@@ -39,7 +39,7 @@ class StableDiffusionXL(StableDiffusion):
             }
         return condition
 
-    def added(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:
+    def added_conditions(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:
         """Return the pooled text; original size, crop and target size in pixels, as for a whole picture."""
         height, width = (side * pipe.vae_scale_factor for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x_t.dtype, device=x_t.device)

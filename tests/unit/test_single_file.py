@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import original_checkpoints
 from esd_lora.bases import single_file
 from esd_lora.bases.loading import load_base
-from esd_lora.bases.single_file import identify, measured_prediction_type, write_clip_tokenizer
+from esd_lora.bases.single_file import identify, measure_prediction_type, write_clip_tokenizer
 from esd_lora.bases.stored import open_stored
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_named
@@ -233,7 +233,7 @@ def test_prediction_type_is_measured_where_both_are_common(
     base = load_base(file, device="cpu")
     assert base.prediction_type == answers
     assert [int(t) for t in timesteps] == [999]
-    assert measured_prediction_type(base.pipe) == answers
+    assert measure_prediction_type(base.pipe) == answers
 
 
 SD1 = {FIRST: (320, 4, 3, 3), TEXT: (320, 768), "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,)}
