@@ -53,7 +53,7 @@ class Number(Interval):
 
 
 Numbers = dict[str, dict[str, dict[str, Number]]]
-"""Model (`base`, `erased`, ...) to role of the prompts to metric to number."""
+"""Three names to a number: of a report variant, role of the prompts and metric, or label, variant and metric."""
 
 
 class Measured(BaseModel):
@@ -68,6 +68,7 @@ class Measured(BaseModel):
     concepts: tuple[str, ...]
     """What counted as erased."""
     variants: Numbers
+    """Variant (`base`, `erased`, ...) to role of the prompts to metric to number."""
     not_run: dict[str, str] = {}
     """Metric or prompts to the reason why they were not measured."""
     record: dict[str, Any]

@@ -96,12 +96,8 @@ def evaluate(
         raise EsdLoraError(f"a stack has two erasers or more, and {len(members)} are given.")
     if suite.attacks and not members:
         raise EsdLoraError("this suite attacks an eraser, and none is given.")
-    names = [
-        "base",
-        *["erased"] * bool(members),
-        *map(baseline_name, against),
-        *(f"attack-{attack}" for attack in suite.attacks),
-    ]
+    names = ["base"] + ["erased"] * bool(members) + [baseline_name(kind) for kind in against]
+    names += [f"attack-{attack}" for attack in suite.attacks]
     if twice := [same for same, times in Counter(names).items() if times > 1]:
         raise EsdLoraError(
             f"two models would be called {twice[0]!r}, and their pictures lie in one folder. Rename a base's folder."

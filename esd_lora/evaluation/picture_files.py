@@ -12,7 +12,7 @@ from esd_lora.evaluation.cases import Case
 from esd_lora.files import hash_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""How the name of a picture ends."""
+"""Endings of the names of pictures."""
 
 
 def picture_paths(folder: Path) -> list[Path]:

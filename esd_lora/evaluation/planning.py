@@ -20,7 +20,7 @@ from esd_lora.wording import without_article
 
 
 class Plan(NamedTuple):
-    """What a suite comes to."""
+    """The cases that a suite comes to, given what was erased."""
 
     cases: list[Case]
     """All pictures to paint."""

@@ -1,4 +1,4 @@
-"""What attacks that learn share: the loss that a base is trained with, on noised pictures of the concept.
+"""Learning, shared by attacks: the loss that a base is trained with, on noised pictures of the concept.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise        noise and v models, with a_t from the base's own schedule
     x_t = (1 - sigma_t) x_0 + sigma_t noise          flow models

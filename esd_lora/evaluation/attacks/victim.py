@@ -1,4 +1,4 @@
-"""What is attacked, and what attackers have: an erased model, prompts, and pictures of the concept with their latents."""
+"""The victim of an attack, and the attacker's pictures of the concept, with their latents."""
 
 from __future__ import annotations
 

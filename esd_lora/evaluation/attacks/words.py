@@ -195,16 +195,9 @@ def prompt_optimisation(
 def search_prefix(
     victim: Victim, latents: Tensor, captions: Sequence[str], *, tokens: int, steps: int, candidates: int, seed: int
 ) -> tuple[list[str], list[float]]:
-    """Search the words before all captions under which the model, as it stands, denoises latents best.
+    """Search the words before all captions under which the model, as it stands, denoises latents [N, ...] best.
 
-    Args:
-        victim: Whose base is searched, with what it has on.
-        latents: Of pictures [N, ...].
-        captions: Of the pictures.
-        tokens: As in `prompt_optimisation`.
-        steps: As in `prompt_optimisation`.
-        candidates: As in `prompt_optimisation`.
-        seed: Of noise and the words to start from.
+    Settings are those of `prompt_optimisation`.
 
     Returns:
         The words, and the loss at each step.

@@ -1,5 +1,5 @@
-"""Detectors: what scores pictures, one by one (`detector.Detector`) or as a whole (`frechet`).
+"""Detectors score pictures, one by one (`detector.Detector`) or as a whole (`frechet`).
 
-A number is only as good as what counted it, so every detector can say which package, version, weights and threshold it is.
+A number is only as good as what counted it, so every detector records which package, version, weights and threshold it has.
 One whose package or weights are not there is "not run", with the reason: a metric that was not measured is never 0.
 """

@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by CLIP."""
+"""Fit of a picture to its prompt, by CLIP."""
 
 from __future__ import annotations
 

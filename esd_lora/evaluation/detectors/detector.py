@@ -1,4 +1,4 @@
-"""What a detector is: it scores pictures, one number or yes-or-no a metric, and says all that its numbers depend on."""
+"""The interface of detectors: they score pictures, metric by metric, and record all that their numbers depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Picture(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a detector sees on one picture."""
+    """Values of a detector's metrics on one picture."""
 
     values: Mapping[str, bool | float]
     """Metric to value: yes or no where the share of pictures is what counts, or a number."""

@@ -1,4 +1,4 @@
-"""Whether a picture shows a face, and whether it is the face of one person, by dlib."""
+"""Faces: whether a picture shows one, and whether it is that of a given person, by dlib."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Faces:
     """Finds faces, and compares them with photos of a person.
 
     Faces are found by dlib's frontal detector, from about 80 pixels wide, and described by 128 numbers of its ResNet. Two faces
-    less than 0.6 apart are one person's, says dlib (`dnn_face_recognition_ex.cpp`, which gives 99.38 % on Labeled Faces in
+    less than 0.6 apart are one person's, as dlib has it (`dnn_face_recognition_ex.cpp`, which gives 99.38 % on Labeled Faces in
     the Wild for that). Of several faces in a picture, and several photos, the nearest two count.
 
     Args:

@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures are: the Frechet distance between Gaussians fitted to their features."""
+"""Distance of two sets of pictures: the Frechet distance between Gaussians fitted to their features."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from esd_lora.files import hash_file
 
 
 class Verdict(NamedTuple):
-    """What one image shows, by name, and how sure the judge is (softmax probabilities in [0, 1])."""
+    """Names of what one image shows, and how sure the judge is (softmax probabilities in [0, 1])."""
 
     object: str
     style: str

@@ -30,7 +30,7 @@ class _Frozen(BaseModel):
 
 
 class Distance(_Frozen):
-    """How far a variant's pictures as a whole are from the base's, or from photos."""
+    """Distance of a variant's pictures as a whole from the base's, or from photos."""
 
     value: float
     """Frechet distance, from 0."""
@@ -52,10 +52,12 @@ class MemberNumbers(_Frozen):
 
 
 class StackNumbers(_Frozen):
-    """How the members of a stack do alone and together, by one metric that is a rate."""
+    """Numbers of the members of a stack, alone and together, by one metric that is a rate."""
 
     metric: str
+    """Name of the metric."""
     members: tuple[MemberNumbers, ...]
+    """The members, in the order of the stack."""
     matrix: tuple[tuple[Number | None, ...], ...]
     """Rate on the targets of member i (row) under member j alone (column), and under all (last column)."""
     kept: tuple[Number | None, ...]
@@ -71,7 +73,7 @@ class GateOutcome(_Frozen):
 
 
 class Report(_Frozen):
-    """What `evaluate` and `score_pictures` return, and `summary.json` holds.
+    """All numbers of an evaluation: `evaluate` and `score_pictures` return it, and `summary.json` holds it.
 
     `report.variants["erased"]["target"]["accuracy"].value` is how often the judge still sees what was erased.
     """
@@ -81,6 +83,7 @@ class Report(_Frozen):
     concepts: tuple[str, ...]
     """What counts as erased."""
     variants: Numbers
+    """Variant (`base`, `erased`, ...) to role of the prompts to metric to number."""
     labels: Numbers
     """Part of a label to variant to metric to number; empty where labels are too many to be classes."""
     layout: dict[str, dict[str, float]]
@@ -94,6 +97,7 @@ class Report(_Frozen):
     record: dict[str, Any]
     """All that the numbers depend on, as JSON: suite, files, versions, base, variants, sampler, detectors."""
     gates: tuple[GateOutcome, ...]
+    """Conditions under which it fails, in the order given."""
 
     @field_validator("stack", mode="before")
     @classmethod

@@ -94,16 +94,20 @@ class DistanceSpec(DetectorSpec):
 
 
 class Suite(_Frozen):
-    """What one evaluation paints, scores and attacks."""
+    """The plan of an evaluation: what it paints, which detectors score that, and what attacks."""
 
     description: str
     """What it measures, in a sentence."""
     base: str | None = None
     """Built-in base that it is about, if about one alone."""
     prompts: dict[str, PromptSet]
+    """Prompts by the name of their set, which begins the names of their cases."""
     detectors: dict[str, DetectorSpec]
+    """Name in `DETECTORS`, or one of its own, to settings."""
     distances: dict[str, DistanceSpec] = {}
+    """Name in `FEATURES`, or one of its own, to settings."""
     attacks: dict[str, AttackSpec] = {}
+    """Name in `ATTACKS`, or one of its own, to settings."""
     neighbours: dict[str, tuple[str, ...]] = {}
     """Groups of labels; those beside an erased one are its neighbours."""
     layout: Literal["ua-ira-cra", "erased-and-others"] | None = None
