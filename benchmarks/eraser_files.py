@@ -140,7 +140,7 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     from esd_lora.formats.exporting import export
     from esd_lora.formats.importing import import_lora
     from esd_lora.formats.inspecting import diff, inspect_file
-    from esd_lora.fusing.interference import measure
+    from esd_lora.fusing.interference import measure_interference
     from esd_lora.weights.extracting import extract
     from esd_lora.weights.merging import merge
 
@@ -158,7 +158,7 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
         "import from kohya": lambda: import_lora(kohya),
         "inspect": lambda: inspect_file(folder / "stacked"),
         "diff": lambda: diff(folder / "stacked", kohya),
-        "interference of 10, files alone": lambda: measure(members),
+        "interference of 10, files alone": lambda: measure_interference(members),
         "merge": lambda: merge([paths[0]], source, tuned, force=True, progress=False),
         f"extract at rank {RANK}": lambda: extract(source, tuned, rank=RANK, progress=False),
     }
@@ -167,7 +167,7 @@ def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
         def on_base() -> None:
             from esd_lora.bases.loading import load_base
 
-            measure(members[:2], base=load_base(source, vae=False))
+            measure_interference(members[:2], base=load_base(source, vae=False))
 
         steps["interference of 2, on the base"] = on_base
     found = {name: measured(step) for name, step in tqdm(steps.items(), desc=model)}

@@ -12,14 +12,12 @@ of the teacher's three predictions there.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from esd_lora.adapter import add_adapter, dropout_enabled, read_pairs
 from esd_lora.bases.base import Base
@@ -96,9 +94,6 @@ def train(
             prepare_directory(out, force, RUN_FILES)
         if spec.gradient_checkpointing:
             base.model.enable_gradient_checkpointing()
-        if progress:
-            place = f"on {base.model.device} in {base.model.dtype}"
-            tqdm.write(f"base {base.id}: family {base.family.name}, {place}", file=sys.stderr)
         run_steps(teacher, state, [*watchers_for(teacher, state, out, track, progress), *on_step])
         eraser = collect(teacher, state)
     finally:

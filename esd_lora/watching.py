@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,11 +73,13 @@ class Interruption:
 
 
 class ProgressBar:
-    """A bar with the loss and the time left."""
+    """A line about the base, then a bar with the loss and the time left."""
 
-    def __init__(self, recipe: Recipe, first: int = 0):
-        names = ", ".join(concept.name for concept in recipe.concepts)
-        self.bar = tqdm(total=recipe.train.steps, initial=first, desc=f"erasing {names}", unit="step", leave=True)
+    def __init__(self, teacher: Teacher, first: int = 0):
+        base, names = teacher.base, ", ".join(concept.name for concept in teacher.recipe.concepts)
+        place = f"on {base.model.device} in {base.model.dtype}"
+        tqdm.write(f"base {base.id}: family {base.family.name}, {place}", file=sys.stderr)
+        self.bar = tqdm(total=teacher.spec.steps, initial=first, desc=f"erasing {names}", unit="step", leave=True)
 
     def __call__(self, report: StepReport) -> None:
         shown = {"loss": f"{report.state.loss:.4f}"}
@@ -240,7 +243,7 @@ def watchers_for(teacher: Teacher, state: TrainState, out: Path | None, track: S
     if track:
         watchers.append(Tracking(track, recipe, out))
     if progress:
-        watchers.append(ProgressBar(recipe, state.step))
+        watchers.append(ProgressBar(teacher, state.step))
     if out is not None:
         watchers += [JsonLog(out, state.step), Checkpoints(out, recipe)]
         if spec.preview_every:

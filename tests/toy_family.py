@@ -12,7 +12,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.trajectory import Condition
 
@@ -85,7 +85,7 @@ class ToyFamily(ModelFamily):
     multiple = 1
     published = (PublishedModel("toy_v1", "toy-diffusion-v1", "32x32", text_width=TEXT_WIDTH),)
     metadata_pattern = "toy"
-    checkpoints = (Checkpoint("Toy Diffusion", prediction_type="v_prediction"),)
+    checkpoints = (CheckpointKind("Toy Diffusion", prediction_type="v_prediction"),)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         embeddings = torch.randn(256, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
@@ -100,5 +100,5 @@ class ToyFamily(ModelFamily):
         joined = {f"blocks.0.attn1.to_{which}": OriginalLayer("layers.0.qkv", i, total=3) for i, which in enumerate("qkv")}
         return joined | {f"blocks.0.attn2.to_{which}": OriginalLayer(f"layers.0.text.{which}") for which in "qkv"}
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         return self.checkpoints[0] if "layers.0.text.q.weight" in shapes else None

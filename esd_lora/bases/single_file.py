@@ -20,7 +20,7 @@ import torch
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, ModelFamily, family_of, read_pipeline
-from esd_lora.families.family import Checkpoint
+from esd_lora.families.family import CheckpointKind
 from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
 
@@ -75,7 +75,7 @@ def open_single_file(
     return pipe, family
 
 
-def identify(file: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[ModelFamily, Checkpoint]:
+def identify(file: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[ModelFamily, CheckpointKind]:
     """Return the family of a checkpoint with tensors of these shapes, and what kind it is.
 
     Raises:
@@ -114,7 +114,7 @@ def _describe(shapes: Mapping[str, Sequence[int]]) -> str:
     return f"{len(shapes)} tensors that are no model known here ({first}{', ...' if len(shapes) > 3 else ''})"
 
 
-def _check_config(config: Path, family: ModelFamily, checkpoint: Checkpoint, file: Path) -> Path:
+def _check_config(config: Path, family: ModelFamily, checkpoint: CheckpointKind, file: Path) -> Path:
     """Return the user's diffusers directory, once it is seen to be of the checkpoint's family."""
     index = config / "model_index.json"
     if not index.is_file():
@@ -165,7 +165,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
     return pipe
 
 
-def _configure_scheduler(pipe: Any, checkpoint: Checkpoint, prediction_type: str, *, zero_snr: bool) -> None:
+def _configure_scheduler(pipe: Any, checkpoint: CheckpointKind, prediction_type: str, *, zero_snr: bool) -> None:
     """Have the scheduler know what the model predicts, and whether it was trained to zero terminal signal-to-noise."""
     changes: dict[str, Any] = {"prediction_type": prediction_type}
     if zero_snr:

@@ -152,9 +152,9 @@ def _fuse(
 
 def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser, folder: Path) -> None:
     """Write and print how the members interfere, on the base if there is one."""
-    from esd_lora.fusing.interference import measure
+    from esd_lora.fusing.interference import measure_interference
 
-    interference = measure(members, strengths, base=base, whole=stacked if base else None)
+    interference = measure_interference(members, strengths, base=base, whole=stacked if base else None)
     interference.save(folder)
     click.echo("\n".join(interference.lines()))
 

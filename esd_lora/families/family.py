@@ -38,7 +38,7 @@ class PublishedModel(NamedTuple):
     """`ss_v2` of kohya-ss/sd-scripts: whether it is Stable Diffusion 2."""
 
 
-class Checkpoint(NamedTuple):
+class CheckpointKind(NamedTuple):
     """A kind of checkpoint in a single file, as A1111 and ComfyUI use them."""
 
     title: str
@@ -83,7 +83,7 @@ class ModelFamily(ABC):
     """A regular expression for what kohya's and ModelSpec's metadata call models of the family."""
     kohya_keeps_diffusers_names: ClassVar[bool] = False
     """Whether kohya's files name layers as diffusers does, and not as the original project."""
-    checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
+    checkpoints: ClassVar[tuple[CheckpointKind, ...]] = ()
     """Single-file checkpoints that can be read."""
 
     @abstractmethod
@@ -156,7 +156,7 @@ class ModelFamily(ABC):
                 return model
         return None
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:  # noqa: ARG002
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:  # noqa: ARG002
         """Return what a single-file checkpoint holds, if it is of this family or a near relative.
 
         Args:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.families.sd3 import MM_DIT_BLOCKS, MM_DIT_SCOPES
 from esd_lora.trajectory import Condition
 
-_FLUX_1 = Checkpoint("Flux.1")
+_FLUX_1 = CheckpointKind("Flux.1")
 
 
 class Flux(ModelFamily):
@@ -78,7 +78,7 @@ class Flux(ModelFamily):
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
         return _original_layers()
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         # Chroma, Flux.2 and Flux.1's own relatives share most names: diffusers knows them apart.
         return _FLUX_1 if diffusers_model_type(shapes) in ("flux-dev", "flux-schnell") else None
 

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer, unet_layers
 from esd_lora.trajectory import Condition
 
 # kohya's, A1111's and ComfyUI's loaders have no place for an update of these, so no scope touches them.
 _OUTSIDE = r"conv_in|conv_out|time_embedding\.|add_embedding\."
-_SD_1 = Checkpoint("SD 1.x", config="sd1", prediction_type="epsilon")
-_SD_2 = Checkpoint("SD 2.x", config="sd2", v_side=96)  # those that predict v draw 768 pixels, the others 512
-UNET_ALONE = Checkpoint("a U-Net alone")
+_SD_1 = CheckpointKind("SD 1.x", config="sd1", prediction_type="epsilon")
+_SD_2 = CheckpointKind("SD 2.x", config="sd2", v_side=96)  # those that predict v draw 768 pixels, the others 512
+UNET_ALONE = CheckpointKind("a U-Net alone")
 """A checkpoint of the denoiser without text encoders."""
 
 
@@ -68,7 +68,7 @@ class StableDiffusion(ModelFamily):
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:
         return unet_layers(4, (1, 2, 3), names)
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         if not has_unet(shapes, labels=False):
             return None
         if refused := refused_unet(shapes):
@@ -84,7 +84,7 @@ def has_unet(shapes: Mapping[str, Sequence[int]], *, labels: bool) -> bool:
     return f"{unet}input_blocks.0.0.weight" in shapes and (f"{unet}label_emb.0.0.weight" in shapes) == labels
 
 
-def refused_unet(shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+def refused_unet(shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
     """Return what a checkpoint with a U-Net holds if that draws from more than text, or by a schedule no family covers."""
     channels = shapes["model.diffusion_model.input_blocks.0.0.weight"][1]
     if channels != 4:
@@ -95,4 +95,4 @@ def refused_unet(shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
         title = "Playground v2.5, whose noise schedule (EDM) no family covers"
     else:
         return None
-    return Checkpoint(title, supported=False)
+    return CheckpointKind(title, supported=False)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esd_lora.families.family import Checkpoint, ModelFamily, PublishedModel
+from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.trajectory import Condition
 
@@ -28,7 +28,7 @@ MM_DIT_SCOPES: Mapping[str, str] = {
 """Embedders and the last projection, outside the blocks, stay as they are."""
 MM_DIT_BLOCKS = 64
 """Number of blocks of the largest MM-DiT in sight, with room."""
-_SD_3 = Checkpoint("Stable Diffusion 3")
+_SD_3 = CheckpointKind("Stable Diffusion 3")
 
 
 class StableDiffusion3(ModelFamily):
@@ -61,7 +61,7 @@ class StableDiffusion3(ModelFamily):
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
         return _original_layers()
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         name = "joint_blocks.0.x_block.attn.qkv.weight"
         return _SD_3 if name in shapes or f"model.diffusion_model.{name}" in shapes else None
 

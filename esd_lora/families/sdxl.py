@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esd_lora.families.family import Checkpoint, PublishedModel
+from esd_lora.families.family import CheckpointKind, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer, unet_layers
 from esd_lora.families.sd import UNET_ALONE, StableDiffusion, has_unet, refused_unet
 from esd_lora.trajectory import Condition
 
-_SDXL = Checkpoint("SDXL", config="sdxl", prediction_type="epsilon")
+_SDXL = CheckpointKind("SDXL", config="sdxl", prediction_type="epsilon")
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -48,7 +48,7 @@ class StableDiffusionXL(StableDiffusion):
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:
         return unet_layers(3, (0, 1), names)
 
-    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> Checkpoint | None:
+    def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         if not has_unet(shapes, labels=True):
             return None
         if refused := refused_unet(shapes):
@@ -56,5 +56,5 @@ class StableDiffusionXL(StableDiffusion):
         if any(name.startswith("conditioner.embedders.1.") for name in shapes):
             return _SDXL
         if any(name.startswith(("conditioner.", "cond_stage_model.model.")) for name in shapes):
-            return Checkpoint("the SDXL refiner or an unCLIP model, which do not draw from text alone", supported=False)
+            return CheckpointKind("the SDXL refiner or an unCLIP model, which do not draw from text alone", supported=False)
         return UNET_ALONE

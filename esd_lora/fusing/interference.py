@@ -78,7 +78,7 @@ class Interference(NamedTuple):
         write_atomically(directory / REPORT_FILES[1], picture.getvalue())
 
 
-def measure(
+def measure_interference(
     erasers: Sequence[Eraser],
     weights: Sequence[float | Strength] | None = None,
     *,

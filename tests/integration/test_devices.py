@@ -46,10 +46,10 @@ def test_masters_are_float32_over_a_half_precision_base(tiny_dir: Path, device: 
     learnt: list[torch.Tensor] = []
 
     def look(report: StepReport) -> None:
-        assert {p.dtype for p in report.parameters} == {torch.float32}
-        assert {p.device.type for p in report.parameters} == {device}
-        assert report.base.model.dtype == dtype
-        learnt.append(report.parameters[0].detach().clone())
+        assert {p.dtype for p in report.state.parameters} == {torch.float32}
+        assert {p.device.type for p in report.state.parameters} == {device}
+        assert report.teacher.base.model.dtype == dtype
+        learnt.append(report.state.parameters[0].detach().clone())
 
     eraser = train(tiny_recipe(tiny_dir, lr=1e-6), base=base, progress=False, on_step=[look])
     # An update of 1e-6 on a weight near 0.1 is below the resolution of either (4e-4, 6e-5); a float32 master keeps it.

@@ -196,7 +196,7 @@ def test_training_loads_the_base_by_itself_at_any_shape(toy: Path) -> None:
     parts: list[set[str]] = []
 
     def note(report: StepReport) -> None:
-        parts.append({name for name, part in report.base.pipe.components.items() if isinstance(part, nn.Module)})
+        parts.append({name for name, part in report.teacher.base.pipe.components.items() if isinstance(part, nn.Module)})
 
     recipe = tiny_recipe(toy, resolution=64, aspects=["4:1", "1:1"], steps=2, trajectory_steps=2)
     train(recipe, on_step=[note], progress=False)

@@ -13,7 +13,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack
 from esd_lora.fusing.harmonising import harmonise
-from esd_lora.fusing.interference import measure
+from esd_lora.fusing.interference import measure_interference
 
 KEPT = ["a dog", "a hat", "a house"]
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "trajectory_steps": 3, "progress": False}
@@ -37,7 +37,7 @@ def moved(base: Base, erasers: Sequence[Eraser]) -> float:
 def test_stack_comes_nearer_to_its_members_and_to_the_base(base: Base, cat: Eraser, car: Eraser) -> None:
     members, plain = [cat, car], stack([cat, car])
     better = distilled(base, members, steps=60)
-    before, after = (measure(members, base=base, whole=whole).together for whole in (plain, better))
+    before, after = (measure_interference(members, base=base, whole=whole).together for whole in (plain, better))
     assert before is not None
     assert after is not None
     assert sum(after) < 0.8 * sum(before)

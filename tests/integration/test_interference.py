@@ -13,7 +13,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.fusing.interference import REPORT_FILES, measure
+from esd_lora.fusing.interference import REPORT_FILES, measure_interference
 from random_erasers import build_header
 
 
@@ -49,7 +49,7 @@ COLUMN = [[1.0], [0.0]]
     ],
 )
 def test_overlaps_by_hand(other: Eraser, reads: float, writes: float, cosine: float) -> None:
-    report = measure([one_layer([E1], COLUMN), other])
+    report = measure_interference([one_layer([E1], COLUMN), other])
     for matrix, expected in ((report.reads, reads), (report.writes, writes), (report.cosine, cosine)):
         assert matrix[0][1] == pytest.approx(expected, abs=1e-6)
         assert matrix[1][0] == pytest.approx(expected, abs=1e-6)
@@ -61,11 +61,11 @@ def test_overlaps_by_hand(other: Eraser, reads: float, writes: float, cosine: fl
 def test_layers_count_by_their_norms() -> None:
     a = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E1], [[3.0], [0.0]], module="y").pairs}, build_header())
     b = Eraser({**one_layer([E1], COLUMN).pairs, **one_layer([E2], [[3.0], [0.0]], module="y").pairs}, build_header())
-    assert measure([a, b]).reads[0][1] == pytest.approx(1 / (1 + 9))
+    assert measure_interference([a, b]).reads[0][1] == pytest.approx(1 / (1 + 9))
 
 
 def test_effects_on_a_base(base: Base, cat: Eraser, car: Eraser, tmp_path: Path) -> None:
-    report = measure([cat, car], base=base)
+    report = measure_interference([cat, car], base=base)
     assert report.effect is not None
     assert report.together is not None
     assert [report.effect[i][i] for i in range(2)] == pytest.approx([1, 1])
@@ -84,7 +84,7 @@ def test_effects_on_a_base(base: Base, cat: Eraser, car: Eraser, tmp_path: Path)
 
 
 def test_member_of_strength_0_disturbs_nobody(base: Base, cat: Eraser, car: Eraser) -> None:
-    report = measure([cat, car], [1.0, 0.0], base=base)
+    report = measure_interference([cat, car], [1.0, 0.0], base=base)
     assert report.together is not None
     assert report.effect is not None
     assert report.together[0] == 0
@@ -94,13 +94,13 @@ def test_member_of_strength_0_disturbs_nobody(base: Base, cat: Eraser, car: Eras
 def test_own_twin_disturbs_as_much_again(base: Base, cat: Eraser) -> None:
     """Twice the small update moves predictions nearly twice as far."""
     small = Strength(0.01)
-    report = measure([cat, cat], [small, small], base=base)
+    report = measure_interference([cat, cat], [small, small], base=base)
     assert report.together == pytest.approx([1, 1], abs=0.1)
 
 
 def test_weights_and_names(cat: Eraser, car: Eraser) -> None:
-    report = measure([cat, car], [1.0, -2.0], names=["one", "two"])
-    plain = measure([cat, car])
+    report = measure_interference([cat, car], [1.0, -2.0], names=["one", "two"])
+    plain = measure_interference([cat, car])
     assert report.names == ["one", "two"]
     assert report.cosine[0][1] == pytest.approx(-plain.cosine[0][1], abs=1e-6)
 
@@ -108,4 +108,4 @@ def test_weights_and_names(cat: Eraser, car: Eraser) -> None:
 def test_members_of_different_kinds(cat: Eraser, car: Eraser) -> None:
     other = Eraser(car.pairs, car.header.model_copy(update={"family": "sdxl"}))
     with pytest.raises(EsdLoraError, match="cannot stack"):
-        measure([cat, other])
+        measure_interference([cat, other])

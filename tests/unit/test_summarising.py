@@ -11,7 +11,7 @@ from esd_lora.evaluation.detectors.detector import Score
 from esd_lora.evaluation.report.intervals import paired_difference, wilson
 from esd_lora.evaluation.report.report import Distance, Report
 from esd_lora.evaluation.report.summarising import (
-    measure,
+    mean_or_rate,
     read_condition,
     summarise,
     summarise_labels,
@@ -51,16 +51,16 @@ def test_rates_means_and_paired_differences() -> None:
 
 
 def test_counts_have_a_sum() -> None:
-    found = measure([0, 2, 1, 1])
+    found = mean_or_rate([0, 2, 1, 1])
     assert (found.value, found.sum, found.of) == (1, 4, 4)
     assert found.text().endswith(", 4 in all")
-    assert measure([0.5, 1.0]).sum is None
+    assert mean_or_rate([0.5, 1.0]).sum is None
 
 
 def test_numbers_are_written_in_the_order_of_their_files() -> None:
-    rate = measure([True, False]).model_copy(update={"difference": paired_difference([1, 0], [1, 1])})
+    rate = mean_or_rate([True, False]).model_copy(update={"difference": paired_difference([1, 0], [1, 1])})
     assert list(rate.to_dict()) == ["value", "low", "high", "hits", "of", "difference"]
-    assert list(measure([0, 2]).to_dict()) == ["value", "low", "high", "of", "sum"]
+    assert list(mean_or_rate([0, 2]).to_dict()) == ["value", "low", "high", "of", "sum"]
     assert list(Number.model_fields) == ["value", "low", "high", "of", "hits", "sum", "difference"], "as headers have it"
 
 

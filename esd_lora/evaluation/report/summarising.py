@@ -32,7 +32,7 @@ def summarise(cases: Sequence[Case], scores: Scores, variants: Sequence[str]) ->
             own = [case for case in cases if case.role == role]
             base = values_by_metric("base", own, scores) if variant != "base" else {}
             for metric, values in values_by_metric(variant, own, scores).items():
-                number = measure(list(values.values()))
+                number = mean_or_rate(list(values.values()))
                 if both := [case for case in values if case in base.get(metric, {})]:
                     after, before = [float(values[case]) for case in both], [float(base[metric][case]) for case in both]
                     number = number.model_copy(update={"difference": _rounded(paired_difference(after, before))})
@@ -52,7 +52,7 @@ def summarise_labels(cases: Sequence[Case], scores: Scores, variants: Sequence[s
 
 
 def _measure_all(metrics: Mapping[str, Mapping[str, bool | float]]) -> dict[str, Number]:
-    return {metric: measure(list(values.values())) for metric, values in metrics.items()}
+    return {metric: mean_or_rate(list(values.values())) for metric, values in metrics.items()}
 
 
 def values_by_metric(variant: str, cases: Sequence[Case], scores: Scores) -> dict[str, dict[str, bool | float]]:
@@ -65,7 +65,7 @@ def values_by_metric(variant: str, cases: Sequence[Case], scores: Scores) -> dic
     return metrics
 
 
-def measure(values: Sequence[bool | float]) -> Number:
+def mean_or_rate(values: Sequence[bool | float]) -> Number:
     """Return a rate with its hits, or a mean, with its interval and number of pictures; of counts the sum, too."""
     if all(isinstance(value, bool) for value in values):
         hits = sum(map(bool, values))
