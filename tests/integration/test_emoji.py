@@ -78,10 +78,13 @@ def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Jud
     assert after_rest / before_rest >= 0.97
     assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
 
-    # What a user of plain diffusers gets from the directory is what `generate` shows, bit for bit.
+    # What a user of plain diffusers gets from the directory is what `generate` shows. The update is added to the weights here and
+    # to the layers' outputs there, and float32 sums in another order differ in the last bit: a pixel by one of 255 at most.
     plain = StableDiffusionPipeline.from_pretrained(base_files("emoji"), dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(tmp_path / "no-cat")
     theirs = plain("a cat in ink style", num_inference_steps=8, generator=torch.Generator().manual_seed(3)).images[0]
     ours = generate(emoji, ["a cat in ink style"], erasers=[tmp_path / "no-cat"], seeds=[3], steps=8, guidance=7.5)[0]
-    assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    difference = np.abs(np.asarray(theirs, dtype=int) - np.asarray(ours, dtype=int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.001
