@@ -78,8 +78,8 @@ def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Jud
     assert after_rest / before_rest >= 0.97
     assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
 
-    # What a user of plain diffusers gets from the directory is what `generate` shows. The update is added to the weights here and
-    # to the layers' outputs there, and float32 sums in another order differ in the last bit: a pixel by one of 255 at most.
+    # What a user of plain diffusers gets from the directory is what `generate` shows. There the update is added to outputs of
+    # layers, here to weights, and float32 sums in another order differ in the last bit: a pixel by one of 255 at most.
     plain = StableDiffusionPipeline.from_pretrained(base_files("emoji"), dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(tmp_path / "no-cat")
