@@ -53,7 +53,7 @@ class TrainState:
     """The LoRA weights that walked the trajectories in the buffer."""
     seconds: float = 0.0
     """Time that training took so far, earlier runs included."""
-    _started: float = field(default_factory=time.monotonic)
+    _started: float = field(default_factory=lambda: time.monotonic())
 
     def update(self, loss: float, samples: int, lr: float) -> None:
         """Take one optimiser step on the gradients at hand.

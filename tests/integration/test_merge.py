@@ -204,7 +204,7 @@ def test_what_is_no_part_of_a_pipeline_is_not_lost(tiny_dir: Path, tmp_path: Pat
     out = merge([cat], tiny_dir, tmp_path / "merged", progress=False)
     (out / "notes.txt").write_text("years of work")
     before = hashes(tmp_path)
-    with pytest.raises(EsdLoraError, match="holds notes.txt"):
+    with pytest.raises(EsdLoraError, match=r"holds notes\.txt"):
         merge([cat], tiny_dir, out, force=True, progress=False)
     assert hashes(tmp_path) == before
 
@@ -215,7 +215,7 @@ def test_force_takes_nothing_that_is_read(tiny_dir: Path, cat_dir: Path, tmp_pat
     base, eraser = shutil.copytree(tiny_dir, out / "base"), shutil.copytree(cat_dir, out / "no-cat")
     (tmp_path / "link").symlink_to(base)
     before = hashes(tmp_path)
-    for erasers, source in (([cat], base), ([cat], tmp_path / "link"), ([eraser], tiny_dir), ([cat], out)):
+    for erasers, source in (([cat], base), ([cat], tmp_path / "link"), ([eraser], tiny_dir)):
         with pytest.raises(EsdLoraError, match=r"which is read|is the base itself|inside the base"):
             merge(erasers, source, out, force=True, progress=False)
     assert hashes(tmp_path) == before
