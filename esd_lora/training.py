@@ -149,11 +149,12 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
             require_finite(total, step, spec)
             state.update(total, samples, learning_rate(spec, step))
 
+            interrupted = interruption.requested
             for watch in watchers:
-                last = interruption.requested or state.stopped or state.step == spec.steps
-                if watch(StepReport(state, teacher, interruption.requested, last)):
+                last = interrupted or state.stopped or state.step == spec.steps
+                if watch(StepReport(state, teacher, interrupted, last)):
                     state.stopped = True
-            if interruption.requested:
+            if interrupted:
                 raise KeyboardInterrupt
             if state.stopped:
                 break
