@@ -12,9 +12,9 @@ from esd_lora.adapter import applied
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.evaluating import evaluate
-from esd_lora.files import prepare_directory
+from esd_lora.files import check_directory, write_atomically
 from esd_lora.formats.cards import save_with_card
-from esd_lora.pictures import grid, paint
+from esd_lora.pictures import grid, paint, png
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.weights.merging import merge
@@ -45,7 +45,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
         EsdLoraError: If `out` is not empty and `force` is not set.
     """
     started, out = time.monotonic(), Path(out)
-    prepare_directory(out, force, ("grid.png",))
+    check_directory(out, force)
     base = load_base("emoji")
     erasers = [train(load_recipe(f"emoji-{name}"), base=base, out=out / f"no-{name}", force=True) for name in (OBJECT, STYLE)]
     save_with_card(stack(erasers), out / "stack")
@@ -56,7 +56,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
             rows[name] = paint(base, _COLUMNS, range(len(_COLUMNS)))
     # The merged pipeline is a directory like any other and has no defaults of its own.
     rows["merged"] = paint(merged, _COLUMNS, range(len(_COLUMNS)), steps=base.steps, guidance=base.guidance)
-    grid(rows, _COLUMNS).save(out / "grid.png")
+    write_atomically(out / "grid.png", png(grid(rows, _COLUMNS)))
     measured = out / "measured"
     evaluate(base, "emoji-demo", measured, erasers=erasers, stack=True, against=[str(out / "merged")], force=force)
     text = (measured / "table.md").read_text("utf-8")

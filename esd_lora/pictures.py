@@ -144,16 +144,17 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], labels: Sequence[st
 _PROMPT = "parameters"  # of a PNG's text, where A1111 and most viewers look for the prompt
 
 
-def save_samples(folder: Path, prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> None:
-    """Save pictures for a model card, `1_base.png`, `1_erased.png` and so on, each with its prompt inside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1):
-        for name, picture in zip(("base", "erased"), pair, strict=True):
-            picture.save(folder / f"{i}_{name}.png", pnginfo=_note(prompt))
+def sample_files(prompts: Sequence[str], before: Sequence[Image.Image], erased: Sequence[Image.Image]) -> dict[str, bytes]:
+    """Return pictures for a model card, `samples/1_base.png`, `samples/1_erased.png` and so on, each with its prompt inside."""
+    return {
+        f"samples/{i}_{name}.png": png(picture, prompt)
+        for i, (prompt, *pair) in enumerate(zip(prompts, before, erased, strict=True), 1)
+        for name, picture in zip(("base", "erased"), pair, strict=True)
+    }
 
 
 def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
-    """Return what `save_samples` left: prompt, picture of the eraser, and of the base; nothing where there is no such folder.
+    """Return what `sample_files` left: prompt, picture of the eraser, and of the base; nothing where there is no such folder.
 
     Raises:
         EsdLoraError: If a file is no PNG that can be read.
@@ -177,17 +178,16 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
 
 def clean_png(path: Path, prompt: str | None) -> bytes:
     """Return a picture as a PNG with nothing in it but its pixels and its prompt."""
-    content = io.BytesIO()
     with Image.open(path) as picture:
         clean = picture.convert("RGB")
     clean.info.clear()
-    clean.save(content, "PNG", pnginfo=_note(prompt))
-    return content.getvalue()
+    return png(clean, prompt)
 
 
-def _note(prompt: str | None) -> PngImagePlugin.PngInfo:
-    """Return what is written into a PNG beside its pixels."""
-    note = PngImagePlugin.PngInfo()
+def png(picture: Image.Image, prompt: str | None = None) -> bytes:
+    """Return a picture as a PNG file, with its prompt inside if there is one."""
+    content, note = io.BytesIO(), PngImagePlugin.PngInfo()
     if prompt:
         note.add_itxt(_PROMPT, prompt)
-    return note
+    picture.save(content, "PNG", pnginfo=note)
+    return content.getvalue()

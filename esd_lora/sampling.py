@@ -14,9 +14,9 @@ from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
-from esd_lora.files import prepare_directory, write_atomically
+from esd_lora.files import reserve_directory, write_files
 from esd_lora.gating import Gate
-from esd_lora.pictures import grid, paint
+from esd_lora.pictures import grid, paint, png
 
 COMPARISON, STRENGTHS, GATES = "comparison.png", "strengths.png", "gates.json"
 """What `write_pictures` leaves beside the pictures."""
@@ -142,23 +142,23 @@ def write_pictures(
         EsdLoraError: As `generate` does, or if `out` is not empty and `force` is not set.
     """
     out = Path(out)
-    files = [out / f"{i:03d}_seed{seed}.png" for i in range(len(prompts)) for seed in seeds]
-    prepare_directory(out, force, [*(file.name for file in files), COMPARISON, STRENGTHS, GATES])
-    if gate:
-        write_atomically(out / GATES, json.dumps(gate.record(prompts), indent=1, ensure_ascii=False).encode())
+    names = [f"{i:03d}_seed{seed}.png" for i in range(len(prompts)) for seed in seeds]
     wanted = [1.0, *strengths, *([0.0] if compare else [])]
-    pictures = sweep(
-        base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
-    )
-    for picture, file in zip(pictures[1.0], files, strict=True):
-        picture.save(file)
-    columns = [prompt for prompt in prompts for _ in seeds]
-    if compare:
-        grid({"base": pictures[0.0], "erased": pictures[1.0]}, columns).save(out / COMPARISON)
-        files.append(out / COMPARISON)
-    if strengths:
-        labels = {0.0: "0 (base)"} | {value: f"{value:g} (amplified)" for value in strengths if value < 0}
-        rows = {labels.get(value, f"{value:g}"): pictures[value] for value in strengths}
-        grid(rows, columns).save(out / STRENGTHS)
-        files.append(out / STRENGTHS)
-    return files
+    read = [base.source or base.id if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
+    with reserve_directory(out, force, read):
+        pictures = sweep(
+            base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
+        )
+        files = {name: png(picture) for name, picture in zip(names, pictures[1.0], strict=True)}
+        columns = [prompt for prompt in prompts for _ in seeds]
+        if compare:
+            files[COMPARISON] = png(grid({"base": pictures[0.0], "erased": pictures[1.0]}, columns))
+        if strengths:
+            labels = {0.0: "0 (base)"} | {value: f"{value:g} (amplified)" for value in strengths if value < 0}
+            rows = {labels.get(value, f"{value:g}"): pictures[value] for value in strengths}
+            files[STRENGTHS] = png(grid(rows, columns))
+        sheets = [out / name for name in files]
+        if gate:
+            files[GATES] = json.dumps(gate.record(prompts), indent=1, ensure_ascii=False).encode()
+        write_files(out, files, replaces=(COMPARISON, STRENGTHS, GATES))
+    return sheets

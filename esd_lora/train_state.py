@@ -5,6 +5,7 @@ Everything random is drawn from the recipe's seed and the step (`seeds`), so no 
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esd_lora.erasers.eraser import CHECKPOINT_NAME
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import write_atomically
 
-CHECKPOINT_NAME = "checkpoint.pt"
-_COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes")
+_COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
 
 
 @dataclass
@@ -45,11 +47,13 @@ class TrainState:
     best_erasure: float = float("-inf")
     stale_probes: int = 0
     """Number of probes since erasure last rose."""
+    stopped: bool = False
+    """Whether a watcher ended the training before its last step."""
     walker: list[Tensor] = field(default_factory=list)
     """The LoRA weights that walked the trajectories in the buffer."""
     seconds: float = 0.0
     """Time that training took so far, earlier runs included."""
-    _started: float = field(default_factory=time.monotonic)
+    _started: float = field(default_factory=lambda: time.monotonic())
 
     def update(self, loss: float, samples: int, lr: float) -> None:
         """Take one optimiser step on the gradients at hand.
@@ -92,6 +96,9 @@ class TrainState:
             directory: Of the run.
             recipe: `dump_recipe` of its recipe.
             evaluations: Number of latents that went through the denoiser without gradients, earlier runs included.
+
+        Raises:
+            EsdLoraError: If the system does not let it.
         """
         content = {
             **{name: getattr(self, name) for name in _COUNTERS},
@@ -104,9 +111,9 @@ class TrainState:
             },
             "recipe": recipe,
         }
-        beside = directory / f".{CHECKPOINT_NAME}.partial"
-        torch.save(content, beside)
-        beside.replace(directory / CHECKPOINT_NAME)
+        file = io.BytesIO()
+        torch.save(content, file)
+        write_atomically(directory / CHECKPOINT_NAME, file.getvalue())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""

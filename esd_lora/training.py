@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +23,10 @@ import torch
 from esd_lora.adapter import add_adapter, dropout_enabled, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.erasers.eraser import RUN_FILES, Eraser
+from esd_lora.erasers.eraser import LOG_NAME, RUN_FILES, Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import prepare_directory
+from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import make_optimizer
@@ -33,8 +34,8 @@ from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, refill
-from esd_lora.train_state import CHECKPOINT_NAME, Checkpoint, TrainState
-from esd_lora.watching import Interruption, StepReport, Watcher, watchers_for
+from esd_lora.train_state import Checkpoint, TrainState
+from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, watchers_for
 
 
 def train(
@@ -56,54 +57,59 @@ def train(
         recipe: From `load_recipe`.
         out: Directory for the eraser, its log, previews and checkpoints; without one nothing is written.
         resume: Go on from the checkpoint in `out`; on the CPU the result is bit for bit that of an unbroken run.
-        force: Write over an eraser that is already in `out`.
+        force: Replace an eraser that is already in `out`, once the new one is done.
         base: A base that is loaded already, instead of `recipe.base`; it leaves as it came, without an adapter.
         device: Where to train, unless `base` is given: `auto`, `cpu`, `cuda`, `mps`.
         dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`; what suits the device unless
             given. The LoRA itself is always float32 or better.
         track: Experiment trackers of accelerate to report to: `tensorboard`, `wandb`, `trackio`.
-        on_step: Called after every optimiser step with a `StepReport`, after those the recipe asks for (`watching`); a
-            watcher that returns True ends the training.
+        on_step: Called after every optimiser step with a `StepReport`, after those the recipe asks for (`watching`) and before
+            the checkpoint is written; a watcher that returns True ends the training.
         progress: Whether to show a progress bar.
 
     Raises:
         EsdLoraError: If the base cannot be loaded or carries an adapter, the scope matches no layer, or the loss stops
-            being finite.
+            being finite, or `out` holds something, is written by another run, or holds what is read.
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
     spec, out = recipe.train, Path(out) if out is not None else None
-    checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
-    loaded_here = base is None
-    if base is None:
-        pictures = out is not None and spec.preview_every > 0
-        base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
-    base.require_bare()
-    near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-    teacher = Teacher(base, recipe, plan(recipe, base.keep, near))
-    if loaded_here:
-        base.free_text_encoders()
-    parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
-    try:
-        optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
-        scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
-        state = TrainState(parameters, optimizer, scaler)
-        if checkpoint:
-            state.restore(checkpoint)
-            teacher.evaluations = checkpoint.evaluations
-        elif out:
-            prepare_directory(out, force, RUN_FILES)
-        if spec.gradient_checkpointing:
-            base.model.enable_gradient_checkpointing()
-        run_steps(teacher, state, [*watchers_for(teacher, state, out, track, progress), *on_step])
-        eraser = collect(teacher, state)
-    finally:
-        base.model.unload_lora()
-        if spec.gradient_checkpointing:
-            base.model.disable_gradient_checkpointing()
-    if out:
-        save_with_card(eraser, out)
-        (out / CHECKPOINT_NAME).unlink(missing_ok=True)
+    with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
+        checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
+        loaded_here = base is None
+        if base is None:
+            pictures = out is not None and spec.preview_every > 0
+            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
+        base.require_bare()
+        near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
+        teacher = Teacher(base, recipe, plan(recipe, base.keep, near))
+        if loaded_here:
+            base.free_text_encoders()
+        parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
+        try:
+            optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
+            scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
+            state = TrainState(parameters, optimizer, scaler)
+            if checkpoint:
+                state.restore(checkpoint)
+                teacher.evaluations = checkpoint.evaluations
+            if spec.gradient_checkpointing:
+                base.model.enable_gradient_checkpointing()
+            run_steps(teacher, state, watchers_for(teacher, state, out, track, progress, on_step))
+            eraser = collect(teacher, state)
+            samples = paint_samples(teacher) if out and spec.preview_every else {}
+        finally:
+            base.model.unload_lora()
+            if spec.gradient_checkpointing:
+                base.model.disable_gradient_checkpointing()
+        if out:
+            save_with_card(eraser, out, samples, replaces={*RUN_FILES} - {LOG_NAME})
     return eraser
+
+
+def inputs_of(recipe: Recipe) -> list[str]:
+    """Return what a training reads, as far as it may be a path."""
+    vocabulary = recipe.neighbours.vocabulary if recipe.neighbours else ""
+    return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
 
 
 def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) -> None:
@@ -124,13 +130,11 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:
-        for step in range(state.step, spec.steps):
+        for step in range(state.step, state.step if state.stopped else spec.steps):
             # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
-            # fills now and then. A training resumed in between walks again what it trained on before.
-            since = step % spec.refresh_every
-            if since == 0 or not buffers:
-                with state.walking(fresh=since == 0):
-                    buffers = refill(teacher, step - since, shapes)
+            # fills now and then.
+            if step % spec.refresh_every == 0 or not buffers:
+                buffers = walked_buffers(teacher, state, step, shapes)
             batches = buffers[step % len(shapes)].batches(spec, stream_generator(spec.seed, Stream.BATCHES, step))
 
             state.optimizer.zero_grad()
@@ -145,14 +149,30 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
             require_finite(total, step, spec)
             state.update(total, samples, learning_rate(spec, step))
 
-            report = StepReport(state, teacher, interruption.requested, interruption.requested or state.step == spec.steps)
+            interrupted = interruption.requested
             for watch in watchers:
-                if watch(report):
-                    report = report._replace(last=True)
-            if report.interrupted:
+                last = interrupted or state.stopped or state.step == spec.steps
+                if watch(StepReport(state, teacher, interrupted, last)):
+                    state.stopped = True
+            if interrupted:
                 raise KeyboardInterrupt
-            if report.last:
+            if state.stopped:
                 break
+
+
+def walked_buffers(
+    teacher: Teacher, state: TrainState, step: int, shapes: Sequence[tuple[int, int, int]]
+) -> dict[int, ReplayBuffers]:
+    """Return the buffers for a step, of the trajectories that the student of the last refresh walked.
+
+    A training resumed between two refreshes walks again what it trained on before; that does not count as work once more.
+    """
+    since, evaluations = step % teacher.spec.refresh_every, teacher.evaluations
+    with state.walking(fresh=since == 0):
+        buffers = refill(teacher, step - since, shapes)
+    if since:
+        teacher.evaluations = evaluations
+    return buffers
 
 
 def require_finite(loss: float, step: int, spec: TrainSpec) -> None:

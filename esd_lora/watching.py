@@ -16,12 +16,14 @@ from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.erasers.eraser import SAMPLES
+from esd_lora.erasers.eraser import LOG_NAME, SAMPLES
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.pictures import grid, paint, save_samples
+from esd_lora.files import reporting_write_errors, write_atomically
+from esd_lora.pictures import grid, paint, png, sample_files
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import probe_seed
@@ -105,7 +107,10 @@ class ErasureProbe:
     def __call__(self, report: StepReport) -> bool | None:
         if report.state.step % report.teacher.spec.probe_every:
             return None
+        evaluations = report.teacher.evaluations
         points, start = self._measuring_points(report)
+        if report.state.erasure is not None:  # a training that was resumed walks them again
+            report.teacher.evaluations = evaluations
         now = report.teacher.predict(points.x_t, points.t, report.teacher.condition(points.lesson))
         way = points.target - start
         state, spec = report.state, report.teacher.spec
@@ -131,10 +136,9 @@ class JsonLog:
     """`train_log.jsonl`: one line a step."""
 
     def __init__(self, directory: Path, done: int = 0):
-        self.path = directory / "train_log.jsonl"
+        self.path = directory / LOG_NAME
         if self.path.exists():  # a crash may have logged steps after the checkpoint
-            lines = self.path.read_text("utf-8").splitlines(keepends=True)[:done]
-            self.path.write_text("".join(lines), "utf-8")
+            write_atomically(self.path, b"".join(self.path.read_bytes().splitlines(keepends=True)[:done]))
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
@@ -146,35 +150,55 @@ class JsonLog:
         }
         if state.erasure is not None and state.step % report.teacher.spec.probe_every == 0:
             line["erasure"] = state.erasure
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with reporting_write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 class Previews:
-    """The same prompts and seeds, base above, student below: `previews/step_N.png`, and at the end `samples/`."""
+    """The same prompts and seeds, base above, student below: `previews/step_N.png`."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._before: list[Any] | None = None
+        self._before: list[Image] | None = None
 
     def __call__(self, report: StepReport) -> None:
-        teacher = report.teacher
-        if report.interrupted or (report.state.step % teacher.spec.preview_every and not report.last):
+        if report.interrupted or report.last or report.state.step % report.teacher.spec.preview_every:
             return
-        prompts = list(dict.fromkeys(lesson.prompt for lesson in teacher.lessons if not lesson.preserves))[:_PREVIEWED]
-        prompts += [lesson.prompt for lesson in teacher.lessons if lesson.preserves][:_PREVIEWED]
-        seeds = list(range(len(prompts)))
-        if self._before is None:
-            with teacher.adapter_disabled():
-                self._before = paint(teacher.base, prompts, seeds, encode=teacher.encode)
-        erased = paint(teacher.base, prompts, seeds, encode=teacher.encode)
-        sheet = grid({"base": self._before, "erased": erased}, prompts)
-        place = "samples/before_after.png" if report.last else f"previews/step_{report.state.step:05d}.png"
-        (self.directory / place).parent.mkdir(exist_ok=True)
-        sheet.save(self.directory / place)
-        if report.last:
-            shown = slice(None, None, -(-len(prompts) // SAMPLES))
-            save_samples(self.directory / "samples", prompts[shown], self._before[shown], erased[shown])
+        file = self.directory / f"previews/step_{report.state.step:05d}.png"
+        with reporting_write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        prompts = shown_prompts(report.teacher)
+        self._before = self._before or paint_base(report.teacher, prompts)
+        write_atomically(file, png(grid({"base": self._before, "erased": paint_student(report.teacher, prompts)}, prompts)))
+
+
+def paint_samples(teacher: Teacher) -> dict[str, bytes]:
+    """Return the pictures of a training that is done, base and student, by file name: a sheet, and some for the model card."""
+    prompts = shown_prompts(teacher)
+    before, erased = paint_base(teacher, prompts), paint_student(teacher, prompts)
+    chosen = slice(None, None, -(-len(prompts) // SAMPLES))
+    sheet = png(grid({"base": before, "erased": erased}, prompts))
+    return {"samples/before_after.png": sheet, **sample_files(prompts[chosen], before[chosen], erased[chosen])}
+
+
+def shown_prompts(teacher: Teacher) -> list[str]:
+    """Return the prompts to look at: the first few erased ones, and as many preserved ones."""
+    erased = dict.fromkeys(lesson.prompt for lesson in teacher.lessons if not lesson.preserves)
+    preserved = [lesson.prompt for lesson in teacher.lessons if lesson.preserves]
+    return [*list(erased)[:_PREVIEWED], *preserved[:_PREVIEWED]]
+
+
+def paint_student(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:
+    """Paint prompts of the lessons with the denoiser as it stands, each from a seed of its own."""
+    return paint(teacher.base, prompts, range(len(prompts)), encode=teacher.encode)
+
+
+def paint_base(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:
+    """Paint prompts of the lessons with the adapter off."""
+    with teacher.adapter_disabled():
+        return paint_student(teacher, prompts)
 
 
 class Checkpoints:
@@ -226,8 +250,10 @@ class Tracking:
             self.accelerator.end_training()
 
 
-def watchers_for(teacher: Teacher, state: TrainState, out: Path | None, track: Sequence[str], progress: bool) -> list[Watcher]:
-    """Return the watchers that a recipe asks for; those that write need a run directory.
+def watchers_for(
+    teacher: Teacher, state: TrainState, out: Path | None, track: Sequence[str], progress: bool, on_step: Sequence[Watcher]
+) -> list[Watcher]:
+    """Return the watchers that a recipe asks for, and the user's; those that write need a run directory.
 
     Args:
         teacher: Knows the recipe.
@@ -235,6 +261,7 @@ def watchers_for(teacher: Teacher, state: TrainState, out: Path | None, track: S
         out: The run directory, if there is one.
         track: Names of experiment trackers.
         progress: Whether to show a progress bar.
+        on_step: The user's.
     """
     recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
@@ -245,7 +272,10 @@ def watchers_for(teacher: Teacher, state: TrainState, out: Path | None, track: S
     if progress:
         watchers.append(ProgressBar(teacher, state.step))
     if out is not None:
-        watchers += [JsonLog(out, state.step), Checkpoints(out, recipe)]
+        watchers.append(JsonLog(out, state.step))
         if spec.preview_every:
             watchers.append(Previews(out))
+    watchers += on_step
+    if out is not None:
+        watchers.append(Checkpoints(out, recipe))  # last: what any of them decided is in it
     return watchers

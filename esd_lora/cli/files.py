@@ -68,8 +68,10 @@ def diff(first: str, second: str) -> None:
 def export(eraser: str, layout: str, out: Path, force: bool) -> None:
     """Write an eraser for another program, its update unchanged."""
     from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.files import refuse_inputs
     from esd_lora.formats.exporting import export as run
 
+    refuse_inputs(out, [eraser])
     click.echo(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
 
 
@@ -92,13 +94,13 @@ def import_(
 ) -> None:
     """Make an eraser of a LoRA file of kohya, LECO, SPM, ai-toolkit, peft or Concept Sliders (.pt)."""
     from esd_lora.erasers.eraser import RUN_FILES
-    from esd_lora.files import prepare_directory
+    from esd_lora.files import reserve_directory
     from esd_lora.formats.cards import save_with_card
     from esd_lora.formats.importing import import_lora
 
-    eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
-    prepare_directory(out, force, RUN_FILES)
-    save_with_card(eraser, out)
+    with reserve_directory(out, force, [file]):
+        eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
+        save_with_card(eraser, out, replaces=RUN_FILES)
     unknown = "; where it came from is not known" if eraser.header.origins else ""
     click.echo(
         f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}"
@@ -118,14 +120,13 @@ def extract(
 ) -> None:
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
     from esd_lora.erasers.eraser import RUN_FILES
-    from esd_lora.files import prepare_directory
+    from esd_lora.files import reserve_directory
     from esd_lora.formats.cards import save_with_card
     from esd_lora.weights.extracting import extract as run
 
-    prepare_directory(out, force, ())  # before minutes of work are lost on it
-    result = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
-    prepare_directory(out, force, RUN_FILES)
-    save_with_card(result.eraser, out)
+    with reserve_directory(out, force, [base, tuned]):
+        result = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
+        save_with_card(result.eraser, out, replaces=RUN_FILES)
     for module, share in result.energy.items():
         click.echo(f"  {module}  rank {result.eraser.pairs[module].rank}  energy kept {share:.4%}")
     click.echo(f"energy kept over all {len(result.energy)} layers that differ: {result.overall:.4%}")

@@ -19,6 +19,7 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import refuse_inputs
 from esd_lora.recipe import with_negative_guidance
 from esd_lora.recipe_files import load_recipe
 
@@ -82,6 +83,7 @@ def train(
         recipe = with_negative_guidance(recipe, negative_guidance)
         start = "the concept" if recipe.eta < negative_guidance else "the prompt it is erased from"
         click.echo(f"negative guidance {negative_guidance:g}, measured from {start}, is eta {recipe.eta:g}")
+    refuse_inputs(out, () if resume else recipes)
     from esd_lora.training import train as run
 
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from esd_lora.cli.options import force_option, overrides
-from esd_lora.errors import EsdLoraError
+from esd_lora.files import reserve_file, write_atomically
 from esd_lora.recipe_files import (
     dump_recipe,
     load_fuse_spec,
@@ -62,11 +62,8 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     """Copy a built-in recipe to a file of your own."""
     text = recipe_text(name)
     out = out or Path(f"{Path(name).stem}.yaml")
-    if out.exists() and not force:
-        raise EsdLoraError(f"{out} already exists. Choose another with -o, or add --force.")
-    if not out.parent.is_dir():
-        raise EsdLoraError(f"no directory {out.parent} to copy {out} into. Make it first.")
-    out.write_text(text, "utf-8")
+    with reserve_file(out, force, [name]):
+        write_atomically(out, text.encode())
     click.echo(f"recipe: {out}")
 
 

@@ -74,7 +74,7 @@ def stack(
     """
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser, write_manifest
-    from esd_lora.files import prepare_directory, prepare_file
+    from esd_lora.files import reserve_directory, reserve_file
 
     paths, strengths = unweighted(erasers)
     manifest = out.suffix.lower() in (".yaml", ".yml")
@@ -82,18 +82,16 @@ def stack(
     ranks = given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     _check(how, base, settings, ranks, manifest=manifest, report=report)
-    members = [load_eraser(path) for path in paths]
-    prepare_file(out, force) if manifest else prepare_directory(out, force, ())  # before minutes of work are lost on it
-    loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
-    if loaded and how == "closed-form":
-        stacked = _fuse(members, strengths, loaded, ranks, **settings)
-    else:
-        _warn_of_damage(len(members))
-        stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
-    if not manifest:
-        _save(stacked, out, force)
-    if report:
-        _report(members, strengths, loaded, stacked, out.parent if manifest else out)
+    with (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep])):
+        members = [load_eraser(path) for path in paths]
+        loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
+        if loaded and how == "closed-form":
+            stacked = _fuse(members, strengths, loaded, ranks, **settings)
+        else:
+            _warn_of_damage(len(members))
+            stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
+        sheets = _report(members, strengths, loaded, stacked) if report else {}
+        _save(stacked, out, sheets, manifest=manifest)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
     click.echo(f"stack of {', '.join(names)}: {out}")
 
@@ -112,15 +110,17 @@ def _check(
         raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
 
 
-def _save(stacked: Eraser, out: Path, force: bool) -> None:
-    """Write the stack's directory over what an earlier run left there."""
+def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], *, manifest: bool) -> None:
+    """Write the stack's directory in the place of what an earlier run left there; beside a manifest, the report alone."""
     from esd_lora.erasers.eraser import RUN_FILES
-    from esd_lora.files import prepare_directory
+    from esd_lora.files import write_atomically
     from esd_lora.formats.cards import save_with_card
     from esd_lora.fusing.interference import REPORT_FILES
 
-    prepare_directory(out, force, [*RUN_FILES, *REPORT_FILES])
-    save_with_card(stacked, out)
+    if not manifest:
+        save_with_card(stacked, out, sheets, replaces=[*RUN_FILES, *REPORT_FILES])
+    for name, content in sheets.items() if manifest else ():
+        write_atomically(out.with_name(name), content)
 
 
 def _fuse(
@@ -150,13 +150,13 @@ def _fuse(
     return fused
 
 
-def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser, folder: Path) -> None:
-    """Write and print how the members interfere, on the base if there is one."""
+def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser) -> dict[str, bytes]:
+    """Print how the members interfere, on the base if there is one, and return the files that say so."""
     from esd_lora.fusing.interference import measure_interference
 
     interference = measure_interference(members, strengths, base=base, whole=stacked if base else None)
-    interference.save(folder)
     click.echo("\n".join(interference.lines()))
+    return interference.files()
 
 
 def _warn_of_damage(count: int) -> None:

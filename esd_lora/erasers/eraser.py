@@ -19,7 +19,7 @@ from torch import Tensor
 from esd_lora.erasers.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.erasers.tensor_files import file_content, read_header, read_tensors
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import reporting_write_errors, write_atomically
+from esd_lora.files import write_files
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "stack.yaml"
@@ -27,8 +27,9 @@ ERASER_FILES = (WEIGHTS_NAME, MANIFEST_NAME)
 """Files of which one makes a directory an eraser's, the first that is there."""
 SAMPLES = 4
 """Largest number of prompts that are shown with an eraser, before and after."""
+LOG_NAME, CHECKPOINT_NAME = "train_log.jsonl", "checkpoint.pt"
 RUN_FILES = (
-    *(WEIGHTS_NAME, "recipe.yaml", "README.md", "train_log.jsonl", "checkpoint.pt", "samples/before_after.png"),
+    *(WEIGHTS_NAME, "recipe.yaml", "README.md", LOG_NAME, CHECKPOINT_NAME, "samples/before_after.png"),
     *(f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")),
 )
 """What a run writes into an eraser's directory, previews aside."""
@@ -105,9 +106,10 @@ class Eraser:
         """Write weights and recipe into a directory, and return it; `formats.cards.save_with_card` adds the model card.
 
         Args:
-            directory: Made when missing. Files of other names in it are left alone; each of ours appears whole or not at all.
+            directory: Made when missing. Files of other names in it are left alone; ours appear together, whole, or not at all.
         """
-        return write_eraser(directory, self.files())
+        write_files(Path(directory), self.files())
+        return Path(directory)
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
@@ -129,21 +131,6 @@ class Eraser:
             )
         header = parse_header(text, file)
         return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)
-
-
-def write_eraser(directory: str | Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files of an eraser into a directory and return it, the weights last: they make it an eraser's.
-
-    Args:
-        directory: Made when missing.
-        files: File name to content, as `Eraser.files` returns them and more.
-    """
-    directory = Path(directory)
-    with reporting_write_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    for name in sorted(files, key=lambda name: name == WEIGHTS_NAME):
-        write_atomically(directory / name, files[name])
-    return directory
 
 
 def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, LoraPair]:

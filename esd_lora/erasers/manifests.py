@@ -12,7 +12,7 @@ from esd_lora.erasers.eraser import ERASER_FILES, Eraser
 from esd_lora.erasers.fetching import locate
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import hash_file, write_atomically
+from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
 
 _SUFFIXES = (".yaml", ".yml")
@@ -137,5 +137,6 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
         if strength.blocks:
             entry["blocks"] = dict(strength.blocks)
         entries.append(entry | {"sha256": hash_file(_main_file(path))})
-    write_atomically(file, yaml.safe_dump({"stack": entries}, sort_keys=False, allow_unicode=True).encode())
+    with lock_output(file):
+        write_atomically(file, yaml.safe_dump({"stack": entries}, sort_keys=False, allow_unicode=True).encode())
     return stacked

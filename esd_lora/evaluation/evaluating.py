@@ -12,7 +12,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,19 @@ from esd_lora.evaluation.report.summarising import (
 from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, paint_missing, score_dict, score_missing
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
 from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
-from esd_lora.files import hash_file, prepare_directory, write_atomically
+from esd_lora.files import (
+    check_directory,
+    hash_file,
+    lock_output,
+    refuse_inputs,
+    replace_directory,
+    reporting_write_errors,
+    work_folder,
+    write_atomically,
+)
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
+_FOLDERS = ("images", "scores", "features")
 
 
 def evaluate(
@@ -88,6 +99,8 @@ def evaluate(
         EsdLoraError: If something cannot be loaded or does not fit, `out` holds another evaluation, or a condition of `fail_if`
             holds; then everything is written.
     """
+    read = [base.source or "" if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
+    refuse_inputs(Path(out), filter(None, read))
     out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
@@ -127,13 +140,14 @@ def evaluate(
         "latents": base.latent_shape(),
         "device": base.model.device.type,
     }
-    _begin(out, record, plan.cases, force)
-    paint_missing(out, variants, plan.cases, progress=progress)
-    pictures = {
-        variant.name: {case.id: painted_file(out, variant.name, case.id) for case in plan.cases if case.role in variant.roles}
-        for variant in variants
-    }
-    return _score_and_write(out, suite, plan, record, pictures, conditions, progress, members if stack else ())
+    with _begun(out, record, plan.cases, force) as folder:
+        paint_missing(folder, variants, plan.cases, progress=progress)
+        pictures = {
+            v.name: {case.id: painted_file(folder, v.name, case.id) for case in plan.cases if case.role in v.roles}
+            for v in variants
+        }
+        report = _score_and_write(folder, suite, plan, record, pictures, conditions, progress, members if stack else ())
+    return _passed(report, conditions)
 
 
 def score_pictures(
@@ -165,6 +179,7 @@ def score_pictures(
     Raises:
         EsdLoraError: As `evaluate`, and if a picture is missing; the message counts them.
     """
+    refuse_inputs(Path(out), [pictures])
     out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
     folders = sorted(folder for folder in Path(pictures).glob("*") if folder.is_dir())
     if not folders:
@@ -174,8 +189,9 @@ def score_pictures(
     conditions = [read_condition(text, list(matched)) for text in fail_if]
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
     record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
-    _begin(out, record, plan.cases, force)
-    return _score_and_write(out, suite, plan, record, matched, conditions, progress)
+    with _begun(out, record, plan.cases, force) as folder:
+        report = _score_and_write(folder, suite, plan, record, matched, conditions, progress)
+    return _passed(report, conditions)
 
 
 def _attacked(suite: Suite, victim: Victim) -> list[Variant]:
@@ -198,27 +214,45 @@ def _suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int 
     }
 
 
-def _begin(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: bool) -> None:
-    """Make the directory, or see that the evaluation in it is this one."""
-    file = out / "evaluation.json"
-    plain = json.loads(json.dumps(record))
-    if file.exists() and not force:
-        try:
-            earlier = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error
-        differ = [key for key in plain if earlier.get(key) != plain[key]]
-        if differ:
-            raise EsdLoraError(
-                f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
-            )
-    else:
-        ours = file.exists()
-        prepare_directory(out, force, _FILES)
-        for folder in ("images", "scores", "features") if ours else ():  # anybody may have a folder `images`
-            shutil.rmtree(out / folder, ignore_errors=True)
-        write_atomically(file, _json(plain))
-    write_atomically(out / "cases.jsonl", _case_lines(cases))
+@contextmanager
+def _begun(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: bool) -> Generator[Path]:
+    """Yield the folder to work in: `out`, or one beside it that takes its place at the end if that holds another evaluation.
+
+    Either is gone on with where it holds this evaluation.
+    """
+    with lock_output(out):
+        plain = json.loads(json.dumps(record))
+        replacing = force and (out / _FILES[0]).exists()
+        folder = work_folder(out) if replacing else out
+        if (folder / _FILES[0]).exists():
+            differ = _differences(folder / _FILES[0], plain, tolerant=replacing)
+            if differ and not replacing:
+                raise EsdLoraError(
+                    f"output {out} holds another evaluation: {', '.join(differ)} differ. Choose another, or add --force."
+                )
+            if differ:
+                shutil.rmtree(folder)
+        else:
+            check_directory(out, force)
+        with reporting_write_errors(out):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / _FILES[0], _json(plain))
+        write_atomically(folder / "cases.jsonl", _case_lines(cases))
+        yield folder
+        if replacing:
+            replace_directory(out, folder, [*_FILES, *_FOLDERS])
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _differences(file: Path, record: Mapping[str, Any], *, tolerant: bool) -> list[str]:
+    """Return the keys in which the record of an earlier evaluation differs: all, if it is damaged and that is tolerable."""
+    try:
+        earlier = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        if tolerant:
+            return list(record)
+        raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error
+    return [key for key in record if earlier.get(key) != record[key]]
 
 
 def _score_and_write(
@@ -257,7 +291,16 @@ def _score_and_write(
         write_atomically(out / "stack.png", heat_map(report.stack))
     write_atomically(out / "table.md", report.to_markdown().encode())
     write_atomically(out / "report.html", render_page(report, suite, cases, scores, pictures).encode())
-    if reasons := [failure for failure in failures if failure]:
+    return report
+
+
+def _passed(report: Report, conditions: Sequence[FailCondition]) -> Report:
+    """Return a report, once it is seen that no condition fails it.
+
+    Raises:
+        EsdLoraError: With every condition that does.
+    """
+    if reasons := [failure for condition in conditions if (failure := condition.failure(report.variants))]:
         raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))
     return report
 

@@ -44,6 +44,20 @@ def family_named(name: str) -> ModelFamily:
     return families[name]
 
 
+def read_components(index: Path) -> list[str]:
+    """Return the names of the components that a model_index.json lists, which are the folders beside it.
+
+    Raises:
+        EsdLoraError: If it is damaged.
+    """
+    try:
+        return [name for name in json.loads(index.read_text("utf-8")) if not name.startswith("_")]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise EsdLoraError(
+            f"{index} is damaged: expected JSON with a name for each component. Fetch the base again."
+        ) from error
+
+
 def read_pipeline(index: Path) -> str:
     """Return the pipeline class that a model_index.json names.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import yaml
 
 from esd_lora.built_in import BUILT_IN
-from esd_lora.erasers.eraser import Eraser, write_eraser
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, Number, cells, markdown_cell, markdown_table, role_rows
 from esd_lora.families import FAMILIES
+from esd_lora.files import write_files
 from esd_lora.formats.licenses import License, base_license
 from esd_lora.wording import HubId, is_hub_id, mask_of, slug, without_article
 
@@ -47,14 +48,20 @@ class Publication(NamedTuple):
     """Mask the concepts' names, and warn of the page."""
 
 
-def save_with_card(eraser: Eraser, directory: str | Path) -> Path:
-    """Write an eraser's directory for people, its model card included, and return it; each file appears whole or not at all.
+def save_with_card(
+    eraser: Eraser, directory: str | Path, more: Mapping[str, bytes] | None = None, replaces: Collection[str] = ()
+) -> Path:
+    """Write an eraser's directory for people, its model card included, and return it; the files appear together or not at all.
 
     Args:
         eraser: The eraser.
         directory: Made when missing. Files of other names in it are left alone.
+        more: Further files, by name.
+        replaces: Names of files of an earlier eraser that are not there afterwards, unless they are written.
     """
-    return write_eraser(directory, {CARD_NAME: render_card(eraser).encode(), **eraser.files()})
+    card = {CARD_NAME: render_card(eraser).encode()}
+    write_files(Path(directory), {**card, **eraser.files(), **(more or {})}, replaces)
+    return Path(directory)
 
 
 def render_card(eraser: Eraser, publication: Publication | None = None) -> str:

@@ -15,7 +15,7 @@ from esd_lora.erasers.tensor_files import file_content, hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_named
 from esd_lora.families.layer_names import OriginalLayer
-from esd_lora.files import prepare_directory, prepare_file, write_atomically
+from esd_lora.files import reserve_directory, reserve_file, write_atomically, write_files
 from esd_lora.wording import is_hub_id, slug
 
 LAYOUTS = ("kohya", "diffusers", "peft")
@@ -43,15 +43,15 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
         raise EsdLoraError(f"unknown layout {layout!r}{did_you_mean(layout, LAYOUTS)}. Known: {', '.join(LAYOUTS)}.")
     if layout == "peft":
         tensors, config = _peft(eraser)
-        prepare_directory(out, force, PEFT_FILES)
-        write_atomically(out / PEFT_FILES[0], file_content(tensors, eraser.metadata()))
-        write_atomically(out / PEFT_FILES[1], json.dumps(config, indent=2).encode())
+        with reserve_directory(out, force):
+            contents = (file_content(tensors, eraser.metadata()), json.dumps(config, indent=2).encode())
+            write_files(out, dict(zip(PEFT_FILES, contents, strict=True)))
         return out
     if out.suffix != ".safetensors":
         raise EsdLoraError(f"output {out}: layout {layout!r} is one file, give it a name that ends in .safetensors.")
     content = kohya_content(eraser) if layout == "kohya" else eraser.files()[WEIGHTS_NAME]
-    prepare_file(out, force)
-    write_atomically(out, content)
+    with reserve_file(out, force):
+        write_atomically(out, content)
     return out
 
 

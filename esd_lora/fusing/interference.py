@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
-from esd_lora.files import write_atomically
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -60,22 +58,18 @@ class Interference(NamedTuple):
                 rows.append(f"{name:<{width}}  {self.together[i]:>23.1%}  {most:.1%} {by}")
         return rows
 
-    def save(self, directory: Path) -> None:
-        """Write `interference.json` and the heat maps, `interference.png`."""
-        from io import BytesIO
-
-        from esd_lora.pictures import heat_maps
+    def files(self) -> dict[str, bytes]:
+        """Return `interference.json` and the heat maps, `interference.png`."""
+        from esd_lora.pictures import heat_maps, png
 
         # `company` is the file's name for it.
         content = {"company" if name == "together" else name: value for name, value in self._asdict().items()}
-        write_atomically(directory / REPORT_FILES[0], json.dumps(content, indent=1, ensure_ascii=False).encode())
         maps: dict[str, Sequence[Sequence[float]]] = {"read overlap": self.reads, "write overlap": self.writes}
         maps["cosine of updates"] = self.cosine
         if self.effect and self.together:
             maps["effect on row's prompts"] = [[*row, more] for row, more in zip(self.effect, self.together, strict=True)]
-        picture = BytesIO()
-        heat_maps(maps, self.names, last_column="in the stack").save(picture, "PNG")
-        write_atomically(directory / REPORT_FILES[1], picture.getvalue())
+        sheet = heat_maps(maps, self.names, last_column="in the stack")
+        return dict(zip(REPORT_FILES, (json.dumps(content, indent=1, ensure_ascii=False).encode(), png(sheet)), strict=True))
 
 
 def measure_interference(

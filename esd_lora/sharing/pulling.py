@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +9,7 @@ from esd_lora.erasers.eraser import ERASER_FILES
 from esd_lora.erasers.fetching import take_snapshot
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import partial_name, prepare_directory, reporting_write_errors
+from esd_lora.files import reserve_directory, write_files
 from esd_lora.wording import HubId
 
 
@@ -42,25 +40,8 @@ def pull(repo: str, out: str | Path, *, force: bool = False) -> Pulled:
     hub_id, out = HubId.read(repo), Path(out)
     if hub_id is None:
         raise EsdLoraError(f"{repo!r} is no repository on the Hub: expected owner/name, or owner/name@revision.")
-    new = not out.exists()
-    prepare_directory(out, force, ())
-    try:
+    with reserve_directory(out, force):
         folder, commit, names, left_out = take_snapshot(hub_id, whole=True)
         load_eraser(folder)
-        for name in names:
-            if (out / name).is_dir() or any(parent.is_file() for parent in (out / name).parents if parent.is_relative_to(out)):
-                raise EsdLoraError(f"output {out}: {name} cannot be put there, where a file or folder of that name is.")
-        with reporting_write_errors(out), tempfile.TemporaryDirectory(prefix=partial_name(out), dir=out.parent) as scratch:
-            copies = {name: Path(scratch, str(i)) for i, name in enumerate(names)}
-            for name, copy in copies.items():
-                shutil.copyfile(folder / name, copy)
-            for name in sorted(copies, key=lambda name: name in ERASER_FILES):  # what makes it an eraser comes last
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                copies[name].replace(out / name)
-            for name in {*ERASER_FILES} - {*copies}:
-                (out / name).unlink(missing_ok=True)
-    except BaseException:
-        if new and not any(out.iterdir()):
-            out.rmdir()
-        raise
+        write_files(out, {name: folder / name for name in names}, replaces=ERASER_FILES)
     return Pulled(out, commit, names, left_out)

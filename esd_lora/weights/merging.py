@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +18,8 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
 from esd_lora.erasers.tensor_files import hash_tensors, read_header
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import partial_name, prepare_file, remove_partials, reporting_write_errors
+from esd_lora.families import read_components
+from esd_lora.files import replaced_file, reporting_write_errors, reserve_directory, reserve_file, staged_directory
 from esd_lora.weights.streaming import write_merged
 
 _COMPARED = 64 * 2**20
@@ -62,15 +61,15 @@ def merge(
     stacked = stack(members, weights)
     _check_fit(stored, stacked, str(base))
     compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
-    (_check_directory if stored.denoiser else _check_file)(stored.path, out, force)
+    _check_place(stored, out)
     entry = {
         "base": str(base),
         "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
     }
     size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
-    with reporting_write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_partials(out)
+    read = [stored.path, *(eraser for eraser in erasers if not isinstance(eraser, Eraser))]
+    with (reserve_directory if stored.denoiser else reserve_file)(out, force, read), reporting_write_errors(out):
+        _check_replaced(stored, out)
         if (free := shutil.disk_usage(out.parent).free) < size:
             raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
@@ -126,63 +125,47 @@ def _compared(stacked: Eraser) -> list[str]:
     return [module for module, total in zip(smallest, totals, strict=True) if total <= _COMPARED] or smallest[:1]
 
 
-def _check_directory(source: Path, out: Path, force: bool) -> None:
-    if source.resolve() in (out.resolve(), *out.resolve().parents):
+def _check_place(stored: Stored, out: Path) -> None:
+    """Refuse an output that is the base or lies in it, or has the name of another layout."""
+    if stored.denoiser and stored.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise EsdLoraError(f"output {out} is inside the base itself. The base is never written to; choose another place.")
-    if out.suffix == ".safetensors":
-        raise EsdLoraError(f"output {out} is named like a file, and the base is a diffusers directory: so is what comes out.")
-    if out.exists() and not force:
-        raise EsdLoraError(f"output {out} already exists. Choose another, or add --force.")
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise EsdLoraError(f"output {out} is not a diffusers directory, so --force does not replace it. Choose another.")
-
-
-def _check_file(source: Path, out: Path, force: bool) -> None:
-    if out.exists() and out.samefile(source):
+    if out.exists() and out.samefile(stored.path):
         raise EsdLoraError(f"output {out} is the base itself. The base is never written to; choose another place.")
-    if out.suffix != ".safetensors":
+    if stored.denoiser and out.suffix == ".safetensors":
+        raise EsdLoraError(f"output {out} is named like a file, and the base is a diffusers directory: so is what comes out.")
+    if not stored.denoiser and out.suffix != ".safetensors":
         raise EsdLoraError(
             f"output {out}: the base is one file, and so is what comes out. Give a name that ends in .safetensors."
         )
-    prepare_file(out, force)
-    if out.exists():
-        read_header(out)  # whatever else lies there is not ours to replace
+
+
+def _check_replaced(stored: Stored, out: Path) -> None:
+    """Refuse to replace anything but a pipeline or checkpoint, or more than that."""
+    if out.is_file():
+        read_header(out)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "model_index.json").is_file():
+        raise EsdLoraError(f"output {out} is not a diffusers directory, so --force does not replace it. Choose another.")
+    known = {path.name for path in stored.path.iterdir()} | {"model_index.json", *read_components(out / "model_index.json")}
+    if strange := sorted(path.name for path in out.iterdir() if path.name not in known):
+        raise EsdLoraError(f"output {out} holds {strange[0]}, which is no part of a pipeline and would be lost. Move it first.")
 
 
 def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
-    handle, name = tempfile.mkstemp(prefix=partial_name(out), dir=out.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with replaced_file(out) as partial:
         write_merged(stored.files[0], stacked, partial, entry, bar)
-        partial.chmod(0o644)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
     assert stored.denoiser
-    partial = Path(tempfile.mkdtemp(prefix=partial_name(out), dir=out.parent))
-    try:
 
-        def left_out(folder: str, names: list[str]) -> list[str]:
-            # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
-            return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
+        return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
 
-        shutil.copytree(stored.path, partial, dirs_exist_ok=True, ignore=left_out)
+    with staged_directory(out, None) as stage:
+        shutil.copytree(stored.path, stage, dirs_exist_ok=True, ignore=left_out)
+        stage.chmod(0o755)
         for file in stored.files:
-            write_merged(file, stacked, partial / stored.denoiser.name / file.path.name, entry, bar)
-        partial.chmod(0o755)
-        if out.exists():
-            retired = out.rename(partial.with_name(f"{partial.name}-replaced"))
-            try:
-                partial.rename(out)
-            except OSError:
-                retired.rename(out)
-                raise
-            shutil.rmtree(retired)
-        else:
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_merged(file, stacked, stage / stored.denoiser.name / file.path.name, entry, bar)

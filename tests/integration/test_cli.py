@@ -614,7 +614,6 @@ MISTAKES = {
     "merge into the base": ("merge {cat} --base {tiny} -o {tiny} --force", "inside the base"),
     "output that is a file": ("stack {cat} -o {text}", "file"),
     "output below a file": ("stack {cat} -o {text}/x", "file"),
-    "copy into a missing directory": ("recipes copy fast -o {out}/x.yaml", "{out}"),
     "unknown recipe to show": ("recipes show fsat", "did you mean 'fast'?"),
     "unknown recipe to copy": ("recipes copy fsat", "did you mean 'fast'?"),
     "unknown recipe to check": ("recipes check fsat", "did you mean 'fast'?"),

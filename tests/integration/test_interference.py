@@ -13,6 +13,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import write_files
 from esd_lora.fusing.interference import REPORT_FILES, measure_interference
 from random_erasers import build_header
 
@@ -70,7 +71,7 @@ def test_effects_on_a_base(base: Base, cat: Eraser, car: Eraser, tmp_path: Path)
     assert report.together is not None
     assert [report.effect[i][i] for i in range(2)] == pytest.approx([1, 1])
     assert all(value > 0.01 for value in (report.effect[0][1], report.effect[1][0], *report.together))
-    report.save(tmp_path)
+    write_files(tmp_path, report.files())
     assert {path.name for path in tmp_path.iterdir()} == set(REPORT_FILES)
     written = json.loads((tmp_path / REPORT_FILES[0]).read_text())
     assert written["names"] == ["a cat", "a car"]

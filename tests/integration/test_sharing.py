@@ -30,9 +30,10 @@ from esd_lora.erasers.measured import Measured
 from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import file_content
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import write_files
 from esd_lora.formats.cards import Publication, Sample, render_card, save_with_card
 from esd_lora.formats.licenses import license_of
-from esd_lora.pictures import save_samples
+from esd_lora.pictures import sample_files
 from esd_lora.recipe import Neighbours
 from esd_lora.sharing.catalog import catalog, search
 from esd_lora.sharing.pulling import pull
@@ -69,7 +70,7 @@ def no_cat(tmp_path: Path) -> Path:
     """An eraser with pictures, on a base whose licence is known."""
     folder = eraser_for(BASE, "a cat").save(tmp_path / "no-cat")
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
-    save_samples(folder / "samples", ["a cat", "a dog"], pictures, pictures[::-1])
+    write_files(folder, sample_files(["a cat", "a dog"], pictures, pictures[::-1]))
     (folder / "train_log.jsonl").write_text("{}\n")
     (folder / "checkpoint.pt").write_bytes(b"not for others")
     return folder
@@ -404,7 +405,7 @@ def test_masking_touches_no_key_tag_or_address(name: str, prompt: str, shown: st
     eraser = eraser_for(BASE, name)
     concept = eraser.header.concepts[0].model_copy(update={"pairs": ((prompt, ""),)})
     folder = Eraser(eraser.pairs, eraser.header.model_copy(update={"concepts": (concept,)})).save(tmp_path / "one")
-    save_samples(folder / "samples", [prompt], [Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))])
+    write_files(folder, sample_files([prompt], [Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))]))
     push(folder, "ada/one", sensitive=True, kohya=True)
     files = ada.files("ada/one")
     card = ModelCard(files["README.md"].decode())

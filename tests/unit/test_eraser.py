@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
 from esd_lora.erasers.header import FORMAT, HEADER_KEY, EraserHeader
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import prepare_directory, write_atomically
 from esd_lora.formats.cards import render_card, save_with_card
 from esd_lora.formats.exporting import export
 from esd_lora.recipe_files import load_recipe
@@ -81,15 +80,6 @@ def test_directory_for_people_holds_the_card_too(saved: Path, tmp_path: Path) ->
     folder = save_with_card(eraser, tmp_path / "with" / "card")
     assert (folder / "README.md").read_text("utf-8") == render_card(eraser)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"} == eraser.files()
-
-
-def test_weights_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They make a directory an eraser's, so whoever finds them finds the rest."""
-    names: list[str] = []
-    monkeypatch.setattr("esd_lora.erasers.eraser.write_atomically", lambda path, _: names.append(path.name))
-    save_with_card(random_eraser({"conv": 1}), tmp_path)
-    assert sorted(names) == sorted(["README.md", "recipe.yaml", WEIGHTS_NAME])
-    assert names[-1] == WEIGHTS_NAME
 
 
 def test_file_loads_as_its_directory_does(saved: Path) -> None:
@@ -215,28 +205,6 @@ def test_keys_that_are_no_pairs(saved: Path, tensors: dict[str, torch.Tensor]) -
     assert "Fetch or train it again" in refusal(rewrite(saved, tensors=tensors))
 
 
-def test_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "weights"
-    write_atomically(file, b"old")
-    write_bytes = Path.write_bytes
-
-    def half(path: Path, content: bytes) -> int:
-        write_bytes(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", half)
-        with pytest.raises(EsdLoraError, match="No space left"):
-            write_atomically(file, b"new content")
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
-    with file.open("rb") as reader:
-        write_atomically(file, b"new content")
-        assert reader.read() == b"old"  # who reads meanwhile reads the old one to its end
-    assert file.read_bytes() == b"new content"
-    assert list(tmp_path.iterdir()) == [file]
-
-
 def card_of(header: EraserHeader) -> str:
     """The card of an eraser that has this header."""
     return render_card(Eraser(random_eraser({"conv": 1, "shortcut": 2}).pairs, header))
@@ -290,31 +258,6 @@ def test_card_keeps_its_table_whatever_the_prompt_holds() -> None:
     row = next(line for line in card.splitlines() if "[cat" in line)
     assert row.endswith("|")
     assert row.replace("\\|", "").count("|") == 3
-
-
-def test_output_that_is_new_or_empty(tmp_path: Path) -> None:
-    prepare_directory(tmp_path / "a" / "b", False, [])
-    prepare_directory(tmp_path / "a" / "b", False, [])
-    assert (tmp_path / "a" / "b").is_dir()
-
-
-def test_output_that_holds_something(tmp_path: Path) -> None:
-    for name in ("ours", "theirs"):
-        (tmp_path / name).write_text("old")
-    with pytest.raises(EsdLoraError, match="--force"):
-        prepare_directory(tmp_path, False, ["ours", "other"])
-    assert (tmp_path / "ours").exists()
-    prepare_directory(tmp_path, True, ["ours", "other"])
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
-
-
-def test_output_that_is_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "out"
-    file.write_text("mine")
-    for path in (file, file / "below"):
-        with pytest.raises(EsdLoraError, match="file"):
-            prepare_directory(path, True, [])
-    assert file.read_text() == "mine"
 
 
 def test_hash_is_the_same_for_a_base_and_its_float16_variant() -> None:

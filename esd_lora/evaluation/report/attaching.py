@@ -14,7 +14,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.picture_files import open_painted, painted_file
 from esd_lora.evaluation.report.report import Report
 from esd_lora.formats.cards import save_with_card
-from esd_lora.pictures import read_samples, save_samples
+from esd_lora.pictures import read_samples, sample_files
 
 
 def attach(eraser: str | Path, report: Report | str | Path, pictures: Path | None = None) -> Path:
@@ -35,14 +35,17 @@ def attach(eraser: str | Path, report: Report | str | Path, pictures: Path | Non
     if [member["sha256"] for member in members] != [hash_tensors(loaded.state_dict())]:
         raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
     require_attachable(eraser, Strength(members[0]["weight"], members[0]["blocks"]))
-    if pictures is not None and not read_samples(directory / "samples"):
-        _take_samples(pictures, directory / "samples")
+    samples = {} if pictures is None or read_samples(directory / "samples") else _take_samples(pictures)
     numbers = {name: getattr(report, name) for name in ("suite", "concepts", "variants", "not_run", "record")}
     measured = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **numbers)
     earlier = loaded.header.evaluation
-    if earlier is not None and measured.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"}):
+    if (
+        not samples
+        and earlier is not None
+        and measured.model_dump_json(exclude={"date"}) == earlier.model_dump_json(exclude={"date"})
+    ):
         return directory  # nothing new was measured, so the file stays the same to the byte
-    return save_with_card(Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": measured})), directory)
+    return save_with_card(Eraser(loaded.pairs, loaded.header.model_copy(update={"evaluation": measured})), directory, samples)
 
 
 def require_attachable(eraser: str | Path, strength: Strength | None = None) -> Path:
@@ -63,8 +66,8 @@ def require_attachable(eraser: str | Path, strength: Strength | None = None) -> 
     return directory
 
 
-def _take_samples(evaluation: Path, folder: Path) -> None:
-    """Save pictures of what was erased and of the rest, spread over all that there are, base and erased."""
+def _take_samples(evaluation: Path) -> dict[str, bytes]:
+    """Return pictures of what was erased and of the rest, spread over all that there are, base and erased, by file name."""
     cases = [json.loads(line) for line in (evaluation / "cases.jsonl").read_text("utf-8").splitlines()]
     targets = [case for case in cases if case["role"] == "target"]
     rest = [case for case in cases if case["role"] in ("neighbour", "general")]
@@ -73,4 +76,4 @@ def _take_samples(evaluation: Path, folder: Path) -> None:
     before, erased = (
         [open_painted(painted_file(evaluation, name, case["case"])) for case in chosen] for name in ("base", "erased")
     )
-    save_samples(folder, [case["prompt"] for case in chosen], before, erased)
+    return sample_files([case["prompt"] for case in chosen], before, erased)

@@ -1,0 +1,42 @@
+"""Whatever stops a verb, the old result or the new one is whole, and done again it leaves what an unbroken run does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HARNESS = Path(__file__).with_name("harness.py")
+
+
+def trials(out: Path, *options: object) -> dict[str, Any]:
+    """Return the report of a harness in a process of its own, which holds no threads when it forks."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, HARNESS, out, *map(str, options)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text("utf-8"))
+
+
+def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
+    verbs = ["stack", "merge a file", "export for peft", "recipes copy"]
+    report = trials(tmp_path / "report.json", "--verbs", *verbs, "--stride", 5, "--randomly", 1, "--pairs", 3)
+    assert report["failures"] == []
+    assert list(report["counts"]) == verbs
+    assert all(counts["kills"] and counts["refusals"] and counts["pairs"] == 3 for counts in report["counts"].values())
+
+
+@pytest.mark.slow
+def test_every_verb_stopped_at_every_write(tmp_path: Path) -> None:
+    report = trials(tmp_path / "report.json", "--stride", 1, "--slow-stride", 3, "--randomly", 10, "--pairs", 100)
+    assert report["failures"] == []
+    total = {kind: sum(counts.get(kind, 0) for counts in report["counts"].values()) for kind in ("kills", "refusals", "pairs")}
+    assert total["kills"] >= 500
+    assert total["refusals"] >= 500
+    assert total["pairs"] >= 100 * len(report["counts"])
