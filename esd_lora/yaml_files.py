@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node and what is in it, as PyYAML does."""
-        event = cast("Any", self.peek_event())
+        event: Any = self.peek_event()  # pyright: ignore[reportUnknownMemberType]
         self.values += 1
         refusal = None
         if isinstance(event, yaml.AliasEvent):
@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         """Compose a scalar, as PyYAML does."""
-        node = cast("yaml.ScalarNode", super().compose_scalar_node(anchor))  # pyright: ignore[reportUnknownMemberType]
+        node = super().compose_scalar_node(anchor)
         number = node.tag.endswith((":int", ":float"))
         if number and len(node.value) > _MAX_DIGITS:
             raise _Refusal(problem=f"holds a number of more than {_MAX_DIGITS} digits", problem_mark=node.start_mark)
@@ -99,7 +99,8 @@ def parse_yaml(text: str, name: str) -> tuple[yaml.Node | None, Any]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return node, loader.construct_document(node) if node else None
+        build = cast("Callable[[yaml.Node], Any]", loader.construct_document)  # pyright: ignore[reportUnknownMemberType]
+        return node, build(node) if node else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         what = error.problem if isinstance(error, _Refusal) else f"not valid YAML: {error.problem}. Mend that line"
