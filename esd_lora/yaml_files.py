@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node and what is in it, as PyYAML does."""
-        event: Any = self.peek_event()  # pyright: ignore[reportUnknownMemberType]
+        event = cast("Callable[[], Any]", self.peek_event)()  # pyright: ignore[reportUnknownMemberType]
         self.values += 1
         refusal = None
         if isinstance(event, yaml.AliasEvent):

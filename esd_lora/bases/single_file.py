@@ -179,9 +179,10 @@ def _model_class(library: str, name: str) -> Any:
     """
     import diffusers
     import transformers
+    from diffusers.models.modeling_utils import ModelMixin
 
     known: dict[str, Any] = {
-        "diffusers": (diffusers, diffusers.ModelMixin),
+        "diffusers": (diffusers, ModelMixin),
         "transformers": (transformers, transformers.PreTrainedModel),
     }
     module, parent = known.get(library, (None, None))
