@@ -64,7 +64,7 @@ def read_pipeline(index: Path) -> str:
         raise EsdLoraError(f"{index} names code of its own as its pipeline ({shortened(repr(name))}), which is never run.")
     for part, component in values.items():
         needed = part in ("unet", "transformer", "scheduler")
-        if (isinstance(component, list) or needed) and not _is_component(component, needed):
+        if (needed or (isinstance(component, list) and not part.startswith("_"))) and not _is_component(component, needed):
             raise EsdLoraError(
                 f"{index}: component {shortened(part)} is {shortened(repr(component))}, expected a class of diffusers or"
                 " transformers. Fetch the base again, or from elsewhere."

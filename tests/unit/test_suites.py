@@ -227,7 +227,9 @@ prompts:
   a: {{role: general, templates: ["{{b}} {{c}} {{d}}"], fill: {{b: [{words}], c: [{words}], d: [{words}]}}}}
 detectors: {{}}
 """
-    with pytest.raises(EsdLoraError, match="the prompts 'a' of this suite come to 125,000,000,000 pictures, more than 100,000"):
+    with pytest.raises(
+        EsdLoraError, match=r"the prompts .a. of this suite come to 125,000,000,000 pictures, more than 100,000"
+    ):
         plan_cases(suite(tmp_path, text), [])
 
 
@@ -251,7 +253,7 @@ def test_nothing_is_left_to_measure_on(tmp_path: Path) -> None:
     text = "description: x\nprompts: {a: {role: general, domain: object, count: 1000}}\ndetectors: {}\n"
     prompts = {case.prompt for case in plan_cases(suite(tmp_path, text), [CAT]).cases} | {pair[0] for pair in CAT.pairs}
     trained = CAT.model_copy(update={"pairs": tuple((prompt, "") for prompt in prompts)})
-    with pytest.raises(EsdLoraError, match="trained on every prompt of 'cat.*so none is left to measure on"):
+    with pytest.raises(EsdLoraError, match=r"trained on every prompt of 'cat.*so none is left to measure on"):
         plan_cases(suite(tmp_path, text), [trained])
 
 

@@ -97,9 +97,9 @@ def concept(tmp_path: Path, text: str) -> Recipe:
 def test_prompts_times_fill(tmp_path: Path) -> None:
     prompts = ", ".join(f"p{i} {{x}}".join("''") for i in range(1000))
     words = ", ".join(f"w{i}" for i in range(1000))
-    with pytest.raises(EsdLoraError, match="come to 1,000,000 prompts of .* up to 100,000 prompts"):
+    with pytest.raises(EsdLoraError, match=r"come to 1,000,000 prompts of .* up to 100,000 prompts"):
         concept(tmp_path, f"prompts: [{prompts}], fill: [{words}]")
-    with pytest.raises(EsdLoraError, match="come to 1 prompts of 5,000,0.* up to .* of 10,000,000 characters in all"):
+    with pytest.raises(EsdLoraError, match=r"come to 1 prompts of 5,000,0.* up to .* of 10,000,000 characters in all"):
         concept(tmp_path, f"prompts: ['{'{x}' * 10_000}'], fill: [{'w' * 500_000}]")
     assert len(concept(tmp_path, f"prompts: ['a {{x}}', '{{x}}'], fill: [{words}]").concepts[0].lessons()) == 2000
 
