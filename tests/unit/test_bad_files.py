@@ -169,6 +169,34 @@ def test_place_that_cannot_be_written(write: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+HEADERS = {
+    "NaN": ('"weight":1.0', '"weight":NaN', "NaN is no JSON"),
+    "infinity": ('"weight":1.0', '"weight":-Infinity', "Infinity is no JSON"),
+    "infinity in digits": ('"weight":1.0', '"weight":1e999', "weight: .*finite number"),
+    "year that no clock has": ('"created":"2', '"created":"0001-01-01T00:00:00", "x":"', "created: "),
+    "deep": ('"weight":1.0', '"weight":' + "[" * 100_000, "damaged header"),
+    "many digits": ('"weight":1.0', '"weight":' + "9" * 5000, "damaged header"),
+    "long name": ('"versions":{', f'"versions":{{"{"x" * 100_000}":3,', "damaged header"),
+    "long": ('"weight":1.0', f'"weight":1.0,"x":"{"x" * 2**24}"', "more than 16,777,216: it is no eraser's"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), HEADERS.values(), ids=HEADERS)
+def test_damaged_eraser_header(tmp_path: Path, old: str, new: str, words: str) -> None:
+    from safetensors.torch import save_file
+
+    eraser, file = random_eraser({"conv": 2}, dtype=torch.float32), tmp_path / "x.safetensors"
+    text = eraser.header.model_dump_json()
+    assert old in text
+    save_file(eraser.state_dict(), file, {HEADER_KEY: text.replace(old, new, 1)})
+    for read in (Eraser.load, inspect_file):
+        with pytest.raises(EsdLoraError, match=words) as caught:
+            read(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 700
+
+
 PICKLED = {
     "expanded": (torch.zeros(1).expand(50_000, 50_000), "and its tensors come to 10,000,000,0"),
     "overlapping": (torch.zeros(4000).as_strided((2000, 2000), (1, 1)), "its tensors come to 16,000,0"),
