@@ -89,7 +89,10 @@ def import_lora(
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in modules.get(name, [(name, OriginalLayer(name))]):
             scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
-            pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
+            up = scaled(whole.up, scale)
+            if not bool(up.isfinite().all()):
+                raise EsdLoraError(f"{file}: alpha of layer {name} scales it by {scale:g}, beyond all numbers. Fetch it again.")
+            pair = _part(LoraPair(whole.down, up), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
             if pair:

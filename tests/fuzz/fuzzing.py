@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
+from readers import READERS, Reader
 
 from esd_lora.errors import EsdLoraError
-from readers import READERS, Reader
 
 SECONDS = 5
 MEGABYTES = 512
@@ -39,7 +40,7 @@ CORPUS = Path(__file__).parent / "corpus"
 """Reader to the worst inputs that were met, each a file of a few hundred bytes, which every run begins with."""
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """A case that neither loaded nor was refused as it should be."""
 
 
@@ -66,7 +67,9 @@ class Guard:
             return
         if event == "open":
             path, mode, flags = arguments
-            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (
+                os.O_WRONLY | os.O_RDWR | os.O_CREAT
+            )
             bad = bool(writes) and not self.inside(path) and path != os.devnull
         elif event in self.CHANGING:
             bad = not self.inside(arguments[0])
@@ -127,7 +130,7 @@ class Session:
         """Have the reader read one case, and see that it keeps to the rules.
 
         Raises:
-            Fault: If it does not; the input is kept.
+            FaultError: If it does not; the input is kept.
         """
         self.counts["cases"] += 1
         (self.case / self.reader.file).write_bytes(content)
@@ -154,7 +157,7 @@ class Session:
             self.faults.mkdir(exist_ok=True)
             place = self.faults / f"{self.name}-{self.counts['cases']}"
             place.write_bytes(content)
-            raise Fault(f"{self.name}: {place} ({len(content)} bytes): {problem}")
+            raise FaultError(f"{self.name}: {place} ({len(content)} bytes): {problem}")
 
 
 def _fault_of(message: str) -> str | None:
@@ -198,17 +201,124 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 INTEGERS = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 WORDS = (
-    *(b"\0", b"\n", b'"', b"{", b"[", b"}", b"]", b":", b": ", b", ", b"\xff", b"\xc3", b"\xe2\x80\xa8", b"\x1b[2J", b"- ", b"?"),
+    *(
+        b"\0",
+        b"\n",
+        b'"',
+        b"{",
+        b"[",
+        b"}",
+        b"]",
+        b":",
+        b": ",
+        b", ",
+        b"\xff",
+        b"\xc3",
+        b"\xe2\x80\xa8",
+        b"\x1b[2J",
+        b"- ",
+        b"?",
+    ),
     *(b"NaN", b"Infinity", b"-1", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 500, b"null", b"true", b"''", b"*a", b"&a "),
-    *(b"!!int ''", b"!!bool x", b"!!python/object/apply:os.system [true]", b"<<: ", b"{x}", b"{x:>900000000}", b"{x.__class__}"),
-    *(b"../../../etc/passwd", b"/dev/zero", b"a" * 300, b"(a+)+$", b"re:(a*)*b", b"\\ud800", b"0x", b"2020-13-45", b"subprocess"),
+    *(
+        b"!!int ''",
+        b"!!bool x",
+        b"!!python/object/apply:os.system [true]",
+        b"<<: ",
+        b"{x}",
+        b"{x:>900000000}",
+        b"{x.__class__}",
+    ),
+    *(
+        b"../../../etc/passwd",
+        b"/dev/zero",
+        b"a" * 300,
+        b"(a+)+$",
+        b"re:(a*)*b",
+        b"\\ud800",
+        b"0x",
+        b"2020-13-45",
+        b"subprocess",
+    ),
 )
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 3, 2**31, 2**53, 2**63, -(2**64), 10**99, 0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf")),
-    *("", " ", "x", "\0", "\n", "a\nb", "猫", "\x1b[2J", "x" * 300, "y" * 20_000, "../..", "/etc/passwd", "/dev/zero", "a\\b", "."),
-    *("{x}", "{x!r}", "{0}", "{", "{concept.__class__}", "{concept:>900000000}", "re:(a*)*b", "re:(", "re:" + "(" * 500, "re:a{9}{9}"),
-    *("(a+)+$", "^a$", "os:system", "subprocess:Popen", "NaN", "1e999", "=", "<<", "yes", "2001-01-01", "emoji", "fast", "*a", "!!int"),
-    *([], {}, [[]], {"": {}}, [None], [1, 2], ["os", "system"], ["transformers", "AutoModel"], {"x": 1}, {"a": {"b": {"c": []}}}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        3,
+        2**31,
+        2**53,
+        2**63,
+        -(2**64),
+        10**99,
+        0.0,
+        -0.5,
+        1e-320,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        " ",
+        "x",
+        "\0",
+        "\n",
+        "a\nb",
+        "猫",
+        "\x1b[2J",
+        "x" * 300,
+        "y" * 20_000,
+        "../..",
+        "/etc/passwd",
+        "/dev/zero",
+        "a\\b",
+        ".",
+    ),
+    *(
+        "{x}",
+        "{x!r}",
+        "{0}",
+        "{",
+        "{concept.__class__}",
+        "{concept:>900000000}",
+        "re:(a*)*b",
+        "re:(",
+        "re:" + "(" * 500,
+        "re:a{9}{9}",
+    ),
+    *(
+        "(a+)+$",
+        "^a$",
+        "os:system",
+        "subprocess:Popen",
+        "NaN",
+        "1e999",
+        "=",
+        "<<",
+        "yes",
+        "2001-01-01",
+        "emoji",
+        "fast",
+        "*a",
+        "!!int",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        {"": {}},
+        [None],
+        [1, 2],
+        ["os", "system"],
+        ["transformers", "AutoModel"],
+        {"x": 1},
+        {"a": {"b": {"c": []}}},
+    ),
     *(["x"] * 2000, {f"k{i}": i for i in range(2000)}, [0] * 5, [2**40, 2**40], [-1], [0, 2**62], [[[[[[[[[[[]]]]]]]]]]]),
 )
 """What stands in the place of a value that a document should have."""
@@ -223,7 +333,7 @@ def _places(document: object, place: tuple[Any, ...] = ()) -> list[tuple[Any, ..
 @st.composite
 def spoilt(draw: st.DrawFn, documents: list[Any]) -> Any:
     """Return one of the documents with one to three values exchanged, removed, moved or given other names."""
-    document = json.loads(json.dumps(draw(st.sampled_from(documents))))
+    document = deepcopy(draw(st.sampled_from(documents)))
     for _ in range(draw(st.integers(1, 3))):
         *above, last = (None, *draw(st.sampled_from(_places(document))))
         if last is None:
@@ -235,13 +345,15 @@ def spoilt(draw: st.DrawFn, documents: list[Any]) -> Any:
             case 0:
                 del parent[last]
             case 1 if isinstance(parent, dict):
-                parent[draw(st.sampled_from([v for v in VALUES if isinstance(v, str)]) | st.text(max_size=8))] = parent.pop(last)
+                parent[draw(st.sampled_from([v for v in VALUES if isinstance(v, str)]) | st.text(max_size=8))] = parent.pop(
+                    last
+                )
             case 2:
-                parent[last] = json.loads(json.dumps(draw(st.sampled_from(documents))))
+                parent[last] = deepcopy(draw(st.sampled_from(documents)))
             case 3 if isinstance(parent, list):
                 parent += [parent[last]] * draw(st.sampled_from((1, 50)))
             case _:
-                parent[last] = draw(st.sampled_from(VALUES) | st.text(max_size=20) | st.integers() | st.floats())
+                parent[last] = deepcopy(draw(st.sampled_from(VALUES) | st.text(max_size=20) | st.integers() | st.floats()))
     return document
 
 
@@ -252,12 +364,12 @@ def fuzz(name: str, cases: int, seed: int, folder: Path, guard: Guard) -> dict[s
         Number of cases, of those that loaded, and of those that were refused.
 
     Raises:
-        Fault: With the first input, as small as hypothesis makes it, that does something else.
+        FaultError: With the first input, as small as hypothesis makes it, that does something else.
     """
     session, rng = Session(name, folder, guard), random.Random(f"{name} {seed}")
     session.run(session.seeds[0])  # whatever is imported or kept for later is there from now on
     if not session.counts["loads"]:
-        raise Fault(f"{name}: the first seed does not load")
+        raise FaultError(f"{name}: the first seed does not load")
     sources = [*session.seeds, *session.kept]
     with limited():
         for content in sources:

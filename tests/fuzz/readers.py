@@ -1,13 +1,16 @@
-"""The readers of strangers' files, and for each what it reads: seeds, documents of the right structure, and what lies beside."""
+"""The readers of strangers' files, and for each what it reads: seeds, documents, and what lies beside them."""
 
 from __future__ import annotations
 
+import atexit
 import csv
 import io
 import json
 import pickle
 import shutil
 import struct
+import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +23,13 @@ import yaml
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
+import original_checkpoints
 from esd_lora.bases.loading import load_base
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.tensor_files import read_tensors
-from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.planning import plan_cases
 from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.scoring import _resume
@@ -37,7 +40,7 @@ from esd_lora.formats.inspecting import inspect_file
 from esd_lora.pictures import read_samples
 from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_names, recipe_text
 from random_erasers import random_eraser
-from tiny import save_tiny, tiny_recipe
+from tiny import save_tiny, tiny_pipeline, tiny_recipe
 
 PROJECT = Path(__file__).parents[2]
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_"
@@ -104,17 +107,17 @@ def safetensors_file(document: Any) -> bytes:
         texts = {k: json.dumps(v) if k in NESTED and not isinstance(v, str) else v for k, v in metadata.items()}
         header = {**header, "__metadata__": texts}
     text = json.dumps(header).encode("utf-8", "surrogatepass")
-    size = min(max(data, 0), 10**6) if isinstance(data, int) else 0
+    size = min(max(data, 0), 2**22) if isinstance(data, int) else 0
     return struct.pack("<Q", len(text)) + text + struct.pack("<f", 1.0) * (size // 4) + b"\1" * (size % 4)
 
 
 def read_eraser(folder: Path) -> None:
-    """Load, inspect and import an eraser, each of which may refuse it."""
+    """Load and inspect an eraser, and write what its header says."""
     file = folder / "x.safetensors"
     eraser = Eraser.load(file)
     assert inspect_file(file).lines()
-    assert eraser.effect() if hasattr(eraser, "effect") else eraser.header.effect() is not None
-    assert eraser.header.making() is not None
+    assert eraser.state_dict()
+    assert isinstance(eraser.header.effect() + "".join(eraser.header.making()) + eraser.header.recipe_document(), str)
 
 
 @cache
@@ -162,6 +165,13 @@ ADAPTERS = [
 
 # Pickles: a document says which tensors there are, of which kind, and how they are nested.
 
+
+def quietly(make: Callable[[], Any]) -> Any:
+    """Return what `make` makes, without torch's warnings that it may give such tensors up."""
+    with warnings.catch_warnings(action="ignore"):
+        return make()
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "plain": lambda: torch.ones(2, 768),
     "up": lambda: torch.ones(8, 2),
@@ -170,9 +180,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "expanded": lambda: torch.zeros(1).expand(50_000, 50_000),
     "overlapping": lambda: torch.zeros(4000).as_strided((2000, 2000), (1, 1)),
     "sparse": lambda: torch.eye(3).to_sparse(),
-    "rows": lambda: torch.eye(3).to_sparse_csr(),
+    "rows": lambda: quietly(lambda: torch.eye(3).to_sparse_csr()),
     "meta": lambda: torch.empty(50_000, 50_000, device="meta"),
-    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "quantised": lambda: quietly(lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)),
     "complex": lambda: torch.tensor(1j),
     "truth": lambda: torch.tensor(True),
     "float8": lambda: torch.ones(8, 2).to(torch.float8_e5m2),
@@ -181,7 +191,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "nothing": lambda: torch.ones(()),
     "learned": lambda: torch.nn.Parameter(torch.ones(8, 2)),
     "transposed": lambda: torch.ones(2, 8).T,
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "nested": lambda: quietly(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
 }
 
 
@@ -264,7 +274,12 @@ def read_recipe(folder: Path) -> None:
 def recipe_documents() -> list[Any]:
     """Return recipes: one with every field, and those that ship."""
     whole = yaml.safe_load(dump_recipe(tiny_recipe("owner/model")))
-    short = {"extends": ["fast", "concepts/van-gogh"], "base": "emoji", "scope": "re:mid.*to_v$", "lora": {"ranks": {"full": 2}}}
+    short = {
+        "extends": ["fast", "concepts/van-gogh"],
+        "base": "emoji",
+        "scope": "re:mid.*to_v$",
+        "lora": {"ranks": {"full": 2}},
+    }
     filled = {"extends": "x2.yaml", "base": "emoji", "concepts": [{"name": "x", "prompts": ["a {x}"], "fill": ["b", "c"]}]}
     shipped = [yaml.safe_load(recipe_text(name)) for name in recipe_names()[::9]]
     return [whole, short, filled, *shipped]
@@ -290,7 +305,13 @@ def suite_documents() -> list[Any]:
         "description": "x",
         "base": "emoji",
         "prompts": {
-            "filled": {"role": "general", "templates": ["a {b} {concept}"], "fill": {"b": ["c", "d"]}, "label": "{b}", "count": 3},
+            "filled": {
+                "role": "general",
+                "templates": ["a {b} {concept}"],
+                "fill": {"b": ["c", "d"]},
+                "label": "{b}",
+                "count": 3,
+            },
             "domain": {"role": "general", "domain": "object", "count": 2, "seed": 3},
             "pairs": {"role": "paraphrase", "domain": "pairs"},
         },
@@ -318,7 +339,11 @@ def as_csv(document: Any) -> bytes:
 
 
 TABLES = [
-    [["case_number", "prompt", "evaluation_seed", "class", "sd_image_width"], [1, "a cat", 3721, "cat", 512], [2, "b", 2**62, "", 64]],
+    [
+        ["case_number", "prompt", "evaluation_seed", "class", "sd_image_width"],
+        [1, "a cat", 3721, "cat", 512],
+        [2, "b", 2**62, "", 64],
+    ],
     [["", "prompt", "sd_seed", "sd_guidance_scale"], [0, "two\nlines", "3.0", 7.5], [1, 'a "quote", b', 4, 255]],
 ]
 
@@ -337,7 +362,10 @@ def pictures(_: Path) -> list[bytes]:
 
 RECORD = {"metric": "x", "weights": "café"}
 SCORES = [
-    [{"record": RECORD}, *({"variant": "base", "case": f"{i}", "values": {"x": i}, "details": {"seen": "\u2028"}} for i in range(3))]
+    [
+        {"record": RECORD},
+        *({"variant": "base", "case": f"{i}", "values": {"x": i}, "details": {"seen": "\u2028"}} for i in range(3)),
+    ]
 ]
 
 
@@ -347,13 +375,20 @@ def as_lines(document: Any) -> bytes:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode("utf-8", "surrogatepass")
 
 
+NUMBER = {"value": 0.5, "low": 0.1, "high": 0.9, "of": 4, "hits": 2, "difference": {"value": -0.5, "low": -1.0, "high": 0.0}}
+MEMBER = {"name": "a cat", "base": NUMBER, "alone": None, "together": NUMBER}
 REPORTS = [
     {
         "suite": "x",
         "concepts": ["a cat"],
-        "variants": {"base": {"target": {"x": {"value": 0.5, "low": 0.1, "high": 0.9, "of": 4, "hits": 2}}}},
-        "labels": {},
-        "record": {"detectors": {}},
+        "variants": {"base": {"target": {"x": NUMBER}}},
+        "labels": {"cat": {"base": {"x": NUMBER}}},
+        "layout": {"erased": {"UA": 0.5}},
+        "stack": {"metric": "x", "members": [MEMBER], "matrix": [[NUMBER, None]], "kept": [NUMBER]},
+        "distances": {"fid": {"erased": {"value": 1.5, "of": 3}}},
+        "not_run": {"clip": "no weights"},
+        "record": {"detectors": {"x": {"metric": "x"}}},
+        "gates": [{"gate": "x < 1", "failed": False}],
     }
 ]
 
@@ -363,10 +398,10 @@ REPORTS = [
 
 @cache
 def tiny_base() -> Path:
-    """Return a saved toy pipeline."""
-    import tempfile
-
-    return save_tiny(Path(tempfile.mkdtemp(prefix="esd-lora-fuzz-")) / "tiny")
+    """Return a saved toy pipeline, which is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="esd-lora-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return save_tiny(folder / "tiny")
 
 
 def lay_base(folder: Path) -> None:
@@ -403,18 +438,19 @@ def read_checkpoint(folder: Path) -> None:
     assert open_stored(folder / "x.safetensors").files
 
 
-def checkpoint(_: Path) -> list[bytes]:
-    """Return the beginning of a single-file checkpoint of Stable Diffusion."""
-    import original_checkpoints
-    from tiny import tiny_pipeline
-
-    file = original_checkpoints.save_checkpoint(tiny_pipeline(), _ / "model.safetensors")
-    content = file.read_bytes()
-    file.unlink()
-    return [content]
+@cache
+def checkpoint() -> bytes:
+    """Return a single-file checkpoint of Stable Diffusion at toy size: its header, and as many ones as it announces."""
+    content = original_checkpoints.save_checkpoint(tiny_pipeline(), tiny_base().parent / "model.safetensors").read_bytes()
+    return safetensors_file(safetensors_document(content))
 
 
-INDEX = {"text_encoder": ["mine", "Mine"], "vae": ["os", "system"], "_class_name": ["mine", "Mine"], "safety_checker": [None, None]}
+INDEX = {
+    "text_encoder": ["mine", "Mine"],
+    "vae": ["os", "system"],
+    "_class_name": ["mine", "Mine"],
+    "safety_checker": [None, None],
+}
 READERS: dict[str, Reader] = {
     "eraser": Reader(
         "x.safetensors",
@@ -459,7 +495,11 @@ READERS: dict[str, Reader] = {
         "x.yaml", read_suite, lambda _: [as_yaml(document) for document in suite_documents()], suite_documents(), as_yaml
     ),
     "prompts": Reader(
-        "x.csv", lambda folder: read_prompt_file(folder / "x.csv"), lambda _: [as_csv(table) for table in TABLES], TABLES, as_csv
+        "x.csv",
+        lambda folder: read_prompt_file(folder / "x.csv"),
+        lambda _: [as_csv(table) for table in TABLES],
+        TABLES,
+        as_csv,
     ),
     "picture": Reader("1_erased.png", read_samples, pictures),
     "scores": Reader(
@@ -477,8 +517,14 @@ READERS: dict[str, Reader] = {
     ),
     "index": base_reader("model_index.json", stored, **INDEX),
     "schedule": base_reader("scheduler/scheduler_config.json", stored, prediction_type="flow_prediction"),
+    "checkpoint": Reader(
+        "x.safetensors",
+        read_checkpoint,
+        lambda _: [checkpoint()],
+        [safetensors_document(checkpoint())],
+        safetensors_file,
+    ),
     "whole index": base_reader("model_index.json", load_whole, **INDEX),
     "whole schedule": base_reader("scheduler/scheduler_config.json", load_whole),
 }
 """Name to reader. Those of whole bases build models for each case, and take longer."""
-assert EsdLoraError  # what every one of them may raise
