@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of a line
+
 
 class EsdLoraError(Exception):
     """A fault the user can mend. The message says what was found, what was expected, and what to do.
 
-    The command line prints the message alone and exits with 1; any other exception is a bug and keeps its traceback.
+    The command line prints the message alone and exits with 1; any other exception is a bug and keeps its traceback. What a
+    stranger's file says may stand in it, so a line that is too long to be read is cut in the middle, and half a character
+    (a lone surrogate, which nothing can print) is written as its number.
     """
+
+    def __init__(self, message: str) -> None:
+        lines = message.encode("utf-8", "backslashreplace").decode("utf-8").split("\n")
+        super().__init__("\n".join(line if len(line) <= _LONGEST else f"{line[:1300]} [...] {line[-400:]}" for line in lines))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

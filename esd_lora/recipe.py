@@ -20,6 +20,9 @@ SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
 """Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
 REGEX_SCOPE = "re:"
 """Marks a scope that is a regular expression, searched for in every layer's path: `re:mid_block.*to_v$`."""
+_MAX_SCOPE = 1000
+_MAX_LESSONS = 100_000
+_MAX_LETTERS = 10_000_000  # of all lessons of a concept
 
 
 class _Frozen(BaseModel):
@@ -49,9 +52,12 @@ def _concept(value: object) -> object:
 
 def _scope(value: str) -> str:
     if value.startswith(REGEX_SCOPE):
+        # Recipes travel, in erasers' headers too: compiling must not take long, as ignoring case does.
+        if len(value) > _MAX_SCOPE or re.search(r"\(\?[a-zA-Z-]*i", value):
+            raise ValueError(f"expected a regular expression of up to {_MAX_SCOPE} characters, with no (?i)")
         try:
             re.compile(value.removeprefix(REGEX_SCOPE))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression ({error})") from error
     elif value not in SCOPES:
         raise ValueError(
@@ -103,6 +109,13 @@ class Concept(_Frozen):
         texts = [self.anchor or "", self.erase_from or "", *(pair.prompt + (pair.anchor or "") for pair in pairs)]
         if any("{x}" in text for text in texts) and not self.fill:
             raise ValueError("prompts contain {x}, but fill lists no words to put there")
+        lessons = len(pairs) * max(1, len(self.fill))
+        letters = sum(len(text) * max(1, len(self.fill)) + text.count("{x}") * sum(map(len, self.fill)) for text in texts)
+        if lessons > _MAX_LESSONS or letters > _MAX_LETTERS:
+            raise ValueError(
+                f"prompts times fill come to {lessons:,} prompts of {letters:,} characters; up to {_MAX_LESSONS:,} prompts of"
+                f" {_MAX_LETTERS:,} characters in all can be trained on"
+            )
         return self
 
     def lessons(self) -> list[tuple[str, str, str]]:
@@ -134,7 +147,7 @@ class LoraSpec(_Frozen):
     """Scale of the update times its rank. Layers of another rank get an alpha in proportion: one learning rate suits all."""
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of convolutions; `rank` unless given."""
-    ranks: dict[Scope, Annotated[int, Field(ge=1, le=1024)]] = {}
+    ranks: dict[Scope, Annotated[int, Field(ge=1, le=1024)]] = Field(default={}, max_length=32)
     """Scope to the rank of its layers, where they are part of the recipe's scope; the last that matches a layer counts."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance of an input of `down` to be zeroed in a training step; typically 0 to 0.1."""

@@ -12,10 +12,11 @@ from pydantic import BaseModel
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.recipe import FuseSpec, HarmoniseSpec, Recipe
-from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml
+from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml, shortened
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
+_MAX_FILES = 100  # that a recipe and those it extends come to
 
 
 def recipes_dir() -> Path:
@@ -41,11 +42,11 @@ def recipe_paths(name: str) -> list[Path]:
     shipped = _shipped()
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
-        return [Path(name)]
+    if (file := _beside(Path(), name)) is not None:
+        return [file]
     files = ", ".join(sorted(known for known, paths in shipped.items() if len(paths) == 1))
     raise EsdLoraError(
-        f"no recipe {name!r}: neither a file nor a built-in name{did_you_mean(name, shipped)}."
+        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name{did_you_mean(name[:100], shipped)}."
         f" Built-in: {files}; and {', '.join(recipe_bases())} with any concept, such as sd/van-gogh."
     )
 
@@ -99,7 +100,7 @@ def recipe_kind(name: str) -> RecipeKind:
     Raises:
         EsdLoraError: If there is no such recipe, or it cannot be read.
     """
-    values = _laid([_load(path) for path in recipe_paths(name)]).values
+    values = _read(recipe_paths(name)).values
     if values.get("method") in ("fuse", "harmonise"):
         return values["method"]
     return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
@@ -114,23 +115,39 @@ def recipes_by_kind() -> dict[RecipeKind, list[str]]:
     return kinds
 
 
-def _load(path: Path, seen: tuple[Path, ...] = ()) -> Document:
-    """Read a recipe file and, below it, what it extends."""
-    if path.resolve() in seen:
-        raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}. Break the circle.")
+def _read(paths: Sequence[Path]) -> Document:
+    """Read recipe files over one another, each with what it extends."""
+    loaded: list[Path] = []
+    return _laid([_load(path, (), loaded) for path in paths])
+
+
+def _load(path: Path, within: tuple[Path, ...], loaded: list[Path]) -> Document:
+    """Read a recipe file and, below it, what it extends, and add it to all that were `loaded` for those in `within`."""
+    if path.resolve() in within:
+        raise EsdLoraError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in within)}. Break the circle.")
+    loaded.append(path)
+    if len(loaded) > _MAX_FILES:
+        raise EsdLoraError(f"{loaded[0]}: extends more than {_MAX_FILES} files, one file counted every time. Extend fewer.")
     document = read_yaml(path, "recipe", "extends: fast")
     parents = document.values.pop("extends", None)
     if parents is None:
         return document
     layers: list[Document] = []
     for parent in cast("list[object]", parents if isinstance(parents, list) else [parents]):
-        beside = path.parent / str(parent)
         try:
-            files = [beside] if beside.is_file() else recipe_paths(str(parent))
+            files = [beside] if (beside := _beside(path, str(parent))) else recipe_paths(str(parent))
         except EsdLoraError as error:
             raise EsdLoraError(f"{path}:{document.marks[('extends',)][1]}: extends {error}") from error
-        layers += [_load(file, (*seen, path.resolve())) for file in files]
+        layers += [_load(file, (*within, path.resolve()), loaded) for file in files]
     return _laid([*layers, document])
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """Return the file of a name that a recipe beside it says, if there is one."""
+    try:
+        return path.parent / name if (path.parent / name).is_file() else None
+    except OSError:  # the name is too long for one
+        return None
 
 
 def _laid(layers: Sequence[Document]) -> Document:
@@ -197,7 +214,7 @@ def _checked(
     if isinstance(source, BaseModel):
         return checked(model, Document(source.model_dump(), {}), overrides, fields, kind="recipe", source="given", hint=hint)
     paths = [path for name in ([source] if isinstance(source, str | Path) else source) for path in recipe_paths(str(name))]
-    document, where = _laid([_load(path) for path in paths]), " ".join(map(str, paths))
+    document, where = _read(paths), " ".join(map(str, paths))
     method = document.values.get("method")
     if model is Recipe and method in ("fuse", "harmonise"):
         raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")

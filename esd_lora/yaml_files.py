@@ -1,4 +1,8 @@
-"""YAML files that people write: every value's file and line, and faults in words."""
+"""YAML files that people write, strangers among them: every value's file and line, bounds, and faults in words.
+
+A file is data and nothing else: an alias (`*name`), which stands for a value elsewhere and may multiply it, and a tag
+(`!!type`), which has a value made into something else, are refused. Size, number of values and depth are bounded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,14 @@ Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
 Mark: TypeAlias = tuple[str, int]
 """File and line (from 1) where a value stands."""
-
+MAX_BYTES = 2**20
+"""Longest document that is read: a stack manifest of a thousand members has a tenth of it."""
+MAX_VALUES = 30_000
+"""Most values of a document, mappings, lists and keys included."""
+MAX_DEPTH = 20
+"""Most levels that values are nested."""
+_MAX_DIGITS = 100
+_MAX_FAULTS = 50  # that are listed
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,6 +44,71 @@ class Document(NamedTuple):
         return f"{near[0]}:{near[1]}" if near else None
 
 
+class _Refusal(yaml.MarkedYAMLError):
+    """YAML that is valid and more than plain data."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases and tags, for a bounded number of values to a bounded depth."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.values = self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node and what is in it, as PyYAML does."""
+        event = cast("Callable[[], Any]", self.peek_event)()  # pyright: ignore[reportUnknownMemberType]
+        self.values += 1
+        refusal = None
+        if isinstance(event, yaml.AliasEvent):
+            refusal = f"holds an alias (*{event.anchor}). Write the value out"
+        elif event.tag not in (None, "!"):
+            refusal = "holds a tag (!). Leave it out; quote the value if it is text"
+        elif self.values > MAX_VALUES:
+            refusal = f"holds more than {MAX_VALUES:,} values. Write fewer"
+        elif self.depth > MAX_DEPTH:
+            refusal = f"nested too deep, beyond {MAX_DEPTH} levels"
+        if refusal:
+            raise _Refusal(problem=refusal, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Compose a scalar, as PyYAML does."""
+        node = super().compose_scalar_node(anchor)
+        number = node.tag.endswith((":int", ":float"))
+        if number and len(node.value) > _MAX_DIGITS:
+            raise _Refusal(problem=f"holds a number of more than {_MAX_DIGITS} digits", problem_mark=node.start_mark)
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            raise _Refusal(problem="holds half a character (a lone surrogate)", problem_mark=node.start_mark)
+        return node
+
+
+def parse_yaml(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+    """Return the node and the value of a YAML document.
+
+    Args:
+        text: The document.
+        name: What it is, for messages: a path.
+
+    Raises:
+        EsdLoraError: If it is not valid YAML, or more than data of a bounded size.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        build = cast("Callable[[yaml.Node], Any]", loader.construct_document)  # pyright: ignore[reportUnknownMemberType]
+        return node, build(node) if node else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        what = error.problem if isinstance(error, _Refusal) else f"not valid YAML: {error.problem}. Mend that line"
+        raise EsdLoraError(f"{name}:{line}: {what}.") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # PyYAML lets numbers' and dates' through
+        raise EsdLoraError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from error
+
+
 def read_yaml(path: Path, kind: str, example: str) -> Document:
     """Read one file, which must hold a mapping.
 
@@ -42,30 +118,31 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
         example: A line that may stand in one, for messages.
 
     Raises:
-        EsdLoraError: If it cannot be read, is not YAML, is no mapping, holds a key twice or is nested too deep.
+        EsdLoraError: If it cannot be read, is not YAML, is no mapping, holds a key twice, or is more than data of a bounded
+            size: see `parse_yaml`.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
-        root = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise EsdLoraError(f"{path}:{line}: not valid YAML: {error.problem}. Mend that line.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise EsdLoraError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a {kind}.")
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise EsdLoraError(f"{path}: cannot be read as a {kind}: {error}.") from error
+    root, values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise EsdLoraError(f"{path}: holds {type(values).__name__}, expected a mapping such as '{example}'.")
     marks: dict[Place, Mark] = {}
 
     def note(node: yaml.Node, loc: Place) -> None:
-        if len(loc) > 20:
-            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: nested too deep for a {kind}.")
         marks[loc] = (str(path), node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if (*loc, key.value) in marks:
                     line, first = key.start_mark.line + 1, marks[(*loc, key.value)][1]
-                    raise EsdLoraError(f"{path}:{line}: {key.value}: already given in line {first}. Keep one of the two.")
+                    raise EsdLoraError(
+                        f"{path}:{line}: {shortened(key.value)}: already given in line {first}. Keep one of the two."
+                    )
                 note(value, (*loc, key.value))
                 marks[(*loc, key.value)] = (str(path), key.start_mark.line + 1)
         elif isinstance(node, yaml.SequenceNode):
@@ -75,6 +152,12 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
     if root is not None:
         note(root, ())
     return Document(cast("dict[str, Any]", values), marks)
+
+
+def shortened(text: str) -> str:
+    """Return a stranger's text in one line of a length to be read."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,20 +206,21 @@ def checked(
     def sentence(fault: ErrorDetails) -> str:
         # Without the names of the types that pydantic tried.
         place = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
-        name = ".".join(map(str, place))
+        name = shortened(".".join(map(str, place)))
         if fault["type"] == "missing":
             return f"{document.where(place) or source}: {name}: missing{hint(place)}"
         where = document.where(place) or source
         if _overridden(place, above):
             where = "given" if place[0] in fields else "--set"
         if fault["type"] == "extra_forbidden":
-            return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
-        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+            return f"{where}: {name}: unknown key{did_you_mean(str(place[-1])[:100], _fields(model, place[:-1]))}"
+        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {shortened(repr(fault['input']))}"
 
     try:
         return model.model_validate(laid_over(document.values, above))
     except ValidationError as error:
-        faults = dict.fromkeys(map(sentence, error.errors()))
+        faults = list(dict.fromkeys(map(sentence, error.errors()[: 4 * _MAX_FAULTS])))
+        faults[_MAX_FAULTS:] = [f"and more than {_MAX_FAULTS} others"] if len(faults) > _MAX_FAULTS else []
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
 
 

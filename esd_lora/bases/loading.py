@@ -136,8 +136,8 @@ def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: b
             left_out["vae"] = None
         try:
             return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **left_out)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EsdLoraError(f"base {source!r} cannot be loaded: {first}") from error
 
 

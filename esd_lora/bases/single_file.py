@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from esd_lora.families import FAMILIES, ModelFamily, family_of, read_pipeline
 from esd_lora.families.family import CheckpointKind
 from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
+from esd_lora.json_files import read_json
 
 _VAE = ("first_stage_model.", "vae.")
 _CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
@@ -131,23 +131,29 @@ def _check_config(config: Path, family: ModelFamily, checkpoint: CheckpointKind,
 def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
     """Return the pipeline, from the file's weights and, for what it lacks, those that the directory has."""
     import diffusers
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index = read_json(folder / "model_index.json")
     apart: dict[str, Any] = {} if vae else {"vae": None}
     try:
         for part, component_class in index.items():
-            if part in apart or not part.startswith(("vae", "text_encoder")) or not any((folder / part).glob("*.safetensors*")):
+            if (
+                component_class in (None, [None, None])
+                or part in apart
+                or not part.startswith(("vae", "text_encoder"))
+                or not any((folder / part).glob("*.safetensors*"))
+            ):
                 continue
             library, name = component_class
             prefixes = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
             if not any(key.startswith(prefixes) for key in shapes):
-                component = getattr(import_module(library), name)
-                apart[part] = component.from_pretrained(folder / part, dtype=dtype, local_files_only=True)
+                component = _model_class(library, name)
+                apart[part] = component.from_pretrained(folder / part, dtype=dtype, local_files_only=True, use_safetensors=True)
         pipe = getattr(diffusers, index["_class_name"]).from_single_file(
             str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+    except EsdLoraError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
         reason = str(error).strip() or type(error).__name__
         first = reason.splitlines()[0].partition(". ")[0].rstrip(".")  # what follows is advice on other calls
         raise EsdLoraError(
@@ -163,6 +169,27 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                     " give --base-config a diffusers directory that has them."
                 )
     return pipe
+
+
+def _model_class(library: str, name: str) -> Any:
+    """Return a class of models that an index names.
+
+    Raises:
+        EsdLoraError: If it is none: a stranger may name anything that can be imported.
+    """
+    import diffusers
+    import transformers
+    from diffusers.models.modeling_utils import ModelMixin
+
+    known: dict[str, Any] = {
+        "diffusers": (diffusers, ModelMixin),
+        "transformers": (transformers, transformers.PreTrainedModel),
+    }
+    module, parent = known.get(library, (None, None))
+    model_class = getattr(module, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, parent)):
+        raise EsdLoraError(f"the model_index.json names {library}.{name}, which is no class of models of that library.")
+    return model_class
 
 
 def _configure_scheduler(pipe: Any, checkpoint: CheckpointKind, prediction_type: str, *, zero_snr: bool) -> None:

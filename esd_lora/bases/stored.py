@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,6 +16,7 @@ from esd_lora.families import ModelFamily, family_of, read_pipeline
 from esd_lora.families.family import read_prediction_type
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import PICKLES
+from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
@@ -139,7 +139,9 @@ def _open_directory(folder: Path) -> Stored:
         files.append(StoredFile(file, header, {f"{module}.weight": [(module, OriginalLayer(module))] for module in modules}))
     if not files:
         raise EsdLoraError(f"{denoiser} has no .safetensors weights. Save the base as safetensors first.")
-    prediction_type = read_prediction_type(json.loads(config.read_text("utf-8"))) if config.is_file() else None
+    prediction_type = read_prediction_type(read_json(config)) if config.is_file() else None
+    if not isinstance(prediction_type, str | None):
+        raise EsdLoraError(f"{config} is damaged: its prediction_type is no text. Fetch the base again.")
     return Stored(folder, family, prediction_type, denoiser, [only_layers(file) for file in files])
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import yaml
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.wording import printable
+from esd_lora.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
     from esd_lora.erasers.stacking import Strength
@@ -147,8 +147,5 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals:
             raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
+        values[key.strip()] = parse_yaml(value, f"-s {setting}")[1]
     return values

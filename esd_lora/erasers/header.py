@@ -15,6 +15,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.wording import mentions
+from esd_lora.yaml_files import shortened
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
@@ -25,11 +26,13 @@ FORMAT = 3
 3 lets a stack say how it was fused.
 """
 
+_MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
+
 
 class ErasedConcept(BaseModel):
     """What one concept of an eraser was trained on; stacking without damage needs every line of it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     name: str
     synonyms: tuple[str, ...] = ()
@@ -55,7 +58,7 @@ class ErasedConcept(BaseModel):
 class Origin(BaseModel):
     """The origin of an eraser that this toolkit did not train."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     how: Literal["imported", "extracted"]
     files: dict[str, str]
@@ -76,7 +79,7 @@ class Origin(BaseModel):
 class Distillation(BaseModel):
     """How a stack was harmonised: see `fusing.harmonising.harmonise`."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     steps: int
     trajectories: tuple[int, ...]
@@ -101,7 +104,7 @@ class Distillation(BaseModel):
 class Fusion(BaseModel):
     """How a stack was fused, so that it can be done again: see `fusing.closed_form.fuse` for the letters."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     members: tuple[str, ...]
     """SHA-256 of every member's tensors, its weight folded in."""
@@ -141,7 +144,7 @@ class Fusion(BaseModel):
 class EraserHeader(BaseModel):
     """The header of an eraser file: JSON under one key of the safetensors metadata."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     format: int = FORMAT
     family: str
@@ -180,7 +183,10 @@ class EraserHeader(BaseModel):
     @field_validator("created")
     @classmethod
     def _is_a_time(cls, value: str) -> str:
-        datetime.fromisoformat(value)
+        try:
+            datetime.fromisoformat(value).timestamp()
+        except OverflowError as error:
+            raise ValueError(str(error)) from error
         return value
 
     def base_hash(self) -> str:
@@ -217,22 +223,28 @@ def parse_header(text: str, file: Path) -> EraserHeader:
     Raises:
         EsdLoraError: If it is damaged or of a newer format.
     """
-    _check_format(_read_format(text), file)
+    if len(text) > _MAX_TEXT:
+        raise EsdLoraError(f"{file} has a header of {len(text):,} characters, more than {_MAX_TEXT:,}: it is no eraser's.")
+    _check_format(_read_format(text, file), file)
     try:
         header = EraserHeader.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = shortened(".".join(str(part) for part in first["loc"]))
         raise EsdLoraError(f"{file} has a damaged header ({where}: {first['msg']}). Fetch or train it again.") from error
     _check_format(header.format, file)  # once more: a number in quotes is read as one
     return header
 
 
-def _read_format(text: str) -> float:
+def _read_format(text: str, file: Path) -> float:
     """Return the format number that the JSON of a header says; 0 where there is none to be read, which validating reports."""
+
+    def refuse(constant: str) -> None:
+        raise EsdLoraError(f"{file} has a damaged header ({constant} is no JSON). Fetch or train it again.")
+
     try:
         # Python converts no integer of more than 4300 digits; the first nine tell as much.
-        document: object = json.loads(text, parse_int=lambda digits: int(digits[:9]))
+        document: object = json.loads(text, parse_int=lambda digits: int(digits[:9]), parse_constant=refuse)
     except (ValueError, RecursionError):
         return 0
     number = cast("dict[str, object]", document).get("format") if isinstance(document, dict) else None

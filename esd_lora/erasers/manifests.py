@@ -14,9 +14,9 @@ from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
+from esd_lora.yaml_files import read_yaml, shortened
 
 _SUFFIXES = (".yaml", ".yml")
-_MAX_BYTES = 2**20  # a thousand members have a tenth of it
 _MAX_ERASERS = 1000  # that a manifest and those it names come to
 
 
@@ -84,15 +84,13 @@ def _main_file(path: Path) -> Path:
 
 def _read_manifest(file: Path) -> Manifest:
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise EsdLoraError(f"{file} has more than {_MAX_BYTES:,} bytes: it is no stack manifest.")
-        return Manifest.model_validate(yaml.safe_load(file.read_text("utf-8")))
+        return Manifest.model_validate(read_yaml(file, "stack manifest", "stack: [{file: no-cat}]").values)
+    except EsdLoraError as error:
+        raise EsdLoraError(f"no stack manifest can be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
+        where = shortened(".".join(str(part) for part in first["loc"]))
         raise EsdLoraError(f"{file} is no stack manifest ({where}: {first['msg']}). Expected 'stack:' and members.") from error
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise EsdLoraError(f"no stack manifest can be read from {file} ({str(error).splitlines()[0]}).") from error
 
 
 def _member_path(manifest: Path, member: Member) -> Path:

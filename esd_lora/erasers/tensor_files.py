@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import struct
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -19,8 +21,10 @@ from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import PICKLES
+from esd_lora.yaml_files import shortened
 
 _MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
+_MAX_TENSORS = 100_000  # of a file; Stable Diffusion XL has 2,515
 
 
 class Header(NamedTuple):
@@ -40,8 +44,10 @@ def read_header(file: Path) -> Header:
         EsdLoraError: If there is no such file, or it is no safetensors file or damaged: no JSON, a header of unlikely length,
             tensors that overlap or leave gaps, a name given twice, or fewer or more bytes than announced.
     """
-    with _open(file):  # the reader's own checks: lengths, offsets, types, UTF-8
-        pass
+    with _open(file) as opened:  # the reader's own checks: lengths, offsets, types, UTF-8
+        number = len(opened.keys())
+    if number > _MAX_TENSORS:
+        raise EsdLoraError(f"{file} holds {number:,} tensors, more than {_MAX_TENSORS:,}: it is no model's.")
     with file.open("rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         pairs: list[tuple[str, Any]] = json.loads(source.read(length), object_pairs_hook=list)
@@ -93,17 +99,45 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         raise EsdLoraError(f"no file {file}: expected a .safetensors or .pt file.")
     try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = _load_pickle(file)
     except Exception as error:  # it raises whatever the pickle makes it stumble over
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise EsdLoraError(f"{file} cannot be read as tensors alone ({reason}). Take a .safetensors file instead.") from error
     state = _dictionary(loaded)
     for nested in ("state_dict", "unet", "model"):
         state = _dictionary(state.get(nested)) or state
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value.detach() for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise EsdLoraError(f"{file} holds no tensors by name: expected a state dict.")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise EsdLoraError(f"{file}: {shortened(name)} is {_kind(tensor)}, expected plain real numbers. Save it as such.")
+    size, most = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), file.stat().st_size
+    if size > most:  # views of few numbers, which would take so much once they are laid out
+        raise EsdLoraError(f"{file} has {most:,} bytes, and its tensors come to {size:,}. Save each with numbers of its own.")
     return tensors, {}
+
+
+def _load_pickle(file: Path) -> Any:
+    """Return what a file holds that torch saved, if that is tensors in containers.
+
+    Tensors of today's archives are views of the mapped file: whatever the pickle says of their sizes, nothing beyond the file
+    is read and nothing unpacked.
+    """
+    with file.open("rb") as source:
+        archived = source.read(4) == b"PK\x03\x04"
+    if archived:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+    with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused
+        return cast("Any", torch).load(file, map_location="cpu", weights_only=True, mmap=archived)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return in a word or two what a tensor is that is not plain."""
+    kinds = {"nested": tensor.is_nested, "quantised": tensor.is_quantized, "on no device (meta)": tensor.is_meta}
+    return next((kind for kind, is_one in kinds.items() if is_one), "complex" if tensor.is_complex() else "sparse")
 
 
 def _dictionary(value: object) -> dict[Any, Any]:

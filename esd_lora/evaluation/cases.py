@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import string
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from esd_lora.built_in import domain
+from esd_lora.errors import EsdLoraError
 
 Role = Literal["target", "paraphrase", "neighbour", "general"]
 ROLES: tuple[Role, ...] = ("target", "paraphrase", "neighbour", "general")
 """What a prompt is there for: to show what was erased; the same in other words; what lies close to it; all the rest."""
+MAX_CASES = 100_000
+"""Most pictures that a prompt set of a suite may come to; COCO's have 40,504 captions, of which papers take 30,000."""
+MAX_PROMPT = 10_000
+"""Longest text that a suite's template may come to, in characters: text encoders read 77 to 512 tokens."""
 AND = " + "
 """Between the parts of a label: "cat + ink"."""
 
@@ -43,6 +49,37 @@ class Case(NamedTuple):
         return {key: getattr(self, name) for name, key in names.items()}
 
 
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """Return what a template of a suite consists of: texts, and after each the name in braces that follows, if one does.
+
+    A suite is a stranger's, so there are none of Python's ways to format, which reach into objects and pad to any width.
+
+    Raises:
+        ValueError: If something stands in braces that is no plain name.
+    """
+    parts: list[tuple[str, str | None]] = []
+    for text, name, width, conversion in string.Formatter().parse(template):
+        if width or conversion or (name is not None and (not name or set(name) & set(".[]{}"))):
+            raise ValueError(f"{{{name}...}} is more than a plain name in braces, such as {{concept}}")
+        parts.append((text, name))
+    return parts
+
+
+def fill_words(template: str, words: Mapping[str, str]) -> str:
+    """Return a template of a suite with words in the place of their names in braces.
+
+    Raises:
+        EsdLoraError: If nothing fills a name, or the text becomes longer than `MAX_PROMPT`.
+    """
+    try:
+        parts = [part for text, name in template_parts(template) for part in (text, "" if name is None else words[name])]
+    except KeyError as error:
+        raise EsdLoraError(f"nothing fills {{{error.args[0]}}}. Known: {', '.join(words) or 'nothing'}.") from error
+    if sum(map(len, parts)) > MAX_PROMPT:
+        raise EsdLoraError(f"a template comes to a text of more than {MAX_PROMPT:,} characters. Shorten it or its words.")
+    return "".join(parts)
+
+
 def fill_template(template: str, object: str = "", style: str = "") -> str:
     """Return a domain template filled in, with the object's article in the place of `{a}`."""
     article = "an" if object[:1] in "aeiou" else "a"
@@ -68,7 +105,7 @@ def object_cases(name: str, trained: Collection[str], count: int, base: str = "e
     prompts += [(fill_template(t, name), name) for t in templates["object"]]
     plain = fill_template(templates["object"][0], name)
     prompts += [(plain + templates["background"].format(background=b), name) for b in known["backgrounds"]]
-    fresh = [(prompt, label) for prompt, label in prompts if prompt not in trained]
+    fresh = _untrained(prompts, trained)
     chosen = [fresh[i % len(fresh)] for i in range(count)]
     return [Case(str(i), "general", prompt, seed + i, label) for i, (prompt, label) in enumerate(chosen)]
 
@@ -78,7 +115,14 @@ def style_cases(style: str, trained: Collection[str], count: int, base: str = "e
     known = domain(base)
     objects = [name for name in known["objects"] if [name, style] not in known["held_out"]]
     prompts = [(fill_template(t, name, style), AND.join((name, style))) for t in known["templates"]["both"] for name in objects]
-    fresh = [(prompt, label) for prompt, label in prompts if prompt not in trained]
+    fresh = _untrained(prompts, trained)
     stride = 7  # coprime to the number of prompts in the shipped domain: wordings and objects mix early
     chosen = [fresh[i * stride % len(fresh)] for i in range(count)]
     return [Case(str(i), "general", prompt, seed + i, label) for i, (prompt, label) in enumerate(chosen)]
+
+
+def _untrained(prompts: list[tuple[str, str]], trained: Collection[str]) -> list[tuple[str, str]]:
+    fresh = [(prompt, label) for prompt, label in prompts if prompt not in trained]
+    if not fresh:
+        raise EsdLoraError(f"the erasers were trained on every prompt of {prompts[0][1]!r}, so none is left to measure on.")
+    return fresh

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-import string
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -13,7 +13,7 @@ from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.cases import AND, Case, object_cases, pair_cases, style_cases
+from esd_lora.evaluation.cases import AND, MAX_CASES, Case, fill_words, object_cases, pair_cases, style_cases, template_parts
 from esd_lora.evaluation.suites.prompt_files import PromptFile, read_prompt_file
 from esd_lora.evaluation.suites.suite_files import PromptSet, Suite
 from esd_lora.wording import without_article
@@ -85,17 +85,23 @@ def _cases_of_templates(name: str, prompts: PromptSet, concepts: Sequence[Erased
     fill = dict(prompts.fill)
     if "{concept}" in text:
         fill["concept"] = tuple(without_article(concept.name) for concept in concepts)
-    used = [word for word in fill if any(word == field for _, field, _, _ in string.Formatter().parse(text))]
+    used = [word for word in fill if word in {field for _, field in template_parts(text)}]
+    _check_count(name, math.prod(len(fill[word]) for word in used) * (prompts.count or len(prompts.templates)))
     number = 0
     for words in product(*(fill[word] for word in used)):
         values = dict(zip(used, words, strict=True))
-        label = prompts.label.format(**values) if prompts.label else None
+        label = fill_words(prompts.label, values) if prompts.label else None
         for i in range(prompts.count or len(prompts.templates)):
-            prompt = prompts.templates[i % len(prompts.templates)].format(**values)
+            prompt = fill_words(prompts.templates[i % len(prompts.templates)], values)
             # "a owl" is "an owl": templates do not know what fills them. A protocol's "A Architectures image" is quoted.
             prompt = re.sub(r"\ba (?=[aeiouAEIO])", "an ", prompt)
             yield Case(f"{name}-{number:05d}", prompts.role, prompt, prompts.seed + number, label)
             number += 1
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_CASES:
+        raise EsdLoraError(f"the prompts {name!r} of this suite come to {count:,} pictures, more than {MAX_CASES:,}.")
 
 
 def _cases_of_domain(name: str, prompts: PromptSet, base: str, concepts: Sequence[ErasedConcept]) -> list[Case]:
@@ -111,12 +117,14 @@ def _cases_of_domain(name: str, prompts: PromptSet, base: str, concepts: Sequenc
         cases_of, words = (object_cases, "objects") if prompts.domain == "object" else (style_cases, "styles")
         count, seed = prompts.count or 1, prompts.seed
         chosen = [word for word in domain(base)[words] if erased(word)]
+        _check_count(name, count * len(chosen))
         cases = [case for i, word in enumerate(chosen) for case in cases_of(word, trained, count, base, seed + i * count)]
     return [case._replace(id=f"{name}-{i:05d}", role=prompts.role) for i, case in enumerate(cases)]
 
 
 def _cases_of_file(name: str, prompts: PromptSet, file: PromptFile) -> list[Case]:
     """Return the rows of a prompt file as cases of a prompt set."""
+    _check_count(name, len(file.cases))
     safe = all(re.fullmatch(r"[\w.-]+", case.id) for case in file.cases)
     if empty := sum(not case.prompt for case in file.cases):
         warnings.warn(f"{file.path}: {empty} of {len(file.cases)} prompts are empty; they are painted as such.", stacklevel=3)
@@ -124,7 +132,7 @@ def _cases_of_file(name: str, prompts: PromptSet, file: PromptFile) -> list[Case
         case._replace(
             id=f"{name}-{case.id if safe else f'{i:05d}'}",
             role=prompts.role,
-            label=case.label if prompts.label is None else prompts.label.format(**row),
+            label=case.label if prompts.label is None else fill_words(prompts.label, row),
             guidance=case.guidance if prompts.own_guidance else None,
         )
         for i, (case, row) in enumerate(zip(file.cases, file.rows, strict=True))

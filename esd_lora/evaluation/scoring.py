@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,16 @@ def _resume(file: Path, record: Mapping[str, Any]) -> dict[tuple[str, str], Scor
     known: dict[tuple[str, str], Score] = {}
     head = _line({"record": record})
     if file.exists():
-        # The last line may have been cut off.
-        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        lines: list[Any] = []
+        with suppress(ValueError, RecursionError):  # the last line may have been cut off, inside a character too
+            for line in file.read_bytes().split(b"\n"):
+                lines.append(json.loads(line))
         if lines and lines[0] == json.loads(head):
-            known = {(line["variant"], line["case"]): Score(line["values"], line["details"]) for line in lines[1:]}
+            try:
+                entries = [(line["variant"], line["case"], line["values"], line["details"]) for line in lines[1:]]
+                known = {(variant, case): Score(dict(values), dict(details)) for variant, case, values, details in entries}
+            except (KeyError, TypeError, ValueError) as error:
+                raise EsdLoraError(f"{file} is damaged: it holds what is no score. Delete it and run again.") from error
     write_atomically(file, "".join([head, *(_score_line(*key, score) for key, score in known.items())]).encode())
     return known
 

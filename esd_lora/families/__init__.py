@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 from esd_lora.errors import EsdLoraError, did_you_mean
@@ -12,6 +12,8 @@ from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
+from esd_lora.json_files import read_json
+from esd_lora.yaml_files import shortened
 
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
@@ -29,7 +31,7 @@ def family_of(pipeline: str) -> ModelFamily:
         if pipeline in family.pipelines:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise EsdLoraError(f"the base is a {pipeline}, which no family covers. Supported: {supported}.")
+    raise EsdLoraError(f"the base is a {shortened(pipeline)}, which no family covers. Supported: {supported}.")
 
 
 def family_named(name: str) -> ModelFamily:
@@ -40,7 +42,9 @@ def family_named(name: str) -> ModelFamily:
     """
     families = {family.name: family for family in FAMILIES}
     if name not in families:
-        raise EsdLoraError(f"unknown family {name!r}{did_you_mean(name, families)}. Known: {', '.join(families)}.")
+        raise EsdLoraError(
+            f"unknown family {shortened(repr(name))}{did_you_mean(name[:100], families)}. Known: {', '.join(families)}."
+        )
     return families[name]
 
 
@@ -59,12 +63,36 @@ def read_components(index: Path) -> list[str]:
 
 
 def read_pipeline(index: Path) -> str:
-    """Return the pipeline class that a model_index.json names.
+    """Return the pipeline class that a model_index.json names, once its components are seen to be those of known libraries.
+
+    diffusers imports what the index names, and takes files of code from the directory for libraries that it does not know.
 
     Raises:
-        EsdLoraError: If it is damaged.
+        EsdLoraError: If it is damaged, or names anything but classes of diffusers and transformers.
     """
-    try:
-        return json.loads(index.read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.") from error
+    values = read_json(index)
+    name = values.get("_class_name")
+    if name is None:
+        raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.")
+    if not isinstance(name, str):
+        raise EsdLoraError(f"{index} names code of its own as its pipeline ({shortened(repr(name))}), which is never run.")
+    for part, component in values.items():
+        needed = part in ("unet", "transformer", "scheduler")
+        if (needed or (isinstance(component, list) and not part.startswith("_"))) and not _is_component(component, needed):
+            raise EsdLoraError(
+                f"{index}: component {shortened(part)} is {shortened(repr(component))}, expected a class of diffusers or"
+                " transformers. Fetch the base again, or from elsewhere."
+            )
+    return name
+
+
+def _is_component(value: object, needed: bool) -> bool:
+    """Return whether a value is the library and class of a component; or nothing twice, where it is not needed."""
+    match value:
+        case [None, None]:
+            return not needed
+        case ["diffusers" | "transformers" | "stable_diffusion", str(name)]:
+            # Pipelines have an index of their own, and transformers' AutoX take code from the directory.
+            return name.isidentifier() and not name.endswith("Pipeline") and re.match("Auto(?!encoder)", name) is None
+        case _:
+            return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,19 +9,22 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
-from pydantic import AfterValidator, BaseModel, FiniteFloat
+import torch
+from pydantic import BaseModel, Field, FiniteFloat
 from torch import Tensor
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
-from esd_lora.erasers.tensor_files import read_tensors
+from esd_lora.erasers.tensor_files import DTYPES, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, ModelFamily, family_named
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.files import hash_file
 from esd_lora.formats.exporting import PEFT_FILES, scaled
+from esd_lora.json_files import MAX_JSON, parse_json
+from esd_lora.yaml_files import shortened
 
 UNKNOWN = "unknown"
 _SUFFIX = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.default)?\.weight$|\.(alpha)$")
@@ -38,6 +40,7 @@ _OTHER_KINDS = {
     "oft_": "OFT",
     "lora_mid": "LoCon's",
 }
+_REAL = (*DTYPES.values(), torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _NOTED = re.compile(r"ss_(?!tag|bucket|dataset)\w+|modelspec\.\w+|prompts|config|name|rank|alpha|software|version")
 
 
@@ -81,12 +84,15 @@ def import_lora(
         if "down" not in parts:
             raise EsdLoraError(f"{file}: layer {name} has an up factor and no down factor. Fetch it again.")
         whole = checked_pair(parts["down"], parts.get("up"), f"{file}: layer {name}")
-        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        alpha = _number(parts["alpha"]) if "alpha" in parts else None
         if alpha is not None and not math.isfinite(alpha):
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in modules.get(name, [(name, OriginalLayer(name))]):
             scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
-            pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
+            up = scaled(whole.up, scale)
+            if not bool(up.isfinite().all()):
+                raise EsdLoraError(f"{file}: alpha of layer {name} scales it by {scale:g}, beyond all numbers. Fetch it again.")
+            pair = _part(LoraPair(whole.down, up), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
             if pair:
@@ -99,10 +105,20 @@ def _locate(path: Path) -> tuple[Path, str]:
     for name in (PEFT_FILES[0], WEIGHTS_NAME):
         if (path / name).is_file():
             config = path / PEFT_FILES[1]
-            return path / name, config.read_text("utf-8", "replace") if config.is_file() else ""
+            return path / name, _read_text(config) if config.is_file() else ""
     if not path.is_file():
         raise EsdLoraError(f"no LoRA at {path}: expected a .safetensors or .pt file, or a directory of peft or diffusers.")
     return path, ""
+
+
+def _number(alpha: Tensor) -> float:
+    """Return the number that a tensor of one value holds; NaN where it holds none, as one of complex numbers does."""
+    return float(alpha) if alpha.dtype in _REAL else math.nan
+
+
+def _read_text(config: Path) -> str:
+    with config.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(MAX_JSON + 1)
 
 
 def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tuple[dict[str, dict[str, Tensor]], str]:
@@ -187,37 +203,56 @@ def _text_widths(family: ModelFamily, layers: Mapping[str, Mapping[str, Tensor]]
     }
 
 
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(str(error)) from error
-    return text
+_NAME = re.compile(r"(\^?)((?:[^\\^$*+?()\[\]{}|]|\\[^A-Za-z0-9])+)\$?", re.DOTALL)
+
+
+def _literal(pattern: str, file: Path) -> str:
+    """Return the end of a path that one of peft's patterns stands for, or the whole path after a `^`.
+
+    peft takes them as regular expressions. They are a stranger's and never compiled here: one that is a name, as peft and
+    `exporting` write them, its dots escaped or not, is taken by the letter.
+
+    Raises:
+        EsdLoraError: If it is no name.
+    """
+    match = _NAME.fullmatch(pattern)
+    if not match:
+        raise EsdLoraError(
+            f"{file} gives an alpha to layers by the regular expression {shortened(repr(pattern))}, and a stranger's is never"
+            " run. Save it with the name of each layer in its place."
+        )
+    return match[1] + re.sub(r"\\(.)", r"\1", match[2], flags=re.DOTALL)
 
 
 class _Scales(BaseModel):
     """`alpha / rank` where peft's configuration says it instead of the tensors; 1 where nothing does."""
 
     lora_alpha: FiniteFloat | None = None
-    alpha_pattern: dict[Annotated[str, AfterValidator(_pattern)], FiniteFloat] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = Field(default=None, max_length=10_000)
     use_rslora: bool = False
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], config: str, file: Path) -> _Scales:
         try:
-            fields: Any = json.loads(config or metadata.get("lora_adapter_metadata", "{}"))
+            fields: Any = parse_json(config or metadata.get("lora_adapter_metadata", "{}"))
             if not config and isinstance(fields, dict):  # diffusers' own, prefixed with the component
                 named = cast("dict[str, Any]", fields).items()
                 fields = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
-            return cls.model_validate(fields)
+            scales = cls.model_validate(fields)
         except ValueError as error:  # pydantic's and json's are both
             raise EsdLoraError(f"{file} has a damaged configuration of its scales. Fetch it again.") from error
+        names: dict[str, float] = {}
+        for pattern, alpha in (scales.alpha_pattern or {}).items():
+            names.setdefault(_literal(pattern, file), alpha)  # peft takes the first that matches
+        return scales.model_copy(update={"alpha_pattern": names})
 
     def at(self, module: str, rank: int) -> float:
         if self.lora_alpha is None:
             return 1.0
-        fitting = (a for pattern, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return next(fitting, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        parts = module.split(".")
+        names = {f"^{module}", *(".".join(parts[i:]) for i in range(len(parts)))}
+        alpha = next((alpha for name, alpha in (self.alpha_pattern or {}).items() if name in names), self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 def _part(pair: LoraPair, place: OriginalLayer) -> LoraPair | None:

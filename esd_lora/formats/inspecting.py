@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,8 +145,10 @@ def block_of(module: str) -> str:
 def bars(values: Mapping[str, float]) -> list[str]:
     """Return a bar chart in text, a line a value."""
     width = max(map(len, values), default=0)
-    most = max(values.values(), default=0) or 1
-    return [f"  {name:<{width}}  {'█' * round(_BAR * value / most):<{_BAR}}  {value:.4g}" for name, value in values.items()]
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}  # norms of huge factors are not
+    most = max(finite.values(), default=0) or 1
+    lengths = {name: round(_BAR * (finite[name] / most)) if name in finite else _BAR for name in values}
+    return [f"  {name:<{width}}  {'█' * lengths[name]:<{_BAR}}  {value:.4g}" for name, value in values.items()]
 
 
 def _total(norms: list[float]) -> float:

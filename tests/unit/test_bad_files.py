@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.erasers.header import HEADER_KEY
-from esd_lora.erasers.tensor_files import read_header, read_rows
+from esd_lora.erasers.tensor_files import read_header, read_rows, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.exporting import LAYOUTS, export
 from esd_lora.formats.importing import import_lora
@@ -165,6 +167,91 @@ def test_place_that_cannot_be_written(write: str) -> None:
     with pytest.raises(EsdLoraError, match=r"output /proc/esd-lora.* cannot be written") as caught:
         _ = eraser.save(out) if write == "save" else export(eraser, place, layout=write)
     assert "\n" not in str(caught.value)
+
+
+HEADERS = {
+    "NaN": ('"weight":1.0', '"weight":NaN', "NaN is no JSON"),
+    "infinity": ('"weight":1.0', '"weight":-Infinity', "Infinity is no JSON"),
+    "infinity in digits": ('"weight":1.0', '"weight":1e999', "weight: .*finite number"),
+    "year that no clock has": ('"created":"2', '"created":"0001-01-01T00:00:00", "x":"', "created: "),
+    "deep": ('"weight":1.0', '"weight":' + "[" * 100_000, "damaged header"),
+    "many digits": ('"weight":1.0', '"weight":' + "9" * 5000, "damaged header"),
+    "long name": ('"versions":{', f'"versions":{{"{"x" * 100_000}":3,', "damaged header"),
+    "long": ('"weight":1.0', f'"weight":1.0,"x":"{"x" * 2**24}"', "more than 16,777,216: it is no eraser's"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), HEADERS.values(), ids=HEADERS)
+def test_damaged_eraser_header(tmp_path: Path, old: str, new: str, words: str) -> None:
+    from safetensors.torch import save_file
+
+    eraser, file = random_eraser({"conv": 2}, dtype=torch.float32), tmp_path / "x.safetensors"
+    text = eraser.header.model_dump_json()
+    assert old in text
+    save_file(eraser.state_dict(), file, {HEADER_KEY: text.replace(old, new, 1)})
+    for read in (Eraser.load, inspect_file):
+        with pytest.raises(EsdLoraError, match=words) as caught:
+            read(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 700
+
+
+PICKLED = {
+    "expanded": (torch.zeros(1).expand(50_000, 50_000), "and its tensors come to 10,000,000,0"),
+    "overlapping": (torch.zeros(4000).as_strided((2000, 2000), (1, 1)), "its tensors come to 16,000,0"),
+    "sparse": (torch.eye(3).to_sparse(), "is sparse"),
+    "compressed rows": (lambda: torch.eye(3).to_sparse_csr(), "is sparse"),
+    "meta": (torch.empty(50_000, 50_000, device="meta"), r"is on no device \(meta\)"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "is quantised"),
+    "complex": (torch.ones(3, dtype=torch.complex64), "is complex"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of kinds of tensors that it may give up
+@pytest.mark.parametrize(("tensor", "words"), PICKLED.values(), ids=PICKLED)
+def test_tensor_that_is_no_plain_block_of_numbers(tmp_path: Path, tensor: object, words: str) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.lora_up.weight": tensor if isinstance(tensor, torch.Tensor) else tensor()}, file)  # type: ignore[operator]
+    assert file.stat().st_size < 50_000
+    for read in (import_lora, read_tensors):
+        with pytest.raises(EsdLoraError, match=words) as caught:
+            read(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def rewritten(file: Path, compression: int = zipfile.ZIP_STORED, change: Callable[[bytes], bytes] = bytes) -> Path:
+    """An archive of torch's, its pickle changed."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    return file
+
+
+def test_archive_that_would_be_unpacked(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.lora_up.weight": torch.zeros(1_000_000)}, file)
+    assert rewritten(file, zipfile.ZIP_DEFLATED).stat().st_size < 50_000
+    with pytest.raises(EsdLoraError, match="compressed"):
+        read_tensors(file)
+
+
+def test_tensor_larger_than_what_the_archive_has_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.lora_up.weight": torch.arange(4.0)}, file)
+    longer = {b"K\x04t": b"J\x00\x00\x10\x00t", b"K\x04\x85": b"J\x00\x00\x10\x00\x85"}  # 4 becomes 2 ** 20
+
+    def lengthen(content: bytes) -> bytes:
+        for old, new in longer.items():
+            assert old in content
+            content = content.replace(old, new)
+        return content
+
+    with pytest.raises(EsdLoraError, match="cannot be read as tensors alone"):
+        read_tensors(rewritten(file, change=lengthen))
 
 
 GOLDEN = Path(__file__).parent.parent / "golden"

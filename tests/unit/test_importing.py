@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
@@ -274,8 +275,9 @@ CONFIGS = {
     "a list": "[]",
     "alpha that is no number": '{"unet.lora_alpha": "much"}',
     "infinite alpha": '{"unet.lora_alpha": Infinity}',
-    "pattern that is none": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}',
     "patterns that are none": '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}',
+    "deep nesting": '{"unet.lora_alpha": ' + "[" * 100_000,
+    "long": '{"unet.lora_alpha": 1}' + " " * 2**20,
 }
 
 
@@ -290,6 +292,84 @@ def test_damaged_configuration_of_scales(tmp_path: Path, config: str) -> None:
     (folder / "adapter_config.json").write_text(config.replace("unet.", ""))
     with pytest.raises(EsdLoraError, match="damaged configuration"):
         import_lora(folder)
+
+
+def adapter_with(patterns: dict[str, int], folder: Path) -> Path:
+    """A peft adapter of two layers, whose alpha is 2 but for these patterns."""
+    for part, shape in (("A", (2, 768)), ("B", (8, 2))):
+        tensors = {f"base_model.model.{key}.lora_{part}.weight": torch.ones(shape) for key in (KEY, OTHER)}
+        tensors |= load_file(folder / "adapter_model.safetensors") if part == "B" else {}
+        save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "alpha_pattern": patterns}))
+    return folder
+
+
+OTHER = KEY.replace("to_k", "to_v")
+NAMES = {
+    "path": KEY,
+    "path with dots escaped": re.escape(KEY),
+    "whole path, as our export writes it": f"^{re.escape(KEY)}$",
+    "end": "attn2.to_k",
+    "end with dots escaped": r"attn2\.to_k$",
+    "escapes of older Pythons": r"attn2\.to\_k",
+}
+
+
+@pytest.mark.parametrize("pattern", NAMES.values(), ids=NAMES)
+def test_pattern_that_is_a_name_means_what_it_means_to_peft(tmp_path: Path, pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    pairs = import_lora(adapter_with({pattern: 8}, tmp_path), family="sd").pairs
+    for module in (KEY, OTHER):
+        alpha = 8 if get_pattern_key([pattern], module) == pattern else 2
+        torch.testing.assert_close(pairs[module].delta(), torch.full((8, 768), float(alpha)))
+    assert bool((pairs[KEY].delta() == 8).all())
+
+
+@pytest.mark.parametrize("pattern", ["o_k", "^attn2.to_k$", "to_k.more", "2.to_k", "to_."])
+def test_pattern_of_another_layer(tmp_path: Path, pattern: str) -> None:
+    assert bool((import_lora(adapter_with({pattern: 8}, tmp_path), family="sd").pairs[KEY].delta() == 2).all())
+
+
+def test_first_pattern_that_matches_counts(tmp_path: Path) -> None:
+    patterns = {"to_v": 4, "to_k": 8, KEY: 16, r"to\_k": 32}
+    assert bool((import_lora(adapter_with(patterns, tmp_path), family="sd").pairs[KEY].delta() == 8).all())
+
+
+EXPRESSIONS = [
+    "(",
+    "(a*)*b",
+    r"attn\d.to_k",
+    ".*to_k",
+    "to_k|to_v",
+    "to_[kv]",
+    "to_k?",
+    "",
+    "^$",
+    "a$b",
+    "a^b",
+    "x{9}",
+    "to_k\\",
+]
+
+
+@pytest.mark.parametrize("pattern", EXPRESSIONS)
+@pytest.mark.parametrize("read", [import_lora, inspect_file])
+def test_foreign_expression_is_refused_and_never_run(tmp_path: Path, pattern: str, read: object) -> None:
+    with pytest.raises(EsdLoraError, match="and a stranger's is never run") as caught:
+        read(adapter_with({pattern: 8}, tmp_path))  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+ALPHAS = {"complex": torch.tensor(1j), "float8": torch.tensor(1.0).to(torch.float8_e4m3fn), "truth": torch.tensor(True)}
+
+
+@pytest.mark.parametrize("alpha", ALPHAS.values(), ids=ALPHAS)
+def test_alpha_that_is_no_number(tmp_path: Path, alpha: Tensor) -> None:
+    torch.save(one_layer(alpha=alpha), tmp_path / "age.pt")
+    with pytest.raises(EsdLoraError, match=r"(alpha of layer .* is nan, expected a finite number|complex)") as caught:
+        import_lora(tmp_path / "age.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -200,3 +200,72 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     own = load_suite(tmp_path / "mine.yaml", over)
     with pytest.warns(UserWarning, match="empty"):
         assert [case.guidance for case in plan_cases(own, []).cases] == [9.0, 7.5]
+
+
+HOSTILE = {
+    "width": ('{role: general, templates: ["{concept:>900000000}"]}', "more than a plain name in braces"),
+    "attribute": ('{role: general, templates: ["{concept.__class__}"]}', "more than a plain name in braces"),
+    "item": ('{role: general, templates: ["{concept[0]}"]}', "more than a plain name in braces"),
+    "conversion": ('{role: general, templates: ["{concept!r}"]}', "more than a plain name in braces"),
+    "number": ('{role: general, templates: ["{0}"]}', r"nothing fills \{0\}"),
+    "label": ('{role: general, file: p.csv, label: "{x.y}"}', "more than a plain name in braces"),
+    "open brace": ('{role: general, templates: ["{concept"]}', "expected '}'"),
+    "count": ("{role: general, templates: [a], count: 2000000000}", "less than or equal to 100000"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "words"), HOSTILE.values(), ids=HOSTILE)
+def test_template_is_no_format_string(tmp_path: Path, prompts: str, words: str) -> None:
+    with pytest.raises(EsdLoraError, match=rf"mine\.yaml:2: prompts\.a.*{words}"):
+        suite(tmp_path, f"description: x\nprompts: {{a: {prompts}}}\ndetectors: {{}}\n")
+
+
+def test_fills_that_multiply(tmp_path: Path) -> None:
+    words = ", ".join(f"w{i}" for i in range(5000))
+    text = f"""description: x
+prompts:
+  a: {{role: general, templates: ["{{b}} {{c}} {{d}}"], fill: {{b: [{words}], c: [{words}], d: [{words}]}}}}
+detectors: {{}}
+"""
+    with pytest.raises(
+        EsdLoraError, match=r"the prompts .a. of this suite come to 125,000,000,000 pictures, more than 100,000"
+    ):
+        plan_cases(suite(tmp_path, text), [])
+
+
+def test_word_that_is_long_and_often_there(tmp_path: Path) -> None:
+    text = f"""description: x
+prompts: {{a: {{role: general, templates: ["{"{b}" * 10_000}"], fill: {{b: [{"w" * 500_000}]}}}}}}
+detectors: {{}}
+"""
+    with pytest.raises(EsdLoraError, match="a text of more than 10,000 characters"):
+        plan_cases(suite(tmp_path, text), [])
+
+
+def test_domain_prompts_of_many_concepts(tmp_path: Path) -> None:
+    text = "description: x\nprompts: {a: {role: general, domain: object, count: 100000}}\ndetectors: {}\n"
+    concepts = [ErasedConcept(name=name, pairs=(), eta=None) for name in domain("emoji")["objects"][:3]]
+    with pytest.raises(EsdLoraError, match="come to 300,000 pictures"):
+        plan_cases(suite(tmp_path, text), concepts)
+
+
+def test_nothing_is_left_to_measure_on(tmp_path: Path) -> None:
+    text = "description: x\nprompts: {a: {role: general, domain: object, count: 1000}}\ndetectors: {}\n"
+    prompts = {case.prompt for case in plan_cases(suite(tmp_path, text), [CAT]).cases} | {pair[0] for pair in CAT.pairs}
+    trained = CAT.model_copy(update={"pairs": tuple((prompt, "") for prompt in prompts)})
+    with pytest.raises(EsdLoraError, match=r"trained on every prompt of 'cat.*so none is left to measure on"):
+        plan_cases(suite(tmp_path, text), [trained])
+
+
+def test_label_that_no_column_fills(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,class name\na cat,cat\n")
+    text = "description: x\nprompts: {{a: {{role: general, file: {file}, label: '{{{label}}}'}}}}\ndetectors: {{}}\n"
+    filled = suite(tmp_path, text.format(file=tmp_path / "p.csv", label="class name"))
+    assert [case.label for case in plan_cases(filled, []).cases] == ["cat"]
+    with pytest.raises(EsdLoraError, match=r"nothing fills \{nope\}. Known: prompt, class name"):
+        plan_cases(suite(tmp_path, text.format(file=tmp_path / "p.csv", label="nope")), [])
+
+
+def test_base_that_does_not_ship(tmp_path: Path) -> None:
+    with pytest.raises(EsdLoraError, match=r"mine\.yaml:1: base: no built-in base \(did you mean 'emoji'\?\)"):
+        suite(tmp_path, "base: emojy\ndescription: x\nprompts: {a: {role: general, domain: pairs}}\ndetectors: {}\n")

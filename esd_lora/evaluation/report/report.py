@@ -149,7 +149,7 @@ class Report(_Frozen):
         file = Path(path) / "summary.json" if Path(path).is_dir() else Path(path)
         try:
             return cls.model_validate(json.loads(file.read_text("utf-8")))
-        except (OSError, ValueError) as error:  # no file, no text, no JSON, or not of this shape
+        except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or not of this shape
             reason = " ".join(str(error).split())
             raise EsdLoraError(f"no report can be read from {file} ({reason}). Expected an evaluation's directory.") from error
 

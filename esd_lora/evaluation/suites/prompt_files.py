@@ -17,6 +17,7 @@ from typing import NamedTuple
 from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
+from esd_lora.yaml_files import shortened
 
 COLUMNS = {
     "case": ("case_number", "case_num"),
@@ -136,8 +137,8 @@ def _read_integer(where: str, what: str, text: str | None) -> int | None:
     if not text:
         return None
     digits = text.removesuffix(".0")
-    if not digits.isdecimal() or int(digits) >= 2**63:
-        raise EsdLoraError(f"{where}: {what} is {text!r}. Expected a whole number from 0 to 2^63 - 1.")
+    if not digits.isdecimal() or len(digits) > 100 or int(digits) >= 2**63:
+        raise EsdLoraError(f"{where}: {what} is {shortened(repr(text))}. Expected a whole number from 0 to 2^63 - 1.")
     return int(digits)
 
 

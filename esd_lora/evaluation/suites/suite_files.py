@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from esd_lora.built_in import BUILT_IN
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.evaluation.cases import ROLES, Role
+from esd_lora.evaluation.cases import MAX_CASES, ROLES, Role, template_parts
 from esd_lora.evaluation.registries import ATTACKS, DETECTORS, FEATURES
-from esd_lora.yaml_files import checked, read_yaml
+from esd_lora.yaml_files import checked, read_yaml, shortened
 
 
 class _Frozen(BaseModel):
@@ -45,7 +45,7 @@ class PromptSet(_Frozen):
     label: str | None = None
     """What a picture should show, in the detector's words, with the same braces; parts with ` + ` between. A file has a column
     for it."""
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=MAX_CASES)
     """Pictures, of each concept or combination of what fills a template, wordings taking turns with new seeds; each wording
     once unless given."""
     seed: int = Field(default=0, ge=0)
@@ -56,9 +56,7 @@ class PromptSet(_Frozen):
         sources = [bool(self.templates), self.domain is not None, self.file is not None or self.source is not None]
         if sum(sources) != 1:
             raise ValueError("expected one of templates, domain, and file (or the source of a file to be given)")
-        words = {
-            word for text in (*self.templates, self.label or "") for _, word, _, _ in string.Formatter().parse(text) if word
-        }
+        words = {word for text in (*self.templates, self.label or "") for _, word in template_parts(text) if word}
         if self.templates and (unknown := words - {"concept", *self.fill}):
             raise ValueError(f"nothing fills {{{sorted(unknown)[0]}}}{did_you_mean(sorted(unknown)[0], self.fill)}")
         return self
@@ -127,13 +125,20 @@ class Suite(_Frozen):
         """Name of its file, for records; `custom` where it was not loaded from one."""
         return self._name
 
+    @field_validator("base")
+    @classmethod
+    def _ships(cls, base: str | None) -> str | None:
+        if base not in (None, *BUILT_IN):
+            raise ValueError(f"no built-in base{did_you_mean(base, BUILT_IN)}; known: {', '.join(BUILT_IN)}")
+        return base
+
     @field_validator("prompts", "detectors", "distances", "attacks")
     @classmethod
     def _file_names(cls, specs: dict[str, Any]) -> dict[str, Any]:
         # They become names of files; a case is the name of its prompts, a dash, and a number.
         for name in specs:
-            if not re.fullmatch(r"\w[\w-]*", name):
-                raise ValueError(f"{name!r} is no name: expected letters, digits, - and _")
+            if not re.fullmatch(r"\w[\w-]{0,99}", name):
+                raise ValueError(f"{shortened(repr(name))} is no name: expected up to 100 letters, digits, - and _")
         return specs
 
     @field_validator("detectors", "distances", "attacks")
@@ -145,8 +150,8 @@ class Suite(_Frozen):
         for name, spec in specs.items():
             kind = spec.kind or name
             if kind not in known.entries and ":" not in kind:
-                near, names = did_you_mean(kind, known.names()), ", ".join(known.names())
-                raise ValueError(f"unknown {known.kind} {kind!r}{near}; known: {names}")
+                near, names = did_you_mean(kind[:100], known.names()), ", ".join(known.names())
+                raise ValueError(f"unknown {known.kind} {shortened(repr(kind))}{near}; known: {names}")
         return specs
 
 

@@ -1,0 +1,123 @@
+"""Every reader of strangers' files, fuzzed in a process of its own: see `fuzzing.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzzing import CORPUS, mutate
+from readers import READERS
+
+TESTS = Path(__file__).parents[1]
+SLOW = {"whole index": 150, "whole schedule": 150, "checkpoint": 600, "pt": 1200}
+"""Readers of which a case takes longer, and their number of cases in the whole run."""
+CASES = {name: SLOW.get(name, 1600) for name in READERS}
+
+
+def run(folder: Path, cases: dict[str, int], seed: int = 0, timeout: int = 900) -> dict[str, dict[str, int]]:
+    """Fuzz readers in a fresh process, and return their counts."""
+    command = [sys.executable, str(TESTS / "fuzz" / "fuzzing.py"), "--seed", f"{seed}", str(folder)]
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += [f"{name}={number}" for name, number in cases.items()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(counts: dict[str, dict[str, int]], cases: dict[str, int]) -> None:
+    """See that every reader had its cases, and that some were read and some refused."""
+    assert counts.keys() == cases.keys()
+    for name, number in counts.items():
+        assert number["cases"] >= cases[name]
+        assert number["cases"] == number["loads"] + number["refusals"]
+        assert number["loads"], name
+        assert number["refusals"], name
+
+
+def test_some_cases_of_every_reader(tmp_path: Path) -> None:
+    cases = {name: 4 if name.startswith("whole") else 25 for name in READERS}
+    check(run(tmp_path, cases), cases)
+
+
+@pytest.mark.slow
+def test_all_cases_of_every_reader(tmp_path: Path) -> None:
+    assert sum(CASES.values()) >= 20_000
+    check(run(tmp_path, CASES, seed=1), CASES)
+
+
+def test_kept_inputs_have_a_reader() -> None:
+    kept = {path.name for path in CORPUS.iterdir()}
+    assert kept <= READERS.keys()
+    assert all(path.stat().st_size < 6000 for path in CORPUS.glob("*/*"))
+
+
+def test_same_cases_for_the_same_seed() -> None:
+    sources = [b"abc" * 20, b"[1, 2]"]
+    first, second = ([mutate(sources[0], sources, random.Random(seed)) for seed in range(50)] for _ in range(2))
+    assert first == second
+    assert len(set(first)) > 40
+
+
+BAD = {
+    "a crash": ("int('x')", "ValueError"),
+    "a message that goes on and on": ("raise EsdLoraError('x' + '\\n' * 99)", "message of 99 lines"),
+    "a process": ("import subprocess; subprocess.run(['true'])", "subprocess.Popen"),
+    "a process that is hushed up": (
+        "import os, contextlib\nwith contextlib.suppress(Exception): os.system('true')",
+        "os.system",
+    ),
+    "a socket": ("import socket; socket.create_connection(('127.0.0.1', 9))", "socket"),
+    "writing elsewhere": ("open('/tmp/esd-lora-fuzz-outside', 'w')", "open"),
+    "removing elsewhere": ("import os; os.remove('/tmp/esd-lora-fuzz-outside')", "os.remove"),
+    "code of the case": ("exec(compile('1', str(folder / 'x.py'), 'exec'))", "compile"),
+    "memory": ("bytearray(2**30)", "MemoryError"),
+    "a hang": ("while True: pass", "more than 1 s"),
+}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What is written of readers that break a rule, all in one process of its own, as an audit hook stays for good."""
+    folder = tmp_path_factory.mktemp("bad")
+    script = f"""
+import json, signal, sys, types
+from collections import namedtuple
+from pathlib import Path
+Reader = namedtuple("Reader", "file read seeds documents write beside")
+sys.modules["readers"] = types.SimpleNamespace(READERS={{}}, Reader=Reader)  # the real ones take long to import
+import fuzzing
+from esd_lora.errors import EsdLoraError
+fuzzing.SECONDS = 1
+signal.signal(signal.SIGALRM, fuzzing._too_slow)
+folder, codes, messages = Path({str(folder)!r}), json.loads(sys.argv[1]), {{}}
+guard = fuzzing.Guard(folder / "case")
+for name, code in codes.items():
+    def read(folder):
+        if (folder / "x").read_bytes() != b"good":
+            exec(code, {{"folder": folder, "EsdLoraError": EsdLoraError}})
+    fuzzing.READERS["bad"] = Reader("x", read, lambda _: [b"good"], [], None, lambda _: None)
+    try:
+        fuzzing.fuzz("bad", 20, 0, folder, guard)
+    except fuzzing.FaultError as fault:
+        messages[name] = str(fault)
+print(json.dumps(messages))
+"""
+    paths = os.pathsep.join([str(TESTS / "fuzz"), str(TESTS.parent)])
+    command = [sys.executable, "-c", script, json.dumps({name: code for name, (code, _) in BAD.items()})]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(path.read_bytes() != b"good" for path in (folder / "faults").iterdir())
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_reader_that_breaks_a_rule_is_seen(name: str, faults: dict[str, str]) -> None:
+    assert BAD[name][1] in faults[name]
+    assert not Path("/tmp/esd-lora-fuzz-outside").exists()
