@@ -12,7 +12,7 @@ of the teacher's three predictions there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from esd_lora.files import prepare_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import make_optimizer
-from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe import Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, refill
@@ -49,6 +49,7 @@ def train(
     track: Sequence[str] = (),
     on_step: Sequence[Watcher] = (),
     progress: bool = True,
+    allow_code: Collection[str] = (),
 ) -> Eraser:
     """Train the eraser that a recipe describes.
 
@@ -65,12 +66,15 @@ def train(
         on_step: Called after every optimiser step with a `StepReport`, after those the recipe asks for (`watching`); a
             watcher that returns True ends the training.
         progress: Whether to show a progress bar.
+        allow_code: Every `module:attribute` that may be imported, where the recipe names one as objective or optimiser; the
+            recipe alone, which may be a stranger's, runs no code.
 
     Raises:
-        EsdLoraError: If the base cannot be loaded or carries an adapter, the scope matches no layer, or the loss stops
-            being finite.
+        EsdLoraError: If the recipe names code that is not allowed, the base cannot be loaded or carries an adapter, the scope
+            matches no layer, or the loss stops being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
+    require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None else None
     checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
     loaded_here = base is None
@@ -79,12 +83,12 @@ def train(
         base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
     base.require_bare()
     near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-    teacher = Teacher(base, recipe, plan(recipe, base.keep, near))
+    teacher = Teacher(base, recipe, plan(recipe, base.keep, near), allow_code)
     if loaded_here:
         base.free_text_encoders()
     parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
     try:
-        optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
+        optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args, allow_code)
         scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
         state = TrainState(parameters, optimizer, scaler)
         if checkpoint:

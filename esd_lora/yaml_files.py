@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.registry import require_code_names
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
@@ -19,6 +20,7 @@ Mark: TypeAlias = tuple[str, int]
 
 
 Model = TypeVar("Model", bound=BaseModel)
+_ALLOW_CODE = "allow_code"
 
 
 class Document(NamedTuple):
@@ -96,6 +98,7 @@ def checked(
     kind: str,
     source: str,
     hint: Callable[[Place], str] = lambda _: "",
+    allow_code: Collection[str] = (),
 ) -> Model:
     """Return a document as a checked model.
 
@@ -107,10 +110,12 @@ def checked(
         kind: What it is, for messages.
         source: Where it is from, for what stands in no file.
         hint: What to add where a field is missing.
+        allow_code: Every `module:attribute` that it may name where a name is expected: code that will run.
 
     Raises:
         EsdLoraError: With every fault at once, each as `file:line: field: what is wrong`.
     """
+    require_code_names(allow_code)
     fields, above = fields or {}, dict[str, Any]()
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
@@ -131,13 +136,19 @@ def checked(
             where = "given" if place[0] in fields else "--set"
         if fault["type"] == "extra_forbidden":
             return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
-        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ').removesuffix('.')}, found {fault['input']!r}"
 
     try:
-        return model.model_validate(laid_over(document.values, above))
+        return model.model_validate(laid_over(document.values, above), context={_ALLOW_CODE: allow_code})
     except ValidationError as error:
         faults = dict.fromkeys(map(sentence, error.errors()))
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
+
+
+def allowed_code(info: ValidationInfo) -> Collection[str] | None:
+    """Return the `allow_code` of the check that is going on; `None` outside of one, where a model is data alone."""
+    context: Mapping[str, Collection[str]] = info.context or {}
+    return context.get(_ALLOW_CODE)
 
 
 def _overridden(place: Place, above: Mapping[str, Any]) -> bool:
