@@ -146,7 +146,7 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
                 total, samples = total + loss.item(), samples + len(t)
-            require_finite(total, step, spec)
+            require_finite(total, step, spec, base)
             state.update(total, samples, learning_rate(spec, step))
 
             report = StepReport(state, teacher, interruption.requested, interruption.requested or state.step == spec.steps)
@@ -159,13 +159,15 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
                 break
 
 
-def require_finite(loss: float, step: int, spec: TrainSpec) -> None:
-    """Refuse a loss that is no number.
+def require_finite(loss: float, step: int, spec: TrainSpec, base: Base) -> None:
+    """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
 
     Raises:
-        EsdLoraError: With what to change.
+        EsdLoraError: With the damaged module, or what to change.
     """
     if not math.isfinite(loss):
+        if damaged := base.damaged_module():
+            raise EsdLoraError(f"the loss became {loss} at step {step + 1}, because of base {base.id!r}: {damaged}.")
         raise EsdLoraError(
             f"the loss became {loss} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g}), give a warm-up, or"
             " load the base in float32 (--dtype float32)."

@@ -22,7 +22,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, ModelFamily, family_named
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.files import hash_file
-from esd_lora.formats.exporting import PEFT_FILES, scaled
+from esd_lora.formats.exporting import PEFT_FILES
 
 UNKNOWN = "unknown"
 _SUFFIX = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.default)?\.weight$|\.(alpha)$")
@@ -86,7 +86,7 @@ def import_lora(
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in modules.get(name, [(name, OriginalLayer(name))]):
             scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
-            pair = _part(LoraPair(whole.down, scaled(whole.up, scale)), place)
+            pair = _part(whole.scaled(scale, f"{file}: layer {name}"), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
             if pair:
