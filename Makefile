@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo test test-slow test-lowest lint format docs licenses wheel setup benchmark clean
+.PHONY: demo test test-slow test-lowest mutation lint format docs licenses wheel setup benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/esd-lora demo -o out/demo --force
@@ -21,6 +21,10 @@ test-slow: $(VENV)/.dev
 # The lowest versions that pyproject.toml allows, in an environment of their own; minutes, so not for every change.
 test-lowest: $(LOWEST)/.dev
 	$(LOWEST)/bin/python -m pytest -m "not slow" tests/unit tests/integration
+
+# What no test notices, where there is mathematics; an hour or so.
+mutation: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
