@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST ?= .venv-lowest
 export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo test test-slow lint format docs setup benchmark clean
+.PHONY: demo test test-slow test-lowest mutation lint format docs licenses wheel setup benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/esd-lora demo -o out/demo --force
@@ -17,6 +18,14 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
+# The lowest versions that pyproject.toml allows, in an environment of their own; minutes, so not for every change.
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/python -m pytest -m "not slow" tests/unit tests/integration
+
+# What no test notices, where there is mathematics; an hour or so.
+mutation: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -24,6 +33,16 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+licenses: $(VENV)/.dev
+	$(BIN)/python benchmarks/licenses.py
+
+# What is published: both archives, their sizes, and the tests of what is in them and of the wheel installed alone.
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
+	du -h dist/*
+	$(BIN)/python -m pytest tests/unit/test_packaging.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -44,9 +63,14 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(LOWEST)/.dev: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) $(LOWEST) out build dist

@@ -23,5 +23,11 @@ class EsdLoraError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the known word nearest to `word`, or `""` when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def shortened(text: str) -> str:
+    """Return a stranger's text in one line of a length to be read."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -7,9 +7,11 @@ paper, and register it in `OBJECTIVES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from esd_lora.errors import EsdLoraError
 from esd_lora.registry import Registry
 
 if TYPE_CHECKING:
@@ -67,3 +69,23 @@ def contrast(teacher: Predictions, eta: Tensor) -> Tensor:
 OBJECTIVES: Registry[Objective] = Registry(
     "objective", {"esd": "esd_lora.objectives:esd", "contrast": "esd_lora.objectives:contrast"}
 )
+
+
+def find_objective(name: str, allow_code: Collection[str] = ()) -> Objective:
+    """Return an objective by its name.
+
+    Args:
+        name: One of `OBJECTIVES`, or `module:function`.
+        allow_code: Every `module:attribute` that may be imported.
+
+    Raises:
+        EsdLoraError: If it is unknown, not allowed, or no function of predictions and eta.
+    """
+    objective = OBJECTIVES.get(name, allow_code)
+    if isinstance(objective, type):
+        raise EsdLoraError(f"objective {name!r} is a class, and no function of predictions and eta.")
+    try:
+        inspect.signature(objective).bind(None, None)
+    except (TypeError, ValueError) as error:  # other arguments; a builtin of which nothing is known
+        raise EsdLoraError(f"objective {name!r} is no function of predictions and eta: {error}.") from error
+    return objective

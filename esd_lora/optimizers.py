@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from esd_lora.errors import EsdLoraError
@@ -22,7 +23,11 @@ OPTIMIZERS: Registry[OptimizerClass] = Registry(
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[torch.nn.Parameter], lr: float, arguments: Mapping[str, Any]
+    name: str,
+    parameters: Sequence[torch.nn.Parameter],
+    lr: float,
+    arguments: Mapping[str, Any],
+    allow_code: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Return an optimiser.
 
@@ -31,15 +36,27 @@ def make_optimizer(
         parameters: What it updates.
         lr: Of its first step.
         arguments: Further keywords of the class.
+        allow_code: Every `module:Class` that may be imported.
 
     Raises:
-        EsdLoraError: If it is unknown, its package is not installed, or it does not take the arguments.
+        EsdLoraError: If it is unknown or not allowed, its package is not installed, it does not take the arguments, or it is no
+            optimiser that steps on gradients alone.
     """
     try:
-        make = OPTIMIZERS.get(name)
+        make = OPTIMIZERS.get(name, allow_code)
     except ModuleNotFoundError as error:
         raise EsdLoraError(f"optimizer {name!r} needs {error.name}. Run: pip install 'esd-lora[8bit]'.") from error
     try:
-        return make(parameters, lr=lr, **arguments)
+        made = make(parameters, lr=lr, **arguments)
     except (TypeError, ValueError) as error:
         raise EsdLoraError(f"optimizer {name!r} does not take {dict(arguments)}: {error}.") from error
+    if not all(hasattr(made, part) for part in ("param_groups", "zero_grad", "step", "state_dict", "load_state_dict")):
+        raise EsdLoraError(f"optimizer {name!r} makes a {type(made).__name__}, expected a torch.optim.Optimizer.")
+    try:
+        inspect.signature(made.step).bind()
+    except TypeError as error:
+        raise EsdLoraError(
+            f"optimizer {name!r} computes the loss again within a step ({error}), which a training here does not do. Choose"
+            " another, such as adam."
+        ) from error
+    return made

@@ -7,14 +7,17 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.objectives import OBJECTIVES
 from esd_lora.optimizers import OPTIMIZERS
+from esd_lora.registry import Registry
 from esd_lora.wording import mentions
+from esd_lora.yaml_files import allowed_code
 
 SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
 """Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
@@ -72,11 +75,14 @@ def _aspect(value: str) -> str:
     return value
 
 
-def _named(names: list[str], kind: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in names and ":" not in value:
-            near = did_you_mean(value, names)
-            raise ValueError(f"unknown {kind}{near}; known: {', '.join(names)}, or your own as module:attribute")
+def _named(registry: Registry[Any]) -> AfterValidator:
+    """Check a name in a registry, and that code was allowed by whoever reads a file; a header's recipe is data alone."""
+
+    def check(value: str, info: ValidationInfo) -> str:
+        try:
+            registry.check(value, allowed_code(info))
+        except EsdLoraError as error:
+            raise ValueError(str(error)) from error
         return value
 
     return AfterValidator(check)
@@ -182,8 +188,9 @@ class TrainSpec(_Frozen):
     """`linear` and `cosine` fall to a tenth of `lr`."""
     warmup: int = Field(default=0, ge=0)
     """Steps in which the rate climbs to `lr`, evenly."""
-    optimizer: Annotated[str, _named(OPTIMIZERS.names(), "optimizer")] = "adam"
-    """`adam`, `adamw` or another of torch's by name, `adam8bit`, `adamw8bit` (bitsandbytes), or your own `module:Class`."""
+    optimizer: Annotated[str, _named(OPTIMIZERS)] = "adam"
+    """`adam`, `adamw` or another of torch's by name, `adam8bit`, `adamw8bit` (bitsandbytes), or your own `module:Class`, which
+    runs with --allow-code."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimiser: `{weight_decay: 0.01}`."""
     batch_size: int = Field(ge=1)
@@ -243,8 +250,9 @@ class Recipe(_Frozen):
     """What to erase, one or several."""
     scope: Scope
     """Layers that get an adapter: `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, or `re:` and a regular expression."""
-    objective: Annotated[str, _named(OBJECTIVES.names(), "objective")]
-    """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`."""
+    objective: Annotated[str, _named(OBJECTIVES)]
+    """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`, which runs with
+    --allow-code."""
     eta: float
     """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone."""
     preserve: Literal["default"] | tuple[str, ...] = ()
@@ -255,6 +263,20 @@ class Recipe(_Frozen):
     """Shape of the update."""
     train: TrainSpec
     """How the student meets the teacher."""
+
+
+def require_allowed(recipe: Recipe, allow_code: Collection[str]) -> None:
+    """Refuse a recipe whose objective or optimiser is code that was not allowed; nothing is imported.
+
+    Args:
+        recipe: What to train; one from a header was checked as data alone.
+        allow_code: Every `module:attribute` that may be imported.
+
+    Raises:
+        EsdLoraError: With how to allow it.
+    """
+    OBJECTIVES.check(recipe.objective, allow_code)
+    OPTIMIZERS.check(recipe.train.optimizer, allow_code)
 
 
 def with_negative_guidance(recipe: Recipe, guidance: float) -> Recipe:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import yaml
 from pydantic import BaseModel
 
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.recipe import FuseSpec, HarmoniseSpec, Recipe
-from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml, shortened
+from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
@@ -46,7 +46,7 @@ def recipe_paths(name: str) -> list[Path]:
         return [file]
     files = ", ".join(sorted(known for known, paths in shipped.items() if len(paths) == 1))
     raise EsdLoraError(
-        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name{did_you_mean(name[:100], shipped)}."
+        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name{did_you_mean(name, shipped)}."
         f" Built-in: {files}; and {', '.join(recipe_bases())} with any concept, such as sd/van-gogh."
     )
 
@@ -159,7 +159,12 @@ def _laid(layers: Sequence[Document]) -> Document:
 
 
 def load_recipe(
-    source: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | None = None, /, **fields: Any
+    source: str | Path | Sequence[str | Path],
+    overrides: Mapping[str, Any] | None = None,
+    /,
+    *,
+    allow_code: Collection[str] = (),
+    **fields: Any,
 ) -> Recipe:
     """Load and check a recipe.
 
@@ -167,13 +172,15 @@ def load_recipe(
         source: A built-in name (`"fast"`, `"sd/van-gogh"`) or the path of a YAML file; or several, each over those before
             it: `["sdxl/fast", "concepts/van-gogh"]`.
         overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
+        allow_code: Every `module:attribute` that it may name as objective or optimiser: code of your own, which runs when it is
+            trained with the same `allow_code`.
         **fields: Top-level fields, over both: `base="emoji", concepts=["cat"]`.
 
     Raises:
         EsdLoraError: If the file cannot be read, or with every fault of the recipe at once, each as `file:line: field:
             what is wrong`.
     """
-    return _checked(Recipe, source, overrides, fields, "fast")
+    return _checked(Recipe, source, overrides, fields, "fast", allow_code)
 
 
 def load_fuse_spec(
@@ -205,6 +212,7 @@ def _checked(
     overrides: Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     example: str,
+    allow_code: Collection[str] = (),
 ) -> Model:
     """Read sources over one another as a model; `example` is a built-in name that gives every field but concepts."""
 
@@ -218,7 +226,7 @@ def _checked(
     method = document.values.get("method")
     if model is Recipe and method in ("fuse", "harmonise"):
         raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")
-    return checked(model, document, overrides, fields, kind="recipe", source=where, hint=hint)
+    return checked(model, document, overrides, fields, kind="recipe", source=where, hint=hint, allow_code=allow_code)
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -6,7 +6,7 @@ are one network; the teacher is that network with the LoRA switched off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from esd_lora.adapter import adapter_disabled
 from esd_lora.bases.base import Base
+from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
-from esd_lora.objectives import OBJECTIVES, Predictions
+from esd_lora.objectives import Predictions, find_objective
 from esd_lora.recipe import Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.trajectory import Condition, NoisySample, Points, TrajectoryBuffer, pick, walk
@@ -32,11 +33,15 @@ class Teacher:
         base: The loaded base; its denoiser may carry an adapter, which is off whenever the teacher predicts.
         recipe: Gives the objective and the shape of the trajectories.
         lessons: From `lessons.plan`.
+        allow_code: Every `module:attribute` that may be imported for its objective.
+
+    Raises:
+        EsdLoraError: If the objective is not allowed, or is none.
     """
 
-    def __init__(self, base: Base, recipe: Recipe, lessons: Sequence[Lesson]):
+    def __init__(self, base: Base, recipe: Recipe, lessons: Sequence[Lesson], allow_code: Collection[str] = ()):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
-        self.objective = OBJECTIVES.get(recipe.objective)
+        self.objective = find_objective(recipe.objective, allow_code)
         device = base.model.device
         prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3])])
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
@@ -73,7 +78,14 @@ class Teacher:
 
         predictions = predict_each_once(torch.stack([null, concept, anchor], 1), known, predict, sample.x_t)
         strength = eta.view(-1, *[1] * (sample.x_t.dim() - 1)).to(sample.x_t.dtype)
-        return self.objective(Predictions(*predictions.unbind(1)), strength)
+        target: object = self.objective(Predictions(*predictions.unbind(1)), strength)
+        if not isinstance(target, Tensor) or target.shape != sample.x_t.shape:
+            made = f"shape {list(target.shape)}" if isinstance(target, Tensor) else f"type {type(target).__name__}"
+            raise EsdLoraError(
+                f"objective {self.recipe.objective!r} returned a target of {made}, expected a tensor of the predictions' shape"
+                f" {list(sample.x_t.shape)}."
+            )
+        return target
 
     def walk(self, lesson: Tensor, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec) -> list[NoisySample]:
         """Return points on one trajectory for each lesson, walked under its prompt by the base or the student.

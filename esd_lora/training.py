@@ -12,7 +12,7 @@ of the teacher's three predictions there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.lessons import nearest_prompts, plan
 from esd_lora.optimizers import make_optimizer
-from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe import Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, refill
@@ -50,6 +50,7 @@ def train(
     track: Sequence[str] = (),
     on_step: Sequence[Watcher] = (),
     progress: bool = True,
+    allow_code: Collection[str] = (),
 ) -> Eraser:
     """Train the eraser that a recipe describes.
 
@@ -66,12 +67,16 @@ def train(
         on_step: Called after every optimiser step with a `StepReport`, after those the recipe asks for (`watching`) and before
             the checkpoint is written; a watcher that returns True ends the training.
         progress: Whether to show a progress bar.
+        allow_code: Every `module:attribute` that may be imported, where the recipe names one as objective or optimiser; the
+            recipe alone, which may be a stranger's, runs no code.
 
     Raises:
-        EsdLoraError: If the base cannot be loaded or carries an adapter, the scope matches no layer, or the loss stops
-            being finite, or `out` holds something, is written by another run, or holds what is read.
+        EsdLoraError: If the recipe names code that is not allowed, the base cannot be loaded or carries an adapter, the scope
+            matches no layer, the loss stops being finite, or `out` holds something, is written by another run, or holds what
+            is read.
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
+    require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None else None
     with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
         checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
@@ -81,12 +86,12 @@ def train(
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
         base.require_bare()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-        teacher = Teacher(base, recipe, plan(recipe, base.keep, near))
+        teacher = Teacher(base, recipe, plan(recipe, base.keep, near), allow_code)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
         try:
-            optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args)
+            optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args, allow_code)
             scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
             state = TrainState(parameters, optimizer, scaler)
             if checkpoint:
@@ -146,7 +151,7 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
                 total, samples = total + loss.item(), samples + len(t)
-            require_finite(total, step, spec)
+            require_finite(total, step, spec, base)
             state.update(total, samples, learning_rate(spec, step))
 
             interrupted = interruption.requested
@@ -175,13 +180,15 @@ def walked_buffers(
     return buffers
 
 
-def require_finite(loss: float, step: int, spec: TrainSpec) -> None:
-    """Refuse a loss that is no number.
+def require_finite(loss: float, step: int, spec: TrainSpec, base: Base) -> None:
+    """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
 
     Raises:
-        EsdLoraError: With what to change.
+        EsdLoraError: With the damaged module, or what to change.
     """
     if not math.isfinite(loss):
+        if damaged := base.damaged_module():
+            raise EsdLoraError(f"the loss became {loss} at step {step + 1}, because of base {base.id!r}: {damaged}.")
         raise EsdLoraError(
             f"the loss became {loss} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g}), give a warm-up, or"
             " load the base in float32 (--dtype float32)."

@@ -6,15 +6,16 @@ A file is data and nothing else: an alias (`*name`), which stands for a value el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.registry import require_code_names
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
@@ -30,6 +31,7 @@ _MAX_DIGITS = 100
 _MAX_FAULTS = 50  # that are listed
 
 Model = TypeVar("Model", bound=BaseModel)
+_ALLOW_CODE = "allow_code"
 
 
 class Document(NamedTuple):
@@ -154,12 +156,6 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
     return Document(cast("dict[str, Any]", values), marks)
 
 
-def shortened(text: str) -> str:
-    """Return a stranger's text in one line of a length to be read."""
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
-
-
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return `above` laid over `below`, mapping by mapping; lists are replaced whole."""
     out = dict(below)
@@ -179,6 +175,7 @@ def checked(
     kind: str,
     source: str,
     hint: Callable[[Place], str] = lambda _: "",
+    allow_code: Collection[str] = (),
 ) -> Model:
     """Return a document as a checked model.
 
@@ -190,10 +187,12 @@ def checked(
         kind: What it is, for messages.
         source: Where it is from, for what stands in no file.
         hint: What to add where a field is missing.
+        allow_code: Every `module:attribute` that it may name where a name is expected: code that will run.
 
     Raises:
         EsdLoraError: With every fault at once, each as `file:line: field: what is wrong`.
     """
+    require_code_names(allow_code)
     fields, above = fields or {}, dict[str, Any]()
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
@@ -213,15 +212,22 @@ def checked(
         if _overridden(place, above):
             where = "given" if place[0] in fields else "--set"
         if fault["type"] == "extra_forbidden":
-            return f"{where}: {name}: unknown key{did_you_mean(str(place[-1])[:100], _fields(model, place[:-1]))}"
-        return f"{where}: {name}: {fault['msg'].removeprefix('Value error, ')}, found {shortened(repr(fault['input']))}"
+            return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
+        message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
+        return f"{where}: {name}: {message}, found {shortened(repr(fault['input']))}"
 
     try:
-        return model.model_validate(laid_over(document.values, above))
+        return model.model_validate(laid_over(document.values, above), context={_ALLOW_CODE: allow_code})
     except ValidationError as error:
         faults = list(dict.fromkeys(map(sentence, error.errors()[: 4 * _MAX_FAULTS])))
         faults[_MAX_FAULTS:] = [f"and more than {_MAX_FAULTS} others"] if len(faults) > _MAX_FAULTS else []
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
+
+
+def allowed_code(info: ValidationInfo) -> Collection[str] | None:
+    """Return the `allow_code` of the check that is going on; `None` outside of one, where a model is data alone."""
+    context: Mapping[str, Collection[str]] = info.context or {}
+    return context.get(_ALLOW_CODE)
 
 
 def _overridden(place: Place, above: Mapping[str, Any]) -> bool:

@@ -88,6 +88,6 @@ def tiny_recipe(base: Path | str, preset: str = "fast", concepts: Sequence[objec
     small: dict[str, object] = {"steps": 4, "trajectory_steps": 4, "preview_every": 0, "checkpoint_every": 0, "probe_every": 0}
     if preset == "fast":
         small |= {"trajectories": 2, "preserve_trajectories": 2, "preserve_batch": 2}
-    own = {key: settings.pop(key) for key in ("scope", "objective", "eta", "preserve", "lora") if key in settings}
+    own = {key: settings.pop(key) for key in ("scope", "objective", "eta", "preserve", "lora", "allow_code") if key in settings}
     overrides = {f"train.{key}": value for key, value in {**small, **settings}.items()}
     return load_recipe(preset, overrides, base=str(base), concepts=list(concepts), **{"preserve": ["a dog", "a hat"], **own})

@@ -13,6 +13,7 @@ from torch import Tensor
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
+from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
 from esd_lora.trajectory import Condition, concatenate
@@ -91,7 +92,26 @@ class Base:
         }
         if self.family.takes_guidance(self.pipe):
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
+        for value in condition.values():
+            if value.is_floating_point() and not all_finite(value):
+                cause = self.damaged_module() or f"they compute beyond {str(dtype)[6:]}: load the base in float32"
+                raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
+
+    def damaged_module(self) -> str | None:
+        """Return the first module of the denoiser or of the text encoders whose weights hold NaN or infinity, adapters aside.
+
+        Returns:
+            Its path with the component, and what to do: `unet.conv_in holds NaN or infinity; fetch the base again`.
+        """
+        encoders = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        for name in (self.family.denoiser, *encoders):
+            component = getattr(self.pipe, name)
+            for path, weight in component.named_parameters() if component is not None else ():
+                if "lora_" not in path and not all_finite(weight.detach()):
+                    module = path.rpartition(".")[0].removesuffix(".base_layer")
+                    return f"{name}.{module} holds NaN or infinity; fetch the base again"
+        return None
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders, once every prompt is encoded."""

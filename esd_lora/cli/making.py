@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,7 @@ from esd_lora.cli.options import (
     ERASER,
     NUMBERS,
     Weighted,
+    allow_code_option,
     base_option,
     device_options,
     force_option,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     help="eta as ESD's 2025 scripts say it: eta + 1, of prompts without an anchor; with --erase-from eta itself.",
 )
 @click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field: train.lr=1e-4.")
+@allow_code_option
 @device_options
 @click.option("--track", multiple=True, metavar="TRACKER", help="Report to tensorboard, wandb or trackio.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
@@ -57,6 +59,7 @@ def train(
     scope: str | None,
     negative_guidance: float | None,
     settings: tuple[str, ...],
+    allow_code: tuple[str, ...],
     device: str,
     dtype: str | None,
     track: tuple[str, ...],
@@ -74,11 +77,10 @@ def train(
     """
     if not concepts and (not recipes or anchor is not None or erase_from is not None):
         raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
-    fields: dict[str, Any] = {"base": base, "base_config": base_config, "scope": scope}
-    fields = {key: value for key, value in fields.items() if value} | given(eta=negative_guidance)
+    fields = given(base=base or None, base_config=base_config or None, scope=scope or None, eta=negative_guidance)
     if concepts:
         fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
-    recipe = load_recipe(recipes or "fast", overrides(settings), **fields)
+    recipe = load_recipe(recipes or "fast", overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = with_negative_guidance(recipe, negative_guidance)
         start = "the concept" if recipe.eta < negative_guidance else "the prompt it is erased from"
@@ -87,7 +89,9 @@ def train(
     from esd_lora.training import train as run
 
     try:
-        eraser = run(recipe, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track)
+        eraser = run(
+            recipe, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track, allow_code=allow_code
+        )
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, overrides, unweighted
+from esd_lora.cli.options import (
+    ERASER,
+    Weighted,
+    allow_code_option,
+    base_option,
+    device_options,
+    force_option,
+    overrides,
+    unweighted,
+)
 from esd_lora.errors import EsdLoraError
 
 if TYPE_CHECKING:
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override the suite: detectors.clip.path=DIR."
 )
+@allow_code_option
 @click.option("--against", metavar="LIST", help="Compare with negative-prompt, sld, safety-checker, ... or another base.")
 @click.option("--stack", is_flag=True, help="Measure each eraser alone, too, and what is kept as their number grows.")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What counts as erased; default: the headers say.")
@@ -41,6 +51,7 @@ def evaluate(
     out: Path,
     prompts: str | None,
     settings: tuple[str, ...],
+    allow_code: tuple[str, ...],
     against: str | None,
     stack: bool,
     concepts: tuple[str, ...],
@@ -66,8 +77,8 @@ def evaluate(
 
     paths, weights = unweighted(erasers)
     _check_options(paths, weights, base, against, pictures, attach)
-    loaded = load_suite(suite, overrides(settings), prompts)
-    options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force}
+    loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
+    options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force, "allow_code": allow_code}
     if base is None:
         report = evaluating.score_pictures(str(pictures), loaded, out, **options)
     else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.registry import require_code_names
 from esd_lora.wording import printable
 from esd_lora.yaml_files import parse_yaml
 
@@ -134,6 +135,19 @@ def device_options(command: _Command) -> _Command:
 
 
 force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
+
+
+def allow_code_option(command: _Command) -> _Command:
+    """Add `--allow-code`, whose names are printed: whoever reads the log sees that other code ran."""
+
+    def convert(_ctx: click.Context, _param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+        require_code_names(names)
+        if names:
+            click.echo(f"allowed to run code of its own: {', '.join(names)}", err=True)
+        return names
+
+    text = "Code of yours that a file may name and run; may be given several times."
+    return click.option("--allow-code", multiple=True, metavar="MODULE:NAME", callback=convert, help=text)(command)
 
 
 def overrides(settings: tuple[str, ...]) -> dict[str, Any]:

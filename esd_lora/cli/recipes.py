@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import force_option, overrides
+from esd_lora.cli.options import allow_code_option, force_option, overrides
 from esd_lora.files import reserve_file, write_atomically
 from esd_lora.recipe_files import (
     dump_recipe,
@@ -70,8 +70,9 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
 @recipes.command("check")
 @click.argument("names", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a recipe field.")
+@allow_code_option
 @click.option("--resolved", is_flag=True, help="Print the recipe with everything it extends.")
-def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: bool) -> None:
+def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], allow_code: tuple[str, ...], resolved: bool) -> None:
     """Check recipes and report every fault with its line."""
     for name in names:
         kind, over = recipe_kind(name), overrides(settings)
@@ -80,11 +81,14 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: b
         elif kind == "harmonise":
             recipe, purpose = load_harmonise_spec(name, over), "says how to harmonise a stack"
         elif kind == "concept":
-            recipe, purpose = load_recipe(["fast", name], over), "a concept, give it a preset"
+            recipe, purpose = load_recipe(["fast", name], over, allow_code=allow_code), "a concept, give it a preset"
         elif kind == "preset":
-            recipe, purpose = load_recipe(name, over, concepts=["CONCEPT"]), "a preset, give it a --concept"
+            recipe, purpose = (
+                load_recipe(name, over, allow_code=allow_code, concepts=["CONCEPT"]),
+                "a preset, give it a --concept",
+            )
         else:
-            recipe = load_recipe(name, over)
+            recipe = load_recipe(name, over, allow_code=allow_code)
             purpose = f"erases {', '.join(concept.name for concept in recipe.concepts)}"
         click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {purpose}")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from esd_lora.erasers.header import HEADER_KEY, EraserHeader, parse_header
-from esd_lora.erasers.tensor_files import file_content, read_header, read_tensors
+from esd_lora.erasers.tensor_files import all_finite, file_content, read_header, read_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import write_files
 
@@ -58,6 +58,31 @@ class LoraPair(NamedTuple):
         up, down = (x if x.dtype == torch.float64 else x.float() for x in (self.up, self.down))
         return (up.flatten(1) @ down.flatten(1)).reshape(self.shape)
 
+    def scaled(self, scale: float, what: str) -> LoraPair:
+        """Return the pair whose update is this one's times a number, which is folded into `up`.
+
+        Half precision would round again, and lose altogether what is small. So the product is made in float32 or better, and
+        stored so, too, unless the dtype of `up` holds every value of it exactly, as it does times -1 or 1/2. Times 1 the pair
+        comes back as it is.
+
+        Args:
+            scale: Any number.
+            what: File or eraser and layer, for the message.
+
+        Raises:
+            EsdLoraError: If a value becomes NaN or infinity.
+        """
+        if scale == 1:
+            return self
+        up = self.up.to(torch.promote_types(self.up.dtype, torch.float32)) * scale
+        if not all_finite(up):
+            raise EsdLoraError(
+                f"{what}: times {scale:g} its values go beyond {torch.finfo(up.dtype).max:.3g}, where {str(up.dtype)[6:]}"
+                " ends. Give a lower strength or alpha."
+            )
+        stored = up.to(self.up.dtype)
+        return self._replace(up=stored if torch.equal(stored.to(up.dtype), up) else up)
+
     def inner(self, other: LoraPair) -> float:
         """Return the Frobenius inner product `<delta, other.delta>`, by the factors: neither update is ever multiplied out.
 
@@ -92,8 +117,12 @@ class Eraser:
         return tensors
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of its safetensors file, of whichever layout: the header goes along everywhere."""
-        return {"format": "pt", HEADER_KEY: self.header.model_dump_json()}
+        """Return the metadata of its safetensors file, of whichever layout: the header goes along everywhere.
+
+        Raises:
+            EsdLoraError: If a number in the header is NaN or infinity.
+        """
+        return {"format": "pt", HEADER_KEY: self.header.to_json()}
 
     def files(self) -> dict[str, bytes]:
         """Return what its directory holds, by file name: weights, and the recipe if there is one."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, cast
@@ -11,11 +13,10 @@ from typing import Literal, cast
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from esd_lora.erasers.measured import Measured
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.wording import mentions
-from esd_lora.yaml_files import shortened
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
@@ -204,6 +205,16 @@ class EraserHeader(BaseModel):
                 effects.append(f"{verb} {', '.join(concept.describe() for concept in concepts)}")
         return " and ".join(effects)
 
+    def to_json(self) -> str:
+        """Return the header as JSON, as it stands in a file.
+
+        Raises:
+            EsdLoraError: If a number in it is NaN or infinity, which JSON has no words for: nobody could read the file.
+        """
+        if place := _not_finite(self.model_dump()):
+            raise EsdLoraError(f"{place} of the header would be NaN or infinity, so nothing is written. Give finite strengths.")
+        return self.model_dump_json()
+
     def making(self) -> list[str]:
         """Return how a stack was fused and harmonised, a line each."""
         return [step.describe() for step in (*self.fusions, *self.distillations)]
@@ -232,8 +243,23 @@ def parse_header(text: str, file: Path) -> EraserHeader:
         first = error.errors()[0]
         where = shortened(".".join(str(part) for part in first["loc"]))
         raise EsdLoraError(f"{file} has a damaged header ({where}: {first['msg']}). Fetch or train it again.") from error
+    if place := _not_finite(header.model_dump()):
+        raise EsdLoraError(f"{file} has a damaged header ({place} is NaN or infinity). Fetch or train it again.")
     _check_format(header.format, file)  # once more: a number in quotes is read as one
     return header
+
+
+def _not_finite(value: object, place: str = "") -> str | None:
+    """Return where in a document the first number stands that is NaN or infinity: `concepts.0.weight`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = cast("dict[object, object]", value).items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(cast("Sequence[object]", value))
+    parts = (_not_finite(part, f"{place}.{key}".lstrip(".")) for key, part in items)
+    return next((part for part in parts if part), None)
 
 
 def _read_format(text: str, file: Path) -> float:

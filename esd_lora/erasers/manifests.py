@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from esd_lora.erasers.eraser import ERASER_FILES, Eraser
 from esd_lora.erasers.fetching import locate
 from esd_lora.erasers.stacking import Strength, stack
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
-from esd_lora.yaml_files import read_yaml, shortened
+from esd_lora.yaml_files import read_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_ERASERS = 1000  # that a manifest and those it names come to

@@ -83,11 +83,12 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None 
 
     Args:
         erasers: One or more, of one family and prediction type.
-        weights: Strength of each member, 1 by default; negative ones undo. They are folded into `up`.
+        weights: Strength of each member, 1 by default; negative ones undo. They are folded into `up`, in float32 where half
+            precision would round: see `LoraPair.scaled`.
 
     Raises:
         EsdLoraError: If there are no members, the number of weights differs, members are of different kinds, or a strength
-            names a part of the model in which its eraser has no layer.
+            names a part of the model in which its eraser has no layer, or makes NaN or infinity of a layer.
     """
     strengths = strengths_of(erasers, weights)
     if not erasers:
@@ -130,10 +131,8 @@ def _concatenated(module: str, erasers: Sequence[Eraser], strengths: Sequence[St
     shapes = {pair.shape for pair, _ in members}
     if len(shapes) > 1:
         raise EsdLoraError(f"layer {module} has shapes {sorted(shapes)} in different members: they are not of one model.")
-    return LoraPair(
-        torch.cat([pair.down for pair, _ in members], dim=0),
-        torch.cat([pair.up * weight for pair, weight in members], dim=1),
-    )
+    pairs = [pair.scaled(weight, f"layer {module}") for pair, weight in members]
+    return LoraPair(torch.cat([pair.down for pair in pairs], dim=0), torch.cat([pair.up for pair in pairs], dim=1))
 
 
 def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserHeader:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +74,7 @@ def evaluate(
     fail_if: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
+    allow_code: Collection[str] = (),
 ) -> Report:
     """Measure erasers on a base.
 
@@ -91,6 +92,8 @@ def evaluate(
         fail_if: Conditions under which it fails, as `summarising.read_condition` takes them.
         force: Throw another evaluation that lies in `out` away.
         progress: Whether to show progress bars.
+        allow_code: Every `module:attribute` that may be imported, where the suite names one as a detector, features or an
+            attack; the suite alone, which may be a stranger's, runs no code.
 
     Returns:
         Numbers by variant, role and metric; what was not run and why.
@@ -101,7 +104,8 @@ def evaluate(
     """
     read = [base.source or "" if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
     refuse_inputs(Path(out), filter(None, read))
-    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
+    suite.require_allowed(allow_code)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
     plan = plan_cases(suite, removed, limit)
@@ -132,7 +136,7 @@ def evaluate(
     if suite.attacks:
         targets = [case for case in plan.cases if case.role == "target"]
         victim = Victim(base, variants[1], removed, targets, *sampler, erasers=members, weights=strengths)
-        variants += _attacked(suite, victim)
+        variants += _attacked(suite, victim, allow_code)
     record = _suite_record(suite, plan, [concept.name for concept in removed], limit) | {
         "base": base_record(base),
         "variants": {variant.name: variant.record for variant in variants},
@@ -146,7 +150,9 @@ def evaluate(
             v.name: {case.id: painted_file(folder, v.name, case.id) for case in plan.cases if case.role in v.roles}
             for v in variants
         }
-        report = _score_and_write(folder, suite, plan, record, pictures, conditions, progress, members if stack else ())
+        report = _score_and_write(
+            folder, suite, plan, record, pictures, conditions, progress, members if stack else (), allow_code
+        )
     return _passed(report, conditions)
 
 
@@ -161,6 +167,7 @@ def score_pictures(
     fail_if: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
+    allow_code: Collection[str] = (),
 ) -> Report:
     """Measure pictures that were made elsewhere.
 
@@ -175,12 +182,14 @@ def score_pictures(
         fail_if: As in `evaluate`.
         force: As in `evaluate`.
         progress: As in `evaluate`.
+        allow_code: As in `evaluate`.
 
     Raises:
         EsdLoraError: As `evaluate`, and if a picture is missing; the message counts them.
     """
     refuse_inputs(Path(out), [pictures])
-    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings)
+    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
+    suite.require_allowed(allow_code)
     folders = sorted(folder for folder in Path(pictures).glob("*") if folder.is_dir())
     if not folders:
         raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
@@ -190,21 +199,26 @@ def score_pictures(
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
     record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
     with _begun(out, record, plan.cases, force) as folder:
-        report = _score_and_write(folder, suite, plan, record, matched, conditions, progress)
+        report = _score_and_write(folder, suite, plan, record, matched, conditions, progress, (), allow_code)
     return _passed(report, conditions)
 
 
-def _attacked(suite: Suite, victim: Victim) -> list[Variant]:
+def _attacked(suite: Suite, victim: Victim, allow_code: Collection[str]) -> list[Variant]:
     """Return the suite's attempts to bring back what was erased."""
-    attacks = {name: build(ATTACKS, spec.kind or name, spec.model_extra or {}, victim) for name, spec in suite.attacks.items()}
+    attacks = {
+        name: build(ATTACKS, spec.kind or name, spec.model_extra or {}, victim, expected=Variant, allow_code=allow_code)
+        for name, spec in suite.attacks.items()
+    }
     return [attack._replace(name=f"attack-{name}", roles=("target",)) for name, attack in attacks.items()]
 
 
 def _suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
     """Return what the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
     fields = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
+    own = {"code": suite.code()} if suite.code() else {}  # what was allowed to run; records of old have no such line
     return {
         "suite": suite.name,
+        **own,
         "settings": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16],
         "concepts": list(concepts),
         "limit": limit,
@@ -263,12 +277,13 @@ def _score_and_write(
     pictures: Pictures,
     conditions: Sequence[FailCondition],
     progress: bool,
-    members: Sequence[Eraser] = (),
+    members: Sequence[Eraser],
+    allow_code: Collection[str],
 ) -> Report:
     """Score, summarise and write everything; then fail where a condition does."""
     cases, variants = plan.cases, list(pictures)
-    scores, detectors, not_scored = score_missing(out, suite, cases, pictures, progress=progress)
-    distances, features, not_measured = measure_distances(out, suite, cases, pictures, progress=progress)
+    scores, detectors, not_scored = score_missing(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
+    distances, features, not_measured = measure_distances(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
     record = json.loads(json.dumps(record | {"detectors": {**detectors, **features}}))
     numbers = summarise(cases, scores, variants)
     failures = [condition.failure(numbers) for condition in conditions]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import signature
 from typing import Any
 
@@ -46,7 +46,14 @@ ATTACKS: Registry[Callable[..., Any]] = Registry(
 """Name to a function from a `Victim` and the suite's settings to a `Variant`."""
 
 
-def build(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[str, Any], *arguments: Any) -> Any:
+def build(
+    registry: Registry[Callable[..., Any]],
+    kind: str,
+    settings: Mapping[str, Any],
+    *arguments: Any,
+    expected: type[Any],
+    allow_code: Collection[str],
+) -> Any:
     """Build a detector, features or an attack with a suite's settings.
 
     Args:
@@ -54,17 +61,30 @@ def build(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[s
         kind: Its name there.
         settings: Keyword arguments for it.
         arguments: Arguments before them, which are no settings.
+        expected: Class or protocol of what it builds.
+        allow_code: Every `module:attribute` that may be imported.
 
     Raises:
         NotRun: If it lacks a package or weights.
-        EsdLoraError: If it takes no such setting.
+        EsdLoraError: If its code is not allowed or builds something else, or it takes no such setting or needs another.
     """
-    builder = registry.get(kind)
-    known = list(signature(builder).parameters)[len(arguments) :]
+    builder = registry.get(kind, allow_code)
+    try:
+        parameters = signature(builder).parameters
+    except ValueError as error:  # a builtin
+        raise EsdLoraError(f"{registry.kind} {kind!r} does not say which settings it takes: {error}.") from error
+    known = list(parameters)[len(arguments) :]
     for name in settings:
         if name not in known:
             raise EsdLoraError(
                 f"{registry.kind} {kind!r} has no setting {name!r}{did_you_mean(name, known)}."
                 f" It takes: {', '.join(known) or 'none'}."
             )
-    return builder(*arguments, **settings)
+    try:
+        signature(builder).bind(*arguments, **settings)
+    except TypeError as error:
+        raise EsdLoraError(f"{registry.kind} {kind!r} cannot be built with settings {dict(settings)}: {error}.") from error
+    built = builder(*arguments, **settings)
+    if not isinstance(built, expected):
+        raise EsdLoraError(f"{registry.kind} {kind!r} builds a {type(built).__name__}, expected a {expected.__name__}.")
+    return built

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from esd_lora.bases.loading import quiet_libraries
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
-from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score
+from esd_lora.evaluation.detectors.detector import Detector, Features, NotRun, Picture, Score
 from esd_lora.evaluation.detectors.frechet import frechet_distance
 from esd_lora.evaluation.picture_files import open_painted, open_picture, painted_file, picture_paths
 from esd_lora.evaluation.registries import DETECTORS, FEATURES, build
@@ -62,7 +62,13 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
 
 
 def score_missing(
-    folder: Path, suite: Suite, cases: Sequence[Case], pictures: Pictures, *, progress: bool = True
+    folder: Path,
+    suite: Suite,
+    cases: Sequence[Case],
+    pictures: Pictures,
+    *,
+    allow_code: Collection[str] = (),
+    progress: bool = True,
 ) -> tuple[Scores, dict[str, Any], dict[str, str]]:
     """Have every detector of a suite score what it has not scored yet.
 
@@ -71,6 +77,7 @@ def score_missing(
         suite: Its detectors.
         cases: What the pictures should show.
         pictures: Files to score.
+        allow_code: Every `module:attribute` that may be imported for a detector.
         progress: Whether to show progress bars.
 
     Returns:
@@ -85,7 +92,7 @@ def score_missing(
     for name, spec in suite.detectors.items():
         chosen = [(v, case) for v, files in pictures.items() for case in cases if case.role in spec.roles and case.id in files]
         try:
-            detector = build(DETECTORS, spec.kind or name, spec.model_extra or {})
+            detector = build(DETECTORS, spec.kind or name, spec.model_extra or {}, expected=Detector, allow_code=allow_code)
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
@@ -155,7 +162,13 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def measure_distances(
-    folder: Path, suite: Suite, cases: Sequence[Case], pictures: Pictures, *, progress: bool = True
+    folder: Path,
+    suite: Suite,
+    cases: Sequence[Case],
+    pictures: Pictures,
+    *,
+    allow_code: Collection[str] = (),
+    progress: bool = True,
 ) -> tuple[dict[str, dict[str, Distance]], dict[str, Any], dict[str, str]]:
     """Measure how far each variant's pictures as a whole are from the base's, or from photos, by Frechet distances.
 
@@ -164,6 +177,7 @@ def measure_distances(
         suite: Its distances: which features, of which roles, and beside what.
         cases: All cases.
         pictures: Files to measure.
+        allow_code: Every `module:attribute` that may be imported for features.
         progress: Whether to show progress bars.
 
     Returns:
@@ -181,7 +195,7 @@ def measure_distances(
         sets = {variant: [files[case] for case in chosen if case in files] for variant, files in pictures.items()}
         sets = {variant: files for variant, files in sets.items() if files}
         try:
-            features = build(FEATURES, spec.kind or name, spec.model_extra or {})
+            features = build(FEATURES, spec.kind or name, spec.model_extra or {}, expected=Features, allow_code=allow_code)
             if spec.reference is None and ("base" not in sets or len(sets) == 1):
                 raise NotRun("there is nothing to measure from: neither erasers beside the base nor a folder of photos")
             if len(chosen) < 2:

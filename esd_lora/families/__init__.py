@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.flux import Flux
 from esd_lora.families.sana import Sana
@@ -13,7 +13,6 @@ from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
 from esd_lora.json_files import read_json
-from esd_lora.yaml_files import shortened
 
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
@@ -43,7 +42,7 @@ def family_named(name: str) -> ModelFamily:
     families = {family.name: family for family in FAMILIES}
     if name not in families:
         raise EsdLoraError(
-            f"unknown family {shortened(repr(name))}{did_you_mean(name[:100], families)}. Known: {', '.join(families)}."
+            f"unknown family {shortened(repr(name))}{did_you_mean(name, families)}. Known: {', '.join(families)}."
         )
     return families[name]
 
@@ -54,12 +53,7 @@ def read_components(index: Path) -> list[str]:
     Raises:
         EsdLoraError: If it is damaged.
     """
-    try:
-        return [name for name in json.loads(index.read_text("utf-8")) if not name.startswith("_")]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise EsdLoraError(
-            f"{index} is damaged: expected JSON with a name for each component. Fetch the base again."
-        ) from error
+    return [name for name in read_json(index) if not name.startswith("_")]
 
 
 def read_pipeline(index: Path) -> str:

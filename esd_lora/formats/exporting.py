@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -89,14 +90,9 @@ def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         tensors[f"{name}.lora_down.weight"] = pair.down.contiguous()
-        tensors[f"{name}.lora_up.weight"] = scaled(pair.up, pair.rank / alpha).contiguous()
+        tensors[f"{name}.lora_up.weight"] = pair.scaled(pair.rank / alpha, f"layer {name}").up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     return tensors
-
-
-def scaled(factor: Tensor, scale: float) -> Tensor:
-    """Return a factor times a number; in float32 where half precision would have to round again."""
-    return factor if scale == 1 else factor.to(torch.promote_types(factor.dtype, torch.float32)) * scale
 
 
 def _joined(members: list[tuple[OriginalLayer, LoraPair]]) -> LoraPair:
@@ -105,7 +101,8 @@ def _joined(members: list[tuple[OriginalLayer, LoraPair]]) -> LoraPair:
     if not place.total:
         return LoraPair(pair.down, place.reordered(pair.up, pair.down.shape[1]))
     inputs = pair.down.shape[1]
-    up = torch.zeros(place.total * inputs, sum(pair.rank for _, pair in members), dtype=pair.up.dtype)
+    dtype = reduce(torch.promote_types, (pair.up.dtype for _, pair in members))
+    up = torch.zeros(place.total * inputs, sum(pair.rank for _, pair in members), dtype=dtype)
     first = 0
     for place, pair in members:
         up[place.rows(inputs), first : first + pair.rank] = pair.up

@@ -18,13 +18,12 @@ from torch import Tensor
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
 from esd_lora.erasers.tensor_files import DTYPES, read_tensors
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.families import FAMILIES, ModelFamily, family_named
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.files import hash_file
-from esd_lora.formats.exporting import PEFT_FILES, scaled
+from esd_lora.formats.exporting import PEFT_FILES
 from esd_lora.json_files import MAX_JSON, parse_json
-from esd_lora.yaml_files import shortened
 
 UNKNOWN = "unknown"
 _SUFFIX = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_up|lora_B|lora\.up)(?:\.default)?\.weight$|\.(alpha)$")
@@ -89,10 +88,7 @@ def import_lora(
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in modules.get(name, [(name, OriginalLayer(name))]):
             scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
-            up = scaled(whole.up, scale)
-            if not bool(up.isfinite().all()):
-                raise EsdLoraError(f"{file}: alpha of layer {name} scales it by {scale:g}, beyond all numbers. Fetch it again.")
-            pair = _part(LoraPair(whole.down, up), place)
+            pair = _part(whole.scaled(scale, f"{file}: layer {name}"), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
             if pair:

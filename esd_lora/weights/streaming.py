@@ -17,7 +17,8 @@ from torch import Tensor
 
 from esd_lora.bases.stored import StoredFile
 from esd_lora.erasers.eraser import Eraser, LoraPair
-from esd_lora.erasers.tensor_files import DTYPES, Header
+from esd_lora.erasers.tensor_files import DTYPES, Header, all_finite
+from esd_lora.errors import EsdLoraError
 from esd_lora.families.layer_names import OriginalLayer
 
 MERGED_KEY = "esd_lora_merged"
@@ -50,6 +51,7 @@ def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Ma
 
     Raises:
         OSError: If the system does not let it.
+        EsdLoraError: If a tensor would hold NaN or infinity.
     """
     metadata = {**file.header.metadata, MERGED_KEY: json.dumps([*merged_before(file.header), provenance])}
     text = json.dumps({"__metadata__": metadata, **file.header.tensors}, separators=(",", ":")).encode()
@@ -171,7 +173,11 @@ class _Addition(NamedTuple):
 
 
 def _add(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO, sink: BinaryIO, turn: Lock) -> None:
-    """Write one touched tensor, some rows at a time: summed in float32 or better, rounded once."""
+    """Write one touched tensor, some rows at a time: summed in float32 or better, rounded once.
+
+    Raises:
+        EsdLoraError: If it would hold NaN or infinity, with the cause.
+    """
     entry = file.header.tensors[name]
     dtype, rows, inputs = DTYPES[entry["dtype"]], *entry["shape"][:2]
     width = torch.Size(entry["shape"][1:]).numel()
@@ -190,4 +196,27 @@ def _add(file: StoredFile, name: str, stacked: Eraser, source: BinaryIO, sink: B
             addition.apply(block, first)
         if block.dtype != dtype:
             stored[:count].copy_(block)
+        if not all_finite(stored[:count]):
+            rounded = all_finite(block)
+            source.seek(-len(piece), os.SEEK_CUR)
+            _read(source, piece)
+            raise EsdLoraError(f"{file.path}: {name} {_overflow(dtype, base=all_finite(stored[:count]), total=rounded)}")
         _write(sink, piece, turn)
+
+
+def _overflow(dtype: torch.dtype, *, base: bool, total: bool) -> str:
+    """Return why a merged tensor would hold NaN or infinity.
+
+    Args:
+        dtype: Type that the base stores it in.
+        base: Whether the base's own values are finite.
+        total: Whether base + update is, before it is rounded to that type.
+    """
+    if not base:
+        return "holds NaN or infinity before anything is merged into it, so nothing is written. Fetch the base again."
+    if not total:
+        return "plus the erasers' update is NaN or infinity, so nothing is written. Merge at a lower strength."
+    kind, end = str(dtype)[6:], torch.finfo(dtype).max
+    return f"is stored as {kind}, which ends at {end:g}, and base + update goes beyond, so nothing is written. Merge at a" + (
+        " lower strength, or into a float32 base."
+    )

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, stack
-from esd_lora.erasers.tensor_files import DTYPES, Header, read_rows
+from esd_lora.erasers.tensor_files import DTYPES, Header, all_finite, read_rows
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import hash_folder
@@ -102,6 +103,7 @@ def _distance(
     for first in range(0, rows, step):
         block = slice(first, min(first + step, rows))
         expected = read_rows(source, old, name, block).flatten(1).double()
+        base_finite = all_finite(expected)
         slack = expected.abs()
         for pair, place in members:
             up, down = place.reordered(pair.up.flatten(1).double(), inputs), pair.down.flatten(1).double()
@@ -112,10 +114,29 @@ def _distance(
                 expected[a - first : b - first] += part @ down
                 slack[a - first : b - first] += part.abs() @ down.abs()
         actual = read_rows(result, new, name, block).flatten(1).double()
+        if not all_finite(actual):
+            raise EsdLoraError(f"{result.name}: {name} holds NaN or infinity: {_cause(base_finite, expected, info)}")
         beyond = (actual - expected).abs() - 4 * torch.finfo(torch.float32).eps * slack
         spacing = expected.abs().clamp_min(info.tiny) * info.eps
         worst = max(worst, float((beyond.clamp_min(0) / spacing).nan_to_num(nan=torch.inf).max()))
     return worst
+
+
+def _cause(base_finite: bool, expected: Tensor, info: torch.finfo) -> str:
+    """Return why a merged tensor holds NaN or infinity, in the end of a sentence, and what to do.
+
+    Args:
+        base_finite: Whether the base's own values are finite.
+        expected: Base + update, in float64.
+        info: Of the type it is stored in.
+    """
+    if not base_finite:
+        return "so does the base there. Fetch the base again."
+    largest = float(expected.abs().max())
+    if largest > info.max:
+        end = f"{info.dtype}, which ends at {info.max:g}"
+        return f"base + update reaches {largest:.3g}, and it is stored as {end}. Merge at a lower strength, or a float32 base."
+    return "base + update does not. Merge again."
 
 
 def _shapes(header: Header) -> dict[str, tuple[str, list[int]]]:

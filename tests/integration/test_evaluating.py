@@ -49,6 +49,11 @@ steps: 2
 """
 
 
+OWN = ["test_evaluating:Brightness", "test_evaluating:Absent"]
+"""The code that the suite names."""
+ALLOWED = [word for name in OWN for word in ("--allow-code", name)]
+
+
 class Brightness:
     """A detector that everyone can check: whether a picture's mean is above a threshold, and what it is."""
 
@@ -83,7 +88,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run(base: Base, suite: Path | Suite, out: Path, **settings: Any) -> Report:
-    return evaluate(base, suite, out, progress=False, **settings)
+    return evaluate(base, suite, out, progress=False, **{"allow_code": OWN, **settings})
 
 
 def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
@@ -112,6 +117,7 @@ def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Pa
     assert record["variants"]["erased"]["erasers"][0]["concepts"] == ["a cat"]
     assert record["sampler"] == {"scheduler": "DDIMScheduler", "steps": 2, "guidance": 7.5}
     assert record["detectors"]["bright"] == {"threshold": 100}
+    assert record["code"] == sorted(OWN)
     assert "erased" in (out / "table.md").read_text()
     assert Report.load(out) == Report.load(out / "summary.json") == report
     assert (out / "summary.json").read_text("utf-8") == report.to_json()
@@ -146,7 +152,7 @@ def test_a_loaded_suite_is_recorded_by_its_name(base: Base, suite: Path, tmp_pat
     """Else the same evaluation would be another one."""
     by_path = run(base, suite, tmp_path / "out", limit=1)
     assert by_path.suite == "toy"
-    assert run(base, load_suite(suite), tmp_path / "out", limit=1) == by_path
+    assert run(base, load_suite(suite, allow_code=OWN), tmp_path / "out", limit=1) == by_path
 
 
 def test_two_runs_leave_the_same_files(base: Base, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
@@ -363,11 +369,11 @@ def test_pictures_made_elsewhere(base: Base, suite: Path, tmp_path: Path, cat_di
     ours = run(base, suite, out, erasers=[cat_dir])
     shutil.copytree(out / "images", elsewhere)
     (elsewhere / "base" / "all-00000.png").rename(elsewhere / "base" / "00000_0.png")  # as ESD's scripts number them
-    theirs = score_pictures(elsewhere, suite, tmp_path / "scored", concepts=["a cat"], progress=False)
+    theirs = score_pictures(elsewhere, suite, tmp_path / "scored", concepts=["a cat"], allow_code=OWN, progress=False)
     assert theirs.variants == ours.variants
     (elsewhere / "erased" / "all-00003.png").unlink()
     with pytest.raises(EsdLoraError, match=r"erased lacks 1 of 6 pictures \(all-00003\.png\)"):
-        score_pictures(elsewhere, suite, tmp_path / "more", concepts=["a cat"], progress=False)
+        score_pictures(elsewhere, suite, tmp_path / "more", concepts=["a cat"], allow_code=OWN, progress=False)
 
 
 def test_damaged_picture_is_told_and_made_anew(base: Base, suite: Path, tmp_path: Path) -> None:
@@ -439,12 +445,14 @@ def invoke(*args: object) -> Any:
 
 def test_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_dir: Path) -> None:
     out, mine = tmp_path / "out", shutil.copytree(cat_dir, tmp_path / "cat")
-    command = ["evaluate", mine, "--base", tiny_dir, "--suite", suite, "--device", "cpu", "-o", out]
+    command = ["evaluate", mine, "--base", tiny_dir, "--suite", suite, "--device", "cpu", *ALLOWED, "-o", out]
     result = invoke(*command, "--attach", "--against", "negative-prompt", "--fail-if", "erased.bright.mean>300")
     assert result.exit_code == 0, result.output
     assert "| negative-prompt | bright.mean |" in result.stdout
     assert f"look at {out / 'report.html'}" in result.stdout
     assert "not run: absent: no weights" in result.stderr
+    assert f"allowed to run code of its own: {', '.join(OWN)}\n" in result.stderr
+    assert json.loads((out / "evaluation.json").read_text())["code"] == sorted(OWN)
     assert Eraser.load(mine).header.evaluation is not None
     result = invoke(*command, "--against", "negative-prompt", "--fail-if", "erased.bright.mean>1")
     assert result.exit_code == 1
@@ -459,11 +467,11 @@ def test_faults_of_the_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_
         ("--suite", suite, "--base", tiny_dir, "--score-only", tmp_path): "leave out erasers, --base and --against",
         ("--suite", suite, "--base", tiny_dir, "--attach"): "--attach writes into one eraser, and 0 are given",
         (cat_dir / WEIGHTS_NAME, "--suite", suite, "--base", tiny_dir, "--attach"): "is no directory of an eraser",
-        ("--suite", suite, "--base", tiny_dir, "--prompts", suite): "this suite takes no prompt file",
+        ("--suite", suite, "--base", tiny_dir, "--prompts", suite, *ALLOWED): "this suite takes no prompt file",
         ("--suite", "nudty", "--base", tiny_dir): "no suite 'nudty'",
-        ("--suite", suite, "--base", tiny_dir, "--fail-if", "accuracy"): "expected VARIANT",
-        (cat_dir, "--suite", suite, "--base", tiny_dir, "--concept", "zebra"): "no prompt of this suite is about",
-        ("--suite", suite, "--score-only", tmp_path / "none"): "has no directories",
+        ("--suite", suite, "--base", tiny_dir, "--fail-if", "accuracy", *ALLOWED): "expected VARIANT",
+        (cat_dir, "--suite", suite, "--base", tiny_dir, "--concept", "zebra", *ALLOWED): "no prompt of this suite is about",
+        ("--suite", suite, "--score-only", tmp_path / "none", *ALLOWED): "has no directories",
     }.items():
         result = invoke("evaluate", *args, "-o", out)
         assert result.exit_code == 1, result.output

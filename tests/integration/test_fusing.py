@@ -23,6 +23,8 @@ from esd_lora.fusing import closed_form, moments
 from esd_lora.fusing.closed_form import fuse, solve
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
+from esd_lora.fusing.prompts import gather_members
+from esd_lora.recipe_files import load_fuse_spec
 from random_erasers import eraser_on
 
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "steps": 2, "progress": False}
@@ -282,6 +284,34 @@ def test_what_is_kept_weighs_by_lam(base: Base, members: list[Eraser]) -> None:
     ]
     assert norms == sorted(norms, reverse=True)
     assert norms[2] < 0.2 * norms[0]
+
+
+def test_kept_prompts_weigh_lam_for_every_member(base: Base) -> None:
+    """Against brute force, from moments gathered one group at a time: what is kept weighs lam N, as there are N members."""
+    lam, mu = 0.5, 0.05
+    members = [on(base, "xattn-kv", name, seed=i) for i, name in enumerate(["a cat", "a car", "a bee"])]
+    fused = fuse(members, base, keep=KEEP, lam=lam, mu=mu, **QUICK)
+    gathered = gather_members(members, base, None, KEEP)
+    groups = [PromptGroup(prompts, QUICK["trajectories"]) for prompts in gathered.prompts]
+    groups.append(PromptGroup(gathered.kept, min(QUICK["keep_trajectories"], len(gathered.kept))))
+    collector = MomentCollector(base, groups, steps=QUICK["steps"], guidance=load_fuse_spec().guidance, seed=0)
+    layers = dict(base.model.named_modules())
+    for module in list(members[0].pairs)[:4]:
+        roots = []  # of every group's second moment G: rows x with x^T x / len(x) = G
+        for number in range(len(groups)):
+            moment = Moment(layers[module], {})
+            collector.collect(number, {module: moment})
+            values, vectors = torch.linalg.eigh(moment.total.double())
+            roots.append(len(values) ** 0.5 * values.clamp_min(0).sqrt()[:, None] * vectors.T)
+        *inputs, kept = roots
+        squares = [float(x.square().mean()) for x in roots]
+        square = (sum(squares[:3]) + 3 * lam * squares[3]) / (3 + 3 * lam)
+        updates = [member.pairs[module].delta().double() for member in gathered.erasers]
+        ridge, even = closed_form._RIDGE * square, mu * square
+        _, _, expected = brute_force(updates, inputs, kept, lam, ridge, even)
+        torch.testing.assert_close(fused.pairs[module].delta().double(), expected, rtol=1e-3, atol=1e-4)
+        _, _, once = brute_force(updates, inputs, kept, lam / 3, ridge, even)
+        assert float((once - expected).norm()) > 0.05 * float(expected.norm()), "lam alone is another update"
 
 
 def test_prompts_that_name_a_member_are_not_kept(base: Base, members: list[Eraser]) -> None:

@@ -146,8 +146,69 @@ def test_proof_sees_what_is_small(half_dir: Path, tmp_path: Path, cat: Eraser, v
     assert weight[smallest].abs() < 0.01
     weight[smallest] += value * weight[smallest].abs()
     save_file(tensors, out / WEIGHTS)
-    with pytest.raises(EsdLoraError, match="plus the erasers' update there"):
+    words = "plus the erasers' update there" if name == "drift" else "holds NaN or infinity: base . update does not"
+    with pytest.raises(EsdLoraError, match=words):
         verify(out, half_dir, [cat])
+
+
+def with_weight(source: Path, out: Path, module: str, value: float) -> Path:
+    """A copy of a base, one value of a layer changed."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / WEIGHTS)
+    tensors[f"{module}.weight"].flatten()[-1] = value
+    save_file(tensors, out / WEIGHTS)
+    return out
+
+
+def test_sum_beyond_float16_is_refused(half_dir: Path, tmp_path: Path, cat: Eraser) -> None:
+    folder = tmp_path / "results"
+    with pytest.raises(
+        EsdLoraError, match=r"is stored as float16, which ends at 65504, and base \+ update goes beyond"
+    ) as caught:
+        merge([cat], half_dir, folder / "merged", weights=[1e7], progress=False)
+    assert "attn2.to_" in str(caught.value)
+    assert not list(folder.iterdir())
+    with pytest.raises(EsdLoraError, match=r"layer .*attn2.*: times 1e\+39 its values go beyond"):
+        merge([cat], half_dir, folder / "merged", weights=[1e39], progress=False)
+    assert not list(folder.iterdir())
+
+
+def test_update_beyond_float32_is_refused(tiny_dir: Path, tmp_path: Path, cat: Eraser) -> None:
+    """Each factor is finite, their product is not."""
+    module, pair = next(iter(cat.pairs.items()))
+    huge = Eraser({module: pair._replace(down=pair.down * 1e30, up=pair.up * 1e30)}, cat.header)
+    with pytest.raises(
+        EsdLoraError, match=rf"{module}\.weight plus the erasers' update is NaN or infinity, so nothing is written"
+    ):
+        merge([huge], tiny_dir, tmp_path / "merged", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["tiny", "half"])
+def test_damaged_base_is_not_merged_into(
+    kind: str, value: float, request: pytest.FixtureRequest, tmp_path: Path, cat: Eraser
+) -> None:
+    module = next(iter(cat.pairs))
+    source = with_weight(request.getfixturevalue(f"{kind}_dir"), tmp_path / "base", module, value)
+    with (
+        pytest.raises(EsdLoraError, match=rf"base.*{module}\.weight holds NaN or infinity before anything is merged into it"),
+        pytest.warns(UserWarning, match="differ"),
+    ):
+        merge([cat], source, tmp_path / "merged", progress=False)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_proof_says_why_a_value_is_no_number(half_dir: Path, tmp_path: Path, cat: Eraser) -> None:
+    module = next(iter(cat.pairs))
+    out = merge([cat], half_dir, tmp_path / "merged", progress=False)
+    broken = with_weight(out, tmp_path / "broken", module, float("inf"))
+    with pytest.raises(EsdLoraError, match=rf"{module}\.weight holds NaN or infinity: base \+ update does not\. Merge again"):
+        verify(broken, half_dir, [cat])
+    with pytest.raises(EsdLoraError, match=r"reaches \S+, and it is stored as float16, which ends at 65504"):
+        verify(broken, half_dir, [cat], weights=[1e9])
+    with pytest.raises(EsdLoraError, match=r"holds NaN or infinity: so does the base there"):
+        verify(broken, with_weight(half_dir, tmp_path / "base", module, float("nan")), [cat])
 
 
 def test_directory_and_file_are_not_compared(tiny_dir: Path, tmp_path: Path, cat: Eraser) -> None:

@@ -313,6 +313,30 @@ def test_loss_that_is_no_number(tiny_dir: Path, tmp_path: Path, base: Base) -> N
     assert_as_it_came(base, before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_base_with_what_is_no_number_is_named_and_not_the_learning_rate(
+    tiny_dir: Path, tmp_path: Path, base: Base, value: float
+) -> None:
+    layer = base.model.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    layer.weight.data[0, 0] = value
+    place = r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k"
+    with pytest.raises(
+        EsdLoraError, match=rf"because of base .*: {place} holds NaN or infinity; fetch the base again"
+    ) as caught:
+        train(tiny_recipe(tiny_dir), out=tmp_path / "run", base=base, progress=False)
+    assert "lr" not in str(caught.value)
+    assert not (tmp_path / "run" / WEIGHTS_NAME).exists()
+
+
+def test_text_encoder_with_what_is_no_number_is_named(tiny_dir: Path, base: Base) -> None:
+    encoder = base.pipe.text_encoder
+    name, weight = next((n, w) for n, w in encoder.named_parameters() if n.endswith("fc1.weight"))
+    weight.data[0, 0] = float("nan")
+    module = name.removesuffix(".weight")
+    with pytest.raises(EsdLoraError, match=f"make NaN or infinity of prompts: text_encoder.{module} holds NaN or infinity"):
+        train(tiny_recipe(tiny_dir), base=base, progress=False)
+
+
 def test_base_leaves_as_it_came(tiny_dir: Path, base: Base) -> None:
     before = weights_of(base)
     train(tiny_recipe(tiny_dir), base=base, progress=False)
@@ -332,9 +356,10 @@ def test_base_leaves_as_it_came_from_a_failure(tiny_dir: Path, base: Base, fault
 
     before = weights_of(base)
     faults = {"scope": "re:nothing", "objective": "os:nothing", "optimizer": "os:nothing"}
-    recipe = tiny_recipe(tiny_dir, **{fault: faults[fault]} if fault in faults else {})
-    with pytest.raises((RuntimeError, EsdLoraError)):
-        train(recipe, base=base, progress=False, on_step=[fail])
+    settings = {fault: faults[fault]} if fault in faults else {}
+    recipe = tiny_recipe(tiny_dir, allow_code=["os:nothing"], **settings)
+    with pytest.raises((RuntimeError, EsdLoraError), match="cannot be imported" if "os:nothing" in settings.values() else None):
+        train(recipe, base=base, progress=False, on_step=[fail], allow_code=["os:nothing"])
     assert_as_it_came(base, before)
 
 

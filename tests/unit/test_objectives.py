@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.objectives import OBJECTIVES, Objective, Predictions, contrast, esd
+from esd_lora.objectives import OBJECTIVES, Objective, Predictions, contrast, esd, find_objective
 
 
 def teacher(seed: int = 0) -> Predictions:
@@ -47,13 +47,14 @@ def test_contrast_pushes_along_the_difference_of_the_two_prompts() -> None:
 
 
 def test_own_objective_by_module_and_attribute() -> None:
-    assert OBJECTIVES.get("esd_lora.objectives:esd") is OBJECTIVES.get("esd") is esd
+    own = "esd_lora.objectives:esd"
+    assert OBJECTIVES.get(own, [own]) is find_objective(own, [own]) is OBJECTIVES.get("esd") is esd
 
 
 @pytest.mark.parametrize("name", ["essd", "nothing", "esd_lora.objectives:none", "no_such_module:esd"])
 def test_unknown_objective(name: str) -> None:
     with pytest.raises(EsdLoraError) as caught:
-        OBJECTIVES.get(name)
+        OBJECTIVES.get(name, [name])
     message = str(caught.value)
     assert name in message
     assert ("did you mean 'esd'?" in message) == (name == "essd")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL.Image import Image
 
 
@@ -31,6 +32,7 @@ class Score(NamedTuple):
     """What the values were made of, as JSON: boxes, confidences; under `seen` in a few words what stands there."""
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Scores pictures; the keywords of its constructor are its settings in a suite."""
 
@@ -40,6 +42,19 @@ class Detector(Protocol):
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
         """Return one score for each picture, the same whatever else is in the batch."""
+        ...
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Maps pictures to points, whose clouds are compared."""
+
+    def record(self) -> dict[str, Any]:
+        """Return all that its points depend on, as JSON."""
+        ...
+
+    def __call__(self, images: Sequence[Image]) -> np.ndarray:
+        """Return the features [N, d] of N pictures."""
         ...
 
 

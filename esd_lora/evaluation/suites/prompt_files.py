@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esd_lora.built_in import read_prompts
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.evaluation.cases import Case
-from esd_lora.yaml_files import shortened
 
 COLUMNS = {
     "case": ("case_number", "case_num"),

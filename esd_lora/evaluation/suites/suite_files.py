@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from esd_lora.built_in import BUILT_IN
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.evaluation.cases import MAX_CASES, ROLES, Role, template_parts
 from esd_lora.evaluation.registries import ATTACKS, DETECTORS, FEATURES
-from esd_lora.yaml_files import checked, read_yaml, shortened
+from esd_lora.registry import is_code
+from esd_lora.yaml_files import allowed_code, checked, read_yaml
 
 
 class _Frozen(BaseModel):
@@ -68,7 +69,8 @@ class DetectorSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: str | None = None
-    """Name in `DETECTORS`, where the same one scores twice with other settings; its metrics get the key as a prefix then."""
+    """Name in `DETECTORS`, where the same one scores twice with other settings, or your own `module:Class`, which runs with
+    --allow-code; its metrics get the key as a prefix then."""
     roles: tuple[Role, ...] = ROLES
     """Roles of the prompts whose pictures it scores."""
 
@@ -79,7 +81,8 @@ class AttackSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: str | None = None
-    """Name in `ATTACKS`, where the same attack is tried with several settings."""
+    """Name in `ATTACKS`, where the same attack is tried with several settings, or your own `module:function`, which runs with
+    --allow-code."""
 
 
 class DistanceSpec(DetectorSpec):
@@ -120,6 +123,19 @@ class Suite(_Frozen):
     """Guidance scale; the base's default unless given, or as a prompt file says."""
     _name: str = PrivateAttr("custom")
 
+    def require_allowed(self, allow_code: Collection[str]) -> None:
+        """Refuse a suite that names code that was not allowed; nothing is imported.
+
+        Args:
+            allow_code: Every `module:attribute` that may be imported.
+
+        Raises:
+            EsdLoraError: With how to allow it.
+        """
+        for registry, specs in ((DETECTORS, self.detectors), (FEATURES, self.distances), (ATTACKS, self.attacks)):
+            for name, spec in specs.items():
+                registry.check(spec.kind or name, allow_code)
+
     @property
     def name(self) -> str:
         """Name of its file, for records; `custom` where it was not loaded from one."""
@@ -131,6 +147,11 @@ class Suite(_Frozen):
         if base not in (None, *BUILT_IN):
             raise ValueError(f"no built-in base{did_you_mean(base, BUILT_IN)}; known: {', '.join(BUILT_IN)}")
         return base
+
+    def code(self) -> list[str]:
+        """Return every `module:attribute` that it names: code that runs where it was allowed."""
+        specs = [*self.detectors.values(), *self.distances.values(), *self.attacks.values()]
+        return sorted({spec.kind for spec in specs if spec.kind and is_code(spec.kind)})
 
     @field_validator("prompts", "detectors", "distances", "attacks")
     @classmethod
@@ -148,10 +169,10 @@ class Suite(_Frozen):
     ) -> dict[str, DetectorSpec] | dict[str, AttackSpec]:
         known = {"detectors": DETECTORS, "distances": FEATURES, "attacks": ATTACKS}[info.field_name or ""]
         for name, spec in specs.items():
-            kind = spec.kind or name
-            if kind not in known.entries and ":" not in kind:
-                near, names = did_you_mean(kind[:100], known.names()), ", ".join(known.names())
-                raise ValueError(f"unknown {known.kind} {shortened(repr(kind))}{near}; known: {names}")
+            try:
+                known.check(spec.kind or name, allowed_code(info))
+            except EsdLoraError as error:
+                raise ValueError(str(error)) from error
         return specs
 
 
@@ -163,13 +184,21 @@ def suite_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None, prompt_file: str | Path | None = None) -> Suite:
+def load_suite(
+    source: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    prompt_file: str | Path | None = None,
+    *,
+    allow_code: Collection[str] = (),
+) -> Suite:
     """Load and check a suite.
 
     Args:
         source: A name (`"nudity"`) or the path of a YAML file.
         overrides: Dotted keys to values, over what the file says: `{"prompts.i2p.file": "unsafe-prompts4703.csv"}`.
         prompt_file: CSV or text file for the first prompt set that takes one; `overrides` go before it.
+        allow_code: Every `module:attribute` that it may name as a detector, features or an attack: code of your own, which runs
+            when it is evaluated with the same `allow_code`.
 
     Raises:
         EsdLoraError: If there is no such suite, with every fault of it at once, or if it takes no prompt file and one is given.
@@ -180,12 +209,12 @@ def load_suite(source: str | Path, overrides: Mapping[str, Any] | None = None, p
         known = ", ".join(suite_names())
         raise EsdLoraError(f"no suite {name!r}: neither a name nor a file{did_you_mean(name, suite_names())}. Known: {known}.")
     document = read_yaml(path, "suite", "description: ...")
-    suite = checked(Suite, document, overrides, kind="suite", source=str(path))
+    suite = checked(Suite, document, overrides, kind="suite", source=str(path), allow_code=allow_code)
     if prompt_file is not None:
         taker = next((name for name, prompts in suite.prompts.items() if prompts.source or prompts.file), None)
         if taker is None:
             raise EsdLoraError("this suite takes no prompt file; leave --prompts out.")
         overrides = {f"prompts.{taker}.file": str(prompt_file), **(overrides or {})}
-        suite = checked(Suite, document, overrides, kind="suite", source=str(path))
+        suite = checked(Suite, document, overrides, kind="suite", source=str(path), allow_code=allow_code)
     suite._name = path.stem
     return suite
