@@ -29,7 +29,7 @@ MOST_PIXELS = 2**26
 _BATCH = 32
 
 
-def open_picture(file: Path, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Return a picture in RGB, turned as the camera was held; the one place where a picture of whatever origin is decoded.
 
     Args:
@@ -196,7 +196,7 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
         paths = [path for path in (erased, before) if path.is_file()]
         prompts: list[str] = []
         for path in paths:
-            prompts.append(" ".join(str(open_picture(path, ["PNG"]).info.get(_PROMPT, "")).split()))
+            prompts.append(" ".join(str(open_picture(path, ("PNG",)).info.get(_PROMPT, "")).split()))
         if erased in paths:
             samples.append((prompts[0], erased, before if before in paths else None))
     return samples

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.wording import printable_lines
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
@@ -75,6 +76,13 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
     if root is not None:
         note(root, ())
     return Document(cast("dict[str, Any]", values), marks)
+
+
+def dump_yaml(values: Mapping[str, Any], *, width: int = 80) -> str:
+    """Return values as YAML, in their order; text that is not printable is written as escapes, and reads back as it was."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=width)
+    # PyYAML writes marks of direction bare, and line breaks such as U+2028, which it reads as spaces.
+    return text if text == printable_lines(text) else yaml.safe_dump(values, sort_keys=False, width=width)
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""What every command shares: faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
+"""What every command shares: how it prints, faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 import yaml
@@ -24,28 +27,115 @@ Weighted = tuple[str, float, dict[str, float]]
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+_REFUSED = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
+}
+"""What a system refuses because of the path, the disk or a limit, not because of a bug."""
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
+
+    Args:
+        lines: Each on its own; names, prompts and headers of strangers may be part of them.
+        err: Whether to print on standard error.
+    """
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    for line in lines:
+        click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+@contextmanager
+def reporting_faults() -> Generator[None]:
+    """Turn the faults a user can cause inside a `with` block into one sentence and exit code 1; a bug keeps its traceback."""
+    try:
+        yield
+    except EsdLoraError as error:
+        _fail(str(error))
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        sentence = _outer_fault(error)
+        if sentence is None:
+            raise
+        _fail(sentence)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print an error and exit; only its own further lines, which are indented, stay lines."""
+    first, *others = message.split("\n  ")
+    say(f"error: {first}", *(f"  {line}" for line in others), err=True)
+    sys.exit(1)
+
+
+def _outer_fault(error: Exception) -> str | None:
+    """Return what is wrong with the machine or a path where that is why something failed; `None` for a bug."""
+    number = getattr(error, "errno", None)
+    # Python before 3.13 raises RuntimeError for a loop of links.
+    if number in _REFUSED or str(error).startswith("Symlink loop from"):
+        place = getattr(error, "filename", None)
+        where = os.fsdecode(place) if isinstance(place, str | bytes) else ""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return f"the system refuses {where or 'what was to be done'}: {reason}. Choose another path, or mend this one."
+    if number == errno.ENOENT and _has_no_directory():
+        return "the working directory is gone. Change into one that exists."
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        detail = " ".join(str(error).split())[:200]
+        return (
+            f"there is not enough memory{f' ({detail})' if detail else ''}. Close other programs, or take a machine with more."
+        )
+    return None
+
+
+_NO_MEMORY = re.compile(
+    r"(can.t|cannot|unable to) allocate memory|out of memory|can't start new thread|failed to map segment|not enough memory",
+    re.IGNORECASE,
+)
+"""What the system's, torch's and Python's own messages say where memory is gone."""
+
+
+def _has_no_directory() -> bool:
+    try:
+        return not os.path.exists(os.getcwd())  # noqa: PTH109, PTH110
+    except OSError:
+        return True
+
+
 class Commands(click.Group):
     """Turns the faults a user can cause into one sentence and exit code 1."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with reporting_faults():
+            for text in args:
+                if not _is_text(text):
+                    raise EsdLoraError(
+                        f"argument {text!r} is no UTF-8, which headers, records and cards need. Rename the file."
+                    )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         if "OMP_WAIT_POLICY" not in os.environ:
             # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
             # a quiet one; benchmarks/sample_evaluation.py compares.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
-                return super().invoke(ctx)
-        except EsdLoraError as error:
-            click.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
-            sys.exit(1)
+        with reporting_faults(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
+
+
+def _is_text(argument: str) -> bool:
+    """Return whether an argument is text, not bytes that the system's encoding has no characters for."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class EraserType(click.ParamType):

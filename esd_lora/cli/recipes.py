@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import force_option, overrides
+from esd_lora.cli.options import force_option, overrides, say
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import (
     dump_recipe,
@@ -42,16 +42,16 @@ def recipes_list() -> None:
         titles = {name: recipe_title(name) for name in names}
         if kind == "recipe":
             titles |= {f"{base}/CONCEPT": f"{base}/fast with any of the concepts: {base}/van-gogh" for base in recipe_bases()}
-        click.echo(f"{_HEADINGS[kind]}:")
+        say(f"{_HEADINGS[kind]}:")
         for name, title in titles.items():
-            click.echo(f"  {name:<36}{title}")
+            say(f"  {name:<36}{title}")
 
 
 @recipes.command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
     """Print a recipe as it stands in its file."""
-    click.echo(recipe_text(name), nl=False)
+    say(*recipe_text(name).rstrip("\n").split("\n"))
 
 
 @recipes.command("copy")
@@ -67,7 +67,7 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     if not out.parent.is_dir():
         raise EsdLoraError(f"no directory {out.parent} to copy {out} into. Make it first.")
     out.write_text(text, "utf-8")
-    click.echo(f"recipe: {out}")
+    say(f"recipe: {out}")
 
 
 @recipes.command("check")
@@ -89,10 +89,10 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], resolved: b
         else:
             recipe = load_recipe(name, over)
             purpose = f"erases {', '.join(concept.name for concept in recipe.concepts)}"
-        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {purpose}")
+        say(*(dump_recipe(recipe).split("\n") if resolved else [f"{name}: good, {purpose}"]))
 
 
 @recipes.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of recipe files, for editors that check YAML."""
-    click.echo(recipe_schema(), nl=False)
+    say(*recipe_schema().rstrip("\n").split("\n"))

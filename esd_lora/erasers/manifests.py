@@ -14,6 +14,7 @@ from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file, write_atomically
 from esd_lora.wording import HubId
+from esd_lora.yaml_files import dump_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_BYTES = 2**20  # a thousand members have a tenth of it
@@ -99,8 +100,7 @@ def _member_path(manifest: Path, member: Member) -> Path:
     """Return where a member lies, once it is seen to be below the manifest's directory and unchanged."""
     relative = PurePosixPath(member.file)
     path = manifest.parent / relative
-    plain = "\\" not in member.file and member.file.isprintable() and all(len(part) < 250 for part in relative.parts)
-    inside = plain and not relative.is_absolute() and ".." not in relative.parts
+    inside = _is_plain(member.file) and not relative.is_absolute() and ".." not in relative.parts
     # The two differ in the Hub's cache, whose files are links to its blobs.
     homes = manifest.parent.resolve(), manifest.resolve().parent
     if not inside or not any(path.resolve().is_relative_to(home) for home in homes):
@@ -108,6 +108,11 @@ def _member_path(manifest: Path, member: Member) -> Path:
     if member.sha256 and _main_file(path).is_file() and hash_file(_main_file(path)) != member.sha256:
         raise EsdLoraError(f"{manifest}: {member.file} has changed since the manifest was written. Write the manifest again.")
     return path
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether the relative path of a member may stand in a manifest."""
+    return "\\" not in name and name.isprintable() and all(len(part) < 250 for part in name.split("/"))
 
 
 def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequence[Strength]) -> Eraser:
@@ -133,9 +138,14 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
         path = Path(member).resolve()
         if not path.is_relative_to(home):
             raise EsdLoraError(f"{member} is outside {file.parent}, where the manifest goes. Write the manifest above it.")
-        entry: dict[str, object] = {"file": path.relative_to(home).as_posix(), "weight": strength.weight}
+        name = path.relative_to(home).as_posix()
+        if not _is_plain(name):
+            raise EsdLoraError(
+                f"a manifest cannot name {name!r}: a part is too long, or holds what is not printable. Rename it."
+            )
+        entry: dict[str, object] = {"file": name, "weight": strength.weight}
         if strength.blocks:
             entry["blocks"] = dict(strength.blocks)
         entries.append(entry | {"sha256": hash_file(_main_file(path))})
-    write_atomically(file, yaml.safe_dump({"stack": entries}, sort_keys=False, allow_unicode=True).encode())
+    write_atomically(file, dump_yaml({"stack": entries}).encode())
     return stacked

@@ -29,6 +29,7 @@ from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
 from esd_lora.files import hash_file, reporting_write_errors, write_atomically
 from esd_lora.pictures import open_picture
+from esd_lora.wording import printable
 
 _BATCH = 32  # pictures between two writes to the disk
 
@@ -49,7 +50,7 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
         for variant, todo in missing:
             if not todo:
                 continue
-            bar.set_postfix_str(variant.name)
+            bar.set_postfix_str(printable(variant.name))
             with reporting_write_errors(folder):
                 painted_file(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
@@ -98,7 +99,7 @@ def score_missing(
         with (
             reporting_write_errors(file),
             file.open("a", encoding="utf-8") as lines,
-            tqdm(total=len(todo), desc=f"scoring ({name})", unit="picture", disable=not progress or not todo) as bar,
+            tqdm(total=len(todo), desc=printable(f"scoring ({name})"), unit="picture", disable=not progress or not todo) as bar,
         ):
             for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
                 opened = [_open_for_scoring(pictures, variant, case) for variant, case in batch]
@@ -188,7 +189,7 @@ def measure_distances(
         records[name] = {**features.record(), "beside": beside}
         origin = _features(folder / "features", features, reference)
         distances[name] = {}
-        for variant, files in tqdm(sets.items(), desc=f"features ({name})", unit="set", disable=not progress):
+        for variant, files in tqdm(sets.items(), desc=printable(f"features ({name})"), unit="set", disable=not progress):
             value = frechet_distance(origin, _features(folder / "features", features, files))
             distances[name][variant] = Distance(value=round(value, 4), of=len(files))
     return distances, records, not_run

@@ -16,7 +16,8 @@ from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, Number, cells, markdown_cell, markdown_table, role_rows
 from esd_lora.families import FAMILIES
 from esd_lora.formats.licenses import License, base_license
-from esd_lora.wording import HubId, is_hub_id, mask_of, slug, without_article
+from esd_lora.wording import HubId, in_one_line, is_hub_id, mask_of, slug, without_article
+from esd_lora.yaml_files import dump_yaml
 
 CARD_NAME = "README.md"
 _TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
@@ -76,7 +77,7 @@ def render_card(eraser: Eraser, publication: Publication | None = None) -> str:
     place = _word(str(publication.hub_id) if publication else _HERE)
     template = Template(Path(__file__).with_name("card.md").read_text("utf-8"))
     return template.substitute(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
+        front=dump_yaml(front, width=1000),
         names=markdown_cell(_listed([concept.name for concept in header.concepts])),
         effect=markdown_cell(header.effect()),
         base=_code(header.base),
@@ -225,7 +226,7 @@ def _code(text: str) -> str:
 
 def _word(text: str) -> str:
     """Return a name as it may stand in code: what would end the code, a line or a string is left out."""
-    return re.sub(r"[`\s\"'$\\<>|;&]+", " ", text).strip()
+    return re.sub(r"[`\s\"'$\\<>|;&]+", " ", in_one_line(text)).strip()
 
 
 def _masked(header: EraserHeader, mask: Callable[[str], str]) -> EraserHeader:

@@ -107,7 +107,7 @@ NO_PICTURES: dict[str, Callable[[Path], object]] = {
     "no size": lambda file: file.write_bytes(png_of(0, 0)),
     "signature alone": lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n"),
     "directory": lambda file: file.mkdir(),
-    "nothing": lambda file: None,
+    "nothing": Path.exists,
     "gif": lambda file: Image.new("P", (8, 8)).save(file, "GIF"),
 }
 
