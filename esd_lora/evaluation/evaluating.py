@@ -21,6 +21,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.privacy import scrub
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.victim import Victim
@@ -44,6 +45,7 @@ from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, pai
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
 from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
 from esd_lora.files import hash_file, prepare_directory, write_atomically
+from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 
@@ -170,7 +172,7 @@ def score_pictures(
     if not folders:
         raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
     plan = plan_cases(suite, erased_concepts((), concepts), limit)
-    matched = {folder.name: match_pictures(folder, plan.cases) for folder in folders}
+    matched = {printable(folder.name): match_pictures(folder, plan.cases) for folder in folders}
     conditions = [read_condition(text, list(matched)) for text in fail_if]
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
     record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
@@ -201,7 +203,7 @@ def _suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int 
 def _begin(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: bool) -> None:
     """Make the directory, or see that the evaluation in it is this one."""
     file = out / "evaluation.json"
-    plain = json.loads(json.dumps(record))
+    plain = scrub(json.loads(json.dumps(record)))
     if file.exists() and not force:
         try:
             earlier = json.loads(file.read_text("utf-8"))
@@ -235,7 +237,7 @@ def _score_and_write(
     cases, variants = plan.cases, list(pictures)
     scores, detectors, not_scored = score_missing(out, suite, cases, pictures, progress=progress)
     distances, features, not_measured = measure_distances(out, suite, cases, pictures, progress=progress)
-    record = json.loads(json.dumps(record | {"detectors": {**detectors, **features}}))
+    record = scrub(json.loads(json.dumps(record | {"detectors": {**detectors, **features}})))
     numbers = summarise(cases, scores, variants)
     failures = [condition.failure(numbers) for condition in conditions]
     report = Report(
@@ -274,7 +276,7 @@ def _picture_lines(out: Path, cases: Sequence[Case], scores: Scores, pictures: P
             file = files.get(case.id)
             if file is None:
                 continue
-            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
+            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else f"{file.parent.name}/{file.name}"
             own = {name: score_dict(score) for name, score in scores[variant, case.id].items()}
             line = {"variant": variant, **case.to_dict(), "image": place, "scores": own}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.files import hash_file
 from esd_lora.pictures import open_picture
+from esd_lora.wording import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of the names of pictures."""
@@ -35,7 +36,7 @@ def open_pictures(folder: Path) -> dict[Path, Image.Image]:
 
 def hash_by_name(files: Iterable[Path]) -> dict[str, str]:
     """Return file name to SHA-256 of some files, for a record."""
-    return {file.name: hash_file(file) for file in files}
+    return {printable(file.name): hash_file(file) for file in files}
 
 
 def painted_file(folder: Path, variant: str, case: str) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from esd_lora.bases.loading import quiet_libraries
+from esd_lora.erasers.privacy import scrub
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score
@@ -90,7 +91,7 @@ def score_missing(
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
-        records[name] = detector.record()
+        records[name] = scrub(detector.record())
         file = folder / "scores" / f"{name}.jsonl"
         with reporting_write_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
