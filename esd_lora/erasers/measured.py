@@ -89,6 +89,8 @@ INTERVALS = (
     " prompt and seed."
 )
 """Sentence under every table of numbers."""
+NOTHING = "Nothing was measured: no detector ran."
+"""Sentence in place of all tables where there is no number."""
 HEAD = ("model", "metric", "measured", "beside the base", "pictures")
 """Head of a table whose rows are `cells`."""
 

@@ -13,7 +13,18 @@ import yaml
 from esd_lora.built_in import BUILT_IN
 from esd_lora.erasers.eraser import Eraser, write_eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
-from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, Number, cells, markdown_cell, markdown_table, role_rows
+from esd_lora.erasers.measured import (
+    HEAD,
+    INTERVALS,
+    NOTHING,
+    TITLES,
+    Measured,
+    Number,
+    cells,
+    markdown_cell,
+    markdown_table,
+    role_rows,
+)
 from esd_lora.families import FAMILIES
 from esd_lora.formats.licenses import License, base_license
 from esd_lora.wording import HubId, in_one_line, is_hub_id, mask_of, slug, without_article
@@ -124,7 +135,7 @@ def measured_line(evaluation: Measured | None) -> str:
     if evaluation is None:
         return "no"
     targets = [f"{metric} {number.text()} ({name})" for role, name, metric, number in _numbers(evaluation) if role == "target"]
-    return f"suite {evaluation.suite}, {evaluation.date}: {'; '.join(targets)}"
+    return f"suite {evaluation.suite}, {evaluation.date}: {'; '.join(targets) or 'nothing on what was erased'}"
 
 
 def _numbers(evaluation: Measured) -> list[tuple[str, str, str, Number]]:
@@ -206,6 +217,7 @@ def _measured(evaluation: Measured | None) -> str:
     if evaluation is None:
         return "## What else it costs\n\nNot measured: neither what it removes nor what else it costs (`esd-lora evaluate`)."
     rows = [[role, *cells(name, metric, number)] for role, name, metric, number in _numbers(evaluation)]
+    table = markdown_table(["prompts", *HEAD], rows) if rows else NOTHING
     notes = [
         f"- {name}: {yaml.safe_dump(evaluation.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD
@@ -213,8 +225,9 @@ def _measured(evaluation: Measured | None) -> str:
     ]
     notes += [f"- Not run: {name}, {reason}" for name, reason in evaluation.not_run.items()]
     return (
-        f"## Measured: is it gone, and what else does it cost?\n\n{markdown_table(['prompts', *HEAD], rows)}\n\n"
-        f"Suite {_code(evaluation.suite)}, {markdown_cell(evaluation.date)}. {INTERVALS}\n\n"
+        f"## Measured: is it gone, and what else does it cost?\n\n{table}\n\n"
+        f"Suite {_code(evaluation.suite)}, {markdown_cell(evaluation.date)}. {INTERVALS if rows else ''}".rstrip()
+        + "\n\n"
         + "\n".join(map(markdown_cell, notes))
     )
 

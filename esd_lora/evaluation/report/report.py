@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from esd_lora.erasers.measured import (
     HEAD,
     INTERVALS,
+    NOTHING,
     TITLES,
     Number,
     Numbers,
@@ -105,6 +106,11 @@ class Report(_Frozen):
     def _empty_is_none(cls, value: Any) -> Any:
         return value or None
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.variants or self.distances)
+
     def to_json(self) -> str:
         """Return the text of `summary.json`."""
         return json.dumps(_plain(self) | {"stack": _plain(self.stack) or {}}, indent=1, ensure_ascii=False) + "\n"
@@ -147,7 +153,7 @@ class Report(_Frozen):
             ]
         if self.not_run:
             parts += ["## Not run", "\n".join(f"- {in_one_line(f'{name}: {reason}')}" for name, reason in self.not_run.items())]
-        return printable_lines("\n\n".join([*parts, INTERVALS])) + "\n"
+        return printable_lines("\n\n".join([*parts, INTERVALS if self.has_numbers else NOTHING])) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
