@@ -69,11 +69,14 @@ def recipe_text(name: str) -> str:
     """Return a recipe as YAML: its file as it stands, or for BASE/CONCEPT what a file of its own would say.
 
     Raises:
-        EsdLoraError: If there is no such recipe.
+        EsdLoraError: If there is no such recipe, or it is no text.
     """
     paths = recipe_paths(name)
     if len(paths) == 1:
-        return paths[0].read_text("utf-8")
+        try:
+            return paths[0].read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise EsdLoraError(f"{paths[0]}: cannot be read as a recipe: {error}.") from error
     recipe = load_recipe(name)
     parts = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in paths]
     erased = ", ".join(concept.name for concept in recipe.concepts)

@@ -29,7 +29,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _REFUSED = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
+    *(errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
 }
 """What a system refuses because of the path, the disk or a limit, not because of a bug."""
 
@@ -70,14 +70,12 @@ def _fail(message: str) -> NoReturn:
 def _outer_fault(error: Exception) -> str | None:
     """Return what is wrong with the machine or a path where that is why something failed; `None` for a bug."""
     number = getattr(error, "errno", None)
-    # Python before 3.13 raises RuntimeError for a loop of links.
-    if number in _REFUSED or str(error).startswith("Symlink loop from"):
+    if number in _REFUSED:
         place = getattr(error, "filename", None)
-        where = os.fsdecode(place) if isinstance(place, str | bytes) else ""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return f"the system refuses {where or 'what was to be done'}: {reason}. Choose another path, or mend this one."
-    if number == errno.ENOENT and _has_no_directory():
-        return "the working directory is gone. Change into one that exists."
+        where = os.fsdecode(place) if isinstance(place, str | bytes) else "what was to be done"
+        return f"the system refuses {where}: {os.strerror(number)}. Choose another path, or mend this one."
+    if str(error).startswith("Symlink loop from"):  # a RuntimeError of Path.resolve, before Python 3.13
+        return f"{str(error)[0].lower()}{str(error)[1:]}: its links lead back to it. Choose another path, or mend this one."
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         detail = " ".join(str(error).split())[:200]
         return (
@@ -87,17 +85,19 @@ def _outer_fault(error: Exception) -> str | None:
 
 
 _NO_MEMORY = re.compile(
-    r"(can.t|cannot|unable to) allocate memory|out of memory|can't start new thread|failed to map segment|not enough memory",
+    r"(can.t|cannot|unable to) allocate memory|out of memory|not enough memory|can't start new thread|failed to map segment"
+    r"|could not create a primitive",
     re.IGNORECASE,
 )
 """What the system's, torch's and Python's own messages say where memory is gone."""
 
 
-def _has_no_directory() -> bool:
+def _check_directory() -> None:
+    """Refuse to begin where the working directory was deleted: torch's libraries end the process when they are loaded there."""
     try:
-        return not os.path.exists(os.getcwd())  # noqa: PTH109, PTH110
-    except OSError:
-        return True
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise EsdLoraError("the working directory is gone. Change into one that exists.") from error
 
 
 class Commands(click.Group):
@@ -121,6 +121,7 @@ class Commands(click.Group):
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            _check_directory()
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

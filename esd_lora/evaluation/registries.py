@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
-from typing import Any
+from inspect import isclass, signature
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.registry import Registry
@@ -57,7 +59,7 @@ def build(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[s
 
     Raises:
         NotRun: If it lacks a package or weights.
-        EsdLoraError: If it takes no such setting.
+        EsdLoraError: If it takes no such setting, or one of another type.
     """
     builder = registry.get(kind)
     known = list(signature(builder).parameters)[len(arguments) :]
@@ -67,4 +69,19 @@ def build(registry: Registry[Callable[..., Any]], kind: str, settings: Mapping[s
                 f"{registry.kind} {kind!r} has no setting {name!r}{did_you_mean(name, known)}."
                 f" It takes: {', '.join(known) or 'none'}."
             )
-    return builder(*arguments, **settings)
+    values = {name: _converted(builder, f"{registry.kind} {kind!r}", name, value) for name, value in settings.items()}
+    return builder(*arguments, **values)
+
+
+def _converted(builder: Callable[..., Any], what: str, name: str, value: Any) -> Any:
+    """Return a setting's value as the type that is written beside its name, as a recipe's fields are.
+
+    Raises:
+        EsdLoraError: If it is of another kind.
+    """
+    hint = get_type_hints(builder.__init__ if isclass(builder) else builder).get(name, Any)
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise EsdLoraError(f"{what} takes another kind of value for {name}, found {value!r}: {reason}.") from error
