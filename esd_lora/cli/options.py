@@ -53,7 +53,7 @@ def reporting_faults() -> Generator[None]:
         yield
     except EsdLoraError as error:
         _fail(str(error))
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
         sentence = _outer_fault(error)
         if sentence is None:
             raise
@@ -76,6 +76,10 @@ def _outer_fault(error: Exception) -> str | None:
         return f"the system refuses {where}: {os.strerror(number)}. Choose another path, or mend this one."
     if str(error).startswith("Symlink loop from"):  # a RuntimeError of Path.resolve, before Python 3.13
         return f"{str(error)[0].lower()}{str(error)[1:]}: its links lead back to it. Choose another path, or mend this one."
+    if isinstance(error, UnicodeEncodeError):
+        encoding = sys.getfilesystemencoding()
+        lacks = f"the system's encoding, {encoding}, has no {error.object[error.start]!r} for a file's name. Set PYTHONUTF8=1."
+        return lacks if error.encoding == encoding != "utf-8" else None
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         detail = " ".join(str(error).split())[:200]
         return (

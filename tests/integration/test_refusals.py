@@ -247,6 +247,25 @@ def test_work_below_a_directory_that_is_no_utf_8(
     assert "none" in line
 
 
+def test_file_system_of_few_characters() -> None:
+    """Where the locale knows ASCII alone, a name that is not becomes no file."""
+    code = r"""import click
+from pathlib import Path
+from esd_lora.cli.options import Commands
+make = click.command("make")(lambda: Path("caf\u00e9").mkdir())
+Commands("esd-lora", commands={"make": make})(["make"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+        **{"capture_output": True, "text": True, "check": False, "timeout": 120},
+    )
+    assert done.returncode == 1
+    expected = r"error: the system's encoding, ascii, has no '\xe9' for a file's name. Set PYTHONUTF8=1."
+    assert done.stderr.splitlines()[-1] == expected
+    assert failing(error := UnicodeEncodeError("ascii", "é", 0, 1, "no")).exception is error  # a bug on this system
+
+
 @pytest.mark.parametrize("command", ["recipes list", "stack {cat} -o out", "generate cat --eraser {cat} -o out"])
 def test_working_directory_that_is_gone(command: str, cat_dir: Path, tmp_path: Path) -> None:
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
