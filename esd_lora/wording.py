@@ -76,6 +76,15 @@ def _is_seen(character: str) -> bool:
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
 
 
+def is_text(text: str) -> bool:
+    """Return whether all of a text can be written in UTF-8, which half a character or a byte of a file's name cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def in_one_line(text: str) -> str:
     """Return a text as `printable` does, its line breaks and runs of spaces made one space."""
     return printable(" ".join(text.split()))

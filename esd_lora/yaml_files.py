@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.wording import printable_lines
+from esd_lora.wording import is_text, printable_lines
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
@@ -62,6 +62,8 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
         if len(loc) > 20:
             raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: nested too deep for a {kind}.")
         marks[loc] = (str(path), node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode) and not is_text(node.value):
+            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: {node.value!r} holds half a character. Write it whole.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if (*loc, key.value) in marks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import click
 import yaml
 
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.wording import printable
+from esd_lora.wording import is_text, printable
 
 if TYPE_CHECKING:
     from esd_lora.erasers.stacking import Strength
@@ -110,7 +111,7 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with reporting_faults():
             for text in args:
-                if not _is_text(text):
+                if not is_text(text):
                     raise EsdLoraError(
                         f"argument {text!r} is no UTF-8, which headers, records and cards need. Rename the file."
                     )
@@ -132,15 +133,6 @@ class Commands(click.Group):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
-
-
-def _is_text(argument: str) -> bool:
-    """Return whether an argument is text, not bytes that the system's encoding has no characters for."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class EraserType(click.ParamType):
@@ -235,7 +227,7 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
     """Return `-s key=value` settings by key; values are YAML.
 
     Raises:
-        EsdLoraError: If one has no `=` or its value is not YAML.
+        EsdLoraError: If one has no `=`, or its value is not YAML or no text.
     """
     values: dict[str, Any] = {}
     for setting in settings:
@@ -246,4 +238,6 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
             values[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise EsdLoraError(f"-s {setting}: the value is not valid YAML.") from error
+        if not is_text(json.dumps(values[key.strip()], ensure_ascii=False, default=str, skipkeys=True)):
+            raise EsdLoraError(f"-s {setting}: the value holds half a character. Write it whole.")
     return values

@@ -183,6 +183,27 @@ def test_error_and_warning(tmp_path: Path, evil: Path, tiny_dir: Path) -> None:
     assert "merged pipeline" in printed
 
 
+def test_half_a_character(tiny_dir: Path, tmp_path: Path) -> None:
+    """YAML can say what UTF-8 cannot; then nothing that is painted or trained could be written down."""
+    recipe, suite = tmp_path / "r.yaml", tmp_path / "s.yaml"
+    recipe.write_text('extends: fast\nconcepts: ["cat \\uD83D"]\n')
+    prompts = 'prompts: {all: {role: general, templates: ["a \\uDCFF"]}}'
+    suite.write_text(f"description: Mine.\n{prompts}\ndetectors: {{clip: {{}}}}\n")
+    good = tmp_path / "good.yaml"
+    good.write_text(suite.read_text().replace("\\uDCFF", "cat"))
+    measure = ["evaluate", "--base", str(tiny_dir), "-o", str(tmp_path / "out"), "--suite"]
+    for command, place in (
+        (["recipes", "check", str(recipe)], f"{recipe}:2: 'cat \\ud83d'"),
+        ([*measure, str(suite)], f"{suite}:2: 'a \\udcff'"),
+        ([*measure, str(good), "-s", 'prompts.all.templates=["\\uDCFF"]'], "-s prompts.all.templates"),
+    ):
+        result = CliRunner().invoke(main, command)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.stderr.startswith(f"error: {place}"), result.stderr
+        assert "half a character" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
 def test_terminal_of_few_characters(evil: Path) -> None:
     """What the stream's encoding lacks is shown by its code."""
     command = [sys.executable, "-m", "esd_lora", "inspect", str(evil)]
