@@ -276,7 +276,7 @@ def _picture_lines(out: Path, cases: Sequence[Case], scores: Scores, pictures: P
             file = files.get(case.id)
             if file is None:
                 continue
-            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else f"{file.parent.name}/{file.name}"
+            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else f"{variant}/{printable(file.name)}"
             own = {name: score_dict(score) for name, score in scores[variant, case.id].items()}
             line = {"variant": variant, **case.to_dict(), "image": place, "scores": own}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -17,7 +17,9 @@ from esd_lora.erasers.privacy import scrub, without_folders
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.evaluation.detectors.detector import Picture, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
+from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.registries import DETECTORS
+from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.formats.exporting import export
 from esd_lora.weights.merging import merge
@@ -141,3 +143,18 @@ def test_pictures_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     images = [json.loads(line)["image"] for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert len(images) == 4
     assert all((pictures / image).is_file() for image in images)
+
+
+def test_pictures_whose_names_are_no_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written down of them is text."""
+    monkeypatch.setitem(DETECTORS.entries, "size", "test_travelling_files:Size")
+    odd = tmp_path / "caf\udce9"
+    for model in ("base", "\udcff"):
+        (odd / model).mkdir(parents=True)
+        for case in ("all-00000", "all-00001"):
+            Image.new("RGB", (12, 8)).save(odd / model / f"{case}.png")
+    report = score_pictures(odd, toy_suite(), tmp_path / "out", concepts=["a cat"], progress=False)
+    assert list(report.variants) == ["base", r"\udcff"]
+    assert Report.load(tmp_path / "out") == report
+    photo = (odd / "base" / "all-00000.png").rename(odd / "\udcfe.png")
+    assert list(hash_by_name([photo])) == [r"\udcfe.png"]

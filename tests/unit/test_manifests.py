@@ -71,6 +71,12 @@ def test_manifest_names_what_is_odd_and_is_read_again(folder: Path, name: str) -
     assert load_eraser(folder / "stack.yaml").names == ["a cat"]
 
 
+def test_member_whose_name_is_no_utf_8_is_refused(folder: Path) -> None:
+    shutil.copytree(folder / "no-cat", folder / "caf\udce9")
+    with pytest.raises(EsdLoraError, match="not valid UTF-8"):  # safetensors opens no such file
+        write_manifest(folder / "stack.yaml", [folder / "caf\udce9"], [Strength()])
+
+
 def test_manifest_moves_with_its_erasers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     write_manifest(folder / "stack.yaml", [folder / "no-cat"], [Strength()])
     elsewhere = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "copy")
