@@ -11,7 +11,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -22,7 +22,39 @@ if TYPE_CHECKING:
     from esd_lora.bases.base import Base
     from esd_lora.trajectory import Condition
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""Formats of pictures that are opened. Each is decoded within this process; EPS, for one, would start Ghostscript."""
+MOST_PIXELS = 2**26
+"""Pixels of the largest picture that is opened; a photograph of 60 megapixels is smaller."""
 _BATCH = 32
+
+
+def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Return a picture in RGB, turned as the camera was held; the one place where a picture of whatever origin is decoded.
+
+    Args:
+        file: Its content decides what it is, not its name.
+        formats: What it may be.
+
+    Raises:
+        EsdLoraError: If it is something else, damaged, or larger than `MOST_PIXELS`, which is seen before it is decoded.
+    """
+    too_large = f"{file} has more than {MOST_PIXELS:,} pixels, the most that a picture may have. Make it smaller, or remove it."
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise EsdLoraError(too_large)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except EsdLoraError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise EsdLoraError(too_large) from error
+    except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its content is none of them" if unknown else " ".join(str(error).split()) or type(error).__name__
+        raise EsdLoraError(
+            f"{file} cannot be read as a picture, {' or '.join(formats)} ({reason}). Mend or remove it."
+        ) from error
 
 
 def paint(
@@ -165,12 +197,7 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
         paths = [path for path in (erased, before) if path.is_file()]
         prompts: list[str] = []
         for path in paths:
-            try:
-                with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as picture:
-                    picture.load()
-                    prompts.append(" ".join(str(picture.info.get(_PROMPT, "")).split()))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
-                raise EsdLoraError(f"{path} cannot be read as a PNG ({error}). Remove it, or make it again.") from error
+            prompts.append(" ".join(str(open_picture(path, ("PNG",)).info.get(_PROMPT, "")).split()))
         if erased in paths:
             samples.append((prompts[0], erased, before if before in paths else None))
     return samples
@@ -178,8 +205,7 @@ def read_samples(folder: Path) -> list[tuple[str, Path, Path | None]]:
 
 def clean_png(path: Path, prompt: str | None) -> bytes:
     """Return a picture as a PNG with nothing in it but its pixels and its prompt."""
-    with Image.open(path) as picture:
-        clean = picture.convert("RGB")
+    clean = open_picture(path)
     clean.info.clear()
     return png(clean, prompt)
 

@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-import yaml
 from pydantic import BaseModel
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.recipe import FuseSpec, HarmoniseSpec, Recipe
-from esd_lora.yaml_files import Document, Model, Place, checked, laid_over, read_yaml
+from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, read_yaml
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
@@ -71,11 +70,14 @@ def recipe_text(name: str) -> str:
     """Return a recipe as YAML: its file as it stands, or for BASE/CONCEPT what a file of its own would say.
 
     Raises:
-        EsdLoraError: If there is no such recipe.
+        EsdLoraError: If there is no such recipe, or it is no text.
     """
     paths = recipe_paths(name)
     if len(paths) == 1:
-        return paths[0].read_text("utf-8")
+        try:
+            return paths[0].read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise EsdLoraError(f"{paths[0]}: cannot be read as a recipe: {error}.") from error
     recipe = load_recipe(name)
     parts = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in paths]
     erased = ", ".join(concept.name for concept in recipe.concepts)
@@ -231,10 +233,7 @@ def _checked(
 
 def dump_recipe(recipe: BaseModel) -> str:
     """Return a recipe as YAML, every field written out; loading reads it back to an equal recipe."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    if any(odd in text for odd in "\x85\u2028\u2029"):  # PyYAML writes these line breaks bare and reads them as spaces
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
-    return text
+    return dump_yaml(recipe.model_dump(mode="json"), width=120)
 
 
 def recipe_schema() -> str:

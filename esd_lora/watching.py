@@ -30,6 +30,7 @@ from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
 from esd_lora.trajectory import Points
+from esd_lora.wording import printable
 
 
 class StepReport(NamedTuple):
@@ -80,8 +81,8 @@ class ProgressBar:
     def __init__(self, teacher: Teacher, first: int = 0):
         base, names = teacher.base, ", ".join(concept.name for concept in teacher.recipe.concepts)
         place = f"on {base.model.device} in {base.model.dtype}"
-        tqdm.write(f"base {base.id}: family {base.family.name}, {place}", file=sys.stderr)
-        self.bar = tqdm(total=teacher.spec.steps, initial=first, desc=f"erasing {names}", unit="step", leave=True)
+        tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
+        self.bar = tqdm(total=teacher.spec.steps, initial=first, desc=printable(f"erasing {names}"), unit="step", leave=True)
 
     def __call__(self, report: StepReport) -> None:
         shown = {"loss": f"{report.state.loss:.4f}"}

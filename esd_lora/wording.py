@@ -10,6 +10,7 @@ from typing import NamedTuple
 from esd_lora.files import PICKLES
 
 _DOT = "\u2022"
+_JOINERS = "\u200c\u200d"
 _LONGEST_SLUG = 80  # characters; file systems take 255 bytes
 _FILE_ENDINGS = (".safetensors", ".json", ".yaml", ".yml", ".md", ".png", *PICKLES)
 
@@ -62,8 +63,36 @@ def slug(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a stranger's text as a terminal may have it: control characters and line breaks are shown, not obeyed."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    """Return a stranger's text as a terminal or a page may have it: what would be obeyed, or is not seen, is shown by its code.
+
+    That is all of Unicode's categories Cc (escapes, line breaks), Cf (a change of direction, zero width), Zl, Zp, Cs (what is
+    no UTF-8), Co and Cn. Spaces of every script stay, and of Cf the two joiners, without which Persian, the scripts of India
+    and many emoji are misspelt.
+    """
+    return "".join(character if _is_seen(character) else repr(character)[1:-1] for character in text)
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
+
+
+def is_text(text: str) -> bool:
+    """Return whether all of a text can be written in UTF-8, which half a character or a byte of a file's name cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def in_one_line(text: str) -> str:
+    """Return a text as `printable` does, its line breaks and runs of spaces made one space."""
+    return printable(" ".join(text.split()))
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines as a terminal or a page may have it; its line breaks stay."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class HubId(NamedTuple):

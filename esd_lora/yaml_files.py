@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.registry import require_code_names
+from esd_lora.wording import is_text, printable_lines
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
@@ -138,6 +139,8 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
 
     def note(node: yaml.Node, loc: Place) -> None:
         marks[loc] = (str(path), node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode) and not is_text(node.value):
+            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: {node.value!r} holds half a character. Write it whole.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if (*loc, key.value) in marks:
@@ -154,6 +157,13 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
     if root is not None:
         note(root, ())
     return Document(cast("dict[str, Any]", values), marks)
+
+
+def dump_yaml(values: Mapping[str, Any], *, width: int = 80) -> str:
+    """Return values as YAML, in their order; text that is not printable is written as escapes, and reads back as it was."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=width)
+    # PyYAML writes marks of direction bare, and line breaks such as U+2028, which it reads as spaces.
+    return text if text == printable_lines(text) else yaml.safe_dump(values, sort_keys=False, width=width)
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, force_option, unweighted
-from esd_lora.wording import printable
+from esd_lora.cli.options import ERASER, Weighted, force_option, say, unweighted
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -28,14 +27,12 @@ def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, for
 
     paths, strengths = unweighted(erasers)
     run(paths, base, out, weights=strengths, force=force)
-    click.echo(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
+    say(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
     if verify:
         from esd_lora.weights.verifying import verify as prove
 
         proof = prove(out, base, paths, weights=strengths)
-        click.echo(
-            f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal"
-        )
+        say(f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal")
 
 
 @click.command()
@@ -47,7 +44,7 @@ def inspect(file: str, as_json: bool, layers: bool | None) -> None:
     from esd_lora.formats.inspecting import inspect_file
 
     facts = inspect_file(file)
-    click.echo(json.dumps(facts.as_json(), indent=2) if as_json else "\n".join(map(printable, facts.lines(layers))))
+    say(*(json.dumps(facts.as_json(), indent=2).split("\n") if as_json else facts.lines(layers)))
 
 
 @click.command()
@@ -57,7 +54,7 @@ def diff(first: str, second: str) -> None:
     """Compare two LoRA files: headers, layers, and how far apart their updates are."""
     from esd_lora.formats.inspecting import diff as run
 
-    click.echo("\n".join(map(printable, run(first, second).lines())))
+    say(*run(first, second).lines())
 
 
 @click.command()
@@ -72,7 +69,7 @@ def export(eraser: str, layout: str, out: Path, force: bool) -> None:
     from esd_lora.formats.exporting import export as run
 
     refuse_inputs(out, [eraser])
-    click.echo(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
+    say(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
 
 
 @click.command("import")
@@ -102,9 +99,7 @@ def import_(
         eraser = import_lora(file, family=family, concepts=concepts, base=base, without_text_encoder=without_text_encoder)
         save_with_card(eraser, out, replaces=RUN_FILES)
     unknown = "; where it came from is not known" if eraser.header.origins else ""
-    click.echo(
-        f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}"
-    )
+    say(f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}")
 
 
 @click.command()
@@ -128,6 +123,6 @@ def extract(
         result = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
         save_with_card(result.eraser, out, replaces=RUN_FILES)
     for module, share in result.energy.items():
-        click.echo(f"  {module}  rank {result.eraser.pairs[module].rank}  energy kept {share:.4%}")
-    click.echo(f"energy kept over all {len(result.energy)} layers that differ: {result.overall:.4%}")
-    click.echo(f"eraser of {', '.join(result.eraser.names)}: {out}")
+        say(f"  {module}  rank {result.eraser.pairs[module].rank}  energy kept {share:.4%}")
+    say(f"energy kept over all {len(result.energy)} layers that differ: {result.overall:.4%}")
+    say(f"eraser of {', '.join(result.eraser.names)}: {out}")

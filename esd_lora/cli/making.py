@@ -17,6 +17,7 @@ from esd_lora.cli.options import (
     force_option,
     given,
     overrides,
+    say,
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
@@ -84,7 +85,7 @@ def train(
     if negative_guidance is not None:
         recipe = with_negative_guidance(recipe, negative_guidance)
         start = "the concept" if recipe.eta < negative_guidance else "the prompt it is erased from"
-        click.echo(f"negative guidance {negative_guidance:g}, measured from {start}, is eta {recipe.eta:g}")
+        say(f"negative guidance {negative_guidance:g}, measured from {start}, is eta {recipe.eta:g}")
     refuse_inputs(out, () if resume else recipes)
     from esd_lora.training import train as run
 
@@ -95,9 +96,9 @@ def train(
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:
-        click.echo(f"kohya LoRA: {_export_kohya(eraser, out)}")
+        say(f"kohya LoRA: {_export_kohya(eraser, out)}")
     cost = eraser.header.cost
-    click.echo(
+    say(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
@@ -175,7 +176,7 @@ def generate(
         force=force,
     )
     pictures, sheets = len(prompts) * count, [file.name for file in files[len(prompts) * count :]]
-    click.echo(f"{pictures} pictures in {out}" + (f", {' and '.join(sheets)} among them" if sheets else ""))
+    say(f"{pictures} pictures in {out}" + (f", {' and '.join(sheets)} among them" if sheets else ""))
 
 
 def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None, gate: bool) -> None:
@@ -195,4 +196,4 @@ def demo(out: Path, force: bool) -> None:
     """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""
     from esd_lora.demo import demo as run
 
-    click.echo(run(out, force=force))
+    say(*run(out, force=force).split("\n"))

@@ -16,6 +16,7 @@ from esd_lora.cli.options import (
     device_options,
     force_option,
     overrides,
+    say,
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
@@ -88,10 +89,10 @@ def evaluate(
         report = evaluating.evaluate(model, loaded, out, against=others, **options)
     if attach:
         write_into(paths[0], report, None if loaded.sensitive else out)
-    click.echo((out / "table.md").read_text("utf-8"))
+    say(*(out / "table.md").read_text("utf-8").split("\n"))
     for name, reason in report.not_run.items():
-        click.echo(f"not run: {name}: {reason}", err=True)
-    click.echo(f"look at {out / 'report.html'}")
+        say(f"not run: {name}: {reason}", err=True)
+    say(f"look at {out / 'report.html'}")
 
 
 def _check_options(

@@ -1,20 +1,24 @@
-"""What every command shares: faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
+"""What every command shares: how it prints, faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.registry import require_code_names
-from esd_lora.wording import printable
+from esd_lora.wording import is_text, printable
 from esd_lora.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
@@ -25,23 +29,106 @@ Weighted = tuple[str, float, dict[str, float]]
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+_REFUSED = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
+}
+"""What a system refuses because of the path, the disk or a limit, not because of a bug."""
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
+
+    Args:
+        lines: Each on its own; names, prompts and headers of strangers may be part of them.
+        err: Whether to print on standard error.
+    """
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    for line in lines:
+        click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+@contextmanager
+def reporting_faults() -> Generator[None]:
+    """Turn the faults a user can cause inside a `with` block into one sentence and exit code 1; a bug keeps its traceback."""
+    try:
+        yield
+    except EsdLoraError as error:
+        _fail(str(error))
+    except (OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
+        sentence = _outer_fault(error)
+        if sentence is None:
+            raise
+        _fail(sentence)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print an error and exit; only its own further lines, which are indented, stay lines."""
+    first, *others = message.split("\n  ")
+    say(f"error: {first}", *(f"  {line}" for line in others), err=True)
+    sys.exit(1)
+
+
+def _outer_fault(error: Exception) -> str | None:
+    """Return what is wrong with the machine or a path where that is why something failed; `None` for a bug."""
+    number = getattr(error, "errno", None)
+    if number in _REFUSED:
+        place = getattr(error, "filename", None)
+        where = os.fsdecode(place) if isinstance(place, str | bytes) else "what was to be done"
+        return f"the system refuses {where}: {os.strerror(number)}. Choose another path, or mend this one."
+    if str(error).startswith("Symlink loop from"):  # a RuntimeError of Path.resolve, before Python 3.13
+        return f"{str(error)[0].lower()}{str(error)[1:]}: its links lead back to it. Choose another path, or mend this one."
+    if isinstance(error, UnicodeEncodeError):
+        encoding = sys.getfilesystemencoding()
+        lacks = f"the system's encoding, {encoding}, has no {error.object[error.start]!r} for a file's name. Set PYTHONUTF8=1."
+        return lacks if error.encoding == encoding != "utf-8" else None
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        detail = " ".join(str(error).split())[:200]
+        return (
+            f"there is not enough memory{f' ({detail})' if detail else ''}. Close other programs, or take a machine with more."
+        )
+    return None
+
+
+_NO_MEMORY = re.compile(
+    r"(can.t|cannot|unable to) allocate memory|out of memory|not enough memory|can't start new thread|failed to map segment"
+    r"|could not create a primitive",
+    re.IGNORECASE,
+)
+"""What the system's, torch's and Python's own messages say where memory is gone."""
+
+
+def _check_directory() -> None:
+    """Refuse to begin where the working directory was deleted: torch's libraries end the process when they are loaded there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise EsdLoraError("the working directory is gone. Change into one that exists.") from error
+
+
 class Commands(click.Group):
     """Turns the faults a user can cause into one sentence and exit code 1."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with reporting_faults():
+            for text in args:
+                if not is_text(text):
+                    raise EsdLoraError(
+                        f"argument {text!r} is no UTF-8, which headers, records and cards need. Rename the file."
+                    )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         if "OMP_WAIT_POLICY" not in os.environ:
             # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
             # a quiet one; benchmarks/sample_evaluation.py compares.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
-                return super().invoke(ctx)
-        except EsdLoraError as error:
-            click.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
-            sys.exit(1)
+        with reporting_faults(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            _check_directory()
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
@@ -143,7 +230,7 @@ def allow_code_option(command: _Command) -> _Command:
     def convert(_ctx: click.Context, _param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
         require_code_names(names)
         if names:
-            click.echo(f"allowed to run code of its own: {', '.join(names)}", err=True)
+            say(f"allowed to run code of its own: {', '.join(names)}", err=True)
         return names
 
     text = "Code of yours that a file may name and run; may be given several times."
@@ -154,7 +241,7 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
     """Return `-s key=value` settings by key; values are YAML.
 
     Raises:
-        EsdLoraError: If one has no `=` or its value is not YAML.
+        EsdLoraError: If one has no `=`, or its value is not YAML or no text.
     """
     values: dict[str, Any] = {}
     for setting in settings:
@@ -162,4 +249,6 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
         if not equals:
             raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
         values[key.strip()] = parse_yaml(value, f"-s {setting}")[1]
+        if not is_text(json.dumps(values[key.strip()], ensure_ascii=False, default=str, skipkeys=True)):
+            raise EsdLoraError(f"-s {setting}: the value holds half a character. Write it whole.")
     return values

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import allow_code_option, force_option, overrides
+from esd_lora.cli.options import allow_code_option, force_option, overrides, say
 from esd_lora.files import reserve_file, write_atomically
 from esd_lora.recipe_files import (
     dump_recipe,
@@ -42,16 +42,16 @@ def recipes_list() -> None:
         titles = {name: recipe_title(name) for name in names}
         if kind == "recipe":
             titles |= {f"{base}/CONCEPT": f"{base}/fast with any of the concepts: {base}/van-gogh" for base in recipe_bases()}
-        click.echo(f"{_HEADINGS[kind]}:")
+        say(f"{_HEADINGS[kind]}:")
         for name, title in titles.items():
-            click.echo(f"  {name:<36}{title}")
+            say(f"  {name:<36}{title}")
 
 
 @recipes.command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
     """Print a recipe as it stands in its file."""
-    click.echo(recipe_text(name), nl=False)
+    say(*recipe_text(name).rstrip("\n").split("\n"))
 
 
 @recipes.command("copy")
@@ -64,7 +64,7 @@ def recipes_copy(name: str, out: Path | None, force: bool) -> None:
     out = out or Path(f"{Path(name).stem}.yaml")
     with reserve_file(out, force, [name]):
         write_atomically(out, text.encode())
-    click.echo(f"recipe: {out}")
+    say(f"recipe: {out}")
 
 
 @recipes.command("check")
@@ -90,10 +90,10 @@ def recipes_check(names: tuple[str, ...], settings: tuple[str, ...], allow_code:
         else:
             recipe = load_recipe(name, over, allow_code=allow_code)
             purpose = f"erases {', '.join(concept.name for concept in recipe.concepts)}"
-        click.echo(dump_recipe(recipe) if resolved else f"{name}: good, {purpose}")
+        say(*(dump_recipe(recipe).split("\n") if resolved else [f"{name}: good, {purpose}"]))
 
 
 @recipes.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of recipe files, for editors that check YAML."""
-    click.echo(recipe_schema(), nl=False)
+    say(*recipe_schema().rstrip("\n").split("\n"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import force_option
+from esd_lora.cli.options import force_option, say
 from esd_lora.wording import printable
 
 if TYPE_CHECKING:
@@ -60,18 +60,19 @@ def push(
     }
     if dry_run:
         draft = drafted(eraser, repo, **settings)
-        click.echo("\n".join([*draft.lines(), "", "The card:", "", draft.files["README.md"].decode(), "nothing was sent"]))
+        card = draft.files["README.md"].decode().split("\n")
+        say(*draft.lines(), "", "The card:", "", *card, "nothing was sent")
         return
 
     def confirm(draft: Draft) -> bool:
-        click.echo("\n".join(draft.lines()))
+        say(*draft.lines())
         return yes or click.confirm("push this?")
 
     pushed = run(eraser, repo, private=private, create_pr=create_pr, confirm=confirm, **settings)
     if pushed is None:
-        click.echo("nothing was sent")
+        say("nothing was sent")
     else:
-        click.echo(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
+        say(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
 
 
 @click.command()
@@ -84,8 +85,8 @@ def pull(repo: str, out: Path, force: bool) -> None:
 
     pulled = run(repo, out, force=force)
     for name in pulled.left_out:
-        click.echo(f"left out: {name!r}, not a kind of file that is taken", err=True)
-    click.echo(f"{repo} at {pulled.commit[:12]}, {len(pulled.files)} files: {pulled.directory}")
+        say(f"left out: {name!r}, not a kind of file that is taken", err=True)
+    say(f"{repo} at {pulled.commit[:12]}, {len(pulled.files)} files: {pulled.directory}")
 
 
 @click.command()
@@ -116,11 +117,11 @@ def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
 def _print_table(erasers: Sequence[LocalEraser | HubEraser], as_json: bool) -> None:
     """Print erasers as JSON, or a line each in columns; control characters of a stranger's file are shown, not obeyed."""
     if as_json:
-        click.echo(json.dumps([eraser.as_json() for eraser in erasers], indent=2))
+        say(*json.dumps([eraser.as_json() for eraser in erasers], indent=2).split("\n"))
     elif not erasers:
-        click.echo("none found")
+        say("none found")
     else:
         lines = [erasers[0].COLUMNS, *(list(map(printable, eraser.row())) for eraser in erasers)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
-            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, given, unweighted
+from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, given, say, unweighted
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import load_harmonise_spec
 
@@ -93,7 +93,7 @@ def stack(
         sheets = _report(members, strengths, loaded, stacked) if report else {}
         _save(stacked, out, sheets, manifest=manifest)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
-    click.echo(f"stack of {', '.join(names)}: {out}")
+    say(f"stack of {', '.join(names)}: {out}")
 
 
 def _check(
@@ -144,9 +144,9 @@ def _fuse(
     if harmonise:
         fused = distil(fused, members, base, weights=strengths, keep=prompts, steps=harmonise, **given(seed=seed))
     if dropped := fused.header.fusions[-1].dropped:
-        click.echo(f"not kept, because they name what is erased: {'; '.join(dropped)}")
+        say(f"not kept, because they name what is erased: {'; '.join(dropped)}")
     reached = sorted({pair.rank for pair in fused.pairs.values()})
-    click.echo("\n".join([*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}"]))
+    say(*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}")
     return fused
 
 
@@ -155,14 +155,14 @@ def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base
     from esd_lora.fusing.interference import measure_interference
 
     interference = measure_interference(members, strengths, base=base, whole=stacked if base else None)
-    click.echo("\n".join(interference.lines()))
+    say(*interference.lines())
     return interference.files()
 
 
 def _warn_of_damage(count: int) -> None:
     """Say what a plain sum of several erasers costs."""
     if count > 1:
-        click.echo(
+        say(
             f"warning: a plain sum of {count} erasers adds up what they cost everything else too; with --base they"
             " are fused instead (docs/stacking.md).",
             err=True,
@@ -178,6 +178,6 @@ def _add_up(members: Sequence[Eraser], strengths: Sequence[Strength], ranks: Map
     if ranks:
         stacked, errors, overall = compress(stacked, **ranks)
         for module, error in errors.items():
-            click.echo(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")
-        click.echo(f"relative error over all {len(errors)} layers: {overall:.2e}")
+            say(f"  {module}  rank {stacked.pairs[module].rank}  relative error {error:.2e}")
+        say(f"relative error over all {len(errors)} layers: {overall:.2e}")
     return stacked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -46,7 +47,7 @@ def locate(eraser: str | Path) -> Path:
         EsdLoraError: If it has to be fetched and cannot be.
     """
     hub_id = HubId.read(eraser) if isinstance(eraser, str) else None
-    if any(len(part.encode()) > 255 for part in Path(eraser).parts):  # which no file system takes
+    if any(len(os.fsencode(part)) > 255 for part in Path(eraser).parts):  # which no file system takes
         raise EsdLoraError(f"no eraser at {str(eraser)[:80]}...: expected a path, or owner/name on the Hub.")
     return Path(eraser) if hub_id is None or Path(eraser).exists() else fetch(hub_id)
 

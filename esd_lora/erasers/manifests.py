@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esd_lora.erasers.eraser import ERASER_FILES, Eraser
@@ -14,7 +13,7 @@ from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
-from esd_lora.yaml_files import read_yaml
+from esd_lora.yaml_files import dump_yaml, read_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_ERASERS = 1000  # that a manifest and those it names come to
@@ -97,8 +96,7 @@ def _member_path(manifest: Path, member: Member) -> Path:
     """Return where a member lies, once it is seen to be below the manifest's directory and unchanged."""
     relative = PurePosixPath(member.file)
     path = manifest.parent / relative
-    plain = "\\" not in member.file and member.file.isprintable() and all(len(part) < 250 for part in relative.parts)
-    inside = plain and not relative.is_absolute() and ".." not in relative.parts
+    inside = _is_plain(member.file) and not relative.is_absolute() and ".." not in relative.parts
     # The two differ in the Hub's cache, whose files are links to its blobs.
     homes = manifest.parent.resolve(), manifest.resolve().parent
     if not inside or not any(path.resolve().is_relative_to(home) for home in homes):
@@ -106,6 +104,11 @@ def _member_path(manifest: Path, member: Member) -> Path:
     if member.sha256 and _main_file(path).is_file() and hash_file(_main_file(path)) != member.sha256:
         raise EsdLoraError(f"{manifest}: {member.file} has changed since the manifest was written. Write the manifest again.")
     return path
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether the relative path of a member may stand in a manifest."""
+    return "\\" not in name and name.isprintable() and all(len(part) < 250 for part in name.split("/"))
 
 
 def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequence[Strength]) -> Eraser:
@@ -131,10 +134,15 @@ def write_manifest(file: Path, members: Sequence[str | Path], strengths: Sequenc
         path = Path(member).resolve()
         if not path.is_relative_to(home):
             raise EsdLoraError(f"{member} is outside {file.parent}, where the manifest goes. Write the manifest above it.")
-        entry: dict[str, object] = {"file": path.relative_to(home).as_posix(), "weight": strength.weight}
+        name = path.relative_to(home).as_posix()
+        if not _is_plain(name):
+            raise EsdLoraError(
+                f"a manifest cannot name {name!r}: a part is too long, or holds what is not printable. Rename it."
+            )
+        entry: dict[str, object] = {"file": name, "weight": strength.weight}
         if strength.blocks:
             entry["blocks"] = dict(strength.blocks)
         entries.append(entry | {"sha256": hash_file(_main_file(path))})
     with lock_output(file):
-        write_atomically(file, yaml.safe_dump({"stack": entries}, sort_keys=False, allow_unicode=True).encode())
+        write_atomically(file, dump_yaml({"stack": entries}).encode())
     return stacked

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from esd_lora.wording import in_one_line
+
 
 class Interval(BaseModel):
     """A number, and the interval that holds the true one in 95 of 100 such measurements."""
@@ -87,6 +89,8 @@ INTERVALS = (
     " prompt and seed."
 )
 """Sentence under every table of numbers."""
+NOTHING = "Nothing was measured: no detector ran."
+"""Sentence in place of all tables where there is no number."""
 HEAD = ("model", "metric", "measured", "beside the base", "pictures")
 """Head of a table whose rows are `cells`."""
 
@@ -110,5 +114,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return a user's text escaped for Markdown: no line breaks, HTML, links, pictures, or emphasis are left in it."""
-    return " ".join(re.sub(r"([\\|\[\]*`~]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;").split())
+    """Return a user's text escaped for Markdown: no line breaks, HTML, links, pictures, emphasis or controls are left in it."""
+    return re.sub(r"([\\|\[\]*`~]|(?<!\w)_|_(?!\w))", r"\\\1", in_one_line(text)).replace("<", "&lt;")

@@ -22,6 +22,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.privacy import scrub
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.victim import Victim
@@ -54,6 +55,7 @@ from esd_lora.files import (
     work_folder,
     write_atomically,
 )
+from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 _FOLDERS = ("images", "scores", "features")
@@ -194,7 +196,7 @@ def score_pictures(
     if not folders:
         raise EsdLoraError(f"{pictures} has no directories. Expected one for each model, with its pictures in it.")
     plan = plan_cases(suite, erased_concepts((), concepts), limit)
-    matched = {folder.name: match_pictures(folder, plan.cases) for folder in folders}
+    matched = {printable(folder.name): match_pictures(folder, plan.cases) for folder in folders}
     conditions = [read_condition(text, list(matched)) for text in fail_if]
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
     record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
@@ -235,7 +237,7 @@ def _begun(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: b
     Either is gone on with where it holds this evaluation.
     """
     with lock_output(out):
-        plain = json.loads(json.dumps(record))
+        plain = scrub(json.loads(json.dumps(record)))
         replacing = force and (out / _FILES[0]).exists()
         folder = work_folder(out) if replacing else out
         if (folder / _FILES[0]).exists():
@@ -284,7 +286,7 @@ def _score_and_write(
     cases, variants = plan.cases, list(pictures)
     scores, detectors, not_scored = score_missing(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
     distances, features, not_measured = measure_distances(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
-    record = json.loads(json.dumps(record | {"detectors": {**detectors, **features}}))
+    record = scrub(json.loads(json.dumps(record | {"detectors": {**detectors, **features}})))
     numbers = summarise(cases, scores, variants)
     failures = [condition.failure(numbers) for condition in conditions]
     report = Report(
@@ -332,7 +334,7 @@ def _picture_lines(out: Path, cases: Sequence[Case], scores: Scores, pictures: P
             file = files.get(case.id)
             if file is None:
                 continue
-            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
+            place = file.relative_to(out).as_posix() if file.is_relative_to(out) else f"{variant}/{printable(file.name)}"
             own = {name: score_dict(score) for name, score in scores[variant, case.id].items()}
             line = {"variant": variant, **case.to_dict(), "image": place, "scores": own}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.files import hash_file
+from esd_lora.pictures import open_picture
+from esd_lora.wording import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of the names of pictures."""
@@ -18,19 +20,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def picture_paths(folder: Path) -> list[Path]:
     """Return the pictures that lie in a folder, by name; none where there is no folder."""
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
-
-
-def open_picture(file: Path) -> Image.Image:
-    """Return a picture in RGB, turned as the camera was held.
-
-    Raises:
-        EsdLoraError: If it cannot be read.
-    """
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these
-        raise EsdLoraError(f"{file} cannot be read as a picture ({error}). Mend or remove it.") from error
 
 
 def open_pictures(folder: Path) -> dict[Path, Image.Image]:
@@ -47,7 +36,7 @@ def open_pictures(folder: Path) -> dict[Path, Image.Image]:
 
 def hash_by_name(files: Iterable[Path]) -> dict[str, str]:
     """Return file name to SHA-256 of some files, for a record."""
-    return {file.name: hash_file(file) for file in files}
+    return {printable(file.name): hash_file(file) for file in files}
 
 
 def painted_file(folder: Path, variant: str, case: str) -> Path:

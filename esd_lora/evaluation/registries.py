@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from inspect import signature
-from typing import Any
+from inspect import isclass, signature
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.registry import Registry
@@ -66,7 +68,8 @@ def build(
 
     Raises:
         NotRun: If it lacks a package or weights.
-        EsdLoraError: If its code is not allowed or builds something else, or it takes no such setting or needs another.
+        EsdLoraError: If its code is not allowed or builds something else, or it takes no such setting, needs another, or
+            takes one of another type.
     """
     builder = registry.get(kind, allow_code)
     try:
@@ -80,11 +83,26 @@ def build(
                 f"{registry.kind} {kind!r} has no setting {name!r}{did_you_mean(name, known)}."
                 f" It takes: {', '.join(known) or 'none'}."
             )
+    values = {name: _converted(builder, f"{registry.kind} {kind!r}", name, value) for name, value in settings.items()}
     try:
-        signature(builder).bind(*arguments, **settings)
+        signature(builder).bind(*arguments, **values)
     except TypeError as error:
-        raise EsdLoraError(f"{registry.kind} {kind!r} cannot be built with settings {dict(settings)}: {error}.") from error
-    built = builder(*arguments, **settings)
+        raise EsdLoraError(f"{registry.kind} {kind!r} cannot be built with settings {values}: {error}.") from error
+    built = builder(*arguments, **values)
     if not isinstance(built, expected):
         raise EsdLoraError(f"{registry.kind} {kind!r} builds a {type(built).__name__}, expected a {expected.__name__}.")
     return built
+
+
+def _converted(builder: Callable[..., Any], what: str, name: str, value: Any) -> Any:
+    """Return a setting's value as the type that is written beside its name, as a recipe's fields are.
+
+    Raises:
+        EsdLoraError: If it is of another kind.
+    """
+    hint = get_type_hints(builder.__init__ if isclass(builder) else builder).get(name, Any)
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise EsdLoraError(f"{what} takes another kind of value for {name}, found {value!r}: {reason}.") from error

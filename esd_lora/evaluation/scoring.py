@@ -19,16 +19,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from esd_lora.bases.loading import quiet_libraries
+from esd_lora.erasers.privacy import scrub
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Detector, Features, NotRun, Picture, Score
 from esd_lora.evaluation.detectors.frechet import frechet_distance
-from esd_lora.evaluation.picture_files import open_painted, open_picture, painted_file, picture_paths
+from esd_lora.evaluation.picture_files import open_painted, painted_file, picture_paths
 from esd_lora.evaluation.registries import DETECTORS, FEATURES, build
 from esd_lora.evaluation.report.report import Distance
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
 from esd_lora.files import hash_file, reporting_write_errors, write_atomically
+from esd_lora.pictures import open_picture
+from esd_lora.wording import printable
 
 _BATCH = 32  # pictures between two writes to the disk
 
@@ -49,7 +52,7 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
         for variant, todo in missing:
             if not todo:
                 continue
-            bar.set_postfix_str(variant.name)
+            bar.set_postfix_str(printable(variant.name))
             with reporting_write_errors(folder):
                 painted_file(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
@@ -96,7 +99,7 @@ def score_missing(
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
-        records[name] = detector.record()
+        records[name] = scrub(detector.record())
         file = folder / "scores" / f"{name}.jsonl"
         with reporting_write_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def score_missing(
         with (
             reporting_write_errors(file),
             file.open("a", encoding="utf-8") as lines,
-            tqdm(total=len(todo), desc=f"scoring ({name})", unit="picture", disable=not progress or not todo) as bar,
+            tqdm(total=len(todo), desc=printable(f"scoring ({name})"), unit="picture", disable=not progress or not todo) as bar,
         ):
             for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
                 opened = [_open_for_scoring(pictures, variant, case) for variant, case in batch]
@@ -208,7 +211,7 @@ def measure_distances(
         records[name] = {**features.record(), "beside": beside}
         origin = _features(folder / "features", features, reference)
         distances[name] = {}
-        for variant, files in tqdm(sets.items(), desc=f"features ({name})", unit="set", disable=not progress):
+        for variant, files in tqdm(sets.items(), desc=printable(f"features ({name})"), unit="set", disable=not progress):
             value = frechet_distance(origin, _features(folder / "features", features, files))
             distances[name][variant] = Distance(value=round(value, 4), of=len(files))
     return distances, records, not_run

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.privacy import without_folders
 from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.evaluation.cases import ROLES, Case, Role
@@ -108,7 +109,12 @@ def base_record(base: Base) -> dict[str, Any]:
     """Return which base it is: its id, and for every part that a picture goes through a hash of the weights."""
     parts = {name: part for name, part in sorted(base.pipe.components.items()) if isinstance(part, torch.nn.Module)}
     hashes = {name: _hash_weights(part) for name, part in parts.items()}
-    return {"id": base.id, "revision": base.revision, "weights": hashes, "dtype": str(base.model.dtype).removeprefix("torch.")}
+    return {
+        "id": without_folders(base.id),
+        "revision": base.revision,
+        "weights": hashes,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+    }
 
 
 def _hash_weights(part: torch.nn.Module) -> str:

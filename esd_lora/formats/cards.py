@@ -13,11 +13,23 @@ import yaml
 from esd_lora.built_in import BUILT_IN
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
-from esd_lora.erasers.measured import HEAD, INTERVALS, TITLES, Measured, Number, cells, markdown_cell, markdown_table, role_rows
+from esd_lora.erasers.measured import (
+    HEAD,
+    INTERVALS,
+    NOTHING,
+    TITLES,
+    Measured,
+    Number,
+    cells,
+    markdown_cell,
+    markdown_table,
+    role_rows,
+)
 from esd_lora.families import FAMILIES
 from esd_lora.files import write_files
 from esd_lora.formats.licenses import License, base_license
-from esd_lora.wording import HubId, is_hub_id, mask_of, slug, without_article
+from esd_lora.wording import HubId, in_one_line, is_hub_id, mask_of, slug, without_article
+from esd_lora.yaml_files import dump_yaml
 
 CARD_NAME = "README.md"
 _TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "concept-erasure", "esd", "esd-lora")
@@ -83,7 +95,7 @@ def render_card(eraser: Eraser, publication: Publication | None = None) -> str:
     place = _word(str(publication.hub_id) if publication else _HERE)
     template = Template(Path(__file__).with_name("card.md").read_text("utf-8"))
     return template.substitute(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
+        front=dump_yaml(front, width=1000),
         names=markdown_cell(_listed([concept.name for concept in header.concepts])),
         effect=markdown_cell(header.effect()),
         base=_code(header.base),
@@ -130,7 +142,7 @@ def measured_line(evaluation: Measured | None) -> str:
     if evaluation is None:
         return "no"
     targets = [f"{metric} {number.text()} ({name})" for role, name, metric, number in _numbers(evaluation) if role == "target"]
-    return f"suite {evaluation.suite}, {evaluation.date}: {'; '.join(targets)}"
+    return f"suite {evaluation.suite}, {evaluation.date}: {'; '.join(targets) or 'nothing on what was erased'}"
 
 
 def _numbers(evaluation: Measured) -> list[tuple[str, str, str, Number]]:
@@ -212,6 +224,7 @@ def _measured(evaluation: Measured | None) -> str:
     if evaluation is None:
         return "## What else it costs\n\nNot measured: neither what it removes nor what else it costs (`esd-lora evaluate`)."
     rows = [[role, *cells(name, metric, number)] for role, name, metric, number in _numbers(evaluation)]
+    table = markdown_table(["prompts", *HEAD], rows) if rows else NOTHING
     notes = [
         f"- {name}: {yaml.safe_dump(evaluation.record[name], width=1000, default_flow_style=True).strip()}"
         for name in _RECORD
@@ -219,8 +232,9 @@ def _measured(evaluation: Measured | None) -> str:
     ]
     notes += [f"- Not run: {name}, {reason}" for name, reason in evaluation.not_run.items()]
     return (
-        f"## Measured: is it gone, and what else does it cost?\n\n{markdown_table(['prompts', *HEAD], rows)}\n\n"
-        f"Suite {_code(evaluation.suite)}, {markdown_cell(evaluation.date)}. {INTERVALS}\n\n"
+        f"## Measured: is it gone, and what else does it cost?\n\n{table}\n\n"
+        f"Suite {_code(evaluation.suite)}, {markdown_cell(evaluation.date)}. {INTERVALS if rows else ''}".rstrip()
+        + "\n\n"
         + "\n".join(map(markdown_cell, notes))
     )
 
@@ -232,7 +246,7 @@ def _code(text: str) -> str:
 
 def _word(text: str) -> str:
     """Return a name as it may stand in code: what would end the code, a line or a string is left out."""
-    return re.sub(r"[`\s\"'$\\<>|;&]+", " ", text).strip()
+    return re.sub(r"[`\s\"'$\\<>|;&]+", " ", in_one_line(text)).strip()
 
 
 def _masked(header: EraserHeader, mask: Callable[[str], str]) -> EraserHeader:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair
+from esd_lora.erasers.privacy import without_folders, without_local_paths
 from esd_lora.erasers.tensor_files import file_content, hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_named
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import reserve_directory, reserve_file, write_atomically, write_files
-from esd_lora.wording import is_hub_id, slug
+from esd_lora.wording import slug
 
 LAYOUTS = ("kohya", "diffusers", "peft")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -26,6 +27,8 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False) -> Path:
     """Write an eraser under the names of another program; the update of every layer stays the same.
+
+    Of a base or file on this machine the last part of its path is named, for the file may travel.
 
     Args:
         eraser: The eraser to write.
@@ -39,7 +42,7 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     Raises:
         EsdLoraError: If there is no such layout, the eraser's family has no names in it, or `out` exists or cannot be written.
     """
-    out = Path(out)
+    out, eraser = Path(out), Eraser(eraser.pairs, without_local_paths(eraser.header))
     if layout not in LAYOUTS:
         raise EsdLoraError(f"unknown layout {layout!r}{did_you_mean(layout, LAYOUTS)}. Known: {', '.join(LAYOUTS)}.")
     if layout == "peft":
@@ -121,7 +124,7 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
     digest = hash_tensors(tensors)
     metadata = {
         "ss_output_name": slug(f"no {names}"),
-        "ss_sd_model_name": header.base if is_hub_id(header.base) else Path(header.base).name,
+        "ss_sd_model_name": without_folders(header.base),
         "ss_network_module": "networks.lora",
         "ss_network_dim": alpha if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alpha,
@@ -165,7 +168,7 @@ def _peft(eraser: Eraser) -> tuple[dict[str, Tensor], dict[str, object]]:
     patterns = {f"^{re.escape(module)}$": pair.rank for module, pair in eraser.pairs.items() if pair.rank != usual}
     config: dict[str, object] = {
         "peft_type": "LORA",
-        "base_model_name_or_path": eraser.header.base,
+        "base_model_name_or_path": without_folders(eraser.header.base),
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": patterns,

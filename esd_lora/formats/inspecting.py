@@ -200,7 +200,7 @@ def diff(first: str | Path, second: str | Path) -> FileDifference:
     a, b = (inspect_file(path).eraser for path in (first, second))
     layers: dict[str, tuple[float, float]] = {}
     distances: list[float] = []
-    for module in a.pairs.keys() & b.pairs.keys():
+    for module in (name for name in a.pairs if name in b.pairs):  # in their order, for sums
         old, new = a.pairs[module], b.pairs[module]
         if old.shape != new.shape:
             raise EsdLoraError(

@@ -113,7 +113,7 @@ def measure_interference(
 def _compare(first: Eraser, second: Eraser, first_spans: _Spans, second_spans: _Spans) -> tuple[float, float, float]:
     """Return overlap of inputs, overlap of outputs and cosine of the updates; zeros where no layer is shared."""
     read = write = inner = whole = 0.0
-    for module in first.pairs.keys() & second.pairs.keys():
+    for module in (name for name in first.pairs if name in second.pairs):  # in their order, for sums
         a, b = first.pairs[module], second.pairs[module]
         weight = a.norm() * b.norm()
         whole += weight

@@ -13,12 +13,12 @@ from esd_lora.erasers.eraser import SAMPLES, WEIGHTS_NAME, Eraser
 from esd_lora.erasers.header import EraserHeader
 from esd_lora.erasers.hub_errors import reporting_hub_errors
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.privacy import without_paths
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.cards import CARD_NAME, Publication, Sample, measured_line, render_card
 from esd_lora.formats.exporting import kohya_content
 from esd_lora.formats.licenses import License, license_of
 from esd_lora.pictures import clean_png, read_samples
-from esd_lora.sharing.privacy import without_paths
 from esd_lora.wording import HubId, is_hub_id, printable
 
 

@@ -199,7 +199,7 @@ def _open_denoiser(
 def _differences(old: Mapping[str, Callable[[], Tensor]], new: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Return the tensors that differ, to the norm of the difference relative to the old one's."""
     out: dict[str, float] = {}
-    for name in old.keys() & new.keys():
+    for name in (name for name in old if name in new):
         before, after = old[name]().double(), new[name]().double()
         if before.shape == after.shape and not torch.equal(before, after):
             out[name] = float((after - before).norm() / before.norm().clamp_min(1e-12))

@@ -15,6 +15,7 @@ from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.privacy import scrub, without_folders
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
 from esd_lora.erasers.tensor_files import hash_tensors, read_header
 from esd_lora.errors import EsdLoraError
@@ -63,7 +64,7 @@ def merge(
     compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
     _check_place(stored, out)
     entry = {
-        "base": str(base),
+        "base": without_folders(str(base)),
         "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
     }
     size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
@@ -87,7 +88,7 @@ def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:
         "blocks": dict(strength.blocks),
         "sha256": hash_tensors(eraser.state_dict()),
         "created": header.created,
-        "recipes": [recipe.model_dump(mode="json") for recipe in header.recipes],
+        "recipes": scrub([recipe.model_dump(mode="json") for recipe in header.recipes]),
     }
 
 

@@ -642,6 +642,21 @@ MISTAKES = {
     "extract without a rank": ("extract --base {tiny} --tuned {tiny} -o {out}", "a rank or a share of energy"),
     "extract from another base": ("extract --base {tiny} --tuned {cut} --rank 4 -o {out}", "damaged"),
     "missing file to compare": ("diff {cat} {out}", "no eraser"),
+    "binary recipe to show": ("recipes show {damaged}", "cannot be read as a recipe"),
+    "binary recipe to copy": ("recipes copy {damaged} -o {out}.yaml", "cannot be read as a recipe"),
+    "directory to show": ("recipes show {empty}", "no recipe"),
+    "recipe copied over a directory": ("recipes copy fast -o {full} --force", "directory"),
+    "directory as a suite": ("evaluate --base {tiny} --suite {empty} -o {out}", "no suite"),
+    "directory as prompts": ("evaluate --base {tiny} --suite nudity --prompts {empty} -o {out}", "cannot be read"),
+    "file as pictures": ("evaluate --suite emoji-object --score-only {text} -o {out}", "no directories"),
+    "directory as a list of prompts": ("stack {cat} --base {tiny} --keep {empty} -o {out}", "cannot be read"),
+    "directory as an eraser": ("inspect {empty}", "no eraser"),
+    "file as a folder to list": ("catalog --no-cache {text}", "no folder"),
+    "text as an eraser": ("stack {text} -o {out}", "damaged"),
+    "output that is an input of merge": ("merge {cat} --base {foreign} -o {foreign} --force", "LoRA"),
+    "output of evaluate that is a file": ("evaluate --base {tiny} --suite emoji-object --concept cat -o {text}", "file"),
+    "output of generate that is a file": ("generate cat --base {tiny} -o {text}", "is a file"),
+    "output of export that is a directory": ("export {cat} --layout kohya -o {dir} --force", "is a directory, expected a file"),
     "directory merged into a file": ("merge {cat} --base {tiny} -o {out}.safetensors", "diffusers directory"),
 }
 
@@ -652,6 +667,7 @@ def places(tiny_dir: Path, cat: Eraser, cat_dir: Path, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
     (folder / "full").mkdir()
+    (folder / "dir.safetensors").mkdir()
     (folder / "full" / "thesis.tex").write_text("years of work")
     (folder / "damaged").write_bytes(b"\xff\xfe\x00 half a file")
     (folder / "text").write_text("concepts: [cat\n")

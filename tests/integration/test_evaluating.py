@@ -113,7 +113,7 @@ def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Pa
     assert lines[0]["prompt"] == "a photo of a cat"
     assert lines[0]["scores"]["bright"]["values"]["bright.mean"] == pytest.approx(pictures["baseall-00000"])
     record = report.record
-    assert record["base"]["id"] == base.id
+    assert record["base"]["id"] == Path(base.id).name
     assert record["variants"]["erased"]["erasers"][0]["concepts"] == ["a cat"]
     assert record["sampler"] == {"scheduler": "DDIMScheduler", "steps": 2, "guidance": 7.5}
     assert record["detectors"]["bright"] == {"threshold": 100}
@@ -477,3 +477,33 @@ def test_faults_of_the_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_
         assert result.exit_code == 1, result.output
         assert message in result.stderr
         assert not out.exists(), message
+
+
+@pytest.mark.parametrize("layout", [None, "erased-and-others", "ua-ira-cra"])
+@pytest.mark.parametrize("stack", [False, True])
+def test_no_detector_runs(base: Base, tmp_path: Path, cat_dir: Path, layout: str | None, stack: bool) -> None:
+    """Pictures are painted, everything is written, and it says that nothing was measured."""
+    prompts = {"all": {"role": "general", "templates": ["a {c}"], "fill": {"c": ["cat", "dog"]}, "label": "{c}", "count": 2}}
+    suite = Suite(description="Nothing.", prompts=prompts, detectors={"clip": {}}, layout=layout, steps=1)
+    members = [cat_dir, cat_dir] if stack else [cat_dir]
+    own = Eraser.load(cat_dir).save(tmp_path / "own")
+    report = run(base, suite, tmp_path / "out", erasers=[own] if not stack else members, stack=stack)
+    assert report.variants == {}
+    assert report.stack is None
+    assert list(report.not_run) == ["clip"]
+    table, page = ((tmp_path / "out" / name).read_text("utf-8") for name in ("table.md", "report.html"))
+    for text in (table, page):
+        assert "Nothing was measured: no detector ran." in text
+        assert "no CLIP is given" in text
+    assert "|" not in table  # no table without a row
+    assert "<th>" not in page
+    assert page.count("<img") == (16 if stack else 8)
+    if not stack:
+        attach(own, report)
+        card = (own / "README.md").read_text("utf-8")
+        assert "Nothing was measured: no detector ran." in card
+    assert Report.load(tmp_path / "out") == report
+    with pytest.raises(EsdLoraError, match=r"erased has no accuracy on target prompts; measured: none"):
+        run(
+            base, suite, tmp_path / "out", erasers=[own] if not stack else members, stack=stack, fail_if=["erased.accuracy>0.1"]
+        )

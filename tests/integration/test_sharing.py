@@ -322,7 +322,7 @@ def test_damaged_erasers_are_not_pushed(ada: LoopbackHub, no_cat: Path) -> None:
     assert "no name of a repository" in fault("push", no_cat, "x", "--yes")
     eraser_for(BASE).save(no_cat)
     (no_cat / "samples" / "1_erased.png").write_bytes(b"no picture")
-    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--yes")
+    assert "cannot be read as a picture, PNG (" in fault("push", no_cat, "ada/x", "--yes")
     assert ada.log == []
 
 
@@ -780,14 +780,14 @@ def test_a_wrong_endpoint(hub: LoopbackHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\nrest", b"no picture"])
 def test_pictures_that_are_none(content: bytes, no_cat: Path) -> None:
     (no_cat / "samples" / "1_base.png").write_bytes(content)
-    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
+    assert "cannot be read as a picture, PNG (" in fault("push", no_cat, "ada/x", "--dry-run")
 
 
 def test_a_picture_too_large_and_one_of_another_kind(no_cat: Path) -> None:
     Image.new("RGB", (8, 8)).save(no_cat / "samples" / "1_base.png", "JPEG")
-    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
+    assert "cannot be read as a picture, PNG (" in fault("push", no_cat, "ada/x", "--dry-run")
     Image.new("1", (20_000, 20_000)).save(no_cat / "samples" / "1_base.png")
-    assert "cannot be read as a PNG" in fault("push", no_cat, "ada/x", "--dry-run")
+    assert "more than 67,108,864 pixels" in fault("push", no_cat, "ada/x", "--dry-run")
 
 
 # Hub ids wherever an eraser is

@@ -24,7 +24,8 @@ from esd_lora.evaluation.detectors.frechet import EfficientNetFeatures, Inceptio
 from esd_lora.evaluation.detectors.nudity import PROTOCOLS, VERSION_2_NAMES, Detection, Nudity, OpenNsfw, count
 from esd_lora.evaluation.detectors.similarity import Lpips
 from esd_lora.evaluation.picture_files import open_pictures
-from esd_lora.evaluation.registries import DETECTORS
+from esd_lora.evaluation.registries import ATTACKS, DETECTORS, FEATURES, build
+from esd_lora.registry import Registry
 
 PACKAGES = {
     "nudenet": ("nudenet", "nudity"),
@@ -314,3 +315,30 @@ def test_part_of_a_label_that_the_classifier_knows() -> None:
     assert expected_classes(pictures, objects, 3) == [(2, "accuracy"), (2, "rest"), None]
     with pytest.raises(EsdLoraError, match="no class is called 'Horses'"):
         expected_classes([Picture(image, "", "Horses + Rust")], objects, 3)
+
+
+@pytest.mark.parametrize(
+    ("registry", "kind", "settings"),
+    [
+        (DETECTORS, "clip", {"path": [None]}),
+        (DETECTORS, "open-nsfw", {"threshold": "much"}),
+        (DETECTORS, "faces", {"references": {"a": 1}}),
+        (FEATURES, "fid", {"path": 3}),
+        (ATTACKS, "fine-tune", {"steps": 1.5}),
+    ],
+)
+def test_setting_of_another_kind(registry: Registry[Any], kind: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(
+        EsdLoraError, match=f"'{kind}' takes another kind of value for {next(iter(settings))}, found "
+    ) as caught:
+        build(registry, kind, settings, *([None] if registry is ATTACKS else []))
+    assert "\n" not in str(caught.value)
+
+
+def test_setting_that_yaml_reads_as_text_is_a_number() -> None:
+    def attack(victim: object, lr: float) -> tuple[object, float]:
+        return victim, lr
+
+    registry = Registry[Any]("attack", {})
+    registry.get = lambda _: attack
+    assert build(registry, "x", {"lr": "1e-4"}, None) == (None, 1e-4)

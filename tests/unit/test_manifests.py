@@ -53,6 +53,30 @@ def test_what_a_manifest_says(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "\u202eback", "back\\slash", "tab\t", "n" * 250])
+def test_manifest_that_could_not_be_read_is_not_written(folder: Path, name: str) -> None:
+    shutil.copytree(folder / "no-cat", folder / name)
+    with pytest.raises(EsdLoraError, match="a manifest cannot name") as caught:
+        write_manifest(folder / "stack.yaml", [folder / "no-cat", folder / name], [Strength(), Strength()])
+    assert "\n" not in str(caught.value)
+    assert not (folder / "stack.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["it's: a #name", "- 猫 🐈", "true", "1e3", "'quoted\"", "{a: b}", "&a *b !c", " space", "n" * 249]
+)
+def test_manifest_names_what_is_odd_and_is_read_again(folder: Path, name: str) -> None:
+    shutil.copytree(folder / "no-cat", folder / name)
+    write_manifest(folder / "stack.yaml", [folder / name], [Strength()])
+    assert load_eraser(folder / "stack.yaml").names == ["a cat"]
+
+
+def test_member_whose_name_is_no_utf_8_is_refused(folder: Path) -> None:
+    shutil.copytree(folder / "no-cat", folder / "caf\udce9")
+    with pytest.raises(EsdLoraError, match="not valid UTF-8"):  # safetensors opens no such file
+        write_manifest(folder / "stack.yaml", [folder / "caf\udce9"], [Strength()])
+
+
 def test_manifest_moves_with_its_erasers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     write_manifest(folder / "stack.yaml", [folder / "no-cat"], [Strength()])
     elsewhere = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "copy")

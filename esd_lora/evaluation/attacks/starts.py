@@ -20,8 +20,9 @@ from esd_lora.evaluation.attacks.victim import (
     to_pictures,
 )
 from esd_lora.evaluation.cases import Case
-from esd_lora.evaluation.picture_files import hash_by_name, open_picture
+from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Variant, make_painter
+from esd_lora.pictures import open_picture
 from esd_lora.seeds import text_seed
 from esd_lora.trajectory import concatenate, latents_per_batch
 

@@ -19,9 +19,10 @@ from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
-from esd_lora.evaluation.picture_files import SUFFIXES, open_picture, picture_paths
+from esd_lora.evaluation.picture_files import SUFFIXES, picture_paths
 from esd_lora.evaluation.variants import Variant, make_painter
 from esd_lora.families.sd import StableDiffusion
+from esd_lora.pictures import open_picture
 from esd_lora.seeds import text_seed
 
 

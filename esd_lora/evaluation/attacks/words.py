@@ -36,7 +36,7 @@ from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Painter, Variant
 from esd_lora.trajectory import Condition, latents_per_batch
-from esd_lora.wording import whole_words, without_article
+from esd_lora.wording import printable, whole_words, without_article
 
 SEARCHED = 32
 """Noised pictures that prefixes are compared on."""
@@ -184,7 +184,7 @@ def prompt_optimisation(
         with victim.erased.on() as paint:
             words, _ = search_prefix(victim, latents, captions, tokens=tokens, steps=steps, candidates=candidates, seed=seed)
             prefix = " ".join(words)
-            tqdm.write(f"prompt optimisation found {prefix!r}", file=sys.stderr)
+            tqdm.write(printable(f"prompt optimisation found {prefix!r}"), file=sys.stderr)
             yield lambda cases: paint([case._replace(prompt=f"{prefix} {case.prompt}") for case in cases])
 
     record = {"pictures": pictures, "files": hash_by_name(files) or None, "tokens": tokens, "steps": steps}

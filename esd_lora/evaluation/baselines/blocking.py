@@ -61,10 +61,11 @@ class SafetyChecker:
                     folders["safety_checker"], local_files_only=True, use_safetensors=True, output_loading_info=True
                 )
             except (OSError, ValueError, SafetensorError) as error:
-                raise NotRun(f"{path} has no safety checker to load: {str(error).strip().splitlines()[0]}") from error
+                reason = str(error).strip().partition("\n")[0].replace(f"{path}/", "")  # it becomes part of a report
+                raise NotRun(f"the base has no safety checker to load: {reason}") from error
         self._checker, info = loaded
         if info["missing_keys"]:  # which would be filled with noise
-            raise NotRun(f"{folders['safety_checker']} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+            raise NotRun(f"the base's safety_checker/ lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
         self._checker.to(choose_device(device)).eval()
         self._folder = folders["safety_checker"]
 

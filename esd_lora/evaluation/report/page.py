@@ -14,13 +14,14 @@ from typing import Any
 
 from jinja2 import Environment
 
-from esd_lora.erasers.measured import TITLES, Numbers, role_rows
+from esd_lora.erasers.measured import NOTHING, TITLES, Numbers, role_rows
 from esd_lora.evaluation.cases import ROLES, Case
 from esd_lora.evaluation.picture_files import open_painted
 from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
 from esd_lora.evaluation.scoring import Pictures, Scores
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.pictures import heat_maps
+from esd_lora.wording import printable_lines
 
 _SAMPLES = 10  # pictures of each role on the page
 _SIDE = 256  # pixels; larger ones are made smaller for the page
@@ -56,9 +57,12 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
                 ],
             }
         )
-    template = Environment(autoescape=True).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
+    template = Environment(autoescape=True, finalize=_shown).from_string(
+        Path(__file__).with_name("page.html").read_text("utf-8")
+    )
     return template.render(
         report=report,
+        nothing=NOTHING,
         suite=suite,
         cards=_cards(report.variants),
         sections=sections,
@@ -69,6 +73,11 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
         matrix=base64.b64encode(heat_map(report.stack)).decode() if report.stack else "",
         record=json.dumps(report.record, indent=1, ensure_ascii=False),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of the page with nothing in it that changes how the rest is read, such as marks of direction."""
+    return type(value)(printable_lines(value)) if isinstance(value, str) else value
 
 
 def heat_map(stack: StackNumbers) -> bytes:

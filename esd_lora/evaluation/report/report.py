@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from esd_lora.erasers.measured import (
     HEAD,
     INTERVALS,
+    NOTHING,
     TITLES,
     Number,
     Numbers,
@@ -21,6 +22,7 @@ from esd_lora.erasers.measured import (
     role_rows,
 )
 from esd_lora.errors import EsdLoraError
+from esd_lora.wording import in_one_line, printable_lines
 
 _MOST_ROWS = 60  # of a table by label that anyone reads
 
@@ -104,6 +106,11 @@ class Report(_Frozen):
     def _empty_is_none(cls, value: Any) -> Any:
         return value or None
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.variants or self.distances)
+
     def to_json(self) -> str:
         """Return the text of `summary.json`."""
         return json.dumps(_plain(self) | {"stack": _plain(self.stack) or {}}, indent=1, ensure_ascii=False) + "\n"
@@ -111,33 +118,42 @@ class Report(_Frozen):
     def to_markdown(self) -> str:
         """Return the report as tables in Markdown: one for each role, then one by label for each metric."""
         variants, labels = list(self.variants), self.labels
-        parts = [f"# {self.suite}: {', '.join(map(markdown_cell, self.concepts)) or 'the base alone'}"]
+        heads = list(map(markdown_cell, variants))
+        parts = [f"# {markdown_cell(self.suite)}: {', '.join(map(markdown_cell, self.concepts)) or 'the base alone'}"]
         for role, title in TITLES.items():
             if rows := role_rows(self.variants, role):
                 parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
         if self.layout:
             columns = list(next(iter(self.layout.values())))
-            rows = [[name, *(f"{100 * row[column]:.1f} %" for column in columns)] for name, row in self.layout.items()]
+            rows = [
+                [markdown_cell(name), *(f"{100 * row[column]:.1f} %" for column in columns)]
+                for name, row in self.layout.items()
+            ]
             parts.append(markdown_table(["model", *columns], rows))
         for metric, rows in label_rows(labels, variants).items():
-            head = [f"{metric} by label", *variants]
+            head = [f"{markdown_cell(metric)} by label", *heads]
             parts.append(markdown_table(head, [[markdown_cell(label), *shares] for label, *shares in rows]))
         if self.stack:
             metric, kept = self.stack.metric, self.stack.kept
             rows = [[markdown_cell(name), *numbers] for name, *numbers in member_rows(self.stack)]
             parts += [
                 "## Alone and together",
-                markdown_table([f"{metric} on targets of", "base", "alone", "all together"], rows),
+                markdown_table([f"{markdown_cell(metric)} on targets of", "base", "alone", "all together"], rows),
             ]
             rows = [[str(count), number.text() if number else ""] for count, number in enumerate(kept)]
-            parts.append(markdown_table(["erasers", f"{metric} on neighbours and the rest"], rows))
+            parts.append(markdown_table(["erasers", f"{markdown_cell(metric)} on neighbours and the rest"], rows))
         for name, distances in self.distances.items():
             record = self.record["detectors"][name]
-            rows = [[variant, f"{distance.value:g}", str(distance.of)] for variant, distance in distances.items()]
-            parts += [f"## {record['metric']}, beside {record['beside']}", markdown_table(["model", name, "pictures"], rows)]
+            rows = [
+                [markdown_cell(variant), f"{distance.value:g}", str(distance.of)] for variant, distance in distances.items()
+            ]
+            parts += [
+                f"## {record['metric']}, beside {record['beside']}",
+                markdown_table(["model", markdown_cell(name), "pictures"], rows),
+            ]
         if self.not_run:
-            parts += ["## Not run", "\n".join(f"- {name}: {reason}" for name, reason in self.not_run.items())]
-        return "\n\n".join([*parts, INTERVALS]) + "\n"
+            parts += ["## Not run", "\n".join(f"- {in_one_line(f'{name}: {reason}')}" for name, reason in self.not_run.items())]
+        return printable_lines("\n\n".join([*parts, INTERVALS if self.has_numbers else NOTHING])) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

@@ -203,8 +203,8 @@ def erased_and_others(
         members: Of a stack that was measured member by member: each is a row, with its own class erased and all others kept;
             the last row is their average. Otherwise each model but the base is a row.
     """
-    metric = _rate_metric(variants[-1], cases, scores)
-    if metric is None or "base" not in variants:
+    metric = _rate_metric(variants[-1], cases, scores) if "base" in variants else None
+    if metric is None:
         return {}
     rows: dict[str, Eraser | None] = {alone_name(member, i + 1): member for i, member in enumerate(members)}
     layout: dict[str, dict[str, float]] = {}
