@@ -29,3 +29,10 @@ def test_every_public_name_has_a_row() -> None:
 def test_every_page_of_the_reference_is_in_the_menu() -> None:
     menu = re.findall(r"api/\w+\.md", (PACKAGE.parent / "mkdocs.yml").read_text("utf-8"))
     assert sorted(menu) == sorted(f"api/{page.name}" for page in (DOCS / "api").glob("*.md"))
+
+
+def test_security_names_tests_that_there_are() -> None:
+    text = (PACKAGE.parent / "SECURITY.md").read_text("utf-8")
+    named = re.findall(r"`((?:tests|docs|benchmarks)/[\w./-]+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (PACKAGE.parent / name).exists()] == []
