@@ -84,8 +84,8 @@ class _Loader(yaml.SafeLoader):
         number = node.tag.endswith((":int", ":float"))
         if number and len(node.value) > _MAX_DIGITS:
             raise _Refusal(problem=f"holds a number of more than {_MAX_DIGITS} digits", problem_mark=node.start_mark)
-        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
-            raise _Refusal(problem="holds half a character (a lone surrogate)", problem_mark=node.start_mark)
+        if not is_text(node.value):
+            raise _Refusal(problem="holds half a character. Write it whole", problem_mark=node.start_mark)
         return node
 
 
@@ -139,8 +139,6 @@ def read_yaml(path: Path, kind: str, example: str) -> Document:
 
     def note(node: yaml.Node, loc: Place) -> None:
         marks[loc] = (str(path), node.start_mark.line + 1)
-        if isinstance(node, yaml.ScalarNode) and not is_text(node.value):
-            raise EsdLoraError(f"{path}:{node.start_mark.line + 1}: {node.value!r} holds half a character. Write it whole.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if (*loc, key.value) in marks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -249,6 +248,4 @@ def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
         if not equals:
             raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
         values[key.strip()] = parse_yaml(value, f"-s {setting}")[1]
-        if not is_text(json.dumps(values[key.strip()], ensure_ascii=False, default=str, skipkeys=True)):
-            raise EsdLoraError(f"-s {setting}: the value holds half a character. Write it whole.")
     return values

@@ -98,7 +98,8 @@ class Distillation(BaseModel):
 
     def describe(self) -> str:
         """Return how it went in a line: steps, losses, cost."""
-        losses = "" if self.last_loss is None else f": loss {self.first_loss:.2g} to {self.last_loss:.2g}"
+        known = self.first_loss is not None and self.last_loss is not None
+        losses = f": loss {self.first_loss:.2g} to {self.last_loss:.2g}" if known else ""
         return f"harmonised in {self.steps} steps{losses}; {self.evaluations} evaluations, {self.seconds:.0f} s"
 
 
@@ -137,7 +138,7 @@ class Fusion(BaseModel):
     def describe(self) -> str:
         """Return how it went in a line: members, kept prompts, objective, cost."""
         text = f"fused from {len(self.members)} erasers beside {self.kept} kept prompts (lam {self.lam:g}, mu {self.mu:g})"
-        if self.objective is not None:
+        if self.objective is not None and self.objective_summed is not None:
             text += f": objective {self.objective:.2f} of no update's, plain sum {self.objective_summed:.2f}"
         return f"{text}; {self.evaluations} evaluations of the base, {self.seconds:.0f} s"
 

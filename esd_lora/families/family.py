@@ -20,6 +20,8 @@ from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
 
+_LONGEST_SEARCH = 1.0  # seconds
+
 
 class PublishedModel(NamedTuple):
     """A published model of a family, as other programs name it in the metadata of a LoRA file."""
@@ -218,7 +220,7 @@ class ModelFamily(ABC):
         """Return the layers of `model` that `scope` means, by path.
 
         Raises:
-            EsdLoraError: If the scope matches no layer of this model.
+            EsdLoraError: If the scope matches no layer of this model, or takes too long to tell.
         """
         # The update of a grouped convolution is no product of two factors, so there is no LoRA for it.
         layers = {
@@ -227,7 +229,7 @@ class ModelFamily(ABC):
             if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
         }
         rule = scope.removeprefix(REGEX_SCOPE) if scope.startswith(REGEX_SCOPE) else self.scopes[scope]
-        chosen = {path: m for path, m in layers.items() if re.search(rule, path)}
+        chosen = {path: m for path, m in layers.items() if _matches(rule, path, scope)}
         if not chosen:
             usable = [name for name, rule in self.scopes.items() if any(re.search(rule, path) for path in layers)]
             patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".N", path) for path in layers))
@@ -237,6 +239,19 @@ class ModelFamily(ABC):
                 f" Scopes with layers here: {', '.join(usable) or 'none'}. Layers (N any number): {shown}."
             )
         return chosen
+
+
+def _matches(rule: str, path: str, scope: str) -> bool:
+    """Return whether a scope's regular expression, which a stranger may have written, is found in the path of a layer."""
+    import regex  # like `re`, and gives up in time
+
+    try:
+        return regex.search(rule, path, timeout=_LONGEST_SEARCH) is not None
+    except (TimeoutError, regex.error) as error:
+        reason = (
+            "takes more than a second for one layer" if isinstance(error, TimeoutError) else f"cannot be searched for ({error})"
+        )
+        raise EsdLoraError(f"scope {scope!r} {reason}. Write it without repetitions within repetitions.") from error
 
 
 def read_prediction_type(config: Mapping[str, Any]) -> str:

