@@ -5,8 +5,7 @@
 
 A mutant is the module with one change; it is killed where one of the tests that concern the module fails, or takes too long.
 Mutants are written into a copy of the package, never here. What others bring (torch, diffusers, ...) is imported once: every
-mutant runs in a fork. Survivors are printed with their line; some change nothing that can be seen, such as a message or a
-default that every caller gives.
+mutant runs in a fork. Survivors are printed; some change nothing that can be seen, such as how much is done at a time.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ LIMIT = 180  # seconds for a mutant's tests
 class Mutant(NamedTuple):
     """A module with one change."""
 
-    line: int
     change: str
     source: str
 
@@ -73,7 +71,7 @@ def mutants(text: str) -> Iterator[Mutant]:
             place = next(other for i, other in enumerate(ast.walk(mutated)) if i == number)
             before = ast.unparse(node)
             replace(mutated, place, change)
-            yield Mutant(getattr(node, "lineno", 0), f"{before} -> {ast.unparse(change)}", ast.unparse(mutated))
+            yield Mutant(f"{before} -> {ast.unparse(change)}", ast.unparse(mutated))
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -106,7 +104,7 @@ def replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
 
 
 def runnable(text: str) -> str:
-    """Return a module without annotations' types and docstrings: nothing of them is worth a mutant."""
+    """Return a module without docstrings, as every mutant is written."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) and len(node.body) > 1:
