@@ -270,7 +270,7 @@ def test_eraser_of_other_weights_is_warned_about(cat: Eraser, base: Base) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pattern", "reason"), [(r"(\w+\.?)+\W\W", "takes more than a second"), (r"(?P<a>x)(?P<a>y)", "matches none")]
+    ("pattern", "reason"), [(r"^(?:\w|\w\w|\.|\.\w)*\W\W$", "takes more than a second"), (r"(?P<a>x)(?P<a>y)", "matches none")]
 )
 def test_scope_that_a_stranger_wrote_does_not_hang(pattern: str, reason: str) -> None:
     with pytest.raises(EsdLoraError, match=reason):
