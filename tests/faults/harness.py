@@ -278,6 +278,17 @@ def limiting(kind: int, amount: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(kind, (amount, amount))
 
 
+def starving(megabytes: int) -> Callable[[], None]:
+    """Return a hook that allows the process so much memory more than it has."""
+
+    def hook() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        amount = pages * resource.getpagesize() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (amount, amount))
+
+    return hook
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder that a user sees."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -409,6 +420,9 @@ class Trials:
             hook = limiting(resource.RLIMIT_FSIZE, size)
             result = self.stop(hook, fresh=size % 3 == 0, what=f"files of {size} bytes at most", killed=False)
             self.counts["refusals"] += result.code == 1
+        for megabytes in (1, 4, 16):
+            result = self.stop(starving(megabytes), fresh=megabytes == 4, what=f"{megabytes} MB of memory more", killed=False)
+            self.counts["refusals"] += result.code == 1
 
     def run_pairs(self, times: int) -> None:
         """Run two variants into one place at the same time."""
@@ -426,12 +440,48 @@ class Trials:
             self._expect(not litter(self.folder), f"{where}: left {litter(self.folder)} behind")
 
 
+def kill_pushes(places: Places, folder: Path, times: int, generator: random.Random) -> tuple[dict[str, int], list[str]]:
+    """Kill pushes at random times, push again, and see that the repository is then that of an unbroken push.
+
+    Returns:
+        Counts, and what went wrong.
+    """
+
+    def command(name: str) -> list[object]:
+        return ["push", places.cat, f"ada/{name}", "--base-model", "ada/base", "--license", "mit", "--yes"]
+
+    def pushed(name: str) -> dict[str, str]:
+        out = folder / name
+        done = run(["pull", f"ada/{name}", "-o", out])
+        assert done.code == 0, done.text
+        # The card names its repository.
+        return {file: digest for file, digest in contents(out.parent).items() if file.startswith(name) and "README" not in file}
+
+    folder.mkdir()
+    counts, failures = Counter[str](), list[str]()
+    started = time.monotonic()
+    done = run(command("unbroken"))
+    seconds = time.monotonic() - started
+    assert done.code == 0, done.text
+    expected = list(pushed("unbroken").values())
+    for number in range(times):
+        name = f"broken-{number}"
+        counts["kills at random times"] += run(command(name), killing_later(generator.uniform(0.001, seconds))).code < 0
+        again = run(command(name))
+        if again.code != 0:
+            failures.append(f"push {number}, done again: exit code {again.code}: {again.text[-400:]}")
+        elif list(pushed(name).values()) != expected:
+            failures.append(f"push {number}, done again: not what an unbroken push leaves")
+    return dict(counts), failures
+
+
 @contextmanager
 def hub_with(places: Places, home: Path) -> Iterator[None]:
     """Have the stand-in for the Hub, with two erasers on it, in a process of its own for the length of a `with` block."""
     code = (
         "import sys, pathlib; from loopback_hub import LoopbackHub\n"
         "with LoopbackHub() as hub:\n"
+        "    hub.user('ada', 'hf_ada')\n"
         "    for place in map(pathlib.Path, sys.argv[1:]):\n"
         "        hub.plant(f'ada/{place.name}', {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()})\n"
         "    print(hub.endpoint, flush=True)\n"
@@ -447,6 +497,7 @@ def hub_with(places: Places, home: Path) -> Iterator[None]:
         constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         constants.HF_HUB_CACHE = str(home)
         constants.HF_HUB_DISABLE_XET = True
+        os.environ["HF_TOKEN"] = "hf_ada"
         try:
             yield
         finally:
@@ -476,6 +527,9 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
             counts[name] = dict(trials.counts)
             failures += trials.failures
             sys.stderr.write("\n  ".join([name, str(counts[name]), *trials.failures]) + "\n")
+        if randomly:
+            counts["push"], lost = kill_pushes(places, folder / "pushes", randomly, random.Random(0))
+            failures += lost
     return {"counts": counts, "failures": failures}
 
 
