@@ -21,6 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+READING = (
+    *("erasers/tensor_files.py", "erasers/header.py", "erasers/eraser.py", "erasers/manifests.py", "formats/importing.py"),
+    *("yaml_files.py", "json_files.py", "recipe_files.py", "recipe.py", "evaluation/suites/suite_files.py"),
+    *("evaluation/suites/prompt_files.py", "families/__init__.py", "bases/single_file.py", "bases/stored.py", "pictures.py"),
+    *("evaluation/scoring.py", "evaluation/report/report.py"),
+)
+"""Modules in which strangers' files are read."""
 PROJECT = Path(__file__).parents[1]
 TESTS = PROJECT / "tests"
 sys.path += [str(TESTS), str(TESTS / "fuzz")]
@@ -42,10 +49,26 @@ def stop_verbs(out: Path, stride: int, pairs: int) -> dict[str, Any]:
 
 def feed_readers(out: Path, share: float) -> dict[str, dict[str, int]]:
     """Return reader to its counts; a case that breaks a rule ends the run."""
+    return json.loads(run(TESTS / "fuzz" / "fuzzing.py", "--seed", 1, out / "fuzz", *shares(share)).splitlines()[-1])
+
+
+def shares(share: float) -> list[str]:
+    """Return the readers' numbers of cases, for `fuzzing.py`."""
     from test_fuzzing import CASES
 
-    cases = [f"{name}={max(20, round(share * number))}" for name, number in CASES.items()]
-    return json.loads(run(TESTS / "fuzz" / "fuzzing.py", "--seed", 1, out / "fuzz", *cases).splitlines()[-1])
+    return [f"{name}={max(20, round(share * number))}" for name, number in CASES.items()]
+
+
+def cover_lines(out: Path, share: float) -> dict[str, tuple[int, int]]:
+    """Return module to the number of its lines that the readers' cases ran, and of all its lines, where readers are."""
+    data = ["--data-file", out / "lines"]
+    include = ",".join(f"*/esd_lora/{name}" for name in READING)
+    fuzz = [TESTS / "fuzz" / "fuzzing.py", "--seed", 2, out / "lines-fuzz", *shares(share)]
+    run("-m", "coverage", "run", *data, "--include", include, *fuzz)
+    run("-m", "coverage", "json", *data, "-o", out / "lines.json", "-q")
+    files = json.loads((out / "lines.json").read_text("utf-8"))["files"]
+    sums = {name.partition("esd_lora/")[2]: file["summary"] for name, file in files.items()}
+    return {name: (lines["covered_lines"], lines["num_statements"]) for name, lines in sorted(sums.items())}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -56,8 +79,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def write(file: Path, faults: Mapping[str, Any], fuzz: Mapping[str, Mapping[str, int]], command: str) -> None:
+def write(
+    file: Path,
+    faults: Mapping[str, Any],
+    fuzz: Mapping[str, Mapping[str, int]],
+    lines: Mapping[str, tuple[int, int]],
+    command: str,
+) -> None:
     """Write the page."""
+    covered = [[f"`{name}`", f"{run} of {count}", f"{run / count:.0%}"] for name, (run, count) in lines.items()]
+    coverage = "\n".join(f"| {' | '.join(row)} |" for row in [["module", "lines", "share"], ["---", "---:", "---:"], *covered])
     kinds = ("kills", "kills at random times", "refusals", "pairs", "pairs of which one was refused")
     verbs = [[name, *(counts.get(kind, 0) for kind in kinds)] for name, counts in faults["counts"].items()]
     readers = [[name, *(counts[kind] for kind in ("cases", "loads", "refusals"))] for name, counts in fuzz.items()]
@@ -91,6 +122,11 @@ folder or a write outside it ends the run, as any other exception does.
 {table(["reader", "cases", "read", "refused"], readers)}
 
 The run went to its end, so no case broke a rule.
+
+Lines of the modules with readers that a tenth as many cases ran, of all their lines, those among them that write or that serve
+other ends:
+
+{coverage}
 """
     file.write_text(text, "utf-8")
 
@@ -105,6 +141,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         faults = stop_verbs(Path(place), options.stride, options.pairs)
         fuzz = feed_readers(Path(place), options.share)
-    write(options.out, faults, fuzz, " ".join(["python benchmarks/reliability.py", *sys.argv[1:]]))
+        lines = cover_lines(Path(place), options.share / 10)
+    write(options.out, faults, fuzz, lines, " ".join(["python benchmarks/reliability.py", *sys.argv[1:]]))
     print(options.out.read_text("utf-8"))
     sys.exit(bool(faults["failures"]))
