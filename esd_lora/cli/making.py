@@ -22,7 +22,7 @@ from esd_lora.cli.options import (
 )
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
-from esd_lora.recipe import with_negative_guidance
+from esd_lora.recipe import Recipe, with_negative_guidance
 from esd_lora.recipe_files import load_recipe
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ def train(
         fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
     recipe = load_recipe(recipes or "fast", overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
-        recipe = with_negative_guidance(recipe, negative_guidance)
-        start = "the concept" if recipe.eta < negative_guidance else "the prompt it is erased from"
-        say(f"negative guidance {negative_guidance:g}, measured from {start}, is eta {recipe.eta:g}")
+        recipe = _guided(recipe, negative_guidance)
     refuse_inputs(out, () if resume else recipes)
     from esd_lora.training import train as run
 
@@ -102,6 +100,14 @@ def train(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
+
+
+def _guided(recipe: Recipe, guidance: float) -> Recipe:
+    """Return a recipe with the eta of a negative guidance, and print it."""
+    recipe = with_negative_guidance(recipe, guidance)
+    start = "the concept" if recipe.eta < guidance else "the prompt it is erased from"
+    say(f"negative guidance {guidance:g}, measured from {start}, is eta {recipe.eta:g}")
+    return recipe
 
 
 def _export_kohya(eraser: Eraser, out: Path) -> Path:

@@ -20,6 +20,7 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import refuse_inputs
 
 if TYPE_CHECKING:
     from esd_lora.erasers.stacking import Strength
@@ -78,6 +79,7 @@ def evaluate(
 
     paths, weights = unweighted(erasers)
     _check_options(paths, weights, base, against, pictures, attach)
+    refuse_inputs(out, filter(None, (suite, prompts)))
     loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
     options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force, "allow_code": allow_code}
     if base is None:
