@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, cast
@@ -212,8 +210,11 @@ class EraserHeader(BaseModel):
         Raises:
             EsdLoraError: If a number in it is NaN or infinity, which JSON has no words for: nobody could read the file.
         """
-        if place := _not_finite(self.model_dump()):
-            raise EsdLoraError(f"{place} of the header would be NaN or infinity, so nothing is written. Give finite strengths.")
+        try:
+            EraserHeader.model_validate(self.model_dump())  # which a copy with changes was not
+        except ValidationError as error:
+            where, message = _first_fault(error)
+            raise EsdLoraError(f"{where} of the header cannot be written: {message}. Give finite strengths.") from error
         return self.model_dump_json()
 
     def making(self) -> list[str]:
@@ -241,26 +242,16 @@ def parse_header(text: str, file: Path) -> EraserHeader:
     try:
         header = EraserHeader.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = shortened(".".join(str(part) for part in first["loc"]))
-        raise EsdLoraError(f"{file} has a damaged header ({where}: {first['msg']}). Fetch or train it again.") from error
-    if place := _not_finite(header.model_dump()):
-        raise EsdLoraError(f"{file} has a damaged header ({place} is NaN or infinity). Fetch or train it again.")
+        where, message = _first_fault(error)
+        raise EsdLoraError(f"{file} has a damaged header ({where}: {message}). Fetch or train it again.") from error
     _check_format(header.format, file)  # once more: a number in quotes is read as one
     return header
 
 
-def _not_finite(value: object, place: str = "") -> str | None:
-    """Return where in a document the first number stands that is NaN or infinity: `concepts.0.weight`."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return place
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        items = cast("dict[object, object]", value).items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(cast("Sequence[object]", value))
-    parts = (_not_finite(part, f"{place}.{key}".lstrip(".")) for key, part in items)
-    return next((part for part in parts if part), None)
+def _first_fault(error: ValidationError) -> tuple[str, str]:
+    """Return place and message of the first of the faults that pydantic found."""
+    first = error.errors()[0]
+    return shortened(".".join(str(part) for part in first["loc"])), first["msg"]
 
 
 def _read_format(text: str, file: Path) -> float:

@@ -66,7 +66,7 @@ def read_pipeline(index: Path) -> str:
     """
     values = read_json(index)
     name = values.get("_class_name")
-    if name is None:
+    if not isinstance(name, str | list):
         raise EsdLoraError(f"{index} is damaged: expected JSON with a _class_name. Fetch the base again.")
     if not isinstance(name, str):
         raise EsdLoraError(f"{index} names code of its own as its pipeline ({shortened(repr(name))}), which is never run.")

@@ -193,8 +193,8 @@ def test_half_a_character(tiny_dir: Path, tmp_path: Path) -> None:
     good.write_text(suite.read_text().replace("\\uDCFF", "cat"))
     measure = ["evaluate", "--base", str(tiny_dir), "-o", str(tmp_path / "out"), "--suite"]
     for command, place in (
-        (["recipes", "check", str(recipe)], f"{recipe}:2: 'cat \\ud83d'"),
-        ([*measure, str(suite)], f"{suite}:2: 'a \\udcff'"),
+        (["recipes", "check", str(recipe)], f"{recipe}:2: holds"),
+        ([*measure, str(suite)], f"{suite}:2: holds"),
         ([*measure, str(good), "-s", 'prompts.all.templates=["\\uDCFF"]'], "-s prompts.all.templates"),
     ):
         result = CliRunner().invoke(main, command)

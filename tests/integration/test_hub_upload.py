@@ -59,15 +59,20 @@ train: {steps: 2, trajectories: 2, preserve_trajectories: 1, trajectory_steps: 2
 """
 TOY = """owner: ada
 erasers:
-  - &good
-    recipe: RECIPE
+  - recipe: RECIPE
     repo: good
     license: apache-2.0
     suite: emoji-object
     settings: {steps: 2}
     limit: 1
     fail_if: ["erased.accuracy>1"]
-  - {<<: *good, repo: bad, fail_if: ["erased.accuracy>-1"]}
+  - recipe: RECIPE
+    repo: bad
+    license: apache-2.0
+    suite: emoji-object
+    settings: {steps: 2}
+    limit: 1
+    fail_if: ["erased.accuracy>-1"]
 """
 
 

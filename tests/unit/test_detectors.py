@@ -331,7 +331,7 @@ def test_setting_of_another_kind(registry: Registry[Any], kind: str, settings: d
     with pytest.raises(
         EsdLoraError, match=f"'{kind}' takes another kind of value for {next(iter(settings))}, found "
     ) as caught:
-        build(registry, kind, settings, *([None] if registry is ATTACKS else []))
+        build(registry, kind, settings, *([None] if registry is ATTACKS else []), expected=object, allow_code=())
     assert "\n" not in str(caught.value)
 
 
@@ -340,5 +340,5 @@ def test_setting_that_yaml_reads_as_text_is_a_number() -> None:
         return victim, lr
 
     registry = Registry[Any]("attack", {})
-    registry.get = lambda _: attack
-    assert build(registry, "x", {"lr": "1e-4"}, None) == (None, 1e-4)
+    registry.get = lambda *_: attack
+    assert build(registry, "x", {"lr": "1e-4"}, None, expected=tuple, allow_code=()) == (None, 1e-4)
