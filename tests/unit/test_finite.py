@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair
-from esd_lora.erasers.header import HEADER_KEY
+from esd_lora.erasers.header import HEADER_KEY, ErasedConcept
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.erasers.tensor_files import all_finite, file_content, read_tensors
 from esd_lora.errors import EsdLoraError
