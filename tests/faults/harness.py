@@ -296,7 +296,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in names.items()
-        if not name.parts[0].startswith(".")
+        if not any(part.startswith(".") for part in name.parts)
     }
 
 
