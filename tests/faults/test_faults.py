@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks after torch was imported, and reads /proc")
 HARNESS = Path(__file__).with_name("harness.py")
 
 
