@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, tzinfo
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -405,16 +406,12 @@ class Trials:
             self.counts["kills at random times"] += result.code == -signal.SIGALRM
 
     def refuse_everywhere(self, stride: int) -> None:
-        """Have the system refuse every write in turn, or every `stride`-th, for one reason after the other."""
-        for fresh in (True, False):
+        """Have the system refuse every write in turn, or every `stride`-th, for two reasons each; slow verbs for one."""
+        for fresh, shift in product((True, False), (0,) if self.name in SLOW else (0, 2)):
             for number in range(1, self.count_writes(fresh=fresh) + 1, stride):
-                code = REFUSALS[number // stride % len(REFUSALS)]
-                result = self.stop(
-                    refusing(number, self.folder, code),
-                    fresh=fresh,
-                    what=f"write {number}: {errno.errorcode[code]}",
-                    killed=False,
-                )
+                code = REFUSALS[(number // stride + shift) % len(REFUSALS)]
+                what = f"write {number}: {errno.errorcode[code]}"
+                result = self.stop(refusing(number, self.folder, code), fresh=fresh, what=what, killed=False)
                 self.counts["refusals"] += result.code == 1
         for size in (10, 1000, 20_000, 60_000):
             hook = limiting(resource.RLIMIT_FSIZE, size)
