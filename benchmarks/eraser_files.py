@@ -3,11 +3,12 @@
     python benchmarks/eraser_files.py [--only merge,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
 
 Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
-into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file:
-the ratio is between medians of the same run. `files` does everything else that is done with eraser files. `fusing` finds the
-closed form of ten erasers of cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list:
-what the base itself takes, denoising and encoding text, is told apart, and latents are of 256 x 256 pixels, because of larger
-ones no more rows count. `sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as
+into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file, and
+with `cp` and `sync`, since a merged file is on the disk before it has its name: the ratio is to the latter, between medians of
+the same run. `files` does everything else that is done with eraser files. `fusing` finds the closed form of ten erasers of
+cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list: what the base itself takes,
+denoising and encoding text, is told apart, and latents are of 256 x 256 pixels, because of larger ones no more rows count.
+`sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as
 one adapter of ten times the rank, and as ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the
 same process.
 
@@ -106,16 +107,18 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"size": source.stat().st_size}
     for scope in ("xattn", "full"):
         eraser = folder / f"{model}-{scope}-0"
-        times: dict[str, list[float]] = {"cp": [], "merge": []}
+        times: dict[str, list[float]] = {"cp": [], "cp and sync": [], "merge": []}
         memory = 0.0
         for i in trange(rounds, desc=f"{name} {scope}"):
             for what in sorted(times, reverse=bool(i % 2)):
                 for file in (out, copy):
                     file.unlink(missing_ok=True)
                 os.sync()
-                if what == "cp":
+                if what.startswith("cp"):
                     started = time.perf_counter()
                     subprocess.run(["cp", source, copy], check=True)
+                    if what == "cp and sync":  # on the disk, as a merged file is before it has its name
+                        subprocess.run(["sync", copy], check=True)
                     times[what].append(time.perf_counter() - started)
                 else:
                     step = measured(lambda eraser=eraser: merge([eraser], source, out, progress=False))
@@ -123,7 +126,7 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
                     memory = max(memory, step["memory"])
         proof = measured(lambda eraser=eraser: verify(out, source, [eraser]))
         middle = {what: statistics.median(values) for what, values in times.items()}
-        found[scope] = {**middle, "ratio": middle["merge"] / middle["cp"], "memory": memory, "verify": proof}
+        found[scope] = {**middle, "ratio": middle["merge"] / middle["cp and sync"], "memory": memory, "verify": proof}
         found[scope]["ranges"] = {what: [min(values), max(values)] for what, values in times.items()}
     for file in (out, copy):
         file.unlink(missing_ok=True)
@@ -222,7 +225,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
     import torch
     from real_size import fill
 
-    from esd_lora.adapter import Fused
+    from esd_lora.adapter import AppliedStack
     from esd_lora.erasers.eraser import Eraser
     from esd_lora.erasers.stacking import stack
     from published_denoisers import denoiser
@@ -246,7 +249,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
             return ((path, self.layers[path].weight) for path in pairs)
 
     def fused(unet: Any) -> None:
-        Fused(Loaded(unet), stacked).set_strength(1.0)  # type: ignore[arg-type]
+        AppliedStack(Loaded(unet), stacked).set_strength(1.0)  # type: ignore[arg-type]
 
     def adapters(erasers: list[Eraser]) -> Callable[[Any], None]:
         def load(unet: Any) -> None:
@@ -322,18 +325,18 @@ def main() -> None:
         if not (options.out / "unet.safetensors").is_file():
             stage("write:unet")
         print(f"medians of {options.rounds}, and the whole range\n")
-        print(
-            "| checkpoint | GB | scope | merge s | cp s | merge / cp | peak MB | verify s | verify peak MB |\n"
-            + "|---" * 9
-            + "|"
+        columns = ("merge", "cp", "cp and sync")
+        head = (
+            "| checkpoint | GB | scope | merge s | cp s | cp and sync s | merge / that | peak MB | verify s | verify peak MB |"
         )
+        print(f"{head}\n{'|---' * 10}|")
         for name in ("unet", "sd15", "sdxl"):
             found = stage(f"merge:{name}")
             for scope in ("xattn", "full"):
                 row, proof = found[scope], found[scope]["verify"]
                 seconds = {what: f"{row[what]:.1f} ({low:.1f} to {high:.1f})" for what, (low, high) in row["ranges"].items()}
                 print(
-                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {seconds['merge']} | {seconds['cp']} |"
+                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {' | '.join(seconds[what] for what in columns)} |"
                     f" {row['ratio']:.2f} | {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
                     flush=True,
                 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -36,3 +38,16 @@ def test_security_names_tests_that_there_are() -> None:
     named = re.findall(r"`((?:tests|docs|benchmarks)/[\w./-]+)`", text)
     assert len(named) > 10
     assert [name for name in named if not (PACKAGE.parent / name).exists()] == []
+
+
+def test_scripts_import_what_there_is() -> None:
+    """Those of the benchmarks, the playground and the collection, which the type checker does not see."""
+    missing: list[str] = []
+    for script in (
+        path for folder in ("benchmarks", "playground", "hub_upload") for path in (PACKAGE.parent / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("esd_lora"):
+                module = importlib.import_module(str(node.module))
+                missing += [f"{script.name}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
+    assert missing == []
