@@ -30,7 +30,7 @@ from esd_lora.evaluation.report.report import Distance
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
 from esd_lora.files import hash_file, reporting_write_errors, write_atomically
-from esd_lora.pictures import open_picture
+from esd_lora.pictures import open_picture, png
 from esd_lora.wording import printable
 
 _BATCH = 32  # pictures between two writes to the disk
@@ -58,9 +58,7 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
                 for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
                     for case, image in zip(batch, paint(batch), strict=True):
-                        content = io.BytesIO()
-                        image.save(content, "PNG")
-                        write_atomically(painted_file(folder, variant.name, case.id), content.getvalue())
+                        write_atomically(painted_file(folder, variant.name, case.id), png(image))
                     bar.update(len(batch))
 
 

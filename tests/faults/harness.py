@@ -364,8 +364,8 @@ class Trials:
         self._expect(whole, f"{where}: left {sorted(left)}, neither the old nor the new")
         self._expect(result.code != -signal.SIGALRM or "killed after" in what, f"{where}: hung")
         if not killed and result.code != 0:
-            told = result.code == 1 and "Traceback" not in result.text and "error: " in result.text
-            self._expect(told, f"{where}: exit code {result.code}: {result.text[-400:]}")
+            reported = result.code == 1 and "Traceback" not in result.text and "error: " in result.text
+            self._expect(reported, f"{where}: exit code {result.code}: {result.text[-400:]}")
             self._expect(not litter(self.folder), f"{where}: left {litter(self.folder)} behind")
         if not killed and result.code == 0:
             self._expect(left == self.new, f"{where}: said that it was done, and left {sorted(left)}")

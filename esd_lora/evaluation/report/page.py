@@ -20,7 +20,7 @@ from esd_lora.evaluation.picture_files import open_painted
 from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
 from esd_lora.evaluation.scoring import Pictures, Scores
 from esd_lora.evaluation.suites.suite_files import Suite
-from esd_lora.pictures import heat_maps
+from esd_lora.pictures import heat_maps, png
 from esd_lora.wording import printable_lines
 
 _SAMPLES = 10  # pictures of each role on the page
@@ -83,9 +83,7 @@ def _shown(value: Any) -> Any:
 def heat_map(stack: StackNumbers) -> bytes:
     """Return the matrix of a stack as a picture, PNG: rows are targets of a member, columns the members that were on."""
     rates = [[number.value if number else 0.0 for number in row] for row in stack.matrix]
-    content = io.BytesIO()
-    heat_maps({stack.metric: rates}, [member.name for member in stack.members], last_column="all").save(content, "PNG")
-    return content.getvalue()
+    return png(heat_maps({stack.metric: rates}, [member.name for member in stack.members], last_column="all"))
 
 
 def _cards(numbers: Numbers) -> list[dict[str, str]]:
