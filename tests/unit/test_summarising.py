@@ -9,7 +9,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Score
 from esd_lora.evaluation.report.intervals import paired_difference, wilson
-from esd_lora.evaluation.report.report import Distance, Report
+from esd_lora.evaluation.report.report import Distance, Report, label_rows
 from esd_lora.evaluation.report.summarising import (
     mean_or_rate,
     read_condition,
@@ -140,3 +140,9 @@ def test_layout_of_unlearncanvas() -> None:
     general = {"style.accuracy": rate(0.8), "object.accuracy": rate(0.7)}
     found = unlearning_accuracies({"erased": {"target": target, "general": general}, "attack-x": {"target": target}})
     assert found == {"erased": {"UA": 0.9, "IRA": 0.8, "CRA": 0.7}}
+
+
+def test_table_by_label_has_no_empty_row() -> None:
+    rate = mean_or_rate([True, False])
+    labels = {"cat": {"base": {"accuracy": rate, "rest": rate}}, "dog": {"base": {"accuracy": rate}}}
+    assert label_rows(labels, ["base"]) == {"accuracy": [["cat", "1/2"], ["dog", "1/2"]], "rest": [["cat", "1/2"]]}

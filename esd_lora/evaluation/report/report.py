@@ -188,7 +188,10 @@ def member_rows(stack: StackNumbers) -> list[list[str]]:
 
 
 def label_rows(labels: Numbers, variants: list[str]) -> dict[str, list[list[str]]]:
-    """Return for each metric that is a rate: label, then hits and pictures of every variant. None where labels are too many."""
+    """Return for each metric that is a rate, and label that it was measured on: label, then hits and pictures of every variant.
+
+    None where labels are too many.
+    """
     if len(labels) > _MOST_ROWS:
         return {}
     rates = dict.fromkeys(
@@ -203,4 +206,5 @@ def label_rows(labels: Numbers, variants: list[str]) -> dict[str, list[list[str]
         number = labels[label].get(variant, {}).get(metric)
         return f"{number.hits}/{number.of}" if number else ""
 
-    return {metric: [[label, *(share(label, v, metric) for v in variants)] for label in labels] for metric in rates}
+    rows = {metric: [[label, *(share(label, v, metric) for v in variants)] for label in labels] for metric in rates}
+    return {metric: [row for row in own if any(row[1:])] for metric, own in rows.items()}
