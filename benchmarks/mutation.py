@@ -1,11 +1,14 @@
 """Mutate the modules that carry mathematics, one operator or number at a time, and print what no test notices.
 
-    OMP_NUM_THREADS=1 python benchmarks/mutation.py --only objectives,intervals
-    OMP_NUM_THREADS=1 python benchmarks/mutation.py                   # all of them: an hour or so
+    python benchmarks/mutation.py --only objectives,intervals
+    python benchmarks/mutation.py                                 # all of them: hours on two cores
+    python benchmarks/mutation.py --tests tests/unit --every 5    # a sample, judged by fewer tests
 
-A mutant is the module with one change; it is killed where one of the tests that concern the module fails, or takes too long.
-Mutants are written into a copy of the package, never here. What others bring (torch, diffusers, ...) is imported once: every
-mutant runs in a fork. Survivors are printed; some change nothing that can be seen, such as how much is done at a time.
+First every test runs once, and coverage.py tells which lines it reaches. A mutant is the module with one change; it is killed
+where a test that reaches the changed line fails or takes far longer: the quickest of them first, up to a minute's worth.
+Mutants are written into copies of the package, never here. What others bring (torch, diffusers, ...) is imported once: every
+mutant runs in a fork. That, and operators that leave texts alone, is why this is not mutmut or cosmic-ray, whose mutants of
+messages would be most of the list. Survivors are printed; some change nothing that can be seen, such as a chunk's size.
 """
 
 from __future__ import annotations
@@ -13,25 +16,38 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import coverage
+import pytest
+
 PROJECT = Path(__file__).parents[1]
-TESTS = {
-    "objectives": ["unit/test_objectives.py", "golden/test_against_reference.py"],
-    "trajectory": ["unit/test_trajectory.py", "golden/test_against_reference.py"],
-    "erasers/stacking": ["unit/test_stacking.py", "unit/test_finite.py", "property/test_stack_algebra.py"],
-    "fusing/closed_form": ["integration/test_fusing.py"],
-    "evaluation/report/intervals": ["unit/test_intervals.py"],
-}
-"""Module to the tests that concern it, the quickest first."""
+MODULES = [
+    "objectives",
+    "trajectory",
+    "teacher",
+    "gating",
+    "erasers/stacking",
+    "fusing/closed_form",
+    "fusing/moments",
+    "fusing/harmonising",
+    "weights/merging",
+    "weights/streaming",
+    "formats/exporting",
+    "formats/importing",
+    "evaluation/baselines/sld",
+    "evaluation/report/intervals",
+]
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -52,12 +68,15 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }
-LIMIT = 180  # seconds for a mutant's tests
+WORTH = 60  # seconds of tests for a mutant
+PYTEST = ["-x", "-q", "-m", "not slow", "--assert=plain", "-p", "no:cacheprovider"]
+"""Asserts as they are: rewriting warns of what was imported before."""
 
 
 class Mutant(NamedTuple):
     """A module with one change."""
 
+    line: int
     change: str
     source: str
 
@@ -71,7 +90,7 @@ def mutants(text: str) -> Iterator[Mutant]:
             place = next(other for i, other in enumerate(ast.walk(mutated)) if i == number)
             before = ast.unparse(node)
             replace(mutated, place, change)
-            yield Mutant(f"{before} -> {ast.unparse(change)}", ast.unparse(mutated))
+            yield Mutant(node.lineno, f"{before} -> {ast.unparse(change)}", ast.unparse(mutated))  # type: ignore[attr-defined]
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -103,8 +122,8 @@ def replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
     ast.fix_missing_locations(tree)
 
 
-def runnable(text: str) -> str:
-    """Return a module without docstrings, as every mutant is written."""
+def without_docstrings(text: str) -> str:
+    """Return a module as its mutants are written: one line for each statement, and no docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) and len(node.body) > 1:
@@ -112,66 +131,171 @@ def runnable(text: str) -> str:
     return ast.unparse(tree)
 
 
-def killed(package: Path, module: str, source: str, tests: list[str]) -> bool:
-    """Run the tests of a module in a fork, with a mutant in its place, and return whether one fails."""
-    (package / f"{module}.py").write_text(source, "utf-8")
-    child = os.fork()
-    if not child:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        code = 1
-        try:
-            import pytest
+def copy_of_package(folder: Path) -> Path:
+    """Copy the package into a folder, the chosen modules as their mutants are written, and return where it lies."""
+    package = folder / "esd_lora"
+    shutil.copytree(PROJECT / "esd_lora", package, ignore=shutil.ignore_patterns("__pycache__", "emoji"))
+    (package / "bases" / "emoji").symlink_to(PROJECT / "esd_lora" / "bases" / "emoji")
+    shutil.copytree(PROJECT / "recipes", package / "recipes")
+    for module in MODULES:
+        path = package / f"{module}.py"
+        path.write_text(without_docstrings(path.read_text("utf-8")), "utf-8")
+    return package
 
-            # Asserts as they are: rewriting warns of what was imported before.
-            quick = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*quick, *(f"{PROJECT}/tests/{test}" for test in tests)]))
-        finally:
-            os._exit(code)
-    began = time.monotonic()
-    while time.monotonic() < began + LIMIT:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status != 0
+
+def start_pytest(package: Path, options: list[str], plugins: list[object]) -> int:
+    """Fork a run of pytest on a copy of the package, and return the process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    code = 1
+    try:
+        os.chdir(PROJECT)
+        sys.path.insert(0, str(package.parent))
+        code = int(pytest.main([*PYTEST, *options], plugins=plugins))
+    finally:
+        os._exit(code)
+
+
+class Reach:
+    """A plugin of pytest that notes how long each test takes, and which lines of the package it reaches.
+
+    What a fixture reaches counts for every test of the file, since fixtures are shared.
+    """
+
+    def __init__(self, package: Path, result: Path) -> None:
+        self.result = result
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.unfit: set[str] = set()
+        self.coverage = coverage.Coverage(data_file=None, source=[str(package)], config_file=False)
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item):  # noqa: ANN201
+        self.coverage.switch_context(item.nodeid.partition("::")[0])
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item):  # noqa: ANN201
+        self.coverage.switch_context(item.nodeid)
+        return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if not report.passed:
+            self.unfit.add(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        fit = {test: seconds for test, seconds in self.seconds.items() if test not in self.unfit}
+        lines = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
+        self.result.write_text(json.dumps({"seconds": fit, "unfit": sorted(self.unfit), "lines": lines}), "utf-8")
+
+
+def reached_lines(package: Path, tests: list[str]) -> dict[str, dict[int, list[str]]]:
+    """Run the tests once, and return for each module which tests reach each line, the quickest first; line 0: any line."""
+    result = package.parent / "reach.json"
+    os.waitpid(
+        start_pytest(package, ["--maxfail=1000", "--continue-on-collection-errors", *tests], [Reach(package, result)]), 0
+    )
+    reach = json.loads(result.read_text("utf-8"))
+    seconds: dict[str, float] = reach["seconds"]
+    print(f"{len(seconds)} tests, {sum(seconds.values()):.0f} s; {len(reach['unfit'])} fail or skip here, and are not used")
+    by_file = defaultdict(list)
+    for test in seconds:
+        by_file[test.partition("::")[0]].append(test)
+    reached: dict[str, dict[int, list[str]]] = {}
+    for path, lines in reach["lines"].items():
+        module = Path(path).relative_to(package).with_suffix("").as_posix()
+        found = {int(line): {test for name in names for test in by_file.get(name, [name])} for line, names in lines.items()}
+        found[0] = set().union(*found.values())
+        reached[module] = {
+            line: sorted((t for t in names if t in seconds), key=seconds.__getitem__) for line, names in found.items()
+        }
+        for line, names in reached[module].items():
+            total = 0.0
+            reached[module][line] = [test for test in names if (total := total + seconds[test]) <= WORTH]
+    return reached
+
+
+def survivors(made: list[Mutant], module: str, reached: dict[int, list[str]], packages: list[Path]) -> list[Mutant]:
+    """Run the tests of every mutant of a module, as many at a time as there are copies, and return the ones none notices."""
+    alive, free, running = [], list(packages), {}
+    left = list(made)
+    while left or running:
+        while left and free:
+            mutant = left.pop(0)
+            # A line that runs only while it is imported is of concern to all tests of the module.
+            tests = reached.get(mutant.line) or reached[0]
+            package = free.pop()
+            (package / f"{module}.py").write_text(mutant.source, "utf-8")
+            running[start_pytest(package, tests, [])] = (mutant, package, time.monotonic() + 30 + 5 * WORTH)
+        for child, (mutant, package, end) in list(running.items()):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done and time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                done, status = os.waitpid(child, 0)
+            if done:
+                del running[child]
+                free.append(package)
+                if status == 0:
+                    alive.append(mutant)
         time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+    return alive
+
+
+def import_others(package: Path) -> None:
+    """Import what the package and its tests stand on, and forget the package itself, so that every fork reads its own copy."""
+    sys.path.insert(0, str(package.parent))
+    sys.path.insert(1, str(PROJECT / "tests"))
+    sys.dont_write_bytecode = True
+    import hypothesis  # noqa: F401
+    import torch
+
+    import esd_lora.cli
+    import esd_lora.evaluation.evaluating
+    import toys  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda count: None  # as many mutants at a time as there are cores
+    sys.path.remove(str(package.parent))
+    for name in list(sys.modules):
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if name.partition(".")[0] == "esd_lora" or file.startswith(str(PROJECT / "tests")):
+            del sys.modules[name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="names of modules, or their ends, with commas between")
+    parser.add_argument(
+        "--tests",
+        nargs="*",
+        default=["tests/unit", "tests/golden", "tests/property", "tests/integration"],
+        help="the tests that are to notice",
+    )
     parser.add_argument("--every", type=int, default=1, help="take every so many mutants, for a sample")
     options = parser.parse_args()
-    chosen = [m for m in TESTS if not options.only or any(m.endswith(end) for end in options.only.split(","))]
+    chosen = [m for m in MODULES if not options.only or any(m.endswith(end) for end in options.only.split(","))]
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "esd_lora"
-        shutil.copytree(PROJECT / "esd_lora", package, ignore=shutil.ignore_patterns("__pycache__", "emoji"))
-        (package / "bases" / "emoji").symlink_to(PROJECT / "esd_lora" / "bases" / "emoji")
-        shutil.copytree(PROJECT / "recipes", package / "recipes")
-        sys.path[:0] = [folder, str(PROJECT / "tests")]
-        sys.dont_write_bytecode = True
-        import diffusers  # noqa: F401
-        import hypothesis  # noqa: F401
-        import peft  # noqa: F401
-        import scipy.stats  # noqa: F401
-        import torch
-
-        torch.set_num_threads(1)
+        packages = [copy_of_package(Path(folder) / str(i)) for i in range(os.cpu_count() or 1)]
+        import_others(packages[0])
+        reached = reached_lines(packages[0], options.tests)
         for module in chosen:
-            original = (package / f"{module}.py").read_text("utf-8")
-            text = runnable(original)
-            assert not killed(package, module, text, TESTS[module]), f"tests of {module} fail without any mutant"
+            text = (packages[0] / f"{module}.py").read_text("utf-8")
             made = list(mutants(text))[:: options.every]
-            alive = [mutant for mutant in made if not killed(package, module, mutant.source, TESTS[module])]
-            (package / f"{module}.py").write_text(original, "utf-8")
+            alive = survivors(made, module, reached[module], packages)
+            for package in packages:
+                (package / f"{module}.py").write_text(text, "utf-8")
             print(f"{module}: {len(made) - len(alive)} of {len(made)} mutants killed", flush=True)
             for mutant in alive:
-                print(f"  survives: {mutant.change}", flush=True)
+                print(f"  survives: {mutant.change}   in   {text.splitlines()[mutant.line - 1].strip()[:90]}", flush=True)
 
 
 if __name__ == "__main__":
