@@ -175,12 +175,12 @@ class Reach:
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_setup(self, item: pytest.Item):  # noqa: ANN201
+    def pytest_runtest_setup(self, item: pytest.Item):
         self.coverage.switch_context(item.nodeid.partition("::")[0])
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item):  # noqa: ANN201
+    def pytest_runtest_call(self, item: pytest.Item):
         self.coverage.switch_context(item.nodeid)
         return (yield)
 
@@ -257,12 +257,12 @@ def import_others(package: Path) -> None:
     import hypothesis  # noqa: F401
     import torch
 
-    import esd_lora.cli
-    import esd_lora.evaluation.evaluating
+    import esd_lora.cli  # noqa: F401
     import toys  # noqa: F401
+    from esd_lora.evaluation import evaluating  # noqa: F401
 
     torch.set_num_threads(1)
-    torch.set_num_threads = lambda count: None  # as many mutants at a time as there are cores
+    torch.set_num_threads = lambda _: None  # as many mutants at a time as there are cores
     sys.path.remove(str(package.parent))
     for name in list(sys.modules):
         file = getattr(sys.modules[name], "__file__", None) or ""
