@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
+    CLIPImageProcessor,
     CLIPModel,
-    ConvNextImageProcessorPil,
+    ConvNextImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -52,7 +52,7 @@ def save_clip(folder: Path) -> Path:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
     return folder
 
 
@@ -63,7 +63,7 @@ def save_classifier(folder: Path, names: Sequence[str]) -> Path:
         model = ResNetForImageClassification(resnet_config(names))
     model.save_pretrained(folder)
     mean, deviation = IMAGENET  # as microsoft/resnet-50 has them
-    ConvNextImageProcessorPil(size={"shortest_edge": 32}, image_mean=mean, image_std=deviation).save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, image_mean=mean, image_std=deviation).save_pretrained(folder)
     return folder
 
 
