@@ -5,7 +5,8 @@
     python benchmarks/mutation.py --tests tests/unit --every 5    # a sample, judged by fewer tests
 
 First every test runs once, and coverage.py tells which lines it reaches. A mutant is the module with one change; it is killed
-where a test that reaches the changed line fails or takes far longer: the quickest of them first, up to a minute's worth.
+where a test that reaches the changed line fails or takes far longer: first those that killed before it in the same module,
+then the quickest, up to a minute's worth. `--reach FILE` keeps which tests reach what, for the next time.
 Mutants are written into copies of the package, never here. What others bring (torch, diffusers, ...) is imported once: every
 mutant runs in a fork. That, and operators that leave texts alone, is why this is not mutmut or cosmic-ray, whose mutants of
 messages would be most of the list. Survivors are printed; some change nothing that can be seen, such as a chunk's size.
@@ -197,12 +198,24 @@ class Reach:
         self.result.write_text(json.dumps({"seconds": fit, "unfit": sorted(self.unfit), "lines": lines}), "utf-8")
 
 
-def reached_lines(package: Path, tests: list[str]) -> dict[str, dict[int, list[str]]]:
+class Killer:
+    """A plugin of pytest that writes the name of the first test that fails into a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid, "utf-8")
+
+
+def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[str, dict[int, list[str]]]:
     """Run the tests once, and return for each module which tests reach each line, the quickest first; line 0: any line."""
-    result = package.parent / "reach.json"
-    os.waitpid(
-        start_pytest(package, ["--maxfail=1000", "--continue-on-collection-errors", *tests], [Reach(package, result)]), 0
-    )
+    result = kept or package.parent / "reach.json"
+    if not result.exists():
+        os.waitpid(
+            start_pytest(package, ["--maxfail=1000", "--continue-on-collection-errors", *tests], [Reach(package, result)]), 0
+        )
     reach = json.loads(result.read_text("utf-8"))
     seconds: dict[str, float] = reach["seconds"]
     print(f"{len(seconds)} tests, {sum(seconds.values()):.0f} s; {len(reach['unfit'])} fail or skip here, and are not used")
@@ -211,7 +224,7 @@ def reached_lines(package: Path, tests: list[str]) -> dict[str, dict[int, list[s
         by_file[test.partition("::")[0]].append(test)
     reached: dict[str, dict[int, list[str]]] = {}
     for path, lines in reach["lines"].items():
-        module = Path(path).relative_to(package).with_suffix("").as_posix()
+        module = path.rpartition("/esd_lora/")[2].removesuffix(".py")
         found = {int(line): {test for name in names for test in by_file.get(name, [name])} for line, names in lines.items()}
         found[0] = set().union(*found.values())
         reached[module] = {
@@ -226,15 +239,21 @@ def reached_lines(package: Path, tests: list[str]) -> dict[str, dict[int, list[s
 def survivors(made: list[Mutant], module: str, reached: dict[int, list[str]], packages: list[Path]) -> list[Mutant]:
     """Run the tests of every mutant of a module, as many at a time as there are copies, and return the ones none notices."""
     alive, free, running = [], list(packages), {}
+    killers: list[str] = []
     left = list(made)
     while left or running:
         while left and free:
             mutant = left.pop(0)
             # A line that runs only while it is imported is of concern to all tests of the module.
             tests = reached.get(mutant.line) or reached[0]
+            tests = [*(test for test in killers if test in tests), *(test for test in tests if test not in killers)]
             package = free.pop()
             (package / f"{module}.py").write_text(mutant.source, "utf-8")
-            running[start_pytest(package, tests, [])] = (mutant, package, time.monotonic() + 30 + 5 * WORTH)
+            running[start_pytest(package, tests, [Killer(package.parent / "killer")])] = (
+                mutant,
+                package,
+                time.monotonic() + 30 + 5 * WORTH,
+            )
         for child, (mutant, package, end) in list(running.items()):
             done, status = os.waitpid(child, os.WNOHANG)
             if not done and time.monotonic() > end:
@@ -243,8 +262,13 @@ def survivors(made: list[Mutant], module: str, reached: dict[int, list[str]], pa
             if done:
                 del running[child]
                 free.append(package)
+                killer = package.parent / "killer"
                 if status == 0:
                     alive.append(mutant)
+                elif killer.exists():
+                    test = killer.read_text("utf-8")
+                    killers = [test, *(other for other in killers if other != test)]
+                    killer.unlink()
         time.sleep(0.02)
     return alive
 
@@ -279,6 +303,7 @@ def main() -> None:
         default=["tests/unit", "tests/golden", "tests/property", "tests/integration"],
         help="the tests that are to notice",
     )
+    parser.add_argument("--reach", type=Path, help="file to keep in, or take from, which tests reach what")
     parser.add_argument("--every", type=int, default=1, help="take every so many mutants, for a sample")
     options = parser.parse_args()
     chosen = [m for m in MODULES if not options.only or any(m.endswith(end) for end in options.only.split(","))]
@@ -286,7 +311,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         packages = [copy_of_package(Path(folder) / str(i)) for i in range(os.cpu_count() or 1)]
         import_others(packages[0])
-        reached = reached_lines(packages[0], options.tests)
+        reached = reached_lines(packages[0], options.tests, options.reach)
         for module in chosen:
             text = (packages[0] / f"{module}.py").read_text("utf-8")
             made = list(mutants(text))[:: options.every]

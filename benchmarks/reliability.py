@@ -42,7 +42,7 @@ def run(*command: object) -> str:
 
 def stop_verbs(out: Path, stride: int, pairs: int) -> dict[str, Any]:
     """Return the counts and failures of verbs that were killed, refused and run two at a time."""
-    options = ["--stride", stride, "--slow-stride", 3 * stride, "--randomly", 10, "--pairs", pairs]
+    options = ["--stride", stride, "--randomly", 10, "--pairs", pairs]
     run(TESTS / "faults" / "harness.py", out / "faults.json", *options)
     return json.loads((out / "faults.json").read_text("utf-8"))
 
@@ -101,8 +101,8 @@ Written by `{command}` on {datetime.date.today()}, {platform.system()}, Python {
 ## Verbs that were stopped
 
 Each trial runs a verb over nothing, or over an old result with `--force`, on the toy base; it is killed before a write
-(SIGKILL, at every one in turn or every third for the slow verbs, and at random times), or the system refuses every write from
-one on (ENOSPC, EROFS, EIO, EDQUOT, EMFILE, and files of a limited size). Afterwards the old result or the new one must be
+(SIGKILL, at every one in turn and at random times; a push, before and after every request), or the system refuses every write
+from one on (ENOSPC, EROFS, EIO, EDQUOT, EMFILE, and files of a limited size). Afterwards the old result or the new one must be
 whole, a refusal must be one sentence and leave nothing behind, and the verb, done again, must leave byte for byte what an
 unbroken run does. In pairs, two variants run into one place at the same time: one result must be whole, and who is refused
 must be told by whom.

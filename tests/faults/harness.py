@@ -437,8 +437,10 @@ class Trials:
             self._expect(not litter(self.folder), f"{where}: left {litter(self.folder)} behind")
 
 
-def kill_pushes(places: Places, folder: Path, times: int, generator: random.Random) -> tuple[dict[str, int], list[str]]:
-    """Kill pushes at random times, push again, and see that the repository is then that of an unbroken push.
+def kill_pushes(
+    places: Places, folder: Path, stride: int, times: int, generator: random.Random
+) -> tuple[dict[str, int], list[str]]:
+    """Kill pushes before and after every `stride`-th request, and at random times, see what others can pull, and push again.
 
     Returns:
         Counts, and what went wrong.
@@ -447,12 +449,26 @@ def kill_pushes(places: Places, folder: Path, times: int, generator: random.Rand
     def command(name: str) -> list[object]:
         return ["push", places.cat, f"ada/{name}", "--base-model", "ada/base", "--license", "mit", "--yes"]
 
-    def pushed(name: str) -> dict[str, str]:
-        out = folder / name
-        done = run(["pull", f"ada/{name}", "-o", out])
-        assert done.code == 0, done.text
-        # The card names its repository.
-        return {file: digest for file, digest in contents(out.parent).items() if file.startswith(name) and "README" not in file}
+    def pull(name: str) -> tuple[Result, list[str]]:
+        """Return how a pull went, and the hashes of what came; but of the card, which names its repository."""
+        place = folder / "pulled"
+        shutil.rmtree(place, ignore_errors=True)
+        done = run(["pull", f"ada/{name}", "-o", place / name])
+        return done, [digest for file, digest in contents(place).items() if "README" not in file] if done.code == 0 else []
+
+    def stop(name: str, hook: Callable[[], None], kind: str) -> bool:
+        """Push to a new repository, and return whether the push was killed."""
+        killed = run(command(name), hook).code < 0
+        counts[kind] += killed
+        seen, held = pull(name)
+        if held not in ([], expected) or (seen.code and "Traceback" in seen.text):
+            failures.append(f"{name}: others pull a part of it, or not in a sentence: {seen.text[-400:]}")
+        again = run(command(name))
+        if again.code != 0:
+            failures.append(f"{name}, done again: exit code {again.code}: {again.text[-400:]}")
+        elif pull(name)[1] != expected:
+            failures.append(f"{name}, done again: not what an unbroken push leaves")
+        return killed
 
     folder.mkdir()
     counts, failures = Counter[str](), list[str]()
@@ -460,16 +476,41 @@ def kill_pushes(places: Places, folder: Path, times: int, generator: random.Rand
     done = run(command("unbroken"))
     seconds = time.monotonic() - started
     assert done.code == 0, done.text
-    expected = list(pushed("unbroken").values())
+    expected = pull("unbroken")[1]
+    assert expected
+    for after in (False, True) if stride else ():
+        number = 1
+        while stop(f"killed-{'after' if after else 'before'}-request-{number}", at_request(number, after=after), "kills"):
+            number += stride
+        assert number > 5, "a push makes a handful of requests"
     for number in range(times):
-        name = f"broken-{number}"
-        counts["kills at random times"] += run(command(name), killing_later(generator.uniform(0.001, seconds))).code < 0
-        again = run(command(name))
-        if again.code != 0:
-            failures.append(f"push {number}, done again: exit code {again.code}: {again.text[-400:]}")
-        elif list(pushed(name).values()) != expected:
-            failures.append(f"push {number}, done again: not what an unbroken push leaves")
+        stop(f"killed-sometime-{number}", killing_later(generator.uniform(0.001, seconds)), "kills at random times")
     return dict(counts), failures
+
+
+def at_request(number: int, *, after: bool) -> Callable[[], None]:
+    """Return a hook that has the process killed before or after its request to the Hub of a number, from 1."""
+
+    def hook() -> None:
+        from huggingface_hub import get_session
+
+        client: Any = type(get_session())
+        send, count = client.send, 0
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return send(*arguments, **options)
+            finally:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        client.send = counting
+
+    return hook
 
 
 @contextmanager
@@ -525,7 +566,7 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
             failures += trials.failures
             sys.stderr.write("\n  ".join([name, str(counts[name]), *trials.failures]) + "\n")
         if randomly:
-            counts["push"], lost = kill_pushes(places, folder / "pushes", randomly, random.Random(0))
+            counts["push"], lost = kill_pushes(places, folder / "pushes", min(strides.values()), randomly, random.Random(0))
             failures += lost
     return {"counts": counts, "failures": failures}
 

@@ -35,6 +35,7 @@ def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
         assert counts["kills"]
         assert counts["refusals"]
         assert counts["pairs"] == 3
+    assert report["counts"]["push"]["kills"]
 
 
 @pytest.mark.slow
