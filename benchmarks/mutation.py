@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import coverage
 import pytest
+from tqdm import tqdm
 
 PROJECT = Path(__file__).parents[1]
 MODULES = [
@@ -157,7 +158,7 @@ def start_pytest(package: Path, options: list[str], plugins: list[object]) -> in
     try:
         os.chdir(PROJECT)
         sys.path.insert(0, str(package.parent))
-        code = int(pytest.main([*PYTEST, *options], plugins=plugins))
+        code = int(pytest.main([*PYTEST, f"--basetemp={package.parent / 'tmp'}", *options], plugins=plugins))
     finally:
         os._exit(code)
 
@@ -236,41 +237,57 @@ def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[st
     return reached
 
 
-def survivors(made: list[Mutant], module: str, reached: dict[int, list[str]], packages: list[Path]) -> list[Mutant]:
-    """Run the tests of every mutant of a module, as many at a time as there are copies, and return the ones none notices."""
-    alive, free, running = [], list(packages), {}
-    killers: list[str] = []
+class Verdict(NamedTuple):
+    """What became of the mutants of a module."""
+
+    alive: list[Mutant]
+    """Those that no test noticed."""
+    killers: dict[str, int]
+    """Test to the number of mutants on which it failed first."""
+
+
+def judge(made: list[Mutant], module: str, reached: dict[int, list[str]], packages: list[Path]) -> Verdict:
+    """Run the tests of every mutant of a module, as many at a time as there are copies of the package."""
+    alive, free, running = list[Mutant](), list(packages), dict[int, tuple[Mutant, Path, float]]()
+    killers: dict[str, int] = {}
     left = list(made)
-    while left or running:
-        while left and free:
-            mutant = left.pop(0)
-            # A line that runs only while it is imported is of concern to all tests of the module.
-            tests = reached.get(mutant.line) or reached[0]
-            tests = [*(test for test in killers if test in tests), *(test for test in tests if test not in killers)]
-            package = free.pop()
-            (package / f"{module}.py").write_text(mutant.source, "utf-8")
-            running[start_pytest(package, tests, [Killer(package.parent / "killer")])] = (
-                mutant,
-                package,
-                time.monotonic() + 30 + 5 * WORTH,
-            )
-        for child, (mutant, package, end) in list(running.items()):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if not done and time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-                done, status = os.waitpid(child, 0)
-            if done:
-                del running[child]
-                free.append(package)
-                killer = package.parent / "killer"
-                if status == 0:
-                    alive.append(mutant)
-                elif killer.exists():
-                    test = killer.read_text("utf-8")
-                    killers = [test, *(other for other in killers if other != test)]
-                    killer.unlink()
-        time.sleep(0.02)
-    return alive
+    with tqdm(total=len(made), desc=module, unit="mutant") as bar:
+        while left or running:
+            while left and free:
+                mutant, package = left.pop(0), free.pop()
+                # A line that runs only while it is imported is of concern to all tests of the module.
+                tests = reached.get(mutant.line) or reached[0]
+                ordered = sorted(tests, key=lambda test: -killers.get(test, 0))
+                (package / f"{module}.py").write_text(mutant.source, "utf-8")
+                child = start_pytest(package, ordered, [Killer(package.parent / "killer")])
+                running[child] = mutant, package, time.monotonic() + 30 + 5 * WORTH
+            for child, (mutant, package, end) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if not done and time.monotonic() > end:
+                    os.killpg(child, signal.SIGKILL)
+                    done, status = os.waitpid(child, 0)
+                if done:
+                    del running[child]
+                    free.append(package)
+                    bar.update()
+                    killer = package.parent / "killer"
+                    if killer.exists():
+                        test = killer.read_text("utf-8")
+                        killers[test] = killers.get(test, 0) + 1
+                        killer.unlink()
+                    if status == 0:
+                        alive.append(mutant)
+            time.sleep(0.02)
+    return Verdict(alive, killers)
+
+
+def require_fit(tests: list[str], packages: list[Path]) -> None:
+    """Run tests without any mutant, each copy of the package in turn, and stop where one fails: it proves nothing."""
+    for package in packages:
+        killer = package.parent / "killer"
+        _, status = os.waitpid(start_pytest(package, tests, [Killer(killer)]), 0)
+        if status and tests:
+            raise SystemExit(f"{killer.read_text('utf-8') if killer.exists() else tests} fails without any mutant")
 
 
 def import_others(package: Path) -> None:
@@ -315,10 +332,13 @@ def main() -> None:
         for module in chosen:
             text = (packages[0] / f"{module}.py").read_text("utf-8")
             made = list(mutants(text))[:: options.every]
-            alive = survivors(made, module, reached[module], packages)
+            alive, killers = judge(made, module, reached[module], packages)
             for package in packages:
                 (package / f"{module}.py").write_text(text, "utf-8")
-            print(f"{module}: {len(made) - len(alive)} of {len(made)} mutants killed", flush=True)
+            require_fit(list(killers), packages)
+            dead, failed = len(made) - len(alive), sum(killers.values())
+            print(f"{module}: {dead} of {len(made)} mutants killed, {failed} by {len(killers)} tests that fail on them,")
+            print(f"  {dead - failed} by errors on import or by time", flush=True)
             for mutant in alive:
                 print(f"  survives: {mutant.change}   in   {text.splitlines()[mutant.line - 1].strip()[:90]}", flush=True)
 
