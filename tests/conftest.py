@@ -26,8 +26,6 @@ settings.load_profile("repeatable")
 
 # Warnings that others raise about themselves: message start, category, module that is warned about.
 NOT_OURS = (
-    # transformers 5.1 reads CLIP's tokenizer the way that tokenizers no longer likes; later ones do not.
-    "Deprecated in 0.9.0.*BPE:DeprecationWarning:transformers.models.clip.tokenization_clip",
     # diffusers' Euler and DPM schedulers call np.array on a tensor, which torch lets numpy 2 warn about.
     "__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers.schedulers.scheduling_euler_discrete",
     "__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers.schedulers.scheduling_dpmsolver_multistep",

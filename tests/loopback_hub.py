@@ -244,7 +244,9 @@ class LoopbackHub:
         self.lock = threading.RLock()
         self._traps: list[_Trap] = []
         self.servers = [_Server(self), _Server(self)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        # By another name, not by its port alone: clients before huggingface_hub 2 drop the token where the host differs.
+        hosts = zip(("127.0.0.1", "localhost"), self.servers, strict=True)
+        self.endpoint, self.storage = (f"http://{host}:{server.server_address[1]}" for host, server in hosts)
 
     def __enter__(self) -> LoopbackHub:
         for server in self.servers:
@@ -758,11 +760,12 @@ def connect(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in wanted.items():
         monkeypatch.setenv(name, value)
     cache = str(home / "hub")
+    if hasattr(_http, "_HUB_ORIGINS"):  # huggingface_hub 2 sends the token to these alone
+        monkeypatch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(hub.endpoint)})
     for place, name, value in (
         (constants, "ENDPOINT", hub.endpoint),
         (constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
         (constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"}),
-        (_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(hub.endpoint)}),
         (hf_api.api, "endpoint", hub.endpoint),
         (constants, "HF_HOME", str(home)),
         (constants, "HF_HUB_CACHE", cache),

@@ -52,9 +52,11 @@ def test_masters_are_float32_over_a_half_precision_base(tiny_dir: Path, device: 
         learnt.append(report.state.parameters[0].detach().clone())
 
     eraser = train(tiny_recipe(tiny_dir, lr=1e-6), base=base, progress=False, on_step=[look])
-    # An update of 1e-6 on a weight near 0.1 is below the resolution of either (4e-4, 6e-5); a float32 master keeps it.
-    assert not torch.equal(learnt[0], learnt[-1])
-    assert torch.equal(learnt[0].to(torch.bfloat16), learnt[-1].to(torch.bfloat16))
+    # An update of 1e-6 on a weight near 0.1 is below the resolution of either (4e-4, 6e-5); a float32 master keeps it. Where
+    # a weight lies next to the middle between two, it is rounded to the other.
+    moved, rounded = (learnt[0].to(kind) != learnt[-1].to(kind) for kind in (torch.float32, torch.bfloat16))
+    assert moved.any()
+    assert rounded.float().mean() < 0.05
     assert {tensor.dtype for pair in eraser.pairs.values() for tensor in pair} == {torch.float32}
     assert {tensor.device.type for pair in eraser.pairs.values() for tensor in pair} == {"cpu"}
 
