@@ -45,6 +45,17 @@ def test_similarity_is_of_the_nearest_words(emoji: Base, cat: Eraser) -> None:
     assert gate.similarities("cat") == gate.similarities("a dog and a cat") == [1]
 
 
+def test_runs_are_as_long_as_the_name(emoji: Base, cat: Eraser) -> None:
+    gate = Gate(emoji, [named(cat, "balloon key")])
+
+    def similarity(prompt: str) -> float:
+        return gate.similarities(prompt)[0]
+
+    assert similarity("rain fish") < similarity("fish") - 0.1, "a single word may come nearer than a pair with it"
+    assert similarity("house rain fish") == pytest.approx(max(similarity("house rain"), similarity("rain fish")))
+    assert similarity("rain, fish") == similarity("rain fish")
+
+
 def test_factor_climbs_from_the_threshold(emoji: Base, cat: Eraser) -> None:
     eraser = named(cat, "a cat")
     (similar,) = Gate(emoji, [eraser]).similarities("a tiger")
