@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import datetime
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +73,10 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }
+REASONS = {
+    ("", "True -> False"): "as above",
+}
+"""Module (or none) and a part of the change to why no test can notice it, or need not."""
 WORTH = 60  # seconds of tests for a mutant
 PYTEST = ["-x", "-q", "-m", "not slow", "--assert=plain", "-p", "no:cacheprovider"]
 """Asserts as they are: rewriting warns of what was imported before."""
@@ -321,6 +328,7 @@ def main() -> None:
         help="the tests that are to notice",
     )
     parser.add_argument("--reach", type=Path, help="file to keep in, or take from, which tests reach what")
+    parser.add_argument("--out", type=Path, help="Markdown file to write, besides printing")
     parser.add_argument("--every", type=int, default=1, help="take every so many mutants, for a sample")
     options = parser.parse_args()
     chosen = [m for m in MODULES if not options.only or any(m.endswith(end) for end in options.only.split(","))]
@@ -329,6 +337,7 @@ def main() -> None:
         packages = [copy_of_package(Path(folder) / str(i)) for i in range(os.cpu_count() or 1)]
         import_others(packages[0])
         reached = reached_lines(packages[0], options.tests, options.reach)
+        sections = list[str]()
         for module in chosen:
             text = (packages[0] / f"{module}.py").read_text("utf-8")
             made = list(mutants(text))[:: options.every]
@@ -336,11 +345,39 @@ def main() -> None:
             for package in packages:
                 (package / f"{module}.py").write_text(text, "utf-8")
             require_fit(list(killers), packages)
-            dead, failed = len(made) - len(alive), sum(killers.values())
-            print(f"{module}: {dead} of {len(made)} mutants killed, {failed} by {len(killers)} tests that fail on them,")
-            print(f"  {dead - failed} by errors on import or by time", flush=True)
-            for mutant in alive:
-                print(f"  survives: {mutant.change}   in   {text.splitlines()[mutant.line - 1].strip()[:90]}", flush=True)
+            sections.append(section(module, text, made, alive, killers))
+            print(sections[-1], flush=True)
+        if options.out:
+            options.out.write_text(page(sections, sys.argv[1:]), "utf-8")
+
+
+def section(module: str, text: str, made: list[Mutant], alive: list[Mutant], killers: dict[str, int]) -> str:
+    """Return what became of a module's mutants, in Markdown."""
+    dead, failed = len(made) - len(alive), sum(killers.values())
+    lines = [
+        f"## `{module}.py`: {dead} of {len(made)} killed, {dead / max(1, len(made)):.1%}",
+        "",
+        f"{failed} by {len(killers)} tests that fail on them, {dead - failed} by errors on import or by time."
+        + (" These survive:" if alive else ""),
+        "",
+    ]
+    for mutant in alive:
+        line = text.splitlines()[mutant.line - 1].strip()
+        reason = next(
+            (reason for (name, part), reason in REASONS.items() if name in (module, "") and part in mutant.change), None
+        )
+        lines.append(f"- `{mutant.change}` in `{line[:100]}`: {reason or 'no reason is known; a test is missing.'}")
+    return "\n".join([*lines, *[""] * bool(alive)])
+
+
+def page(sections: list[str], arguments: list[str]) -> str:
+    """Return the page of a run."""
+    versions = f"Python {platform.python_version()}, torch {version('torch')}, diffusers {version('diffusers')}"
+    command = " ".join(["python benchmarks/mutation.py", *arguments])
+    return (
+        f"# Mutants\n\nWritten by `{command}` on {datetime.date.today()}, {versions}.\n\n"
+        "A mutant is a module with one operator, number, sign or truth value changed; a test that fails on it kills it.\n\n"
+    ) + "\n".join(sections)
 
 
 if __name__ == "__main__":
