@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from hub_cases import hub_documents, lay_eraser, read_hub
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
@@ -514,6 +515,13 @@ READERS: dict[str, Reader] = {
         lambda folder: Report.load(folder),
         lambda _: [json.dumps(document).encode() for document in REPORTS],
         REPORTS,
+    ),
+    "hub": Reader(
+        "answers.json",
+        read_hub,
+        lambda _: [json.dumps(document).encode() for document in hub_documents()],
+        hub_documents(),
+        beside=lay_eraser,
     ),
     "index": base_reader("model_index.json", stored, **INDEX),
     "schedule": base_reader("scheduler/scheduler_config.json", stored, prediction_type="flow_prediction"),
