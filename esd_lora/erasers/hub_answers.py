@@ -73,10 +73,10 @@ def _require(headers: Any, name: str, pattern: str) -> None:
 
 def wait_of(headers: Any) -> int:
     """Return for how many seconds the Hub asks to wait, 0 if it does not: `Retry-After: 30` or `RateLimit: "api";r=0;t=30`."""
-    found = re.search(r"^\s*(\d{1,10})", headers.get("retry-after", "")) or re.search(
+    seconds = re.search(r"^\s*(\d{1,10})", headers.get("retry-after", "")) or re.search(
         r"\bt=(\d{1,10})", headers.get("ratelimit", "")
     )
-    return int(found[1]) if found else 0
+    return int(seconds[1]) if seconds else 0
 
 
 _blocks: list[_Block] = []  # those that run now: the client is one for the whole process

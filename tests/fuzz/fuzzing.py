@@ -419,21 +419,26 @@ def fuzz(name: str, cases: int, seed: int, folder: Path, guard: Guard) -> dict[s
     return session.counts
 
 
-def main() -> None:
-    """Fuzz the readers that the command line names, and print their counts."""
+def read_command() -> tuple[Path, int, dict[str, int]]:
+    """Return the folder, the seed, and reader to number of cases that the command line names; ready this process for them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("readers", nargs="+", metavar="READER=CASES")
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True
+    os.fsync = lambda _: None  # nothing here has to outlive a power failure, and a busy disk would look like a slow reader
     signal.signal(signal.SIGALRM, _too_slow)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    guard = Guard(arguments.folder / "case")
-    counts: dict[str, dict[str, int]] = {}
-    for argument in arguments.readers:
-        name, _, cases = argument.partition("=")
-        counts[name] = fuzz(name, int(cases), arguments.seed, arguments.folder, guard)
+    pairs = (argument.partition("=") for argument in arguments.readers)
+    return arguments.folder.resolve(), arguments.seed, {name: int(cases) for name, _, cases in pairs}
+
+
+def main() -> None:
+    """Fuzz the readers that the command line names, and print their counts."""
+    folder, seed, readers = read_command()
+    guard = Guard(folder / "case")
+    counts = {name: fuzz(name, cases, seed, folder, guard) for name, cases in readers.items()}
     sys.stdout.write(json.dumps(counts) + "\n")
 
 

@@ -9,10 +9,8 @@ What it says itself goes to FOLDER/READER/log.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,21 +54,14 @@ def guide(name: str, cases: int, seed: int, folder: Path, answer: int) -> NoRetu
 
 def main() -> None:
     """Fuzz the readers that the command line names, and print their counts."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("readers", nargs="+", metavar="READER=CASES")
-    arguments = parser.parse_args()
-    sys.dont_write_bytecode = True
-    signal.signal(signal.SIGALRM, fuzzing._too_slow)
+    folder, seed, readers = fuzzing.read_command()
     counts: dict[str, dict[str, int]] = {}
-    for argument in arguments.readers:
-        name, _, cases = argument.partition("=")
-        place = (arguments.folder / name.replace(" ", "-")).resolve()
-        place.mkdir(parents=True)
+    for name, cases in readers.items():
+        place = folder / name.replace(" ", "-")
+        place.mkdir()
         readable, writable = os.pipe()
         if not (child := os.fork()):
-            guide(name, int(cases), arguments.seed, place, writable)
+            guide(name, cases, seed, place, writable)
         os.close(writable)
         with os.fdopen(readable) as pipe:
             result = json.loads(pipe.read() or "{}")

@@ -105,8 +105,16 @@ def _answer(answers: list[Any], content: bytes, request: Any) -> Any:
     return httpx.Response(
         status if isinstance(status, int) and 200 <= status <= 599 else 200,
         headers=_headers(headers if isinstance(headers, dict) else {}),
-        content=(body for _ in range(times if isinstance(times, int) else 1)),
+        content=_repeated(body, times if isinstance(times, int) else 1),
     )
+
+
+def _repeated(body: bytes, times: int) -> Iterator[bytes]:
+    """Yield a body so many times over, in pieces of the size that a network has."""
+    once = max(1, 2**16 // max(1, len(body)))
+    while body and times > 0:
+        yield body * min(once, times)
+        times -= once
 
 
 def _headers(headers: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
