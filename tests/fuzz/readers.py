@@ -428,10 +428,11 @@ def load_whole(folder: Path) -> None:
 
 
 def base_reader(name: str, read: Callable[[Path], object], **changes: Any) -> Reader:
-    """Return the reader of one configuration of a base, whose values may be `changes` too."""
+    """Return the reader of one configuration of a base, each of whose values may be that of `changes` too."""
     document = base_document(name)
     content = (tiny_base() / name).read_bytes()
-    return Reader(name, read, lambda _: [content], [document, {**document, **changes}], beside=lay_base)
+    others = [{**document, key: value} for key, value in changes.items()]
+    return Reader(name, read, lambda _: [content], [document, *others], beside=lay_base)
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -451,6 +452,21 @@ INDEX = {
     "vae": ["os", "system"],
     "_class_name": ["mine", "Mine"],
     "safety_checker": [None, None],
+}
+DENOISER = {
+    "block_out_channels": [10**9, 10**9],
+    "layers_per_block": 10**9,
+    "transformer_layers_per_block": 10**9,
+    "cross_attention_dim": 10**9,
+    "num_class_embeds": 10**9,
+    "time_embedding_dim": 10**9,
+}
+TEXT_ENCODER = {
+    "num_hidden_layers": 10**9,
+    "hidden_size": 10**9,
+    "max_position_embeddings": 10**9,
+    "attn_implementation": "kernels-community/flash-attn",
+    "auto_map": {"AutoModel": "mine.Mine"},
 }
 READERS: dict[str, Reader] = {
     "eraser": Reader(
@@ -532,6 +548,9 @@ READERS: dict[str, Reader] = {
         [safetensors_document(checkpoint())],
         safetensors_file,
     ),
+    "denoiser": base_reader("unet/config.json", load_whole, **DENOISER),
+    "text encoder": base_reader("text_encoder/config.json", load_whole, **TEXT_ENCODER),
+    "vae": base_reader("vae/config.json", load_whole, layers_per_block=10**9),
     "whole index": base_reader("model_index.json", load_whole, **INDEX),
     "whole schedule": base_reader("scheduler/scheduler_config.json", load_whole),
 }

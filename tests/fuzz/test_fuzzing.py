@@ -15,7 +15,8 @@ from fuzzing import CORPUS, mutate
 from readers import READERS
 
 TESTS = Path(__file__).parents[1]
-SLOW = {"whole index": 150, "whole schedule": 150, "checkpoint": 600, "pt": 1200}
+BASES = ("denoiser", "text encoder", "vae", "whole index", "whole schedule")
+SLOW = {**dict.fromkeys(BASES, 150), "checkpoint": 600, "pt": 1200}
 """Readers of which a case takes longer, and their number of cases in the whole run."""
 CASES = {name: SLOW.get(name, 1600) for name in READERS}
 GUIDED = {name: number // 4 for name, number in CASES.items()}
@@ -56,7 +57,7 @@ def check(counts: dict[str, dict[str, int]], cases: dict[str, int]) -> None:
 
 
 def test_some_cases_of_every_reader(tmp_path: Path) -> None:
-    cases = {name: 4 if name.startswith("whole") else 25 for name in READERS}
+    cases = {name: 4 if name in BASES else 25 for name in READERS}
     check(run(tmp_path, cases), cases)
 
 
