@@ -25,7 +25,8 @@ READING = (
     *("erasers/tensor_files.py", "erasers/header.py", "erasers/eraser.py", "erasers/manifests.py", "formats/importing.py"),
     *("yaml_files.py", "json_files.py", "recipe_files.py", "recipe.py", "evaluation/suites/suite_files.py"),
     *("evaluation/suites/prompt_files.py", "families/__init__.py", "bases/single_file.py", "bases/stored.py", "pictures.py"),
-    *("evaluation/scoring.py", "evaluation/report/report.py"),
+    *("evaluation/scoring.py", "evaluation/cases.py", "evaluation/report/report.py", "evaluation/report/attaching.py"),
+    *("bases/configurations.py", "erasers/fetching.py", "erasers/hub_answers.py", "erasers/hub_errors.py"),
 )
 """Modules in which strangers' files are read."""
 PROJECT = Path(__file__).parents[1]

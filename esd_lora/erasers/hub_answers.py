@@ -53,12 +53,15 @@ class _Block:
         read: Callable[..., Iterator[bytes]] = response.iter_bytes
 
         def bounded(chunk_size: int | None = None) -> Iterator[bytes]:
-            left = self.largest if is_file else _MAX_JSON - self.size
+            largest = max(
+                (block.largest for block in _blocks), default=0
+            )  # another thread's file may be larger than this one's
+            left = largest if is_file else _MAX_JSON - self.size
             for chunk in read(chunk_size):
                 left -= len(chunk)
                 self.size += 0 if is_file else len(chunk)
                 if left < 0:
-                    most = f"{self.largest:,} bytes of a file" if is_file else f"{_MAX_JSON:,} bytes"
+                    most = f"{largest:,} bytes of a file" if is_file else f"{_MAX_JSON:,} bytes"
                     raise EsdLoraError(f"the Hub does not come to an end: it sent more than {most}. Do not trust it.")
                 yield chunk
 

@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import constants, errors, file_download
 from huggingface_hub.utils import _cache_manager, _http
 
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.fetching import take_snapshot
 from esd_lora.errors import EsdLoraError
 from esd_lora.sharing.catalog import search
@@ -37,11 +38,15 @@ NAME = "pytorch_lora_weights.safetensors"
 REPO = "owner/name"
 
 
+def my_eraser() -> Eraser:
+    """Return an eraser, the same one every time."""
+    return random_eraser({"conv": 1}, "a cat", dtype=torch.float32)
+
+
 @cache
 def true_files() -> dict[str, bytes]:
     """Return the files of a small repository with an eraser."""
-    eraser = random_eraser({"conv": 1}, "a cat", dtype=torch.float32)
-    return {**eraser.files(), "README.md": b"---\ntags: [esd-lora, 'erases:a-cat']\n---\n", ".gitattributes": b""}
+    return {**my_eraser().files(), "README.md": b"---\ntags: [esd-lora, 'erases:a-cat']\n---\n", ".gitattributes": b""}
 
 
 def hub_answers() -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ def _answering(content: bytes, home: Path) -> Iterator[None]:
 
 def lay_eraser(folder: Path) -> None:
     """Write the eraser that is pushed."""
-    random_eraser({"conv": 1}, "a cat", dtype=torch.float32).save(folder / "mine")
+    my_eraser().save(folder / "mine")
 
 
 def read_hub(folder: Path) -> None:
