@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from importlib.metadata import PackageNotFoundError, metadata, requires
+from importlib.metadata import PackageNotFoundError, distribution, metadata, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -58,6 +58,8 @@ def licence(name: str) -> str:
     stated = fields.get("License-Expression")
     classified = [line.removeprefix(APPROVED) for line in fields.get_all("Classifier") or () if line.startswith(APPROVED)]
     stated = stated or ", ".join(classified) or (fields.get("License") or "").strip().partition("\n")[0]
+    texts = (distribution(name).read_text(f"licenses/{file}") or "" for file in fields.get_all("License-File") or ())
+    stated = stated or next((text.strip().partition("\n")[0] for text in texts), "")  # the title of its licence
     return re.sub(r"\s+", " ", stated).replace("|", "/")[:80] or "not stated"
 
 

@@ -1,6 +1,6 @@
 """Trials of faults and hostile files, counted: how often every verb was stopped, and every reader fed, and what survived.
 
-    python benchmarks/reliability.py                # everything: about half an hour on two cores
+    python benchmarks/reliability.py                # everything: about three quarters of an hour on two cores
     python benchmarks/reliability.py --stride 10 --pairs 5 --share 0.05
 
 writes benchmarks/reliability.md. The trials are those of `tests/faults` and `tests/fuzz`, which fail where anything is lost.
@@ -25,7 +25,8 @@ READING = (
     *("erasers/tensor_files.py", "erasers/header.py", "erasers/eraser.py", "erasers/manifests.py", "formats/importing.py"),
     *("yaml_files.py", "json_files.py", "recipe_files.py", "recipe.py", "evaluation/suites/suite_files.py"),
     *("evaluation/suites/prompt_files.py", "families/__init__.py", "bases/single_file.py", "bases/stored.py", "pictures.py"),
-    *("evaluation/scoring.py", "evaluation/report/report.py"),
+    *("evaluation/scoring.py", "evaluation/cases.py", "evaluation/report/report.py", "evaluation/report/attaching.py"),
+    *("bases/configurations.py", "erasers/fetching.py", "erasers/hub_answers.py", "erasers/hub_errors.py"),
 )
 """Modules in which strangers' files are read."""
 PROJECT = Path(__file__).parents[1]
@@ -49,11 +50,18 @@ def stop_verbs(out: Path, stride: int, pairs: int) -> dict[str, Any]:
 
 def feed_readers(out: Path, share: float) -> dict[str, dict[str, int]]:
     """Return reader to its counts; a case that breaks a rule ends the run."""
-    return json.loads(run(TESTS / "fuzz" / "fuzzing.py", "--seed", 1, out / "fuzz", *shares(share)).splitlines()[-1])
+    counts = fed("fuzzing.py", out / "fuzz", share)
+    guided = fed("guided.py", out / "guided", share / 4)
+    return {name: {**count, "guided": guided[name]["cases"]} for name, count in counts.items()}
+
+
+def fed(script: str, out: Path, share: float) -> dict[str, dict[str, int]]:
+    """Return reader to its counts by one of the scripts of `tests/fuzz`."""
+    return json.loads(run(TESTS / "fuzz" / script, "--seed", 1, out, *shares(share)).splitlines()[-1])
 
 
 def shares(share: float) -> list[str]:
-    """Return the readers' numbers of cases, for `fuzzing.py`."""
+    """Return the readers' numbers of cases, for the scripts of `tests/fuzz`."""
     from test_fuzzing import CASES
 
     return [f"{name}={max(20, round(share * number))}" for name, number in CASES.items()]
@@ -91,7 +99,8 @@ def write(
     coverage = "\n".join(f"| {' | '.join(row)} |" for row in [["module", "lines", "share"], ["---", "---:", "---:"], *covered])
     kinds = ("kills", "kills at random times", "refusals", "pairs", "pairs of which one was refused")
     verbs = [[name, *(counts.get(kind, 0) for kind in kinds)] for name, counts in faults["counts"].items()]
-    readers = [[name, *(counts[kind] for kind in ("cases", "loads", "refusals"))] for name, counts in fuzz.items()]
+    fed_with = ("cases", "loads", "refusals", "guided")
+    readers = [[name, *(counts[kind] for kind in fed_with)] for name, counts in fuzz.items()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("esd-lora", "torch", "safetensors", "pillow", "pyyaml"))
     failures = "\n".join(f"- {failure}" for failure in faults["failures"]) or "None."
     text = f"""# Reliability
@@ -117,9 +126,10 @@ Lost or mixed results, tracebacks, hangs and files left behind: {len(faults["fai
 
 A third of the cases are mutated bytes, the others documents of the right structure with a value or two exchanged. Each case
 loads or is refused in an `EsdLoraError` of a few lines, within 5 seconds and 512 MB; a socket, a process, code from the case's
-folder or a write outside it ends the run, as any other exception does.
+folder or a write outside it ends the run, as any other exception does. Beyond these, atheris (libFuzzer) makes cases of bytes,
+guided by what code of the package they reach, under the same rules.
 
-{table(["reader", "cases", "read", "refused"], readers)}
+{table(["reader", "cases", "read", "refused", "guided by coverage"], readers)}
 
 The run went to its end, so no case broke a rule.
 

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import read_bounded
 
 BUILT_IN = ("emoji",)
 """Names of the base models that ship."""
 BASES = Path(__file__).parent / "bases"
 """Folder with one folder for each of them."""
+
+MAX_PROMPT_FILE = 2**26
+"""Bytes of the largest file of prompts that is read; COCO's 40,504 captions have 3 MB."""
+MAX_PROMPTS = 200_000
+"""Most lines or rows of one."""
+_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # at which `str.splitlines` splits
 
 
 def base_files(name: str) -> Path:
@@ -37,12 +44,15 @@ def read_prompts(file: str | Path) -> tuple[str, ...]:
     """Return the prompts of a text file, one a line; empty lines and those that begin with `#` aside.
 
     Raises:
-        EsdLoraError: If it cannot be read or holds none.
+        EsdLoraError: If it cannot be read, is too large, or holds none.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text("utf-8-sig").splitlines()]
+        text = read_bounded(Path(file), MAX_PROMPT_FILE).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EsdLoraError(f"prompts cannot be read from {file} ({error}). Give a text file, one prompt a line.") from error
+    if (count := sum(map(text.count, _BREAKS))) > MAX_PROMPTS:
+        raise EsdLoraError(f"{file} has {count:,} lines, more than {MAX_PROMPTS:,}. Give a file of fewer prompts.")
+    lines = [line.strip() for line in text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise EsdLoraError(f"{file} holds no prompt. Expected a text file, one prompt a line.")

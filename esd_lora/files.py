@@ -424,6 +424,20 @@ def _beside(output: Path, kind: str) -> Path:
     return output.with_name(f".{name[:_LONGEST].decode(errors='ignore')}.{hashlib.sha256(name).hexdigest()[:8]}.{kind}")
 
 
+def read_bounded(file: Path, largest: int) -> bytes:
+    """Return the content of a file that a stranger may have written, and of no more than so many bytes.
+
+    Raises:
+        EsdLoraError: If it has more.
+        OSError: If it cannot be read.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(largest + 1)
+    if len(content) > largest:
+        raise EsdLoraError(f"{file} has more than {largest:,} bytes, too many for what it should be. Give another file.")
+    return content
+
+
 def hash_file(file: Path) -> str:
     """Return the SHA-256 of a file, in hex digits."""
     with file.open("rb") as opened:

@@ -41,6 +41,8 @@ def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """
     too_large = f"{file} has more than {MOST_PIXELS:,} pixels, the most that a picture may have. Make it smaller, or remove it."
     try:
+        if _canvas(file) > MOST_PIXELS:
+            raise EsdLoraError(too_large)
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise EsdLoraError(too_large)
@@ -55,6 +57,16 @@ def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         raise EsdLoraError(
             f"{file} cannot be read as a picture, {' or '.join(formats)} ({reason}). Mend or remove it."
         ) from error
+
+
+def _canvas(file: Path) -> int:
+    """Return how many pixels the canvas of an extended WEBP has, for which memory is taken as soon as it is opened; else 0."""
+    with file.open("rb") as opened:
+        head = opened.read(30)
+    if head[:4] != b"RIFF" or head[8:16] != b"WEBPVP8X":
+        return 0
+    width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
+    return width * height
 
 
 def paint(

@@ -737,7 +737,7 @@ def environment(hub: LoopbackHub, home: Path, token: str | None) -> dict[str, st
     return kept | ours | ({"HF_TOKEN": token} if token else {})
 
 
-class _Clock:
+class Clock:
     """The module `time` for the client, in which sleeping takes none."""
 
     def __init__(self, waits: list[float]):
@@ -780,8 +780,8 @@ def connect(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (hub_utils, "HF_HUB_OFFLINE", False),
         (hub_utils, "HF_HUB_DISABLE_TELEMETRY", True),
         (sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True),
-        (_http, "time", _Clock(hub.waits)),
-        (file_download, "time", _Clock(hub.waits)),
+        (_http, "time", Clock(hub.waits)),
+        (file_download, "time", Clock(hub.waits)),
     ):
         monkeypatch.setattr(place, name, value)
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from esd_lora.bases.base import Base
+from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
 from esd_lora.bases.single_file import open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts
+from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
@@ -121,7 +123,7 @@ def _look_up(hub_id: HubId) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        with quiet_libraries():
+        with quiet_libraries(), checked_answers(MAX_FILE):
             return Path(hf_hub_download(hub_id.repo, "model_index.json", revision=hub_id.revision)).parent
     except (OSError, ValueError) as error:
         raise EsdLoraError(f"base {hub_id.repo!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -134,11 +136,22 @@ def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: b
         left_out: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         if not vae:
             left_out["vae"] = None
+        options: dict[str, Any] = {"use_safetensors": True, **left_out}
+        folder = Path(source)
         try:
-            return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, **left_out)
+            if revision:
+                with checked_answers(MAX_FILE):
+                    folder = Path(DiffusionPipeline.download(source, revision=revision, **options))
+            check_configurations(folder)
+            with bounded_models(folder.glob("*/*.safetensors"), source):
+                pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **options)
+        except EsdLoraError:
+            raise
         except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EsdLoraError(f"base {source!r} cannot be loaded: {first}") from error
+    require_weights(pipe.components.items(), f"base {source!r}", "Fetch it again, or from elsewhere.")
+    return pipe
 
 
 @contextmanager

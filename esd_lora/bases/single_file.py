@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from esd_lora.bases.configurations import bounded_models, check_configurations, require_weights
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, ModelFamily, family_of, read_pipeline
@@ -134,6 +135,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
 
     index = read_json(folder / "model_index.json")
     apart: dict[str, Any] = {} if vae else {"vae": None}
+    check_configurations(folder)
     try:
         for part, component_class in index.items():
             if (
@@ -147,10 +149,14 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
             prefixes = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
             if not any(key.startswith(prefixes) for key in shapes):
                 component = _model_class(library, name)
-                apart[part] = component.from_pretrained(folder / part, dtype=dtype, local_files_only=True, use_safetensors=True)
-        pipe = getattr(diffusers, index["_class_name"]).from_single_file(
-            str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
-        )
+                with bounded_models((folder / part).glob("*.safetensors"), folder):
+                    apart[part] = component.from_pretrained(
+                        folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
+                    )
+        with bounded_models([file, *folder.glob("*/*.safetensors")], file):
+            pipe = getattr(diffusers, index["_class_name"]).from_single_file(
+                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
+            )
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
@@ -160,14 +166,8 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
             f"{file} does not fit the configuration of a {index['_class_name']}: {first}."
             " Is it whole, and of that architecture, and has --base-config what it lacks?"
         ) from error
-    for part, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module):
-            lacking = [path for path, parameter in component.named_parameters() if parameter.is_meta]
-            if lacking:
-                raise EsdLoraError(
-                    f"{file} lacks {len(lacking)} tensors of the {part}, {lacking[0]} the first. Take the full checkpoint, or"
-                    " give --base-config a diffusers directory that has them."
-                )
+    remedy = "Take the full checkpoint, or give --base-config a diffusers directory that has them."
+    require_weights(pipe.components.items(), file, remedy)
     return pipe
 
 

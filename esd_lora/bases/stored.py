@@ -8,8 +8,10 @@ from typing import BinaryIO, NamedTuple
 
 from torch import Tensor
 
+from esd_lora.bases.configurations import MAX_FILE
 from esd_lora.bases.single_file import identify
 from esd_lora.built_in import BUILT_IN, base_files
+from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.erasers.tensor_files import DTYPES, Header, read_header, read_rows
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily, family_of, read_pipeline
@@ -123,7 +125,8 @@ def _fetch(hub_id: HubId) -> Path:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(hub_id.repo, revision=hub_id.revision, use_safetensors=True))
+        with checked_answers(MAX_FILE):
+            return Path(DiffusionPipeline.download(hub_id.repo, revision=hub_id.revision, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise EsdLoraError(f"base {str(hub_id)!r} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
 

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import re
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -102,7 +103,7 @@ def take_snapshot(hub_id: HubId, *, whole: bool) -> Snapshot:
         if not whole:
             stack = [name for name in names if name.endswith((".safetensors", ".yaml"))]
             names = [WEIGHTS_NAME] if WEIGHTS_NAME in names else stack
-        with reporting_hub_errors(str(hub_id)):
+        with reporting_hub_errors(str(hub_id), largest=max(files[name].size for name in names)):
             newest = _download(hub_id, commit, names)
         folder = newest.parent / commit
         wrong = [name for name in names if not _is_as_announced(folder / name, files[name])]
@@ -131,14 +132,15 @@ def _list_files(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    commit = api.model_info(hub_id.repo, revision=hub_id.revision).sha or ""
+    commit = str(api.model_info(hub_id.repo, revision=hub_id.revision).sha)
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise EsdLoraError(f"the Hub gave no commit for {hub_id}. Try again later.")
-    files = [file for file in api.list_repo_tree(hub_id.repo, recursive=True, revision=commit) if isinstance(file, RepoFile)]
+    listed = api.list_repo_tree(hub_id.repo, recursive=True, revision=commit)
+    files = list(islice((file for file in listed if isinstance(file, RepoFile)), _MAX_FILES + 1))
     if len(files) > _MAX_FILES:
-        raise EsdLoraError(
-            f"{hub_id} holds {len(files):,} files, more than {_MAX_FILES}: that is no eraser. Nothing was fetched."
-        )
+        raise EsdLoraError(f"{hub_id} holds more than {_MAX_FILES} files: that is no eraser. Nothing was fetched.")
+    if not all(map(_is_described, files)):
+        raise TypeError("a file without name, size or hash is listed")
     allowed: dict[str, RepoFile] = {}
     left_out: list[str] = []
     for file in files:
@@ -157,6 +159,13 @@ def _list_files(hub_id: HubId) -> tuple[str, dict[str, RepoFile], list[str]]:
     if sum(file.size for file in allowed.values()) > 2 * _MAX_WEIGHTS:
         raise EsdLoraError(f"{hub_id} is too large in all for an eraser. Nothing was fetched.")
     return commit, allowed, left_out
+
+
+def _is_described(file: RepoFile) -> bool:
+    """Return whether what the Hub says of a file is of the types that its client announces."""
+    texts: list[object] = [file.path, file.blob_id, file.lfs.sha256 if file.lfs else ""]
+    size = cast("object", file.size)
+    return isinstance(size, int) and size >= 0 and all(isinstance(text, str) for text in texts)
 
 
 def _download(hub_id: HubId, commit: str, names: list[str]) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, cast
 
+from esd_lora.erasers.hub_answers import checked_answers, wait_of
 from esd_lora.errors import EsdLoraError
 
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
@@ -27,8 +27,11 @@ _SENTENCES: dict[str | int, str] = {
     "HFValidationError": "{what} is no name that the Hub takes: {reason}",
     "LocalTokenNotFoundError": "the Hub wants to know who asks, and there is no token here. " + _LOGIN,
     "UnicodeError": "the token here has characters that no token has. " + _LOGIN,
-    # The Hub finds fault with a card, or answers what is no JSON.
-    "ValueError": "the Hub and its client do not agree on {what}: {reason}",
+    # The Hub finds fault with a card, answers what is no JSON, or JSON of another shape.
+    **dict.fromkeys(
+        ("ValueError", "TypeError", "AttributeError", "LookupError", "ArithmeticError", "AssertionError", "RecursionError"),
+        "the Hub and its client do not agree on {what}: {reason}",
+    ),
     "offline": "HF_HUB_OFFLINE is set, so the Hub was not asked about {what}. Unset it, or take what lies here.",
     "connection": "the connection to the Hub failed on {what} ({origin}). {again}",
 }
@@ -36,12 +39,13 @@ _SENTENCES: dict[str | int, str] = {
 
 
 @contextmanager
-def reporting_hub_errors(what: str, again: str = "Try again.") -> Generator[None]:
-    """Turn whatever the Hub refuses, and a connection that fails, into one sentence without the token in it.
+def reporting_hub_errors(what: str, again: str = "Try again.", *, largest: int = 0) -> Generator[None]:
+    """Check what the Hub answers; turn its refusals, and a connection that fails, into one sentence without the token in it.
 
     Args:
         what: The repository, for the message.
         again: What to do when the connection broke.
+        largest: Bytes of the largest file that is fetched.
 
     Raises:
         EsdLoraError: With the sentence. Its `__cause__` is the Hub's answer if there was one, else the client's error.
@@ -51,24 +55,25 @@ def reporting_hub_errors(what: str, again: str = "Try again.") -> Generator[None
     # httpx's HTTPError, or httpx2's: versions of the client differ.
     transport = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
     library = import_module(transport.__module__.partition(".")[0])
+    # The last ones are what the client raises of JSON of another shape.
+    shapes = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
     try:
-        yield
-    except (OSError, RuntimeError, ValueError, transport, library.InvalidURL) as error:
+        with checked_answers(largest):
+            yield
+    except (OSError, RuntimeError, transport, library.InvalidURL, *shapes) as error:
         token, causes = get_token(), [error]
         while isinstance(cause := causes[-1].__cause__, Exception):  # the client wraps what stopped a transfer
             causes.append(cause)
         answer: Any = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
         names = [kind.__name__ for kind in type(answer or error).__mro__]
         keys: list[str | int] = [*names, "offline" if constants.HF_HUB_OFFLINE else "connection"]
-        reason, status, wait = str(error), 0, None
+        reason, status, wait = str(error), 0, 0
+        if not isinstance(error, (OSError, RuntimeError, ValueError, transport)):
+            reason = f"{type(error).__name__}: {reason}"  # of which the text alone says little
         if answer is not None:
             reason, status = answer.server_message or _first_line(answer), answer.response.status_code
-            headers = answer.response.headers
+            wait = wait_of(answer.response.headers)
             keys = [*names[: names.index("HfHubHTTPError")], status, 500 if status >= 500 else 400]
-            # `Retry-After: 30` or `RateLimit: "api";r=0;t=30`
-            wait = re.search(r"^(\d+)$", headers.get("retry-after", "")) or re.search(
-                r"\bt=(\d+)", headers.get("ratelimit", "")
-            )
         sentence = next(_SENTENCES[key] for key in keys if key in _SENTENCES).format(
             what=what,
             again=again,
@@ -79,7 +84,7 @@ def reporting_hub_errors(what: str, again: str = "Try again.") -> Generator[None
             gate="" if token else f". {_LOGIN}",
             who="the token here" if token else "who asks",
             hidden="or your token may not see it. Look at the name." if token else f"or one must log in to see it. {_LOGIN}",
-            wait=f"in {wait[1]} seconds" if wait else "later",
+            wait=f"in {wait} seconds" if wait else "later",
         )
         raise EsdLoraError(sentence.replace(token, "***") if token else sentence) from (answer or error)
 

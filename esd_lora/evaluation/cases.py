@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from esd_lora.built_in import domain
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import read_bounded
+from esd_lora.json_files import parse_json
 
 Role = Literal["target", "paraphrase", "neighbour", "general"]
 ROLES: tuple[Role, ...] = ("target", "paraphrase", "neighbour", "general")
@@ -16,6 +19,7 @@ MAX_CASES = 100_000
 """Most pictures that a prompt set of a suite may come to; COCO's have 40,504 captions, of which papers take 30,000."""
 MAX_PROMPT = 10_000
 """Longest text that a suite's template may come to, in characters: text encoders read 77 to 512 tokens."""
+_LARGEST = 2**26  # bytes of a file of cases; `MAX_CASES` of usual length come to a third
 AND = " + "
 """Between the parts of a label: "cat + ink"."""
 
@@ -47,6 +51,28 @@ class Case(NamedTuple):
         """Return the case as a line of `cases.jsonl`, where the id is called `case`."""
         names = {"id": "case"} | {name: name for name in ("role", "prompt", "seed", "label", "rest", "guidance")}
         return {key: getattr(self, name) for name, key in names.items()}
+
+
+def read_cases(file: Path) -> list[Case]:
+    """Return the cases of an evaluation, from its `cases.jsonl`.
+
+    Raises:
+        EsdLoraError: If it cannot be read, is too large, or a line is no case.
+    """
+    cases: list[Case] = []
+    try:
+        for line in read_bounded(file, _LARGEST).decode("utf-8").split("\n")[:-1]:
+            values = parse_json(line)
+            case = Case(values["case"], values["role"], values["prompt"], values["seed"])
+            if case.role not in ROLES or not isinstance(case.prompt, str):
+                raise ValueError("it names no role or prompt")
+            if Path(case.id).name != case.id or len(case.id) > 200:  # it names a picture's file
+                raise ValueError("its name is none")
+            cases.append(case)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        where = f"{file}, line {len(cases) + 1}"
+        raise EsdLoraError(f"{where}: damaged ({type(error).__name__}: {error}). Expected what an evaluation wrote.") from error
+    return cases
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

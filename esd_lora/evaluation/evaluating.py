@@ -49,6 +49,7 @@ from esd_lora.files import (
     check_directory,
     hash_file,
     lock_output,
+    read_bounded,
     refuse_inputs,
     replace_directory,
     reporting_write_errors,
@@ -59,6 +60,7 @@ from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
 _FOLDERS = ("images", "scores", "features")
+_LARGEST = 2**26  # bytes of an evaluation's record
 
 
 def evaluate(
@@ -263,8 +265,10 @@ def _begun(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: b
 def _differences(file: Path, record: Mapping[str, Any], *, tolerant: bool) -> list[str]:
     """Return the keys in which the record of an earlier evaluation differs: all, if it is damaged and that is tolerable."""
     try:
-        earlier = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        earlier = json.loads(read_bounded(file, _LARGEST).decode("utf-8"))
+        if not isinstance(earlier, dict):
+            raise ValueError(f"it holds {type(earlier).__name__}, expected a mapping")
+    except (EsdLoraError, ValueError, OSError, RecursionError) as error:
         if tolerant:
             return list(record)
         raise EsdLoraError(f"{file} is damaged ({error}). Choose another output, or add --force.") from error

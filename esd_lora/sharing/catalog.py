@@ -141,12 +141,22 @@ def search(
     filters += [concept_tag(concept)] if concept else []
     filters += [f"base_model:{base}"] if base else []
     with reporting_hub_errors("the list of models"):
-        models = list(HfApi().list_models(filter=filters, search=text, sort="downloads", limit=limit, full=True))
-    erasers: list[HubEraser] = []
-    for model in models:
-        of_model = model.tags or []
-        bases = [tag.rpartition(":")[2] for tag in of_model if re.fullmatch(r"base_model:[^:]+", tag)]
-        names = [tag.removeprefix("erases:").replace("-", " ") for tag in of_model if tag.startswith("erases:")]
-        day = model.last_modified.date().isoformat() if model.last_modified else ""
-        erasers.append(HubEraser(model.id, names, ", ".join(bases), model.downloads or 0, model.likes or 0, day))
-    return erasers
+        return [
+            _describe(model)
+            for model in HfApi().list_models(filter=filters, search=text, sort="downloads", limit=limit, full=True)
+        ]
+
+
+def _describe(model: Any) -> HubEraser:
+    """Return an eraser as the Hub lists it.
+
+    Raises:
+        TypeError: If something in the list is of another type than it should be.
+    """
+    tags, downloads, likes = model.tags or [], model.downloads or 0, model.likes or 0
+    if not all(isinstance(text, str) for text in (model.id, *tags)) or not all(isinstance(n, int) for n in (downloads, likes)):
+        raise TypeError("a model without name, tags or counts is listed")
+    bases = [tag.rpartition(":")[2] for tag in tags if re.fullmatch(r"base_model:[^:]+", tag)]
+    names = [tag.removeprefix("erases:").replace("-", " ") for tag in tags if tag.startswith("erases:")]
+    day = model.last_modified.date().isoformat() if model.last_modified else ""
+    return HubEraser(model.id, names, ", ".join(bases), downloads, likes, day)

@@ -116,12 +116,12 @@ def push(
         except RepositoryNotFoundError:
             if create_pr:
                 raise
+        held = [sibling.rfilename for sibling in existing.siblings or []] if existing and not create_pr else []
+        removed = tuple(place for place in held if place in _writable(repo) - {*draft.files})
     if existing and private and not existing.private:
         raise EsdLoraError(f"{repo} is there and public. Make it private on its page, or push without --private.")
     audience = "private" if (existing.private if existing else private) else "public: anyone can see and fetch it"
     branch = "as a pull request" if create_pr else f"on branch {revision}" if revision else ""
-    held = [sibling.rfilename for sibling in existing.siblings or []] if existing and not create_pr else []
-    removed = tuple(place for place in held if place in _writable(repo) - {*draft.files})
     draft = draft._replace(target=", ".join(filter(None, (branch, "" if existing else "new", audience))), removed=removed)
     if not confirm(draft):
         return None

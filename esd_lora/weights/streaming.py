@@ -86,7 +86,7 @@ def merged_before(header: Header) -> list[dict[str, Any]]:
     """Return what was merged into a file before, as it says itself."""
     try:
         merged = json.loads(header.metadata.get(MERGED_KEY, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return merged if isinstance(merged, list) else []
 

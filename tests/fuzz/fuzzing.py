@@ -72,7 +72,7 @@ class Guard:
             )
             bad = bool(writes) and not self.inside(path) and path != os.devnull
         elif event in self.CHANGING:
-            bad = not self.inside(arguments[0])
+            bad = not all(self.inside(*place) for place in _changed(event, arguments))
         elif event == "exec":
             bad = self.inside(getattr(arguments[0], "co_filename", ""))
         elif event == "compile":
@@ -84,11 +84,34 @@ class Guard:
             self.broken.append(f"{event} {arguments!r}"[:300])
             raise PermissionError(f"a reader may not: {event}")
 
-    def inside(self, path: object) -> bool:
-        """Return whether a path lies in the case's folder."""
+    def inside(self, path: object, folder: int = -1) -> bool:
+        """Return whether a path, from an open folder on or else from this one, is the case's folder or lies in it.
+
+        A file that is open counts, as its opening was seen.
+        """
+        if isinstance(path, int):
+            return True
         if not isinstance(path, str | bytes | os.PathLike):
             return False
-        return os.path.abspath(os.fsdecode(path)).startswith(self.folder + os.sep)  # noqa: PTH100
+        start = "" if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")  # noqa: PTH115
+        return f"{os.path.abspath(os.path.join(start, os.fsdecode(path)))}{os.sep}".startswith(self.folder + os.sep)  # noqa: PTH100, PTH118
+
+
+def _changed(event: str, arguments: tuple[Any, ...]) -> list[tuple[object, int]]:
+    """Return the paths that an event changes, each with the open folder that it counts from, or -1."""
+    match event:
+        case "os.rename":
+            return [(arguments[0], arguments[2]), (arguments[1], arguments[3])]
+        case "os.link":
+            return [(arguments[1], arguments[3])]
+        case "os.symlink":
+            return [(arguments[1], arguments[2])]
+        case "os.mkdir" | "os.chmod":
+            return [(arguments[0], arguments[2])]
+        case "os.truncate":
+            return [(arguments[0], -1)]
+        case _:
+            return [(arguments[0], arguments[1])]
 
 
 @contextmanager
@@ -396,21 +419,26 @@ def fuzz(name: str, cases: int, seed: int, folder: Path, guard: Guard) -> dict[s
     return session.counts
 
 
-def main() -> None:
-    """Fuzz the readers that the command line names, and print their counts."""
+def read_command() -> tuple[Path, int, dict[str, int]]:
+    """Return the folder, the seed, and reader to number of cases that the command line names; ready this process for them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("readers", nargs="+", metavar="READER=CASES")
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True
+    os.fsync = lambda _: None  # nothing here has to outlive a power failure, and a busy disk would look like a slow reader
     signal.signal(signal.SIGALRM, _too_slow)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    guard = Guard(arguments.folder / "case")
-    counts: dict[str, dict[str, int]] = {}
-    for argument in arguments.readers:
-        name, _, cases = argument.partition("=")
-        counts[name] = fuzz(name, int(cases), arguments.seed, arguments.folder, guard)
+    pairs = (argument.partition("=") for argument in arguments.readers)
+    return arguments.folder.resolve(), arguments.seed, {name: int(cases) for name, _, cases in pairs}
+
+
+def main() -> None:
+    """Fuzz the readers that the command line names, and print their counts."""
+    folder, seed, readers = read_command()
+    guard = Guard(folder / "case")
+    counts = {name: fuzz(name, cases, seed, folder, guard) for name, cases in readers.items()}
     sys.stdout.write(json.dumps(counts) + "\n")
 
 

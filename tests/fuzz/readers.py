@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from hub_cases import hub_documents, lay_eraser, my_eraser, read_hub
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
@@ -29,15 +30,19 @@ from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept
 from esd_lora.erasers.manifests import load_eraser
-from esd_lora.erasers.tensor_files import read_tensors
+from esd_lora.erasers.tensor_files import hash_tensors, read_tensors
+from esd_lora.evaluation.cases import ROLES, Case
+from esd_lora.evaluation.evaluating import _differences
+from esd_lora.evaluation.picture_files import painted_file
 from esd_lora.evaluation.planning import plan_cases
+from esd_lora.evaluation.report.attaching import _take_samples, attach
 from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.scoring import _resume
 from esd_lora.evaluation.suites.prompt_files import read_prompt_file
 from esd_lora.evaluation.suites.suite_files import load_suite, suite_names
 from esd_lora.formats.importing import import_lora
 from esd_lora.formats.inspecting import inspect_file
-from esd_lora.pictures import read_samples
+from esd_lora.pictures import open_picture, png, read_samples
 from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_names, recipe_text
 from random_erasers import random_eraser
 from tiny import save_tiny, tiny_pipeline, tiny_recipe
@@ -360,6 +365,21 @@ def pictures(_: Path) -> list[bytes]:
     return contents
 
 
+def photos(_: Path) -> list[bytes]:
+    """Return pictures in every format, a WEBP of two frames and a JPEG that is turned among them."""
+    contents: list[bytes] = []
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for kind, options in (("PNG", {}), ("JPEG", {"exif": turned}), ("WEBP", {}), ("BMP", {}), ("PNG", {"save_all": True})):
+        buffer = io.BytesIO()
+        frames = [Image.new("RGB", (9, 7), color) for color in ("red", "blue")]
+        frames[0].save(buffer, kind, **options, **({"append_images": frames[1:]} if "save_all" in options else {}))
+        contents.append(buffer.getvalue())
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    return [*contents, buffer.getvalue()]
+
+
 RECORD = {"metric": "x", "weights": "café"}
 SCORES = [
     [
@@ -387,10 +407,30 @@ REPORTS = [
         "stack": {"metric": "x", "members": [MEMBER], "matrix": [[NUMBER, None]], "kept": [NUMBER]},
         "distances": {"fid": {"erased": {"value": 1.5, "of": 3}}},
         "not_run": {"clip": "no weights"},
-        "record": {"detectors": {"x": {"metric": "x"}}},
+        "record": {"detectors": {"x": {"metric": "x"}, "fid": {"metric": "FID", "beside": "base"}}},
         "gates": [{"gate": "x < 1", "failed": False}],
     }
 ]
+
+CASES = [
+    [case._replace(id=f"{role}-{i}", role=role).to_dict() for i in range(2) for role in ROLES]
+    for case in (Case("", "target", "a", 0, "cat"),)
+]
+
+
+def lay_painted(folder: Path) -> None:
+    """Write the pictures of `CASES`, of the base and erased."""
+    for case in CASES[0]:
+        for variant in ("base", "erased"):
+            file = painted_file(folder, variant, case["case"])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(Image.new("RGB", (2, 2))))
+
+
+def attachable() -> list[Any]:
+    """Return reports of the eraser that `lay_eraser` writes."""
+    member = {"sha256": hash_tensors(my_eraser().state_dict()), "weight": 1.0, "blocks": {}}
+    return [{**REPORTS[0], "record": {**REPORTS[0]["record"], "variants": {"erased": {"erasers": [member]}}}}]
 
 
 # Bases
@@ -427,10 +467,11 @@ def load_whole(folder: Path) -> None:
 
 
 def base_reader(name: str, read: Callable[[Path], object], **changes: Any) -> Reader:
-    """Return the reader of one configuration of a base, whose values may be `changes` too."""
+    """Return the reader of one configuration of a base, each of whose values may be that of `changes` too."""
     document = base_document(name)
     content = (tiny_base() / name).read_bytes()
-    return Reader(name, read, lambda _: [content], [document, {**document, **changes}], beside=lay_base)
+    others = [{**document, key: value} for key, value in changes.items()]
+    return Reader(name, read, lambda _: [content], [document, *others], beside=lay_base)
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -450,6 +491,21 @@ INDEX = {
     "vae": ["os", "system"],
     "_class_name": ["mine", "Mine"],
     "safety_checker": [None, None],
+}
+DENOISER = {
+    "block_out_channels": [10**9, 10**9],
+    "layers_per_block": 10**9,
+    "transformer_layers_per_block": 10**9,
+    "cross_attention_dim": 10**9,
+    "num_class_embeds": 10**9,
+    "time_embedding_dim": 10**9,
+}
+TEXT_ENCODER = {
+    "num_hidden_layers": 10**9,
+    "hidden_size": 10**9,
+    "max_position_embeddings": 10**9,
+    "attn_implementation": "kernels-community/flash-attn",
+    "auto_map": {"AutoModel": "mine.Mine"},
 }
 READERS: dict[str, Reader] = {
     "eraser": Reader(
@@ -501,7 +557,13 @@ READERS: dict[str, Reader] = {
         TABLES,
         as_csv,
     ),
+    "lines": Reader(
+        "x.txt",
+        lambda folder: read_prompt_file(folder / "x.txt"),
+        lambda _: [b"# mine\na cat\n\n  a dog \n", "\ufeffein Käfer\r\n猫\u2028x".encode()],
+    ),
     "picture": Reader("1_erased.png", read_samples, pictures),
+    "photo": Reader("x", lambda folder: open_picture(folder / "x"), photos),
     "scores": Reader(
         "x.jsonl",
         lambda folder: _resume(folder / "x.jsonl", RECORD),
@@ -509,11 +571,39 @@ READERS: dict[str, Reader] = {
         SCORES,
         as_lines,
     ),
+    "cases": Reader(
+        "cases.jsonl",
+        _take_samples,
+        lambda _: [as_lines(document) for document in CASES],
+        CASES,
+        as_lines,
+        lay_painted,
+    ),
+    "evaluation": Reader(
+        "evaluation.json",
+        lambda folder: _differences(folder / "evaluation.json", REPORTS[0]["record"], tolerant=False),
+        lambda _: [json.dumps(document["record"]).encode() for document in REPORTS],
+        [document["record"] for document in REPORTS],
+    ),
+    "attached": Reader(
+        "summary.json",
+        lambda folder: attach(folder / "mine", folder),
+        lambda _: [json.dumps(document).encode() for document in attachable()],
+        attachable(),
+        beside=lay_eraser,
+    ),
     "report": Reader(
         "summary.json",
-        lambda folder: Report.load(folder),
+        lambda folder: Report.load(folder).to_markdown(),
         lambda _: [json.dumps(document).encode() for document in REPORTS],
         REPORTS,
+    ),
+    "hub": Reader(
+        "answers.json",
+        read_hub,
+        lambda _: [json.dumps(document).encode() for document in hub_documents()],
+        hub_documents(),
+        beside=lay_eraser,
     ),
     "index": base_reader("model_index.json", stored, **INDEX),
     "schedule": base_reader("scheduler/scheduler_config.json", stored, prediction_type="flow_prediction"),
@@ -524,6 +614,9 @@ READERS: dict[str, Reader] = {
         [safetensors_document(checkpoint())],
         safetensors_file,
     ),
+    "denoiser": base_reader("unet/config.json", load_whole, **DENOISER),
+    "text encoder": base_reader("text_encoder/config.json", load_whole, **TEXT_ENCODER),
+    "vae": base_reader("vae/config.json", load_whole, layers_per_block=10**9),
     "whole index": base_reader("model_index.json", load_whole, **INDEX),
     "whole schedule": base_reader("scheduler/scheduler_config.json", load_whole),
 }

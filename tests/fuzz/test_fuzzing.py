@@ -1,4 +1,4 @@
-"""Every reader of strangers' files, fuzzed in a process of its own: see `fuzzing.py`."""
+"""Every reader of strangers' files, fuzzed in a process of its own by `fuzzing.py`, and guided by coverage by `guided.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,33 @@ from fuzzing import CORPUS, mutate
 from readers import READERS
 
 TESTS = Path(__file__).parents[1]
-SLOW = {"whole index": 150, "whole schedule": 150, "checkpoint": 600, "pt": 1200}
+BASES = ("denoiser", "text encoder", "vae", "whole index", "whole schedule")
+SLOW = {**dict.fromkeys(BASES, 150), "checkpoint": 600, "pt": 1200}
 """Readers of which a case takes longer, and their number of cases in the whole run."""
 CASES = {name: SLOW.get(name, 1600) for name in READERS}
+GUIDED = {name: number // 4 for name, number in CASES.items()}
+STAND_IN = """
+import sys, types
+from collections import namedtuple
+Reader = namedtuple("Reader", "file read seeds documents write beside")
+sys.modules["readers"] = types.SimpleNamespace(READERS={}, Reader=Reader)
+"""
+"""What a script begins with that brings readers of its own; the real ones take long to import."""
+needs_atheris = pytest.mark.skipif(find_spec("atheris") is None, reason="atheris has wheels for Linux on x86-64 alone")
 
 
-def run(folder: Path, cases: dict[str, int], seed: int = 0, timeout: int = 900) -> dict[str, dict[str, int]]:
-    """Fuzz readers in a fresh process, and return their counts."""
-    command = [sys.executable, str(TESTS / "fuzz" / "fuzzing.py"), "--seed", f"{seed}", str(folder)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+def start(folder: Path, script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this directory in a fresh process, with what it keeps for itself in a folder."""
+    paths = os.pathsep.join([str(TESTS / "fuzz"), str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command += [f"{name}={number}" for name, number in cases.items()]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    command = [sys.executable, str(TESTS / "fuzz" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+
+
+def run(folder: Path, cases: dict[str, int], seed: int = 0, script: str = "fuzzing.py") -> dict[str, dict[str, int]]:
+    """Fuzz readers in a fresh process, and return their counts."""
+    done = start(folder, script, "--seed", f"{seed}", str(folder), *(f"{name}={number}" for name, number in cases.items()))
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,7 +57,7 @@ def check(counts: dict[str, dict[str, int]], cases: dict[str, int]) -> None:
 
 
 def test_some_cases_of_every_reader(tmp_path: Path) -> None:
-    cases = {name: 4 if name.startswith("whole") else 25 for name in READERS}
+    cases = {name: 4 if name in BASES else 25 for name in READERS}
     check(run(tmp_path, cases), cases)
 
 
@@ -50,6 +65,33 @@ def test_some_cases_of_every_reader(tmp_path: Path) -> None:
 def test_all_cases_of_every_reader(tmp_path: Path) -> None:
     assert sum(CASES.values()) >= 20_000
     check(run(tmp_path, CASES, seed=1), CASES)
+
+
+@needs_atheris
+def test_some_cases_guided_by_coverage(tmp_path: Path) -> None:
+    cases = dict.fromkeys(("recipe", "report", "schedule"), 30)
+    check(run(tmp_path, cases, script="guided.py"), cases)
+
+
+@needs_atheris
+@pytest.mark.slow
+def test_all_cases_guided_by_coverage(tmp_path: Path) -> None:
+    check(run(tmp_path, GUIDED, seed=1, script="guided.py"), GUIDED)
+
+
+@needs_atheris
+def test_fault_of_guided_fuzzing_is_shown(tmp_path: Path) -> None:
+    script = tmp_path / "faulty.py"
+    script.write_text(f"""{STAND_IN}
+import guided
+read = lambda folder: int((folder / "x").read_bytes())
+guided.fuzzing.READERS["bad"] = Reader("x", read, lambda _: [b"1", b"y"], [], None, lambda _: None)
+guided.main()
+""")
+    done = start(tmp_path, script, str(tmp_path / "cases"), "bad=50")
+    assert done.returncode == 1
+    assert f"bad: {tmp_path / 'cases/bad/faults/bad-'}" in done.stderr
+    assert "ValueError: invalid literal for int()" in done.stderr
 
 
 def test_kept_inputs_have_a_reader() -> None:
@@ -86,12 +128,9 @@ BAD = {
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What is written of readers that break a rule, all in one process of its own, as an audit hook stays for good."""
     folder = tmp_path_factory.mktemp("bad")
-    script = f"""
-import json, signal, sys, types
-from collections import namedtuple
+    script = f"""{STAND_IN}
+import json, signal
 from pathlib import Path
-Reader = namedtuple("Reader", "file read seeds documents write beside")
-sys.modules["readers"] = types.SimpleNamespace(READERS={{}}, Reader=Reader)  # the real ones take long to import
 import fuzzing
 from esd_lora.errors import EsdLoraError
 fuzzing.SECONDS = 1

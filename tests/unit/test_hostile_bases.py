@@ -139,3 +139,95 @@ def test_damaged_denoiser(folder: Path, values: dict[str, object]) -> None:
     with pytest.raises(EsdLoraError, match="cannot be loaded") as caught:
         load_base(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", [READERS["directory"], READERS["base config"]], ids=["directory", "base config"])
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "value", ["kernels-community/flash-attn", "mine/kernel@main:x", "flash_attention_2", {"": "mine/x"}, 7]
+)
+def test_kernel_is_not_fetched(
+    folder: Path, checkpoint: Path, name: str, value: object, reader: Callable[[Path, Path], object]
+) -> None:
+    """With the package `kernels` installed, transformers would fetch and run it."""
+    change(folder / "text_encoder" / "config.json", text_config={name: value})
+    with pytest.raises(EsdLoraError, match=rf"text_encoder.config\.json: {name} is .*, which may be code that is fetched"):
+        reader(folder, checkpoint)
+
+
+@pytest.mark.parametrize(("method", "words"), [("mxfp4", "may be code that is fetched"), ("bitsandbytes", "cannot be loaded")])
+def test_quantisation_that_fetches_kernels(folder: Path, method: str, words: str) -> None:
+    change(folder / "text_encoder" / "config.json", quantization_config={"quant_method": method, "load_in_4bit": True})
+    with pytest.raises(EsdLoraError, match=words):
+        load_base(folder, device="cpu")
+
+
+def test_plain_attention_is_taken(folder: Path) -> None:
+    change(folder / "text_encoder" / "config.json", attn_implementation="eager", experts_implementation=None)
+    assert load_base(folder, device="cpu")
+
+
+@pytest.mark.parametrize("reader", [READERS["directory"], READERS["base config"]], ids=["directory", "base config"])
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("unet", {"layers_per_block": 9_000}),
+        ("unet", {"num_class_embeds": 10**7}),
+        ("text_encoder", {"num_hidden_layers": 9_000}),
+        ("text_encoder", {"intermediate_size": 10**9}),
+        ("vae", {"layers_per_block": 9_000}),
+    ],
+)
+def test_model_larger_than_its_weights_is_not_built(
+    folder: Path, checkpoint: Path, part: str, values: dict[str, object], reader: Callable[[Path, Path], object]
+) -> None:
+    change(folder / part / "config.json", **values)
+    with pytest.raises(
+        EsdLoraError, match=r"a configuration of .* describes a model far larger than the \d+ tensors there are"
+    ):
+        reader(folder, checkpoint)
+
+
+@pytest.mark.parametrize("reader", [READERS["directory"], READERS["base config"]], ids=["directory", "base config"])
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"transformer_layers_per_block": [1, [10**9]]}),
+        ("text_encoder", {"num_hidden_layers": 10**30}),
+    ],
+)
+def test_layers_without_number(
+    folder: Path, checkpoint: Path, part: str, values: dict[str, object], reader: Callable[[Path, Path], object]
+) -> None:
+    change(folder / part / "config.json", **values)
+    with pytest.raises(EsdLoraError, match=rf"config\.json: {next(iter(values))} is .*, more than any model has"):
+        reader(folder, checkpoint)
+
+
+def test_channels_without_number(folder: Path) -> None:
+    change(folder / "unet" / "config.json", block_out_channels=[10**9, 10**9])
+    with pytest.raises(EsdLoraError, match="cannot be loaded") as caught:
+        load_base(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_without_weights(folder: Path) -> None:
+    change(folder / "unet" / "config.json", num_class_embeds=5)
+    with pytest.raises(EsdLoraError, match=r"lacks 1 tensors of the unet, class_embedding\.weight the first"):
+        load_base(folder, device="cpu")
+
+
+@pytest.mark.parametrize("values", [{"pos_embed_max_size": 20_000}, {"pos_embed_max_size": None, "sample_size": 10**9}])
+def test_table_of_places_without_end(tmp_path: Path, values: dict[str, object]) -> None:
+    make_toy("sd3").save_pretrained(tmp_path)
+    change(tmp_path / "transformer" / "config.json", **values)
+    with pytest.raises(EsdLoraError, match=r"describes a table of [\d,]+ numbers for the places in a picture"):
+        load_base(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{}" + " " * 2**20])
+def test_damaged_configuration_of_a_component(folder: Path, text: str) -> None:
+    (folder / "vae" / "config.json").write_text(text)
+    with pytest.raises(EsdLoraError, match=r"vae.config\.json is damaged"):
+        load_base(folder, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import struct
 import subprocess
 import zlib
@@ -159,3 +160,31 @@ def test_one_place_opens_pictures() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open")
     ]
     assert opened == [("pictures.py", "Image.open(file, formats=formats)")]
+
+
+def animation(width: int, height: int) -> bytes:
+    """Return a WEBP whose canvas is of some size, and whose one frame has four pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
+
+    def three(value: int) -> bytes:
+        return value.to_bytes(3, "little")
+
+    frame = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(frame, "WEBP", lossless=True)
+    place = three(0) + three(0) + three(1) + three(1) + three(100) + b"\0"
+    parts = chunk(b"VP8X", b"\x12\0\0\0" + three(width - 1) + three(height - 1)) + chunk(b"ANIM", bytes(6))
+    return chunk(b"RIFF", b"WEBP" + parts + chunk(b"ANMF", place + frame.getvalue()[12:]))
+
+
+@pytest.mark.parametrize("size", [(2**24, 2**24), (2**24, 100), (8192, 8193)])
+def test_canvas_of_a_webp_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    """libwebp takes three pictures' memory for it as soon as the file is opened, before Pillow knows its size."""
+    (tmp_path / "a.webp").write_bytes(animation(*size))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
+        with pytest.raises(EsdLoraError, match="has more than 67,108,864 pixels"):
+            open_picture(tmp_path / "a.webp")
+    (tmp_path / "a.webp").write_bytes(animation(4, 3))
+    assert open_picture(tmp_path / "a.webp").size == (4, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from esd_lora import built_in
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.suites import prompt_files
@@ -116,3 +117,30 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         read_prompt_file(tmp_path / "latin.csv")
     with pytest.raises(EsdLoraError, match="is no prompt file by its name"):
         read_prompt_file(written(tmp_path, "{}", "prompts.json"))
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.txt"])
+def test_file_without_end(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(built_in.MAX_PROMPT_FILE + 1)
+    for read in (read_prompt_file, built_in.read_prompts):
+        with pytest.raises(EsdLoraError, match=r"has more than 67,108,864 bytes"):
+            read(tmp_path / name)
+
+
+def test_device_without_end(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").symlink_to("/dev/zero")
+    with pytest.raises(EsdLoraError, match=r"has more than 67,108,864 bytes"):
+        read_prompt_file(tmp_path / "prompts.csv")
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(200_000, True), (200_001, False)])
+def test_most_rows(tmp_path: Path, rows: int, fits: bool) -> None:
+    table, lines = written(tmp_path, "prompt\n" + "x\n" * rows), written(tmp_path, "x\n" * rows, "prompts.txt")
+    if fits:
+        assert len(read_prompt_file(table).cases) == len(built_in.read_prompts(lines)) == rows
+        return
+    with pytest.raises(EsdLoraError, match="has more than 200,000 rows"):
+        read_prompt_file(table)
+    with pytest.raises(EsdLoraError, match="has 200,001 lines, more than 200,000"):
+        read_prompt_file(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 
 from esd_lora.erasers.eraser import SAMPLES, WEIGHTS_NAME, Eraser
@@ -11,6 +10,7 @@ from esd_lora.erasers.measured import Measured
 from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.cases import read_cases
 from esd_lora.evaluation.picture_files import open_painted, painted_file
 from esd_lora.evaluation.report.report import Report
 from esd_lora.formats.cards import save_with_card
@@ -31,10 +31,14 @@ def attach(eraser: str | Path, report: Report | str | Path, pictures: Path | Non
     directory = require_attachable(eraser)
     report = report if isinstance(report, Report) else Report.load(report)
     loaded = Eraser.load(directory)
-    members = report.record.get("variants", {}).get("erased", {}).get("erasers", [])
-    if [member["sha256"] for member in members] != [hash_tensors(loaded.state_dict())]:
+    try:
+        (member,) = report.record["variants"]["erased"]["erasers"]
+        measured_hash, strength = member["sha256"], Strength(member["weight"], member["blocks"])
+    except (LookupError, TypeError, ValueError):  # none, several, or a record that somebody changed
+        measured_hash, strength = None, None
+    if measured_hash != hash_tensors(loaded.state_dict()):
         raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
-    require_attachable(eraser, Strength(members[0]["weight"], members[0]["blocks"]))
+    require_attachable(eraser, strength)
     samples = {} if pictures is None or read_samples(directory / "samples") else _take_samples(pictures)
     numbers = {name: getattr(report, name) for name in ("suite", "concepts", "variants", "not_run", "record")}
     measured = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **numbers)
@@ -68,12 +72,10 @@ def require_attachable(eraser: str | Path, strength: Strength | None = None) -> 
 
 def _take_samples(evaluation: Path) -> dict[str, bytes]:
     """Return pictures of what was erased and of the rest, spread over all that there are, base and erased, by file name."""
-    cases = [json.loads(line) for line in (evaluation / "cases.jsonl").read_text("utf-8").splitlines()]
-    targets = [case for case in cases if case["role"] == "target"]
-    rest = [case for case in cases if case["role"] in ("neighbour", "general")]
+    cases = read_cases(evaluation / "cases.jsonl")
+    targets = [case for case in cases if case.role == "target"]
+    rest = [case for case in cases if case.role in ("neighbour", "general")]
     half = SAMPLES // 2
     chosen = [part[i * len(part) // half] for part in (targets, rest) if part for i in range(min(half, len(part)))]
-    before, erased = (
-        [open_painted(painted_file(evaluation, name, case["case"])) for case in chosen] for name in ("base", "erased")
-    )
-    return sample_files([case["prompt"] for case in chosen], before, erased)
+    before, erased = ([open_painted(painted_file(evaluation, name, case.id)) for case in chosen] for name in ("base", "erased"))
+    return sample_files([case.prompt for case in chosen], before, erased)

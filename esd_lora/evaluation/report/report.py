@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from esd_lora.erasers.measured import (
     HEAD,
@@ -21,10 +21,12 @@ from esd_lora.erasers.measured import (
     markdown_table,
     role_rows,
 )
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.files import read_bounded
 from esd_lora.wording import in_one_line, printable_lines
 
 _MOST_ROWS = 60  # of a table by label that anyone reads
+_LARGEST = 2**24  # bytes of a report; one of a thousand labels has a tenth of it
 
 
 class _Frozen(BaseModel):
@@ -106,6 +108,17 @@ class Report(_Frozen):
     def _empty_is_none(cls, value: Any) -> Any:
         return value or None
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> Report:
+        rows, detectors = list(self.layout.values()), self.record.get("detectors")
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError("the rows of its layout have different columns")
+        for name in self.distances:
+            record = detectors.get(name) if isinstance(detectors, dict) else None
+            if not isinstance(record, dict) or not {"metric", "beside"} <= record.keys():
+                raise ValueError(f"its record does not say what the distance {shortened(name)} is measured by")
+        return self
+
     @property
     def has_numbers(self) -> bool:
         """Whether anything was measured."""
@@ -160,11 +173,11 @@ class Report(_Frozen):
         """Return the report of an evaluation that lies in a directory, or in a `summary.json`.
 
         Raises:
-            EsdLoraError: If there is none, or it is damaged.
+            EsdLoraError: If there is none, or it is damaged or too large.
         """
         file = Path(path) / "summary.json" if Path(path).is_dir() else Path(path)
         try:
-            return cls.model_validate(json.loads(file.read_text("utf-8")))
+            return cls.model_validate(json.loads(read_bounded(file, _LARGEST).decode("utf-8")))
         except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or not of this shape
             reason = " ".join(str(error).split())
             raise EsdLoraError(f"no report can be read from {file} ({reason}). Expected an evaluation's directory.") from error

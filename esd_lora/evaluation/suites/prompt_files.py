@@ -11,12 +11,14 @@ import hashlib
 import io
 import math
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from esd_lora.built_in import read_prompts
+from esd_lora.built_in import MAX_PROMPT_FILE, MAX_PROMPTS, read_prompts
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.evaluation.cases import Case
+from esd_lora.files import read_bounded
 
 COLUMNS = {
     "case": ("case_number", "case_num"),
@@ -66,12 +68,12 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     """Read a CSV of prompts, or a text file with one prompt a line.
 
     Raises:
-        EsdLoraError: If the file cannot be read, has no column of prompts, a row has too many or too few fields, a case stands
-            twice, or a seed, guidance or size is not one; the message names line and column.
+        EsdLoraError: If the file cannot be read or is too large, has no column of prompts, a row has too many or too few
+            fields, a case stands twice, or a seed, guidance or size is not one; the message names line and column.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_PROMPT_FILE)
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise EsdLoraError(f"there is no prompt file {path}. Give the path of a CSV or text file that you fetched.") from None
@@ -94,9 +96,11 @@ def _read_table(path: Path, text: str) -> tuple[list[Case], list[dict[str, str]]
     # Fields may hold line breaks, so a row is not a line; the reader counts the lines it has taken.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        rows = [(reader.line_num, row) for row in reader if row]
+        rows = [(reader.line_num, row) for row in islice(reader, MAX_PROMPTS + 2) if row]
     except csv.Error as error:
         raise EsdLoraError(f"{path}, line {reader.line_num}: {error}. Mend the quotes there.") from error
+    if len(rows) > MAX_PROMPTS + 1:
+        raise EsdLoraError(f"{path} has more than {MAX_PROMPTS:,} rows. Give a file of fewer prompts.")
     if not rows:
         raise EsdLoraError(f"{path} is empty. Expected a CSV with a column `prompt`.")
     (_, names), *rows = rows
