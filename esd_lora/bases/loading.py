@@ -17,6 +17,7 @@ from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
+from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
 
 
@@ -144,6 +145,7 @@ def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: b
                     folder = Path(DiffusionPipeline.download(source, revision=revision, **options))
             check_configurations(folder)
             with bounded_models(folder.glob("*/*.safetensors"), source):
+                options |= _load_text_encoders(folder, dtype, source)
                 pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **options)
         except EsdLoraError:
             raise
@@ -152,6 +154,29 @@ def _load_pipeline(source: str, revision: str | None, dtype: torch.dtype, vae: b
             raise EsdLoraError(f"base {source!r} cannot be loaded: {first}") from error
     require_weights(pipe.components.items(), f"base {source!r}", "Fetch it again, or from elsewhere.")
     return pipe
+
+
+def _load_text_encoders(folder: Path, dtype: torch.dtype, source: str) -> dict[str, Any]:
+    """Return a pipeline's text encoders by name, whole: transformers fills what the files lack with noise, and goes on.
+
+    Raises:
+        EsdLoraError: If one lacks weights.
+    """
+    import transformers
+
+    encoders: dict[str, Any] = {}
+    for part, component in read_json(folder / "model_index.json").items():
+        if part.startswith("text_encoder") and isinstance(component, list) and component[0] == "transformers":
+            kind: Any = getattr(transformers, component[1])
+            encoders[part], info = kind.from_pretrained(
+                folder / part, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            if lacking := sorted(info["missing_keys"]):
+                raise EsdLoraError(
+                    f"base {source!r} lacks {len(lacking)} tensors of the {part}, {lacking[0]} the first, or has them under"
+                    " names that this version of transformers does not know. Fetch it again, or update transformers."
+                )
+    return encoders
 
 
 @contextmanager
