@@ -78,6 +78,7 @@ def paint(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     encode: Callable[[Sequence[str]], Condition] | None = None,
+    batch: int = _BATCH,
     desc: str | None = None,
 ) -> list[Image.Image]:
     """Paint one picture for each prompt, with the base as it stands (adapters included).
@@ -93,11 +94,12 @@ def paint(
         guidance: Classifier-free guidance scale; the base's default unless given.
         negative_prompt: Takes the place of the empty prompt in guidance.
         encode: Returns the condition of prompts where the base's text encoders are gone.
+        batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents.
         desc: Label of a progress bar; without one there is none.
     """
     pictures: list[Image.Image] = []
     _, height, width = base.latent_shape()
-    size = max(1, min(_BATCH, _BATCH * 64 * 64 // (height * width)))
+    size = max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
     native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
     for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
         part = list(prompts[first : first + size])

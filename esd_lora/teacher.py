@@ -149,10 +149,18 @@ class Teacher:
         return pick(self._conditions, torch.tensor([self._numbers[p] for p in prompts], device=self._prompt.device))
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the prediction of the denoiser as it stands, without gradients, and count it."""
+        """Return the prediction of the denoiser as it stands, without gradients, and count it.
+
+        No more latents are sent at once than a guided walk sends.
+        """
         self.evaluations += len(x_t)
         with torch.no_grad():
-            return self.base.predict(x_t, t, condition)
+            parts = [self.base.predict(x_t[rows], t[rows], pick(condition, rows)) for rows in self._batches(len(x_t))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _batches(self, count: int) -> list[slice]:
+        size = 2 * self.spec.walk_batch
+        return [slice(first, first + size) for first in range(0, count, size)]
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
         """Turn the adapter off for the length of a `with` block, so that the denoiser is the teacher."""

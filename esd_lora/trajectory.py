@@ -46,8 +46,8 @@ class NoisySample(NamedTuple):
     """Prediction for the walked prompt."""
 
 
-def pick(condition: Condition, index: Tensor) -> Condition:
-    """Return the condition of the prompts at `index` [N]."""
+def pick(condition: Condition, index: Tensor | slice) -> Condition:
+    """Return the condition of the prompts at `index`, [N] or a slice."""
     return {name: value[index] for name, value in condition.items()}
 
 

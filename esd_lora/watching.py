@@ -193,7 +193,7 @@ def shown_prompts(teacher: Teacher) -> list[str]:
 
 def paint_student(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:
     """Paint prompts of the lessons with the denoiser as it stands, each from a seed of its own."""
-    return paint(teacher.base, prompts, range(len(prompts)), encode=teacher.encode)
+    return paint(teacher.base, prompts, range(len(prompts)), encode=teacher.encode, batch=teacher.spec.walk_batch)
 
 
 def paint_base(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from esd_lora.bases.base import Base
@@ -402,6 +402,20 @@ def test_probe_changes_nothing_that_is_learned(tiny_dir: Path) -> None:
     plain, probed = (train(tiny_recipe(tiny_dir, probe_every=every), progress=False) for every in (0, 1))
     for module, pair in plain.pairs.items():
         assert torch.equal(probed.pairs[module].up, pair.up)
+
+
+def test_no_more_latents_at_once_than_a_walk_has(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's 64 points, and the pictures of previews, which a large model has no memory for."""
+    denoised, decoded = [], []
+    predict, decode = Base.predict, AutoencoderKL.decode
+    monkeypatch.setattr(Base, "predict", lambda base, x, *rest: denoised.append(len(x)) or predict(base, x, *rest))
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z, *a, **k: decoded.append(len(z)) or decode(vae, z, *a, **k))
+    recipe = tiny_recipe(
+        tiny_dir, walk_batch=2, batch_size=2, probe_every=2, preview_every=2, trajectories=3, x_t_from="student"
+    )
+    train(recipe, out=tmp_path / "run", progress=False)
+    assert max(denoised) == 4
+    assert max(decoded) == 2
 
 
 def test_watcher_ends_the_training(tiny_dir: Path) -> None:
