@@ -36,7 +36,7 @@ def start(folder: Path, script: str | Path, *arguments: str) -> subprocess.Compl
     environment = {**os.environ, "PYTHONPATH": paths, "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(TESTS / "fuzz" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
 
 
 def run(folder: Path, cases: dict[str, int], seed: int = 0, script: str = "fuzzing.py") -> dict[str, dict[str, int]]:
