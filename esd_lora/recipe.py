@@ -201,8 +201,11 @@ class TrainSpec(_Frozen):
     """Batches a step, their gradients averaged: the same as batches larger by this factor, in less memory."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
+    null_batch: int = Field(default=0, ge=0)
+    """Noisy latents of either kind of trajectory at which the prediction for the empty prompt is held; where it moves, guidance
+    cancels a part of the erasure. 0 holds it nowhere."""
     preserve_weight: float = Field(ge=0)
-    """Weight of a preserved point in the loss; an erased one has weight 1."""
+    """Weight of a preserved point in the loss, the empty prompt's too; an erased one has weight 1."""
     x_t_from: Literal["student", "base"]
     """Who denoises the `x_t` trained on: the adapted model (paper, LECO) or the frozen one (authors' 2025 script)."""
     points: Literal["one", "all"]

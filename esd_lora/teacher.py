@@ -47,8 +47,10 @@ class Teacher:
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
         self._conditions = base.encode(list(prompts), self.spec.distilled_guidance)
         numbers = [[self._numbers[text] for text in lesson[:3]] for lesson in lessons]
-        self._prompt, self._concept, self._anchor = torch.tensor(numbers, device=device).unbind(1)
-        self._eta = torch.tensor([lesson.eta for lesson in lessons], device=device)
+        self._prompt, self._concept, self._anchor = torch.tensor([*numbers, [NULL] * 3], device=device).unbind(1)
+        self.null_lesson = len(lessons)
+        """Index that stands for the empty prompt, held as it is; no lesson has it."""
+        self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
 
@@ -119,7 +121,7 @@ class Teacher:
         generator: torch.Generator,
         spec: TrainSpec | None = None,
         shape: tuple[int, int, int] | None = None,
-    ) -> TrajectoryBuffer:
+    ) -> Filled:
         """Walk one trajectory for each of `lesson` [N] and set the targets on it.
 
         Args:
@@ -130,15 +132,22 @@ class Teacher:
         """
         spec, shape = spec or self.spec, shape or self.base.latent_shape()
         by_base = spec.x_t_from == "base"
-        return TrajectoryBuffer(
-            Points.join(
-                [
-                    Points(sample.x_t, sample.t, part, self.targets(part, sample, walked_by_base=by_base))
-                    for part in lesson.split(spec.walk_batch)
-                    for sample in self.walk(part, shape, generator, spec)
-                ]
-            )
-        )
+        taught: list[Points] = []
+        held: list[Points] = []
+        for part in lesson.split(spec.walk_batch):
+            for sample in self.walk(part, shape, generator, spec):
+                taught.append(Points(sample.x_t, sample.t, part, self.targets(part, sample, walked_by_base=by_base)))
+                if spec.null_batch:
+                    held.append(self._held_null(sample, walked_by_base=by_base))
+        return Filled(TrajectoryBuffer(Points.join(taught)), Points.join(held) if held else None)
+
+    def _held_null(self, sample: NoisySample, *, walked_by_base: bool) -> Points:
+        """Return the points of a sample for the empty prompt, whose prediction is to stay what it is."""
+        lesson = torch.full((len(sample.t),), self.null_lesson, device=sample.t.device)
+        if walked_by_base and sample.null is not None:
+            return Points(sample.x_t, sample.t, lesson, sample.null)
+        with self.adapter_disabled():
+            return Points(sample.x_t, sample.t, lesson, self.predict(sample.x_t, sample.t, self.condition(lesson)))
 
     def condition(self, lesson: Tensor) -> Condition:
         """Return what the student reads in each of `lesson` [N]."""
@@ -197,17 +206,30 @@ def predict_each_once(
     return predictions[inverse]
 
 
+class Filled(NamedTuple):
+    """What a teacher's walks gave."""
+
+    taught: TrajectoryBuffer
+    """Points of the walked lessons."""
+    null: Points | None
+    """The same places for the empty prompt, where the recipe holds its prediction."""
+
+
 class ReplayBuffers(NamedTuple):
-    """Points of erased and of preserved prompts, of one shape of latents."""
+    """Points of erased and of preserved prompts, and of the empty one, of one shape of latents."""
 
     erasing: TrajectoryBuffer
     preserving: TrajectoryBuffer | None
+    null: TrajectoryBuffer | None
 
     def batches(self, spec: TrainSpec, generator: torch.Generator) -> Iterator[Points]:
-        """Yield the batches of one optimiser step, each of erased points and then preserved ones."""
-        parts = [self.erasing.sample(spec.batch_size * spec.accumulate, generator).split(spec.batch_size)]
-        if self.preserving:
-            parts.append(self.preserving.sample(spec.preserve_batch * spec.accumulate, generator).split(spec.preserve_batch))
+        """Yield the batches of one optimiser step, each of erased points, then preserved ones, then the empty prompt's."""
+        sizes = (spec.batch_size, spec.preserve_batch, spec.null_batch)
+        parts = [
+            buffer.sample(size * spec.accumulate, generator).split(size)
+            for buffer, size in zip(self, sizes, strict=True)
+            if buffer is not None
+        ]
         return (Points.join(batch) for batch in zip(*parts, strict=True))
 
 
@@ -225,7 +247,7 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
     preserved = [index for index, lesson in enumerate(teacher.lessons) if lesson.preserves]
     refills, sharing = step // spec.refresh_every, min(len(shapes), spec.refresh_every)
 
-    def fill(lessons: list[int], trajectories: int, turn: int, noise: torch.Generator) -> TrajectoryBuffer:
+    def fill(lessons: list[int], trajectories: int, turn: int, noise: torch.Generator) -> Filled:
         count = -(-trajectories // sharing)
         lesson = in_turn(lessons, (refills * sharing + turn) * count, count, spec.seed)
         return teacher.fill(lesson.to(teacher.base.model.device), noise, shape=shapes[(step + turn) % len(shapes)])
@@ -233,10 +255,12 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
     buffers: dict[int, ReplayBuffers] = {}
     for turn in range(sharing):
         noise = stream_generator(spec.seed, Stream.NOISE, refills, *[turn] * (sharing > 1))
-        erasing, preserving = fill(erased, spec.trajectories, turn, noise), None
+        (erasing, null), preserving = fill(erased, spec.trajectories, turn, noise), None
         if preserved and spec.preserve_batch and spec.preserve_trajectories:
-            preserving = fill(preserved, spec.preserve_trajectories, turn, noise)
-        buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving)
+            preserving, more = fill(preserved, spec.preserve_trajectories, turn, noise)
+            null = Points.join([null, more]) if null and more else null
+        held = TrajectoryBuffer(null) if null else None
+        buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving, held)
     return buffers
 
 

@@ -130,8 +130,8 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
         KeyboardInterrupt: On Ctrl-C, after the step in hand.
     """
     base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
-    weight = torch.tensor([spec.preserve_weight if lesson.preserves else 1.0 for lesson in teacher.lessons])
-    weight = weight.to(base.model.device)
+    weights = [spec.preserve_weight if lesson.preserves else 1.0 for lesson in teacher.lessons]
+    weight = torch.tensor([*weights, spec.preserve_weight], device=base.model.device)  # the last is the empty prompt's
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:

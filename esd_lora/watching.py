@@ -126,8 +126,8 @@ class ErasureProbe:
             teacher, spec = report.teacher, report.teacher.spec
             erased = [i for i, lesson in enumerate(teacher.lessons) if not lesson.preserves][:_PROBED]
             lesson = torch.tensor((erased * _PROBED)[:_PROBED], device=teacher.base.model.device)
-            short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8})
-            self._erased = teacher.fill(lesson, torch.Generator().manual_seed(probe_seed(spec.seed)), short).points
+            short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8, "null_batch": 0})
+            self._erased = teacher.fill(lesson, torch.Generator().manual_seed(probe_seed(spec.seed)), short).taught.points
             with teacher.adapter_disabled():
                 self._start = teacher.predict(self._erased.x_t, self._erased.t, teacher.condition(self._erased.lesson))
         return self._erased, self._start

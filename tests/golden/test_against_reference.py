@@ -257,7 +257,7 @@ def test_fast_preset_s_targets_are_the_paper_s(exact: Base) -> None:
     teacher = Teacher(exact, recipe, plans)
     add_adapter(exact, exact.family.modules(exact.model, "xattn"), recipe.lora, 0)
     chance = torch.Generator().manual_seed(5)
-    buffer = teacher.fill(torch.arange(len(plans)), chance)
+    buffer = teacher.fill(torch.arange(len(plans)), chance).taught
     assert len(buffer) == len(plans) * 5
 
     plain = load_base(exact.id, dtype=torch.float64, device="cpu")

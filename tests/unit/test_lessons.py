@@ -122,7 +122,7 @@ def test_one_point_a_trajectory(base: Base) -> None:
     teacher = teacher_of(base, recipe)
     for seed in range(4):
         before, generator = teacher.evaluations, torch.Generator().manual_seed(seed)
-        buffer = teacher.fill(torch.zeros(1, dtype=torch.long), generator)
+        buffer = teacher.fill(torch.zeros(1, dtype=torch.long), generator).taught
         assert len(buffer) == 1
         grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps.tolist()
         stop = grid.index(buffer.points.t.item())
@@ -134,7 +134,7 @@ def test_number_of_trajectories_walked_side_by_side_changes_nothing(base: Base) 
     for batch in (32, 2):
         recipe = tiny_recipe(base.id, preserve=["a dog"], trajectory_steps=2, walk_batch=batch)
         teacher, lesson = teacher_of(load_base(base.id), recipe), torch.tensor([0, 1, 0, 1, 1])
-        points = teacher.fill(lesson, torch.Generator().manual_seed(0)).points
+        points = teacher.fill(lesson, torch.Generator().manual_seed(0)).taught.points
         order = (points.lesson * 1000 + points.t).sort(stable=True).indices  # trajectories of a lesson stay in their order
         fills.append([tensor[order] for tensor in points])
     for found, expected in zip(*fills, strict=True):
@@ -164,7 +164,7 @@ def test_teacher_is_the_base_whatever_the_adapter_holds(base: Base) -> None:
 def filled(base: Base, recipe: Recipe, noise: float) -> Points:
     """What a teacher puts into the buffer beside an adapter with weights of size `noise`."""
     teacher = teacher_of(load_base(base.id), recipe, noise)
-    return teacher.fill(torch.arange(len(teacher.lessons)), torch.Generator().manual_seed(0)).points
+    return teacher.fill(torch.arange(len(teacher.lessons)), torch.Generator().manual_seed(0)).taught.points
 
 
 def test_base_s_points_do_not_depend_on_the_adapter(base: Base) -> None:
@@ -188,7 +188,12 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
     recipe = tiny_recipe(base.id, concepts=concepts, preserve=kept, **settings)
     lessons, asked = plan(recipe), []
     teacher = Teacher(base, recipe, lessons)
-    monkeypatch.setattr(teacher, "fill", lambda lesson, chance, **_: asked.append((lesson.tolist(), chance.initial_seed())))
+
+    def fill(lesson: torch.Tensor, noise: torch.Generator, **_: object) -> tuple[None, None]:
+        asked.append((lesson.tolist(), noise.initial_seed()))
+        return None, None
+
+    monkeypatch.setattr(teacher, "fill", fill)
     for number in range(15):
         refill(teacher, number, [(4, 8, 8)])
     erased, preserved = ([row for rows, _ in asked[i::2] for row in rows] for i in (0, 1))
@@ -198,13 +203,37 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
     assert len({seed for _, seed in asked}) == 15  # new noise at every refresh
 
 
+@pytest.mark.parametrize("x_t_from", ["base", "student"])
+def test_the_empty_prompt_is_held_where_others_are_trained(base: Base, x_t_from: str) -> None:
+    """On the base's walk for nothing: guidance has predicted it there."""
+    settings = {"x_t_from": x_t_from, "preserve_trajectories": 1, "trajectories": 3, "trajectory_steps": STEPS}
+    plain, teacher = (
+        teacher_of(base if n else load_base(base.id), tiny_recipe(base.id, null_batch=n, **settings)) for n in (0, 5)
+    )
+    (without,), (buffers,) = (refill(each, 0, [(4, 8, 8)]).values() for each in (plain, teacher))
+    assert without.null is None
+    assert buffers.preserving is not None
+    assert buffers.null is not None
+    assert teacher.evaluations - plain.evaluations == (0 if x_t_from == "base" else len(buffers.null))
+    held, walked = buffers.null.points, Points.join([buffers.erasing.points, buffers.preserving.points])
+    assert torch.equal(held.x_t, walked.x_t)
+    assert torch.equal(held.t, walked.t)
+    with teacher.adapter_disabled(), torch.no_grad():
+        expected = base.predict(held.x_t, held.t, {k: v.expand(len(held.t), -1, -1) for k, v in base.encode([""]).items()})
+    torch.testing.assert_close(held.target, expected, rtol=1e-4, atol=1e-5)
+    (batch,) = buffers.batches(teacher.spec, torch.Generator().manual_seed(0))
+    assert batch.lesson.tolist()[-5:] == [teacher.null_lesson] * 5
+    assert torch.equal(teacher.condition(batch.lesson[-1:])["prompt_embeds"], base.encode([""])["prompt_embeds"])
+
+
 @pytest.mark.parametrize(
     "setting", [{"preserve": []}, {"preserve_batch": 0}, {"preserve_trajectories": 0}], ids=lambda s: next(iter(s))
 )
 def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str, object]) -> None:
     recipe = tiny_recipe(base.id, **setting)
     teacher = teacher_of(base, recipe)
-    erasing, preserving = refill(teacher, 0, [(4, 8, 8)])[0]
+    erasing, preserving, null = refill(teacher, 0, [(4, 8, 8)])[0]
     assert len(erasing) == 2 * STEPS
     assert preserving is None
+    assert null is None
     assert teacher.evaluations == 2 * 2 * STEPS
