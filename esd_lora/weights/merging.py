@@ -72,7 +72,7 @@ def merge(
     with (reserve_directory if stored.denoiser else reserve_file)(out, force, read), reporting_write_errors(out):
         _check_replaced(stored, out)
         if (free := shutil.disk_usage(out.parent).free) < size:
-            raise EsdLoraError(f"output {out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there. Make room.")
+            raise EsdLoraError(f"output {out} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)

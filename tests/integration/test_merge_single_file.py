@@ -236,8 +236,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, _, eraser = write_checkpoint("sd", tmp_path)
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "GB are free" in refusal(eraser, file, tmp_path / "merged.safetensors")
+    size = file.stat().st_size
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 300_000))
+    message = refusal(eraser, file, tmp_path / "merged.safetensors")
+    assert f"needs {size / 10**6:,.1f} MB, and {(size - 300_000) / 10**6:,.1f} MB are free" in message
+    assert not (tmp_path / "merged.safetensors").exists()
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
 
 
 def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,8 @@ def test_peft_layout_in_peft(models: dict[str, torch.nn.Module], tmp_path: Path)
     model = models["sd"]
     eraser = eraser_on_all_layers("sd", model)
     folder = export(eraser, tmp_path / "peft", layout="peft")
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert config["inference_mode"] is True  # peft loads it frozen
     loaded = PeftModel.from_pretrained(MODELS["sd"][0](), folder)
     actual = {
         path.removeprefix("base_model.model."): layer.get_delta_weight("default")

@@ -182,11 +182,11 @@ def test_diffusers_file_with_its_own_metadata(tmp_path: Path) -> None:
 
 
 def test_peft_directory_with_alpha_and_rslora(tmp_path: Path) -> None:
-    down, up = torch.randn(4, 16), torch.randn(8, 4)
+    down, up = torch.randn(9, 16), torch.randn(8, 9)
     tensors = {f"base_model.model.{KEY}.lora_A.weight": down, f"base_model.model.{KEY}.lora_B.weight": up}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    for rslora, scale in ((False, 2.0), (True, 4.0)):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": rslora}))
+    for rslora, scale in ((False, 2.0), (True, 6.0)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 9, "lora_alpha": 18, "use_rslora": rslora}))
         imported = import_lora(tmp_path, family="sd")
         torch.testing.assert_close(imported.pairs[KEY].delta(), scale * up @ down)
         assert imported.header.origins[0].layout == "peft"
@@ -195,7 +195,7 @@ def test_peft_directory_with_alpha_and_rslora(tmp_path: Path) -> None:
 def test_text_encoder_is_not_dropped_in_silence(tmp_path: Path) -> None:
     extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{k.split('.', 1)[1]}": t.clone() for k, t in one_layer().items()}
     file = save_lora({**one_layer(), **extra}, tmp_path)
-    with pytest.raises(EsdLoraError, match=r"text encoder.*--without-text-encoder"):
+    with pytest.raises(EsdLoraError, match=r"text encoder too \(2 tensors\).*--without-text-encoder"):
         import_lora(file)
     assert list(import_lora(file, without_text_encoder=True).pairs) == [KEY]
 
@@ -204,16 +204,23 @@ def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:
     assert import_lora(save_lora(one_layer(1024), tmp_path)).header.family == "sd"
     assert import_lora(save_lora(one_layer(16), tmp_path), family="sdxl").header.family == "sdxl"
     assert import_lora(save_lora(one_layer(16), tmp_path, {"ss_base_model_version": "sdxl_base_v1-0"})).header.family == "sdxl"
-    deep = {key.replace("transformer_blocks_0", "transformer_blocks_0"): t for key, t in one_layer(2048).items()}
-    assert import_lora(save_lora(deep, tmp_path)).header.family == "sdxl"
+    assert (
+        import_lora(save_lora(one_layer(16), tmp_path, {"modelspec.architecture": "stable-diffusion-xl-v1-base"})).header.family
+        == "sdxl"
+    )
+    assert import_lora(save_lora(one_layer(2048), tmp_path)).header.family == "sdxl"
     with pytest.raises(EsdLoraError, match="fit sd and sdxl alike: say which with --family"):
         import_lora(save_lora(one_layer(16), tmp_path))
     with pytest.raises(EsdLoraError, match="did you mean 'sdxl'"):
         import_lora(save_lora(one_layer(16), tmp_path), family="sdx")
     with pytest.raises(EsdLoraError, match="no model of family 'flux' has"):
         import_lora(save_lora(one_layer(16), tmp_path), family="flux")
-    with pytest.raises(EsdLoraError, match="of no model known here"):
-        import_lora(save_lora({f"lora_unet_strange_{key}": t for key, t in one_layer().items()}, tmp_path))
+    for count, shown in ((3, "layer_0, layer_1, layer_2"), (4, "layer_0, layer_1, layer_2, ...")):
+        strange = {
+            f"lora_unet_layer_{i}{k.removeprefix(KOHYA)}": t.clone() for i in range(count) for k, t in one_layer().items()
+        }
+        with pytest.raises(EsdLoraError, match=rf"the layers of .* \({re.escape(shown)}\) are of no model known here"):
+            import_lora(save_lora(strange, tmp_path))
 
 
 def test_vector_is_refused_before_its_width_is_asked_for(tmp_path: Path) -> None:
