@@ -1,7 +1,7 @@
 """Mutate the modules that carry mathematics, one operator or number at a time, and print what no test notices.
 
     python benchmarks/mutation.py --only objectives,intervals
-    python benchmarks/mutation.py                                 # all of them: hours on two cores
+    python benchmarks/mutation.py                                 # all of them: an hour on two idle cores
     python benchmarks/mutation.py --tests tests/unit --every 5    # a sample, judged by fewer tests
 
 First every test runs once, and coverage.py tells which lines it reaches. A mutant is the module with one change; it is killed
@@ -20,7 +20,6 @@ import copy
 import datetime
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -73,8 +72,34 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }
+HEAD = """# Mutants
+
+Written by `python benchmarks/mutation.py --out benchmarks/mutation.md`, one section for each module whenever it runs.
+
+A mutant is a module with one operator, number, sign or truth value changed; a test that fails on it kills it. What survives is
+listed with the reason why no test can notice it, or need not.
+"""
+_STRICT = "the two are of one length by construction, and `strict` or `full_matrices` guards or saves alone"
+_SHOWN = "how much of a list, or how a file is indented, is shown to people"
+_BAR = "whether there is a progress bar"
 REASONS = {
-    ("", "True -> False"): "as above",
+    ("", "True -> False"): f"{_STRICT}, or {_BAR} unless one says",
+    ("", "False -> True"): _STRICT,
+    ("", "not progress -> progress"): _BAR,
+    ("", "3 -> 4"): _SHOWN,
+    ("", "2 -> 3"): _SHOWN,
+    ("", "1000000.0"): "a millionth of a megabyte",
+    ("gating", "'the pipeline'"): "what messages call a pipeline that came without a name",
+    ("gating", "1.0 -> 2.0"): "rounding alone: no cosine is above 1 by more than 1e-7",
+    ("fusing/closed_form", "0 -> 1"): "a byte more or less in a batch of a gigabyte; which wide layer a warning names",
+    ("fusing/harmonising", "== torch.float16"): "the scaler scales loss and step alike; only a GPU in float16 needs it",
+    ("formats/importing", "len(fitting) > 1"): "one family that fits is taken whatever its widths",
+    ("formats/importing", "0000 -> "): "a limit's last unit",
+    ("formats/importing", "1 -> 2"): "a byte beyond the limit is refused as well as two",
+    ("formats/importing", "2000 -> 2001"): "a limit's last unit",
+    ("formats/importing", "<= _modules"): "no file has every name of a family, as many names are of the same layer",
+    ("evaluation/report/intervals", "1000 -> 1001"): "resamples drawn at a time",
+    ("evaluation/report/intervals", "10000 -> 10001"): "one resample more",
 }
 """Module (or none) and a part of the change to why no test can notice it, or need not."""
 WORTH = 60  # seconds of tests for a mutant
@@ -337,7 +362,6 @@ def main() -> None:
         packages = [copy_of_package(Path(folder) / str(i)) for i in range(os.cpu_count() or 1)]
         import_others(packages[0])
         reached = reached_lines(packages[0], options.tests, options.reach)
-        sections = list[str]()
         for module in chosen:
             text = (packages[0] / f"{module}.py").read_text("utf-8")
             made = list(mutants(text))[:: options.every]
@@ -345,10 +369,9 @@ def main() -> None:
             for package in packages:
                 (package / f"{module}.py").write_text(text, "utf-8")
             require_fit(list(killers), packages)
-            sections.append(section(module, text, made, alive, killers))
-            print(sections[-1], flush=True)
-        if options.out:
-            options.out.write_text(page(sections, sys.argv[1:]), "utf-8")
+            print(fate := section(module, text, made, alive, killers), flush=True)
+            if options.out:
+                write_section(options.out, module, fate)
 
 
 def section(module: str, text: str, made: list[Mutant], alive: list[Mutant], killers: dict[str, int]) -> str:
@@ -357,8 +380,9 @@ def section(module: str, text: str, made: list[Mutant], alive: list[Mutant], kil
     lines = [
         f"## `{module}.py`: {dead} of {len(made)} killed, {dead / max(1, len(made)):.1%}",
         "",
-        f"{failed} by {len(killers)} tests that fail on them, {dead - failed} by errors on import or by time."
-        + (" These survive:" if alive else ""),
+        f"{datetime.date.today()}, torch {version('torch')}, diffusers {version('diffusers')}.",
+        f"{failed} by {len(killers)} tests that fail on them, {dead - failed} by errors on import or by time.",
+        *(["These survive:"] if alive else []),
         "",
     ]
     for mutant in alive:
@@ -370,14 +394,13 @@ def section(module: str, text: str, made: list[Mutant], alive: list[Mutant], kil
     return "\n".join([*lines, *[""] * bool(alive)])
 
 
-def page(sections: list[str], arguments: list[str]) -> str:
-    """Return the page of a run."""
-    versions = f"Python {platform.python_version()}, torch {version('torch')}, diffusers {version('diffusers')}"
-    command = " ".join(["python benchmarks/mutation.py", *arguments])
-    return (
-        f"# Mutants\n\nWritten by `{command}` on {datetime.date.today()}, {versions}.\n\n"
-        "A mutant is a module with one operator, number, sign or truth value changed; a test that fails on it kills it.\n\n"
-    ) + "\n".join(sections)
+def write_section(file: Path, module: str, fate: str) -> None:
+    """Write the section of one module into a page, in the place of an older one."""
+    head, *parts = file.read_text("utf-8").split("\n## ") if file.exists() else [HEAD]
+    sections = {part.partition(".py`")[0].removeprefix("`"): part.rstrip() for part in parts}
+    sections[module] = fate.removeprefix("## ").rstrip()
+    ordered = [sections[name] for name in MODULES if name in sections]
+    file.write_text("\n\n## ".join([head.rstrip(), *ordered]) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
