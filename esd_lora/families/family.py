@@ -95,6 +95,10 @@ class ModelFamily(ABC):
         The empty prompt stands for whatever the pipeline puts opposite the prompt in classifier-free guidance.
         """
 
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        """Return the condition of N prompts as `encode` does, but the empty one as any other prompt: a text without words."""
+        return self.encode(pipe, prompts)
+
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
