@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
@@ -198,13 +198,13 @@ class ModelFamily(ABC):
             steps: Length of a whole trajectory.
             shape: Shape of one image's latents; models with dynamic shifting shift by the number of patches.
             device: Device of the latents.
+
+        Raises:
+            EsdLoraError: If the base's noise levels are neither a flow's nor a schedule of betas that DDIM knows.
         """
         config = pipe.scheduler.config
         if self.prediction_type(pipe) != "flow":
-            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
-            ddim: Any = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+            ddim = _ddim(pipe.scheduler)
             ddim.set_timesteps(steps, device=device)
             return ddim
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -243,6 +243,30 @@ class ModelFamily(ABC):
                 f" Scopes with layers here: {', '.join(usable) or 'none'}. Layers (N any number): {shown}."
             )
         return chosen
+
+
+def _ddim(scheduler: Any) -> Any:
+    """Return a DDIM scheduler with the betas of a base's own scheduler.
+
+    Raises:
+        EsdLoraError: If that has none, or of a kind that DDIM does not know.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    name, betas = type(scheduler).__name__, scheduler.config.get("beta_schedule")
+    # Asked of the class: a configuration may carry a former scheduler's betas, and DDIM would put its own where there are none.
+    if "beta_schedule" not in signature(type(scheduler)).parameters:
+        reason = "whose noise levels are neither a schedule of betas nor a flow's"
+    else:
+        try:
+            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
+            return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+        except NotImplementedError:
+            reason = f"whose betas are {shortened(repr(betas))}"
+    raise EsdLoraError(
+        f"the base's scheduler is {shortened(name)}, {reason}: training points drawn by DDIM would have the wrong noise. Take a"
+        " base with linear, scaled_linear or squaredcos_cap_v2 betas (Stable Diffusion 1, 2 or XL) or a flow."
+    )
 
 
 def _matches(rule: str, path: str, scope: str) -> bool:
