@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.families.ddim import GridDDIM
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
@@ -191,7 +192,8 @@ class ModelFamily(ABC):
     def scheduler(self, pipe: Any, steps: int, shape: Sequence[int], device: Any = None) -> Scheduler:
         """Return a fresh first-order deterministic scheduler with the base's own noise schedule and grid, its timesteps set.
 
-        DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own).
+        DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own). Turbo and Lightning
+        models are spaced as their scheduler's configuration says, LCM as its sampler does.
 
         Args:
             pipe: The pipeline whose scheduler's configuration is taken over: spacing, offset, shift, prediction type.
@@ -200,13 +202,17 @@ class ModelFamily(ABC):
             device: Device of the latents.
 
         Raises:
-            EsdLoraError: If the base's noise levels are neither a flow's nor a schedule of betas that DDIM knows.
+            EsdLoraError: If the base's noise levels are neither a flow's nor a schedule of betas that DDIM knows, or it was
+                distilled at fewer of them than `steps`.
         """
         config = pipe.scheduler.config
         if self.prediction_type(pipe) != "flow":
             ddim = _ddim(pipe.scheduler)
             ddim.set_timesteps(steps, device=device)
-            return ddim
+            grid = _distilled_grid(pipe.scheduler, steps, device)
+            grid = ddim.timesteps if grid is None else grid
+            even = bool((grid[:-1] - grid[1:] == ddim.config.num_train_timesteps // steps).all())
+            return ddim if even else GridDDIM(ddim, grid)
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -267,6 +273,24 @@ def _ddim(scheduler: Any) -> Any:
         f"the base's scheduler is {shortened(name)}, {reason}: training points drawn by DDIM would have the wrong noise. Take a"
         " base with linear, scaled_linear or squaredcos_cap_v2 betas (Stable Diffusion 1, 2 or XL) or a flow."
     )
+
+
+def _distilled_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
+    """Return the timesteps [S] of a sampler of distilled models (LCM, TCD), which are some of those that it was distilled at.
+
+    The spacing that its configuration names, if any, is not what it samples by. `None` for every other sampler.
+    """
+    if "original_inference_steps" not in signature(type(scheduler)).parameters:
+        return None
+    distilled_at = scheduler.config.original_inference_steps
+    if steps > distilled_at:
+        raise EsdLoraError(
+            f"the base was distilled at {distilled_at} timesteps, and a trajectory of {steps} steps visits more. Walk"
+            f" {distilled_at} steps or fewer, 4 as a rule (-s train.trajectory_steps=4)."
+        )
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps, device=device)
+    return own.timesteps
 
 
 def _matches(rule: str, path: str, scope: str) -> bool:
