@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from esd_lora.bases.base import Base
@@ -86,14 +85,11 @@ class Gate:
             best = max(best, *(float(self._directions[run] @ self._directions[name]) for run in runs))
         return min(best, 1.0)
 
-    @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> None:
-        """Fill `_directions` for texts that are not in it: the encoder's outputs less that of the empty prompt, of length 1."""
+        """Fill `_directions` for texts that are not in it."""
         unknown = [text for text in dict.fromkeys(texts) if text not in self._directions]
         if unknown:
-            embeds = self.base.encode(["", *unknown])["prompt_embeds"].float().flatten(1)
-            directions = torch.nn.functional.normalize(embeds[1:] - embeds[:1], dim=1)
-            self._directions |= dict(zip(unknown, directions, strict=True))
+            self._directions |= dict(zip(unknown, self.base.directions(unknown), strict=True))
 
 
 def _names(concept: ErasedConcept) -> list[str]:

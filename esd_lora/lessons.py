@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from esd_lora.bases.base import Base
 from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
@@ -60,12 +58,10 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
 
 
-@torch.no_grad()
 def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:
     """Return the prompts of a vocabulary that the text encoder puts nearest to the concepts: what erasing hurts first.
 
-    Nearness is the cosine between the encoder's outputs, each less its output for the empty prompt. Prompts that name a
-    concept are no neighbours of it.
+    Nearness is the cosine between `Base.directions`. Prompts that name a concept are no neighbours of it.
 
     Raises:
         EsdLoraError: If the vocabulary's file cannot be read, or holds nothing else.
@@ -77,8 +73,7 @@ def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: B
     if not words:
         raise EsdLoraError("neighbours: the vocabulary holds no prompt that names no erased concept. Give a longer one.")
     erased = [concept.pairs()[0][0] for concept in concepts]
-    encoded = base.encode(["", *erased, *words])["prompt_embeds"].float()
-    directions = torch.nn.functional.normalize((encoded[1:] - encoded[:1]).flatten(1), dim=1)
+    directions = base.directions([*erased, *words])
     likeness = directions[: len(erased)] @ directions[len(erased) :].T
     order = likeness.argsort(dim=1, descending=True)[:, : neighbours.count]
     return [words[i] for i in dict.fromkeys(order.T.flatten().tolist())]

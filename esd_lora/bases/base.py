@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,31 @@ class Base:
             prompts: The empty one stands for the other side of classifier-free guidance.
             guidance: Scale that a guidance-distilled model takes as an input; other models have no such input.
         """
-        parts = [
-            self.family.encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)
-        ]
+        condition = self._encode_by(self.family.encode, prompts)
+        if self.family.takes_guidance(self.pipe):
+            condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
+        return condition
+
+    @torch.no_grad()
+    def directions(self, texts: Sequence[str]) -> Tensor:
+        """Return where texts lie as the text encoder sees them, [N, values] of length 1: their cosines are similarities.
+
+        What every text has in common, padding above all, is the output for a text without words, and is subtracted. That is
+        encoded here even where guidance is against zeros instead (SDXL), from which all texts lie in one direction.
+
+        Args:
+            texts: N prompts or names.
+        """
+        embeds = self._encode_by(self.family.encode_text, ["", *texts])["prompt_embeds"].float().flatten(1)
+        return torch.nn.functional.normalize(embeds[1:] - embeds[:1], dim=1)
+
+    def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
+        """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
+        parts = [encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)]
         dtype = self.model.dtype  # text encoders may have another
         condition = {
             name: value.to(dtype) if value.is_floating_point() else value for name, value in concatenate(*parts).items()
         }
-        if self.family.takes_guidance(self.pipe):
-            condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
         for value in condition.values():
             if value.is_floating_point() and not all_finite(value):
                 cause = self.damaged_module() or f"they compute beyond {str(dtype)[6:]}: load the base in float32"

@@ -85,8 +85,8 @@ TITLES = {
 }
 """Role of a prompt to a heading that says what it means."""
 INTERVALS = (
-    "Rates have Wilson's interval, means and differences a bootstrap one over prompts, all of 95 %. Differences are paired by"
-    " prompt and seed."
+    "Rates have Wilson's interval, their differences Tango's, means and theirs a bootstrap one, all of 95 %. Differences are"
+    " paired by prompt and seed, and several seeds of a prompt count as one group."
 )
 """Sentence under every table of numbers."""
 NOTHING = "Nothing was measured: no detector ran."

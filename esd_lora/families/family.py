@@ -15,7 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.families.ddim import GridDDIM
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
@@ -94,6 +95,10 @@ class ModelFamily(ABC):
 
         The empty prompt stands for whatever the pipeline puts opposite the prompt in classifier-free guidance.
         """
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        """Return the condition of N prompts as `encode` does, but the empty one as any other prompt: a text without words."""
+        return self.encode(pipe, prompts)
 
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -187,22 +192,27 @@ class ModelFamily(ABC):
     def scheduler(self, pipe: Any, steps: int, shape: Sequence[int], device: Any = None) -> Scheduler:
         """Return a fresh first-order deterministic scheduler with the base's own noise schedule and grid, its timesteps set.
 
-        DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own).
+        DDIM for noise and v models (the paper's sampler), Euler for flow models (their pipelines' own). Turbo and Lightning
+        models are spaced as their scheduler's configuration says, LCM as its sampler does.
 
         Args:
             pipe: The pipeline whose scheduler's configuration is taken over: spacing, offset, shift, prediction type.
             steps: Length of a whole trajectory.
             shape: Shape of one image's latents; models with dynamic shifting shift by the number of patches.
             device: Device of the latents.
+
+        Raises:
+            EsdLoraError: If the base's noise levels are neither a flow's nor a schedule of betas that DDIM knows, or it was
+                distilled at fewer of them than `steps`.
         """
         config = pipe.scheduler.config
         if self.prediction_type(pipe) != "flow":
-            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
-            ddim: Any = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+            ddim = _ddim(pipe.scheduler)
             ddim.set_timesteps(steps, device=device)
-            return ddim
+            grid = _distilled_grid(pipe.scheduler, steps, device)
+            grid = ddim.timesteps if grid is None else grid
+            even = bool((grid[:-1] - grid[1:] == ddim.config.num_train_timesteps // steps).all())
+            return ddim if even else GridDDIM(ddim, grid)
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -239,6 +249,48 @@ class ModelFamily(ABC):
                 f" Scopes with layers here: {', '.join(usable) or 'none'}. Layers (N any number): {shown}."
             )
         return chosen
+
+
+def _ddim(scheduler: Any) -> Any:
+    """Return a DDIM scheduler with the betas of a base's own scheduler.
+
+    Raises:
+        EsdLoraError: If that has none, or of a kind that DDIM does not know.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    name, betas = type(scheduler).__name__, scheduler.config.get("beta_schedule")
+    # Asked of the class: a configuration may carry a former scheduler's betas, and DDIM would put its own where there are none.
+    if "beta_schedule" not in signature(type(scheduler)).parameters:
+        reason = "whose noise levels are neither a schedule of betas nor a flow's"
+    else:
+        try:
+            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
+            return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+        except NotImplementedError:
+            reason = f"whose betas are {shortened(repr(betas))}"
+    raise EsdLoraError(
+        f"the base's scheduler is {shortened(name)}, {reason}: training points drawn by DDIM would have the wrong noise. Take a"
+        " base with linear, scaled_linear or squaredcos_cap_v2 betas (Stable Diffusion 1, 2 or XL) or a flow."
+    )
+
+
+def _distilled_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
+    """Return the timesteps [S] of a sampler of distilled models (LCM, TCD), which are some of those that it was distilled at.
+
+    The spacing that its configuration names, if any, is not what it samples by. `None` for every other sampler.
+    """
+    if "original_inference_steps" not in signature(type(scheduler)).parameters:
+        return None
+    distilled_at = scheduler.config.original_inference_steps
+    if steps > distilled_at:
+        raise EsdLoraError(
+            f"the base was distilled at {distilled_at} timesteps, and a trajectory of {steps} steps visits more. Walk"
+            f" {distilled_at} steps or fewer, 4 as a rule (-s train.trajectory_steps=4)."
+        )
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps, device=device)
+    return own.timesteps
 
 
 def _matches(rule: str, path: str, scope: str) -> bool:

@@ -36,17 +36,10 @@ class Sana(ModelFamily):
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         # The pipeline puts a long instruction to the language model before every prompt, but not before the negative one.
-        instruction = signature(pipe.__call__).parameters["complex_human_instruction"].default
-        parts: list[Condition] = []
-        for prompt in prompts:
-            text, mask, _, _ = pipe.encode_prompt(
-                prompt,
-                do_classifier_free_guidance=False,
-                device=pipe.transformer.device,
-                complex_human_instruction=instruction if prompt else None,
-            )
-            parts.append({"prompt_embeds": text, "prompt_attention_mask": mask})
-        return concatenate(*parts)
+        return concatenate(*(_encode_prompt(pipe, prompt, instructed=prompt != "") for prompt in prompts))
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        return concatenate(*(_encode_prompt(pipe, prompt, instructed=True) for prompt in prompts))
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         flow = pipe.transformer(
@@ -57,3 +50,15 @@ class Sana(ModelFamily):
             return_dict=False,
         )[0]
         return flow[:, : x_t.shape[1]]  # some variants predict a variance beside the flow
+
+
+def _encode_prompt(pipe: Any, prompt: str, *, instructed: bool) -> Condition:
+    """Return the condition of one prompt, with or without the pipeline's instruction before it."""
+    instruction = signature(pipe.__call__).parameters["complex_human_instruction"].default
+    text, mask, _, _ = pipe.encode_prompt(
+        prompt,
+        do_classifier_free_guidance=False,
+        device=pipe.transformer.device,
+        complex_human_instruction=instruction if instructed else None,
+    )
+    return {"prompt_embeds": text, "prompt_attention_mask": mask}

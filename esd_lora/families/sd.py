@@ -93,6 +93,8 @@ def refused_unet(shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         title = "a ControlNet"
     elif "edm_mean" in shapes:
         title = "Playground v2.5, whose noise schedule (EDM) no family covers"
+    elif "edm_vpred.sigma_max" in shapes:  # as comfyanonymous/ComfyUI, comfy/supported_models.py, tells it
+        title = "CosXL, whose noise schedule (EDM) no family covers"
     else:
         return None
     return CheckpointKind(title, supported=False)

@@ -19,7 +19,7 @@ from esd_lora.seeds import step_generator
 from esd_lora.trajectory import Condition, latents_per_batch, pick, walk
 
 _ROWS = 128
-"""Pixels or tokens of one latent that count, evenly spaced; patches of a convolution overlap, so fewer of them."""
+"""Pixels or tokens of one latent that count; patches of a convolution overlap, so fewer of them."""
 
 
 class PromptGroup(NamedTuple):
@@ -37,6 +37,17 @@ class PromptGroup(NamedTuple):
 def take_turns(prompts: Sequence[str], count: int) -> list[str]:
     """Return `count` prompts, each in its turn; evenly spaced ones where there are more than that."""
     return [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
+
+
+def spread(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Return up to `most` of `count` places, one drawn from each of as many equal parts; all of them if there are no more.
+
+    A fixed distance between them would not do: tokens are a picture row by row, and every 32nd of 64 x 64 lies in one of two
+    columns. Neighbours are alike, so a place from each part says more than places drawn from the whole.
+    """
+    if count <= most:
+        return torch.arange(count)
+    return ((torch.arange(most) + torch.rand(most, generator=generator)) * count / most).long().clamp_max(count - 1)
 
 
 class Moment:
@@ -58,6 +69,7 @@ class Moment:
         self.products: dict[int, Tensor] = {}
         """Number i to `down_i G_i`, [rank, inputs], with the second moment of i's own prompts."""
         self._current: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor, share: float) -> None:
         """Add a share of the current group's second moment: `x` [N, ...] as the layer gets it."""
@@ -68,7 +80,7 @@ class Moment:
             most //= math.prod(kernel.kernel_size)
         elif x.dim() == 2:
             x = x[:, None]
-        x = x[:, :: max(1, -(-x.shape[1] // most))]
+        x = x[:, spread(x.shape[1], most, self._generator).to(x.device)]
         rows = x.reshape(-1, x.shape[-1]).to(self.total)
         if self._current is None:
             self._current = torch.zeros_like(self.total)

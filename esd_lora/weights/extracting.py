@@ -50,7 +50,8 @@ def extract(
 ) -> Extracted:
     """Turn the difference of two models into an eraser, by the best low-rank approximation of every layer's.
 
-    Nothing is clamped and layers that do not differ are left out, so a merged eraser of rank r comes back whole at rank r.
+    Nothing is clamped and layers that do not differ are left out, so a merged eraser of rank r comes back whole at rank r. What
+    rounding to another dtype makes of a tensor is no difference.
 
     Args:
         base: The model that was fine-tuned: a built-in base, a diffusers directory, a Hub id or a single file.
@@ -82,10 +83,11 @@ def extract(
         compared.add(module)
         if old.numel() != new.numel() or len(old) != len(new):
             raise EsdLoraError(f"layer {module} has shape {list(old.shape)} in {base} and {list(new.shape)} in {tuned}.")
-        difference = new.reshape(old.shape).double() - old.double()
+        new = new.reshape(old.shape)
+        difference = new.double() - old.double()
         if not bool(difference.isfinite().all()):
             raise EsdLoraError(f"layer {module} of {tuned} or {base} holds NaN or infinity. Fetch it again.")
-        if bool(difference.any()):
+        if _differs(old, new):
             pairs[module], kept[module] = _approximate(difference, rank, energy)
             hashes[module] = hash_weight(old)
     if not pairs:
@@ -117,6 +119,14 @@ def extract(
         truncation=max(0.0, 1 - overall) ** 0.5,
     )
     return Extracted(Eraser(pairs, header), {m: part / whole for m, (part, whole) in kept.items()}, overall, beyond)
+
+
+def _differs(old: Tensor, new: Tensor) -> bool:
+    """Return whether two tensors are neither the same nor one of them the other in a coarser dtype.
+
+    Where they differ by more, their difference is taken as it stands: to round the finer one first would add its error.
+    """
+    return not (torch.equal(old.to(new.dtype), new) or torch.equal(new.to(old.dtype), old))
 
 
 def _approximate(difference: Tensor, rank: int | None, energy: float | None) -> tuple[LoraPair, tuple[float, float]]:
@@ -200,7 +210,8 @@ def _differences(old: Mapping[str, Callable[[], Tensor]], new: Mapping[str, Call
     """Return the tensors that differ, to the norm of the difference relative to the old one's."""
     out: dict[str, float] = {}
     for name in (name for name in old if name in new):
-        before, after = old[name]().double(), new[name]().double()
-        if before.shape == after.shape and not torch.equal(before, after):
-            out[name] = float((after - before).norm() / before.norm().clamp_min(1e-12))
+        before, after = old[name](), new[name]()
+        if before.shape == after.shape and _differs(before, after):
+            norm = before.double().norm().clamp_min(1e-12)
+            out[name] = float((after.double() - before.double()).norm() / norm)
     return out

@@ -7,11 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    TCDScheduler,
+)
 from torch import Tensor
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
+from esd_lora.errors import EsdLoraError
+from esd_lora.families.ddim import GridDDIM
+from esd_lora.families.sd import StableDiffusion
 from esd_lora.lessons import plan
 from esd_lora.sampling import generate
 from esd_lora.teacher import Teacher
@@ -67,6 +77,80 @@ def test_scale_reaches_the_denoiser_as_in_its_pipeline(distilled: Base) -> None:
             x, expected = (distilled.pipe._unpack_latents(y, 64, 64, 8) for y in (x, expected))
         torch.testing.assert_close(distilled.predict(x, t.expand(1), condition), expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(distilled.predict(x, t.expand(1), other_condition), expected, rtol=1e-3, atol=1e-4)
+
+
+LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SAMPLERS: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
+    "lcm": (LCMScheduler, {}, [999, 759, 499, 259]),
+    "lcm that names a spacing": (LCMScheduler, {"timestep_spacing": "trailing", "steps_offset": 1}, [999, 759, 499, 259]),
+    "tcd": (TCDScheduler, {}, [999, 759, 499, 259]),
+    "turbo": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, [999, 749, 499, 249]),
+    "lightning": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, [999, 749, 499, 249]),
+    "linspace": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}, [999, 666, 333, 0]),
+    "ddim": (DDIMScheduler, {"steps_offset": 1}, [751, 501, 251, 1]),
+}
+"""Samplers with what they are configured by, to the timesteps that four of their steps visit."""
+
+
+def sampled_by(name: str, **changes: Any) -> Any:
+    """The toy with another sampler."""
+    pipe, (kind, own, _) = tiny_pipeline(), SAMPLERS[name]
+    pipe.scheduler = kind(**LINEAR, **own, **changes)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of ancestral Euler, with newer numpy
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_walk_visits_what_the_base_s_sampler_visits(name: str) -> None:
+    pipe, grid = sampled_by(name), SAMPLERS[name][2]
+    assert StableDiffusion().scheduler(pipe, 4, (4, 8, 8)).timesteps.tolist() == grid
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == grid
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [4, 6, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_latents_have_the_noise_of_their_time(name: str, steps: int, prediction: str) -> None:
+    """Of a model that knows one picture: x_t is that picture with the same noise everywhere, as much of it as t says."""
+    pipe, picture = sampled_by(name, prediction_type=prediction), torch.full((1, 4, 8, 8), 0.7, dtype=torch.float64)
+    alphas = DDIMScheduler(**LINEAR).alphas_cumprod.double()  # type: ignore[arg-type]
+
+    def noise_in(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        return (x_t - alpha.sqrt() * picture) / (1 - alpha).sqrt()
+
+    def knows(x_t: Tensor, t: Tensor, _condition: Condition) -> Tensor:
+        alpha, noise = alphas[t].view(-1, 1, 1, 1), noise_in(x_t, t)
+        return noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * picture
+
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scheduler, none = StableDiffusion().scheduler(pipe, steps, (4, 8, 8)), {"prompt_embeds": torch.zeros(1)}
+    points = walk(knows, scheduler, start, none, none, guidance=1.0)
+    assert len(points) == steps
+    for point in points:
+        torch.testing.assert_close(noise_in(point.x_t, point.t), noise_in(start, points[0].t), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_grid_of_even_steps_is_diffusers_own_ddim(prediction: str) -> None:
+    ddim: Any = DDIMScheduler(**LINEAR, steps_offset=1, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction)
+    ddim.set_timesteps(5)
+    grid, generator = GridDDIM(ddim, ddim.timesteps), torch.Generator().manual_seed(0)
+    x, output = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    for t in ddim.timesteps:
+        torch.testing.assert_close(grid.step(output, t, x).prev_sample, ddim.step(output, t, x).prev_sample)
+        ts = t.expand(2)
+        assert torch.equal(grid.add_noise(x, output, ts), ddim.add_noise(x, output, ts))
+        assert torch.equal(grid.get_velocity(x, output, ts), ddim.get_velocity(x, output, ts))
+
+
+def test_lcm_is_not_walked_in_more_steps_than_it_was_distilled_at() -> None:
+    pipe = sampled_by("lcm")
+    with pytest.raises(EsdLoraError, match="distilled at 50 timesteps, and a trajectory of 51 steps") as caught:
+        StableDiffusion().scheduler(pipe, 51, (4, 8, 8))
+    assert "train.trajectory_steps=4" in str(caught.value)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.5])

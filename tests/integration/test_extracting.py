@@ -169,6 +169,38 @@ def test_origin_of_an_older_extraction_is_read(tmp_path: Path) -> None:
     assert "), rank 4, energy 0.9; provenance unknown" in "\n".join(inspect_file(folder).lines())
 
 
+@pytest.mark.parametrize(
+    ("stored", "copied", "finer"),
+    [
+        ("float32", "bfloat16", False),
+        ("float32", "float16", False),
+        ("float16", "bfloat16", False),
+        ("bfloat16", "float32", False),
+        ("bfloat16", "float32", True),
+        ("float16", "float32", True),
+    ],
+)
+def test_copy_in_another_dtype_does_not_differ(stored: str, copied: str, finer: bool, tmp_path: Path) -> None:
+    """Nor do its biases. `finer`: the copy's place is taken by what the base itself was rounded from."""
+    unet = tiny_pipeline().unet
+    rounded = {name: tensor.to(getattr(torch, stored)) for name, tensor in unet.state_dict().items()}
+    pipe = tiny_pipeline()
+    pipe.unet.load_state_dict(rounded)
+    pipe.to(dtype=getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    original = unet.state_dict() if finer else rounded
+    copy = {name: tensor.to(getattr(torch, copied)) for name, tensor in original.items()}
+    save_file(copy, tmp_path / "copy.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "do not differ in any of the" in refusal(tmp_path / "base", tmp_path / "copy.safetensors", rank=4)
+    name = next(name for name in copy if name.endswith("attn2.to_k.weight"))
+    copy[name] = (copy[name].float() * 1.1).to(copy[name].dtype)
+    save_file(copy, tmp_path / "tuned.safetensors")
+    extracted = extract(tmp_path / "base", tmp_path / "tuned.safetensors", rank=4, progress=False)
+    assert list(extracted.eraser.pairs) == [name.removesuffix(".weight")]
+    assert extracted.beyond == {}
+
+
 @settings(max_examples=200)
 @given(
     st.lists(st.floats(0, 1e3), min_size=1, max_size=12).filter(lambda values: max(values) > 1e-3),

@@ -22,7 +22,7 @@ from esd_lora.formats.importing import import_lora
 from esd_lora.fusing import closed_form, moments
 from esd_lora.fusing.closed_form import fuse, solve
 from esd_lora.fusing.harmonising import harmonise
-from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
+from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup, spread
 from esd_lora.fusing.prompts import gather_members
 from esd_lora.recipe_files import load_fuse_spec
 from random_erasers import eraser_on
@@ -145,14 +145,46 @@ def every_patch() -> Iterator[None]:
         yield
 
 
-def test_pixels_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_ROWS", 4)
-    layer, x = nn.Linear(2, 1), torch.arange(20.0).reshape(1, 10, 2)
-    moment = Moment(layer, {})
-    moment.add(x, 1.0)
+@pytest.mark.parametrize("most", [1, 4, 7, 10, 11])
+def test_places_are_spread(most: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [spread(10, most, generator).tolist() for _ in range(200)]
+    for places in drawn:
+        assert len(places) == min(most, 10)
+        assert places == sorted(places)
+    counts = torch.tensor([place for places in drawn for place in places]).bincount(minlength=10) / len(drawn)
+    assert (counts - min(most, 10) / 10).abs().max() < 0.1, "every place as often"
+    if most == 4:
+        assert all(2.5 * i - 1 < place < 2.5 * (i + 1) for places in drawn for i, place in enumerate(places))
+
+
+def test_second_moment_of_a_picture_is_of_its_whole_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 x 64 tokens whose neighbours are alike: a fixed distance of 32 reads two columns. Off by .195, and by .053."""
+    monkeypatch.setattr(moments, "_ROWS", 128)
+    generator, side, channels = torch.Generator().manual_seed(0), 64, 16
+    frequency = torch.fft.fftfreq(side)
+    radius = (frequency[:, None].square() + frequency.square()).sqrt().clamp_min(1 / side)
+    white = torch.randn(16, channels, side, side, generator=generator)
+    pictures = torch.fft.ifft2(torch.fft.fft2(white) / radius**1.5).real
+    tokens = torch.einsum("nchw,cd->nhwd", pictures / pictures.std(), torch.randn(channels, channels, generator=generator))
+    x = tokens.flatten(1, 2)
+
+    def second(rows: Tensor) -> Tensor:
+        return torch.einsum("nti,ntj->ij", rows, rows) / (rows.shape[0] * rows.shape[1])
+
+    moment = Moment(nn.Linear(channels, 1), {})
+    for picture in x:
+        moment.add(picture[None], 1 / len(x))
     moment.close(PromptGroup([], 0))
-    taken = x[0, [0, 3, 6, 9]]
-    torch.testing.assert_close(moment.total, taken.T @ taken / 4)
+    exact = second(x)
+    at_a_distance, spread_out = (float((found - exact).norm() / exact.norm()) for found in (second(x[:, ::32]), moment.total))
+    assert at_a_distance > 0.15
+    assert spread_out < 0.5 * at_a_distance
+    again = Moment(nn.Linear(channels, 1), {})
+    for picture in x:
+        again.add(picture[None], 1 / len(x))
+    again.close(PromptGroup([], 0))
+    assert torch.equal(again.total, moment.total)
 
 
 @pytest.fixture

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from esd_lora.bases.base import Base
@@ -146,6 +154,24 @@ def test_walk_does_not_clip_latents_whatever_sampler_the_base_has() -> None:
     scheduler = FAMILY.scheduler(pipe, 4, (4, 8, 8))
     assert not scheduler.config.clip_sample
     assert not scheduler.config.thresholding
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler, DDPMScheduler])
+def test_noise_schedule_that_ddim_does_not_know(kind: type[SchedulerMixin]) -> None:
+    """Playground 2.5 and CosXL have EDM's. DDIM would take linear betas for them, also where betas are left in the config."""
+    pipe = tiny_pipeline()
+    config = {**pipe.scheduler.config, **({"beta_schedule": "sigmoid"} if kind is DDPMScheduler else {})}
+    pipe.scheduler = kind.from_config(config)  # type: ignore[attr-defined]
+    with pytest.raises(EsdLoraError, match=f"scheduler is {kind.__name__}, whose") as caught:
+        FAMILY.scheduler(pipe, 4, (4, 8, 8))
+    assert ("betas are 'sigmoid'" in str(caught.value)) == (kind is DDPMScheduler)
+    assert "\n" not in str(caught.value)
+
+
+def test_betas_given_as_numbers_are_kept() -> None:
+    pipe, betas = tiny_pipeline(), [0.001 * i for i in range(1, 11)]
+    pipe.scheduler = DDIMScheduler(num_train_timesteps=10, trained_betas=betas)
+    assert FAMILY.scheduler(pipe, 5, (4, 8, 8)).betas.tolist() == pytest.approx(betas)  # type: ignore[attr-defined]
 
 
 def refusal(base: str | Path) -> str:

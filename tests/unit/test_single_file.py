@@ -266,6 +266,7 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
         ({**SD1, "control_model.time_embed.0.weight": (1, 1)}, "ControlNet"),
         ({FIRST: (384, 4, 3, 3), LABEL: (1280, 2560), CONDITIONER.format(0): (1280,)}, "refiner"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,), "edm_mean": (1,)}, "Playground"),
+        ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,), "edm_vpred.sigma_max": ()}, "CosXL"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2048), "cond_stage_model.model.ln_final.bias": (1024,)}, "unCLIP"),
         ({"lora_unet_down_blocks_0.lora_down.weight": (4, 320)}, "a LoRA"),
         ({"unet.down_blocks.0.attn2.to_k.lora_A.weight": (4, 320)}, "a LoRA"),

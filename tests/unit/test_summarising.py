@@ -8,7 +8,7 @@ from esd_lora.erasers.measured import Number
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Score
-from esd_lora.evaluation.report.intervals import paired_difference, wilson
+from esd_lora.evaluation.report.intervals import paired_difference, paired_rate_difference, wilson
 from esd_lora.evaluation.report.report import Distance, Report, label_rows
 from esd_lora.evaluation.report.summarising import (
     mean_or_rate,
@@ -38,7 +38,7 @@ def test_rates_means_and_paired_differences() -> None:
     assert (rate.hits, rate.of, rate.value) == (1, 4, 0.25)
     expected = wilson(1, 4)
     assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    expected = paired_difference([0, 1, 0, 0], [1, 1, 1, 0])
+    expected = paired_rate_difference([False, True, False, False], [True, True, True, False])
     assert rate.difference is not None
     assert rate.difference.model_dump() == pytest.approx(expected.model_dump(), abs=1e-6)
     assert found["base"]["target"]["accuracy"].difference is None
@@ -48,6 +48,15 @@ def test_rates_means_and_paired_differences() -> None:
     assert clip.difference is not None
     assert clip.difference.value == -1.25
     assert "clip" not in found["erased"]["target"]
+
+
+def test_seeds_of_one_prompt_are_one_group() -> None:
+    cases = [case._replace(prompt=f"a cat {i // 2}") for i, case in enumerate(CASES)]
+    rate = summarise(cases, SCORES, ["base", "erased"])["erased"]["target"]["accuracy"]
+    expected = paired_rate_difference([False, True, False, False], [True, True, True, False], ["a", "a", "b", "b"])
+    assert rate.difference is not None
+    assert rate.difference.model_dump() == pytest.approx(expected.model_dump(), abs=1e-6)
+    assert (rate.low, rate.high) == pytest.approx((wilson(1, 4).low, wilson(1, 4).high), abs=1e-6), "of these prompts"
 
 
 def test_counts_have_a_sum() -> None:
@@ -122,7 +131,7 @@ def test_table_escapes_what_users_say() -> None:
     )
     text = report.to_markdown()
     assert "# mine: a &lt;b>\\|cat" in text
-    assert "| erased | accuracy | 25.0 % (4.6 to 69.9) | -50.0 points (-100.0 to +0.0) | 4 |" in text
+    assert "| erased | accuracy | 25.0 % (4.6 to 69.9) | -50.0 points (-85.0 to +23.5) | 4 |" in text
     assert "| ink | 2/2 | 1/2 |" in text
     assert "| model | UA |\n| --- | --- |\n| erased | 75.0 % |" in text
     assert "- clip: no weights" in text

@@ -10,7 +10,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.measured import Interval, Number, Numbers
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.evaluation.cases import ROLES, Case
-from esd_lora.evaluation.report.intervals import paired_difference, wilson
+from esd_lora.evaluation.report.intervals import paired_difference, paired_rate_difference, wilson
 from esd_lora.evaluation.report.report import MemberNumbers, StackNumbers
 from esd_lora.evaluation.scoring import Scores
 from esd_lora.evaluation.suites.suite_files import Suite
@@ -26,6 +26,7 @@ def summarise(cases: Sequence[Case], scores: Scores, variants: Sequence[str]) ->
     A metric that is yes or no of each picture becomes a rate with Wilson's interval, another one a mean with a bootstrap
     interval; beside the base's, each has its difference from it, paired by prompt and seed (see `intervals`).
     """
+    prompts = {case.id: case.prompt for case in cases}
     numbers: Numbers = {}
     for variant in variants:
         for role in ROLES:
@@ -34,8 +35,9 @@ def summarise(cases: Sequence[Case], scores: Scores, variants: Sequence[str]) ->
             for metric, values in values_by_metric(variant, own, scores).items():
                 number = mean_or_rate(list(values.values()))
                 if both := [case for case in values if case in base.get(metric, {})]:
-                    after, before = [float(values[case]) for case in both], [float(base[metric][case]) for case in both]
-                    number = number.model_copy(update={"difference": _rounded(paired_difference(after, before))})
+                    after, before = [values[case] for case in both], [base[metric][case] for case in both]
+                    difference = difference_between(after, before, [prompts[case] for case in both])
+                    number = number.model_copy(update={"difference": _rounded(difference)})
                 numbers.setdefault(variant, {}).setdefault(role, {})[metric] = number
     return numbers
 
@@ -73,6 +75,19 @@ def mean_or_rate(values: Sequence[bool | float]) -> Number:
     mean = _rounded(paired_difference([float(value) for value in values], [0.0] * len(values)))
     total = sum(map(int, values)) if all(isinstance(value, int) for value in values) else None
     return Number(**dict(mean), of=len(values), sum=total)
+
+
+def difference_between(after: Sequence[bool | float], before: Sequence[bool | float], prompts: Sequence[str] = ()) -> Interval:
+    """Return the difference of two rates or means on the same pictures, with its interval.
+
+    Args:
+        after: Of each picture yes or no, or a number, in the same order as `before`.
+        before: The same prompts and seeds without erasers.
+        prompts: The prompt of each picture.
+    """
+    if all(isinstance(value, bool) for value in (*after, *before)):
+        return paired_rate_difference([bool(value) for value in after], [bool(value) for value in before], prompts)
+    return paired_difference([float(value) for value in after], [float(value) for value in before], prompts)
 
 
 def _rounded(interval: Interval) -> Interval:
