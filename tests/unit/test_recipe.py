@@ -11,6 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.families import family_named
 from esd_lora.objectives import OBJECTIVES, Predictions
 from esd_lora.recipe import Concept, Recipe, with_negative_guidance
 from esd_lora.recipe_files import (
@@ -26,6 +27,7 @@ from esd_lora.recipe_files import (
     recipes_by_kind,
     recipes_dir,
 )
+from published_denoisers import denoiser
 
 
 def write(path: Path, text: str) -> Path:
@@ -53,6 +55,30 @@ def test_kinds_of_files() -> None:
     assert len(kinds["concept"]) == 27
     assert kinds["recipe"] == ["emoji-cat", "emoji-twemoji"]
     assert (kinds["fuse"], kinds["harmonise"]) == (["fuse"], ["harmonise"])
+
+
+@pytest.mark.parametrize("name", recipes_by_kind()["concept"])
+def test_no_concept_says_a_thing_twice(name: str) -> None:
+    """A prompt that stands twice would be trained on twice as often."""
+    for concept in load_recipe(["fast", name]).concepts:
+        assert len(set(concept.lessons())) == len(concept.lessons())
+        words = [word.lower() for word in (concept.name, *concept.synonyms)]
+        assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_leco_trains_what_leco_trains(name: str) -> None:
+    """lora.py of p1atdev/LECO goes by class: every linear and convolution within a Transformer2DModel."""
+    model = denoiser(name)
+    theirs = {
+        f"{path}.{inner}"
+        for path, module in model.named_modules()
+        if type(module).__name__ == "Transformer2DModel"
+        for inner, layer in module.named_modules()
+        if type(layer).__name__ in ("Linear", "Conv2d")
+    }
+    assert family_named("sd").modules(model, load_recipe("leco", concepts=["a cat"]).scope).keys() == theirs
+    assert len(theirs) == 192
 
 
 COMPOSED = sorted(set(recipe_names()) - {name for names in recipes_by_kind().values() for name in names})
