@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -33,7 +34,8 @@ def recipe_paths(name: str) -> list[Path]:
     """Return the files of a recipe, each to be laid over those before it.
 
     A file, by path or built-in name, is a recipe by itself. BASE/CONCEPT is composed of two: `sd/van-gogh` of `sd/fast` and
-    `concepts/van-gogh`. BASE is any folder of `recipes/` with a preset `fast`, CONCEPT any concept.
+    `concepts/van-gogh`. BASE is any folder of `recipes/` with a preset `fast`, CONCEPT any concept. A preset for the concept's
+    scope in that folder stands in the place of `fast`: `sdxl/church` is composed of `sdxl/noxattn` and `concepts/church`.
 
     Raises:
         EsdLoraError: If there is neither such a file nor such a name.
@@ -61,9 +63,17 @@ def _shipped() -> dict[str, list[Path]]:
     files = {path.relative_to(folder).with_suffix("").as_posix(): [path] for path in folder.rglob("*.yaml")}
     concepts = {path.stem: path for path in folder.glob("concepts/*.yaml")}
     composed = {
-        f"{base}/{name}": [folder / base / "fast.yaml", path] for base in recipe_bases() for name, path in concepts.items()
+        f"{base}/{name}": [files.get(f"{base}/{_scope_of(path)}", files[f"{base}/fast"])[0], path]
+        for base in recipe_bases()
+        for name, path in concepts.items()
     }
     return composed | files
+
+
+@cache
+def _scope_of(concept: Path) -> object:
+    """Return the scope that a concept which ships names."""
+    return read_yaml(concept, "recipe", "extends: fast").values.get("scope")
 
 
 def recipe_text(name: str) -> str:

@@ -26,7 +26,7 @@ class GridDDIM:
         self._next = dict(zip(timesteps.tolist(), timesteps.tolist()[1:], strict=False))
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any:
-        """Return `prev_sample`, the latents at the next point of the grid; after the last one without noise."""
+        """Return `prev_sample`, latents at the grid's next point (as DDIM ends, after the last), and `pred_original_sample`."""
         t = int(timestep)
         alpha = self._ddim.alphas_cumprod[t]
         after = self._ddim.alphas_cumprod[self._next[t]] if t in self._next else self._ddim.final_alpha_cumprod
@@ -38,7 +38,7 @@ class GridDDIM:
                 x_0, noise = model_output, (sample - signal * model_output) / spread
             case _:
                 x_0, noise = (sample - spread * model_output) / signal, model_output
-        return SimpleNamespace(prev_sample=after.sqrt() * x_0 + (1 - after).sqrt() * noise)
+        return SimpleNamespace(prev_sample=after.sqrt() * x_0 + (1 - after).sqrt() * noise, pred_original_sample=x_0)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return latents with as much noise as they have at `timesteps` [N]."""

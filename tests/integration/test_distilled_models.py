@@ -140,7 +140,9 @@ def test_grid_of_even_steps_is_diffusers_own_ddim(prediction: str) -> None:
     grid, generator = GridDDIM(ddim, ddim.timesteps), torch.Generator().manual_seed(0)
     x, output = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
     for t in ddim.timesteps:
-        torch.testing.assert_close(grid.step(output, t, x).prev_sample, ddim.step(output, t, x).prev_sample)
+        found, expected = grid.step(output, t, x), ddim.step(output, t, x)
+        torch.testing.assert_close(found.prev_sample, expected.prev_sample)
+        torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample)
         ts = t.expand(2)
         assert torch.equal(grid.add_noise(x, output, ts), ddim.add_noise(x, output, ts))
         assert torch.equal(grid.get_velocity(x, output, ts), ddim.get_velocity(x, output, ts))

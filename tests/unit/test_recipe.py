@@ -11,6 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.families import family_named
 from esd_lora.objectives import OBJECTIVES, Predictions
 from esd_lora.recipe import Concept, Recipe, with_negative_guidance
 from esd_lora.recipe_files import (
@@ -26,6 +27,7 @@ from esd_lora.recipe_files import (
     recipes_by_kind,
     recipes_dir,
 )
+from published_denoisers import denoiser
 
 
 def write(path: Path, text: str) -> Path:
@@ -40,19 +42,44 @@ def faults(source: object, *args: object, **fields: object) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()]
 
 
-PRESETS = ["esd2025", "fast", "flux/fast", "flux/schnell", "leco", "paper", "replace", "sd/fast", "sdxl/fast", "slider"]
+PRESETS = ["esd2025", "fast", "flux/fast", "flux/schnell", "leco", "paper", "replace", "sd/fast", "sdxl/fast", "sdxl/noxattn"]
+PRESETS += ["slider"]
 
 
 def test_kinds_of_files() -> None:
     kinds = recipes_by_kind()
     files = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")]
     assert sorted(name for names in kinds.values() for name in names) == sorted(files)
-    assert len(files) == 41
+    assert len(files) == 42
     assert kinds["preset"] == PRESETS
     assert kinds["concept"] == sorted(name for name in files if name.startswith("concepts/"))
     assert len(kinds["concept"]) == 27
     assert kinds["recipe"] == ["emoji-cat", "emoji-twemoji"]
     assert (kinds["fuse"], kinds["harmonise"]) == (["fuse"], ["harmonise"])
+
+
+@pytest.mark.parametrize("name", recipes_by_kind()["concept"])
+def test_no_concept_says_a_thing_twice(name: str) -> None:
+    """A prompt that stands twice would be trained on twice as often."""
+    for concept in load_recipe(["fast", name]).concepts:
+        assert len(set(concept.lessons())) == len(concept.lessons())
+        words = [word.lower() for word in (concept.name, *concept.synonyms)]
+        assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_leco_trains_what_leco_trains(name: str) -> None:
+    """lora.py of p1atdev/LECO goes by class: every linear and convolution within a Transformer2DModel."""
+    model = denoiser(name)
+    theirs = {
+        f"{path}.{inner}"
+        for path, module in model.named_modules()
+        if type(module).__name__ == "Transformer2DModel"
+        for inner, layer in module.named_modules()
+        if type(layer).__name__ in ("Linear", "Conv2d")
+    }
+    assert family_named("sd").modules(model, load_recipe("leco", concepts=["a cat"]).scope).keys() == theirs
+    assert len(theirs) == 192
 
 
 COMPOSED = sorted(set(recipe_names()) - {name for names in recipes_by_kind().values() for name in names})
@@ -67,9 +94,10 @@ def test_every_base_composes_with_every_concept() -> None:
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_recipe_is_its_preset_and_its_concept(name: str, tmp_path: Path) -> None:
     base, _, concept = name.partition("/")
-    assert recipe_paths(name) == [recipes_dir() / base / "fast.yaml", recipes_dir() / "concepts" / f"{concept}.yaml"]
-    recipe, preset = load_recipe(name), load_recipe(f"{base}/fast", concepts=["a cat"])
     alone = load_recipe(["fast", f"concepts/{concept}"])
+    preset_name = "noxattn" if (base, alone.scope) == ("sdxl", "noxattn") else "fast"
+    assert recipe_paths(name) == [recipes_dir() / base / f"{preset_name}.yaml", recipes_dir() / "concepts" / f"{concept}.yaml"]
+    recipe, preset = load_recipe(name), load_recipe(f"{base}/{preset_name}", concepts=["a cat"])
     assert (recipe.base, recipe.lora, recipe.train) == (preset.base, preset.lora, preset.train)
     assert (recipe.concepts, recipe.scope, recipe.objective, recipe.eta) == (
         alone.concepts,
@@ -87,6 +115,15 @@ def test_composed_recipe_is_its_preset_and_its_concept(name: str, tmp_path: Path
     assert (base_id, scope, float(eta), int(steps)) == (recipe.base, recipe.scope, recipe.eta, recipe.train.steps)
     child = write(tmp_path / "child.yaml", f"extends: {name}\neta: 7\n")
     assert load_recipe(child) == recipe.model_copy(update={"eta": 7.0})
+
+
+def test_noxattn_on_sdxl_has_the_rate_of_its_authors() -> None:
+    """esd_sdxl.py of rohitgandikota/erasing: 1e-5 for every method but ESD-x, whatever is set."""
+    rates = {name: load_recipe(f"sdxl/{name}").train.lr for name in ("van-gogh", "church", "nudity", "i2p-hate")}
+    assert rates == {"van-gogh": 1e-4, "church": 1e-5, "nudity": 1e-5, "i2p-hate": 1e-5}
+    assert load_recipe("sdxl/church").train == load_recipe("sdxl/fast", {"train.lr": 1e-5}, concepts=["a cat"]).train
+    assert load_recipe("sd/church").train.lr == 1e-4
+    assert "Experimental" in recipe_text("sdxl/church")
 
 
 @pytest.mark.parametrize("name", ["sd/none", "none/van-gogh", "concepts/fast", "sd"])

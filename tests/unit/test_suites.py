@@ -75,6 +75,14 @@ def test_settings_lie_over_the_file() -> None:
         load_suite("emoji-object", {"prompts.asked.count": 0})
 
 
+def test_imagenette_s_prompts_are_those_of_esd() -> None:
+    """data/small_imagenet_prompts.csv of rohitgandikota/erasing: no article."""
+    cases = plan_cases(load_suite("objects"), [ErasedConcept(name="tench", pairs=(), eta=None)]).cases
+    assert len(cases) == 10 * 500
+    assert {case.prompt for case in cases if case.role == "target"} == {"Image of tench"}
+    assert "Image of English springer" in {case.prompt for case in cases}
+
+
 def test_published_templates_are_quoted() -> None:
     """UnlearnCanvas' sampling script says "A" whatever follows."""
     cases = plan_cases(load_suite("unlearncanvas"), [ErasedConcept(name="Van Gogh", pairs=(), eta=None)]).cases
