@@ -310,7 +310,8 @@ def replace_directory(output: Path, new: Path, replaces: Collection[str] | None)
         if place.is_dir():
             shutil.copymode(place, new)
             if replaces is not None:
-                _carry_over(place, new, place, replaces)
+                unfinished = (_beside(Path(name), "partial").as_posix() for name in replaces)  # a killed run left them
+                _carry_over(place, new, place, {*replaces, *unfinished})
         _sync_all(new)
         if place.is_dir() and any(place.iterdir()):
             _exchange(new, place)

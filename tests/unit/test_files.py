@@ -121,6 +121,21 @@ def test_files_of_other_names_stay_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "out"]
 
 
+def test_what_a_killed_run_was_writing_goes_with_the_file(tmp_path: Path) -> None:
+    """A run that writes file by file, as an evaluation does, and another that then replaces the whole."""
+    out = tmp_path / "out"
+    (out / "samples").mkdir(parents=True)
+    code = (
+        "import os, sys, pathlib; from esd_lora.files import replaced_file\n"
+        "with replaced_file(pathlib.Path(sys.argv[1])) as partial: partial.write_text('half'); os._exit(9)"
+    )
+    for name in ("ours", "samples/ours", "theirs"):
+        assert subprocess.run([sys.executable, "-c", code, str(out / name)], check=False).returncode == 9
+    assert len(list(out.rglob("*.partial"))) == 3
+    write_files(out, {"a": b"new"}, replaces=["ours", "samples/ours"])
+    assert [path.parent for path in out.rglob("*.partial")] == [out]  # theirs may be being written still
+
+
 def test_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "theirs").write_text("old")
