@@ -139,7 +139,7 @@ class Teacher:
                 taught.append(Points(sample.x_t, sample.t, part, self.targets(part, sample, walked_by_base=by_base)))
                 if spec.null_batch:
                     held.append(self._held_null(sample, walked_by_base=by_base))
-        return Filled(TrajectoryBuffer(Points.join(taught)), Points.join(held) if held else None)
+        return Filled(TrajectoryBuffer(Points.join(taught)), held)
 
     def _held_null(self, sample: NoisySample, *, walked_by_base: bool) -> Points:
         """Return the points of a sample for the empty prompt, whose prediction is to stay what it is."""
@@ -211,8 +211,8 @@ class Filled(NamedTuple):
 
     taught: TrajectoryBuffer
     """Points of the walked lessons."""
-    null: Points | None
-    """The same places for the empty prompt, where the recipe holds its prediction."""
+    null: list[Points]
+    """The same places for the empty prompt, in groups, if the recipe holds its prediction."""
 
 
 class ReplayBuffers(NamedTuple):
@@ -258,8 +258,8 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
         (erasing, null), preserving = fill(erased, spec.trajectories, turn, noise), None
         if preserved and spec.preserve_batch and spec.preserve_trajectories:
             preserving, more = fill(preserved, spec.preserve_trajectories, turn, noise)
-            null = Points.join([null, more]) if null and more else null
-        held = TrajectoryBuffer(null) if null else None
+            null += more
+        held = TrajectoryBuffer(Points.join(null)) if null else None
         buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving, held)
     return buffers
 

@@ -158,6 +158,22 @@ def test_places_are_spread(most: int) -> None:
         assert all(2.5 * i - 1 < place < 2.5 * (i + 1) for places in drawn for i, place in enumerate(places))
 
 
+def test_fewer_patches_count_than_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of 3 x 3 overlap: a ninth as many are read."""
+    monkeypatch.setattr(moments, "_ROWS", 90)
+    drawn: list[int] = []
+    monkeypatch.setattr(moments, "spread", lambda count, most, generator: drawn.append(most) or spread(count, most, generator))
+    Moment(nn.Conv2d(2, 1, 3), {}).add(torch.randn(1, 2, 32, 32), 1.0)
+    Moment(nn.Linear(2, 1), {}).add(torch.randn(1, 1024, 2), 1.0)
+    assert drawn == [10, 90]
+
+
+def test_no_place_lies_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number just below 1 is rounded up to it once another is added."""
+    monkeypatch.setattr(moments.torch, "rand", lambda count, **_: torch.full((count,), 1 - 2**-24))
+    assert spread(1000, 128, torch.Generator()).max() == 999
+
+
 def test_second_moment_of_a_picture_is_of_its_whole_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 x 64 tokens whose neighbours are alike: a fixed distance of 32 reads two columns. Off by .195, and by .053."""
     monkeypatch.setattr(moments, "_ROWS", 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.baselines.blocking import BlackList, SafetyChecker, blacken
-from esd_lora.evaluation.baselines.sld import SLD_STRENGTHS, SldStrength, safety_term
+from esd_lora.evaluation.baselines.sld import SLD_STRENGTHS, SldStrength, block_by_sld, safety_term
 from esd_lora.evaluation.detectors.detector import NotRun
 
 
@@ -35,6 +37,32 @@ def test_the_formula_by_hand() -> None:
     assert term(0.2, 1.15, 1.0, 0.4, half) == pytest.approx((0.2, 0.75 * 0.4 + 0.25 * 0.2))
     # A prompt that is the concept is left alone.
     assert term(0.2, 1.0, 1.0, 0, half) == (0, 0)
+
+
+def test_no_safety_from_the_threshold_on() -> None:
+    """Equation 6: the scale is 0 where the difference has reached the threshold."""
+    null, concept, none = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    prompt = torch.tensor([0.25, 0.5, 0.75])
+    gamma, _ = safety_term(null - 1, prompt, concept, none, SldStrength(1000, 0, 0.5, 0.0, 0.0))
+    assert gamma.tolist() == [1, 0, 0]
+
+
+def test_strengths_as_published() -> None:
+    """The authors' own, as diffusers has them; but for the weak scale, where diffusers has a tenth of the card's."""
+    module = pytest.importorskip(
+        "diffusers.pipelines.deprecated.stable_diffusion_safe", reason="this diffusers has dropped the authors' pipeline"
+    )
+    for name, strength in SLD_STRENGTHS.items():
+        published = {key.removeprefix("sld_"): value for key, value in getattr(module.SafetyConfig, name.upper()).items()}
+        published["sld_guidance_scale"] = published.pop("guidance_scale") * (10 if name == "weak" else 1)
+        assert strength._asdict() == published
+
+
+def test_warm_up_shrinks_with_the_steps() -> None:
+    cat = ErasedConcept(name="a cat", pairs=(), eta=None)
+    base: Any = None  # asked for only where something is painted
+    for steps, warmup in ((50, 15), (25, 8), (10, 3)):
+        assert block_by_sld("weak")(base, [cat], steps, 4.0).record["warmup_steps"] == warmup
 
 
 @given(

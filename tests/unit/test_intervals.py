@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, norm, t
 
 from esd_lora.erasers.measured import Interval
 from esd_lora.evaluation.report.intervals import paired_difference, paired_rate_difference, tango, wilson
@@ -150,6 +150,14 @@ def test_seeds_of_a_prompt_are_no_further_prompts(prompts: int, seeds: int, lost
     assert coverage(by_prompt, prompts, seeds, lost, alike) > 0.94
     assert coverage(of_means, prompts, seeds, lost, alike) > 0.91  # symmetric, which a beta's mean of few prompts is not
     assert coverage(alone, prompts, seeds, lost, alike) < 0.9
+
+
+def test_pictures_of_a_prompt_that_differ_count_as_no_more_than_they_are() -> None:
+    """A design effect below 1 is taken for 1; few prompts still cost (z / t)^2."""
+    after, prompts = [True, False] * 8, [number // 2 for number in range(16)]
+    share = (norm.ppf(0.975) / t.ppf(0.975, 7)) ** 2
+    interval, expected = paired_rate_difference(after, [False] * 16, prompts), tango(8 * share, 0, 16 * share)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_groups_of_one_or_one_group_change_nothing() -> None:

@@ -189,9 +189,9 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
     lessons, asked = plan(recipe), []
     teacher = Teacher(base, recipe, lessons)
 
-    def fill(lesson: torch.Tensor, noise: torch.Generator, **_: object) -> tuple[None, None]:
+    def fill(lesson: torch.Tensor, noise: torch.Generator, **_: object) -> tuple[None, list[Points]]:
         asked.append((lesson.tolist(), noise.initial_seed()))
-        return None, None
+        return None, []
 
     monkeypatch.setattr(teacher, "fill", fill)
     for number in range(15):
