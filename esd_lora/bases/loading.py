@@ -61,7 +61,7 @@ def load_base(
         with quiet_libraries():
             pipe, family = open_single_file(source, config=config, device=place, dtype=dtype, vae=vae)
     elif hub_id := HubId.read(name):
-        name, source = hub_id.repo, _look_up(hub_id)
+        name, source = hub_id.repo, look_up(hub_id)
         commit = source.name  # the cache keeps files under snapshots/COMMIT
         family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
         pipe = _load_pipeline(hub_id.repo, commit, dtype, vae)
@@ -119,8 +119,12 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _look_up(hub_id: HubId) -> Path:
-    """Return the folder in the cache for the commit that the id stands for now, the pipeline's index in it."""
+def look_up(hub_id: HubId) -> Path:
+    """Return the folder in the cache for the commit that the id stands for now, the pipeline's index in it.
+
+    Raises:
+        EsdLoraError: If it cannot be fetched.
+    """
     from huggingface_hub import hf_hub_download
 
     try:

@@ -23,7 +23,7 @@ from esd_lora.cli.options import (
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
 from esd_lora.recipe import Recipe, with_negative_guidance
-from esd_lora.recipe_files import load_recipe
+from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
     from esd_lora.erasers.eraser import Eraser
@@ -69,7 +69,9 @@ def train(
     resume: bool,
     force: bool,
 ) -> None:
-    """Train an eraser from RECIPE: built-in names or YAML files, each over those before it; default: fast.
+    """Train an eraser from RECIPE: built-in names or YAML files, each over those before it.
+
+    Without a recipe that says how to train, the base's family and size choose a preset.
 
     \b
     esd-lora train --concept "a cat" -o no-cat
@@ -81,7 +83,7 @@ def train(
     fields = given(base=base or None, base_config=base_config or None, scope=scope or None, eta=negative_guidance)
     if concepts:
         fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
-    recipe = load_recipe(recipes or "fast", overrides(settings), allow_code=allow_code, **fields)
+    recipe = load_recipe(_with_preset(recipes, base), overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
     refuse_inputs(out, () if resume else recipes)
@@ -100,6 +102,17 @@ def train(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
+
+
+def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
+    """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
+    if any(recipe_kind(name) != "concept" for name in recipes) or (recipes and not base):
+        return list(recipes)  # a concept without a preset and a base lacks both, and is told so
+    from esd_lora.bases.presets import preset_for
+
+    preset = preset_for(base) if base else "fast"
+    say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
+    return [preset, *recipes]
 
 
 def _guided(recipe: Recipe, guidance: float) -> Recipe:

@@ -88,6 +88,8 @@ class ModelFamily(ABC):
     """Whether kohya's files name layers as diffusers does, and not as the original project."""
     checkpoints: ClassVar[tuple[CheckpointKind, ...]] = ()
     """Single-file checkpoints that can be read."""
+    preset: ClassVar[str] = "sdxl/fast"
+    """The recipe to train by where none is given: the family's own, or that of the next in size."""
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:

@@ -34,6 +34,7 @@ class Flux(ModelFamily):
     fixed_prediction_type = "flow"
     multiple = 2
     published = (PublishedModel("flux1", "flux-1-dev", "1024x1024"),)
+    preset = "flux/fast"
     metadata_pattern = "flux"
     checkpoints = (_FLUX_1,)
 

@@ -40,6 +40,7 @@ class StableDiffusion(ModelFamily):
         PublishedModel("sd_v2", "stable-diffusion-v2-768-v", "768x768", 1024, prediction_type="v_prediction", v2=True),
         PublishedModel("sd_v2", "stable-diffusion-v2-512", "512x512", text_width=1024, v2=True),
     )
+    preset = "sd/fast"
     metadata_pattern = r"^(?!.*(sdxl|-xl-)).*(sd_v|-v1|-v2)"
     kohya_keeps_diffusers_names = True
     checkpoints = (_SD_1, _SD_2)
