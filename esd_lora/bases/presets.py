@@ -12,8 +12,8 @@ from esd_lora.families import family_of, read_pipeline
 from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
 
-SMALL = "fast"
-"""The preset of small models; its rate and steps were chosen on the built-in base."""
+DEFAULT = "fast"
+"""The preset of small models, and where no base is named; its rate and steps were chosen on the built-in base."""
 _SMALL_SIDE = 16  # latents: 128 pixels
 
 
@@ -27,7 +27,7 @@ def preset_for(base: str) -> str:
         EsdLoraError: If the base is of no known family, or its index cannot be read or fetched.
     """
     if base in BUILT_IN:
-        return SMALL
+        return DEFAULT
     place = Path(base)
     if place.is_file() and place.suffix == ".safetensors":
         shapes = {name: tuple(entry["shape"]) for name, entry in read_header(place).tensors.items()}
@@ -35,9 +35,9 @@ def preset_for(base: str) -> str:
     if not (place / "model_index.json").is_file():
         hub_id = None if place.exists() else HubId.read(base)
         if hub_id is None:
-            return SMALL  # there is no such base, which loading it says
+            return DEFAULT  # there is no such base, which loading it says
         place = look_up(hub_id)
     family = family_of(read_pipeline(place / "model_index.json"))
     config = place / family.denoiser / "config.json"
     side = read_json(config).get("sample_size") if config.is_file() else None
-    return SMALL if isinstance(side, int) and side <= _SMALL_SIDE else family.preset
+    return DEFAULT if isinstance(side, int) and side <= _SMALL_SIDE else family.preset

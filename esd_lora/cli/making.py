@@ -108,10 +108,11 @@ def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
     if any(recipe_kind(name) != "concept" for name in recipes) or (recipes and not base):
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
-    from esd_lora.bases.presets import preset_for
+    from esd_lora.bases.presets import DEFAULT, preset_for
 
-    preset = preset_for(base) if base else "fast"
-    say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
+    preset = preset_for(base) if base else DEFAULT
+    if preset != DEFAULT:
+        say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
     return [preset, *recipes]
 
 

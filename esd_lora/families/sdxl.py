@@ -25,6 +25,7 @@ class StableDiffusionXL(StableDiffusion):
     text_widths = frozenset({2048})
     normalises_latents = True
     published = (PublishedModel("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),)
+    preset = "sdxl/fast"
     metadata_pattern = "sdxl|-xl-"
     kohya_keeps_diffusers_names = False
     checkpoints = (_SDXL,)
