@@ -258,10 +258,10 @@ def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[st
     reached: dict[str, dict[int, list[str]]] = {}
     for path, lines in reach["lines"].items():
         module = path.rpartition("/esd_lora/")[2].removesuffix(".py")
-        found = {int(line): {test for name in names for test in by_file.get(name, [name])} for line, names in lines.items()}
-        found[0] = set().union(*found.values())
+        by_line = {int(line): {test for name in names for test in by_file.get(name, [name])} for line, names in lines.items()}
+        by_line[0] = set().union(*by_line.values())
         reached[module] = {
-            line: sorted((t for t in names if t in seconds), key=seconds.__getitem__) for line, names in found.items()
+            line: sorted((t for t in names if t in seconds), key=seconds.__getitem__) for line, names in by_line.items()
         }
         for line, names in reached[module].items():
             total = 0.0

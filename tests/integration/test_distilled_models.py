@@ -113,7 +113,7 @@ def test_walk_visits_what_the_base_s_sampler_visits(name: str) -> None:
 @pytest.mark.parametrize("steps", [4, 6, 50])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_latents_have_the_noise_of_their_time(name: str, steps: int, prediction: str) -> None:
-    """Of a model that knows one picture: x_t is that picture with the same noise everywhere, as much of it as t says."""
+    """A walk of a model that knows one picture sees that picture at every t, with the same noise and as much as t says."""
     pipe, picture = sampled_by(name, prediction_type=prediction), torch.full((1, 4, 8, 8), 0.7, dtype=torch.float64)
     alphas = DDIMScheduler(**LINEAR).alphas_cumprod.double()  # type: ignore[arg-type]
 

@@ -26,21 +26,21 @@ from esd_lora.evaluation.report.intervals import paired_difference, paired_rate_
     ],
 )
 def test_wilson_as_published(hits: int, of: int, low: float, high: float) -> None:
-    found = wilson(hits, of)
-    assert found.value == hits / of
-    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    result = wilson(hits, of)
+    assert result.value == hits / of
+    assert (round(result.low, 4), round(result.high, 4)) == (low, high)
 
 
 @given(of=st.integers(1, 500), data=st.data(), level=st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_solves_its_equation(of: int, data: st.DataObject, level: float) -> None:
     """An end p is where the score test just does not reject: (hits / of - p)^2 = z^2 p (1 - p) / of."""
     hits = data.draw(st.integers(0, of))
-    found, other = wilson(hits, of, level), wilson(of - hits, of, level)
+    result, other = wilson(hits, of, level), wilson(of - hits, of, level)
     z = {0.8: 1.2815515655446004, 0.95: 1.959963984540054, 0.99: 2.5758293035489004}[level]
-    assert 0 <= found.low <= found.value <= found.high <= 1
-    for end in (found.low, found.high):
-        assert (found.value - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / of, abs=1e-12)
-    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low))
+    assert 0 <= result.low <= result.value <= result.high <= 1
+    for end in (result.low, result.high):
+        assert (result.value - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / of, abs=1e-12)
+    assert (other.low, other.high) == pytest.approx((1 - result.high, 1 - result.low))
 
 
 @pytest.mark.parametrize(
@@ -53,24 +53,24 @@ def test_wilson_solves_its_equation(of: int, data: st.DataObject, level: float) 
     ],
 )
 def test_tango_as_published(gained: int, lost: int, of: int, level: float, low: float, high: float | None) -> None:
-    found, digits = tango(gained, lost, of, level), 4 if of == 618 else 3
-    assert found.value == (gained - lost) / of
-    assert round(found.low, digits) == low
-    assert high is None or round(found.high, digits) == high
+    result, digits = tango(gained, lost, of, level), 4 if of == 618 else 3
+    assert result.value == (gained - lost) / of
+    assert round(result.low, digits) == low
+    assert high is None or round(result.high, digits) == high
 
 
 @given(of=st.integers(1, 120), data=st.data(), level=st.sampled_from([0.8, 0.95, 0.99]))
 def test_tango_holds_what_the_score_test_does_not_reject(of: int, data: st.DataObject, level: float) -> None:
-    """The test is McNemar's at 0; its variance is that of the likeliest rates with the difference, found by search."""
+    """The test is McNemar's at 0; its variance is that of the likeliest rates with the difference, result by search."""
     gained = data.draw(st.integers(0, of))
     lost = data.draw(st.integers(0, of - gained))
-    found, other = tango(gained, lost, of, level), tango(lost, gained, of, level)
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert found.high - found.low > 0
-    assert (other.low, other.high) == pytest.approx((-found.high, -found.low))
+    result, other = tango(gained, lost, of, level), tango(lost, gained, of, level)
+    assert -1 <= result.low <= result.value <= result.high <= 1
+    assert result.high - result.low > 0
+    assert (other.low, other.high) == pytest.approx((-result.high, -result.low))
     z = {0.8: 1.2815515655446004, 0.95: 1.959963984540054, 0.99: 2.5758293035489004}[level]
     if abs((gained - lost) ** 2 - z * z * (gained + lost)) > 1e-9:
-        assert (found.low <= 0 <= found.high) == ((gained - lost) ** 2 < z * z * (gained + lost))
+        assert (result.low <= 0 <= result.high) == ((gained - lost) ** 2 < z * z * (gained + lost))
 
     def statistic(difference: float) -> float:
         def likelihood(share: float) -> float:  # of lost pairs; gained ones are as much more likely as the difference
@@ -85,7 +85,7 @@ def test_tango_holds_what_the_score_test_does_not_reject(of: int, data: st.DataO
         variance = of * (2 * low + difference - difference**2)
         return (gained - lost - of * difference) / math.sqrt(variance)
 
-    for end in (found.low, found.high):
+    for end in (result.low, result.high):
         if abs(end) < 0.99:
             assert abs(statistic(end)) == pytest.approx(z, rel=1e-3)
 
@@ -94,8 +94,8 @@ def test_width_where_no_pair_differs() -> None:
     z = 1.959963984540054
     end = z * z / (60 + z * z)
     assert (tango(0, 0, 60).low, tango(0, 0, 60).high) == pytest.approx((-end, end))
-    found = paired_rate_difference([True] * 60, [True] * 60)
-    assert (found.value, found.low, found.high) == pytest.approx((0, -end, end))
+    result = paired_rate_difference([True] * 60, [True] * 60)
+    assert (result.value, result.low, result.high) == pytest.approx((0, -end, end))
     assert paired_rate_difference([False], [True]).value == -1
 
 
@@ -111,8 +111,8 @@ def test_score_interval_holds_the_truth(of: int, lost: float, gained: float, lea
         for more in range(of + 1 - less if gained else 1):
             share = binom.pmf(less, of, lost) * (binom.pmf(more, of - less, gained / (1 - lost)) if gained else 1)
             if share > 1e-7:
-                found = tango(more, less, of)
-                held, total = held + share * (found.low <= gained - lost <= found.high), total + share
+                result = tango(more, less, of)
+                held, total = held + share * (result.low <= gained - lost <= result.high), total + share
     assert total > 1 - 1e-4
     assert held > least
 
@@ -129,8 +129,8 @@ def coverage(
     generator, held = np.random.default_rng(0), 0
     group = [i for i in range(prompts) for _ in range(seeds)]
     for _ in range(400):
-        found = interval(drawn(generator, prompts, seeds, lost, alike).flatten(), group)
-        held += found.low <= -lost <= found.high
+        result = interval(drawn(generator, prompts, seeds, lost, alike).flatten(), group)
+        held += result.low <= -lost <= result.high
     return held / 400
 
 
@@ -170,10 +170,10 @@ def test_groups_of_one_or_one_group_change_nothing() -> None:
 
 
 def test_variance_between_prompts_as_by_hand() -> None:
-    found = paired_difference([1.0, 2.0, 3.0, 6.0, 5.0], [0.0] * 5, ["a", "a", "b", "b", "c"])
+    result = paired_difference([1.0, 2.0, 3.0, 6.0, 5.0], [0.0] * 5, ["a", "a", "b", "b", "c"])
     # Sums less their share of the mean 3.4: 3 - 6.8, 9 - 6.8, 5 - 3.4; t of 2 degrees of freedom is 4.303.
     half = 4.302652729911275 * math.sqrt(1.5 * (3.8**2 + 2.2**2 + 1.6**2)) / 5
-    assert (found.value, found.low, found.high) == pytest.approx((3.4, 3.4 - half, 3.4 + half))
+    assert (result.value, result.low, result.high) == pytest.approx((3.4, 3.4 - half, 3.4 + half))
 
 
 def test_no_difference_of_means_is_none() -> None:
@@ -184,18 +184,18 @@ def test_no_difference_of_means_is_none() -> None:
 def test_pairs_are_kept_together() -> None:
     """What is hard for both is no noise: a constant loss under any spread is known exactly."""
     before = np.random.default_rng(1).normal(size=200)
-    found = paired_difference((before - 0.1).tolist(), before.tolist())
-    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
+    result = paired_difference((before - 0.1).tolist(), before.tolist())
+    assert (result.value, result.low, result.high) == pytest.approx((-0.1, -0.1, -0.1))
 
 
 def test_bootstrap_is_as_wide_as_theory_and_repeats() -> None:
     random = np.random.default_rng(2)
     after, before = random.normal(0.3, 1, 400), random.normal(0, 1, 400)
-    found = paired_difference(after.tolist(), before.tolist())
+    result = paired_difference(after.tolist(), before.tolist())
     half = 1.96 * float((after - before).std()) / 400**0.5
-    assert found.value == pytest.approx(float((after - before).mean()))
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.05 * half)
-    assert found == paired_difference(after.tolist(), before.tolist())
-    assert found != paired_difference(after.tolist(), before.tolist(), seed=1)
+    assert result.value == pytest.approx(float((after - before).mean()))
+    assert (result.low, result.high) == pytest.approx((result.value - half, result.value + half), abs=0.05 * half)
+    assert result == paired_difference(after.tolist(), before.tolist())
+    assert result != paired_difference(after.tolist(), before.tolist(), seed=1)
     narrow = paired_difference(after.tolist(), before.tolist(), level=0.5)
-    assert found.low < narrow.low < narrow.high < found.high
+    assert result.low < narrow.low < narrow.high < result.high
