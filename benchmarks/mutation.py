@@ -111,6 +111,8 @@ class Mutant(NamedTuple):
     """A module with one change."""
 
     line: int
+    called: bool
+    """Whether the line runs when a function is called, and not once, when the module is imported."""
     change: str
     source: str
 
@@ -118,13 +120,18 @@ class Mutant(NamedTuple):
 def mutants(text: str) -> Iterator[Mutant]:
     """Yield every mutant of a module: operators swapped or dropped, numbers moved by 1, signs and `not` lost."""
     tree = ast.parse(text)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    called = {
+        id(node) for f in functions for part in (f.body if isinstance(f.body, list) else [f.body]) for node in ast.walk(part)
+    }
     for number, node in enumerate(ast.walk(tree)):
         for change in changes(node):
             mutated = copy.deepcopy(tree)
             place = next(other for i, other in enumerate(ast.walk(mutated)) if i == number)
             before = ast.unparse(node)
             replace(mutated, place, change)
-            yield Mutant(node.lineno, f"{before} -> {ast.unparse(change)}", ast.unparse(mutated))  # type: ignore[attr-defined]
+            description = f"{before} -> {ast.unparse(change)}"
+            yield Mutant(node.lineno, id(node) in called, description, ast.unparse(mutated))  # type: ignore[attr-defined]
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -287,8 +294,8 @@ def judge(made: list[Mutant], module: str, reached: dict[int, list[str]], packag
         while left or running:
             while left and free:
                 mutant, package = left.pop(0), free.pop()
-                # A line that runs only while it is imported is of concern to all tests of the module.
-                tests = reached.get(mutant.line) or reached[0]
+                # A line that runs once, when it is imported, is of concern to all tests of the module.
+                tests = (reached.get(mutant.line) if mutant.called else None) or reached[0]
                 ordered = sorted(tests, key=lambda test: -killers.get(test, 0))
                 (package / f"{module}.py").write_text(mutant.source, "utf-8")
                 child = start_pytest(package, ordered, [Killer(package.parent / "killer")])
