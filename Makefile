@@ -24,7 +24,7 @@ test-lowest: $(LOWEST)/.dev
 
 # What no test notices, where there is mathematics; an hour or so.
 mutation: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py --out benchmarks/mutation.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
