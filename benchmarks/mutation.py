@@ -250,7 +250,7 @@ class Killer:
 
 
 def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[str, dict[int, list[str]]]:
-    """Run the tests once, and return for each module which tests reach each line, the quickest first; line 0: any line."""
+    """Run the tests once, and return for each module which tests reach each line, the quickest first; line 0: all tests of their files."""
     result = kept or package.parent / "reach.json"
     if not result.exists():
         os.waitpid(
@@ -266,7 +266,8 @@ def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[st
     for path, lines in reach["lines"].items():
         module = path.rpartition("/esd_lora/")[2].removesuffix(".py")
         by_line = {int(line): {test for name in names for test in by_file.get(name, [name])} for line, names in lines.items()}
-        by_line[0] = set().union(*by_line.values())
+        files = {test.partition("::")[0] for test in set().union(*by_line.values())}
+        by_line[0] = {test for file in files for test in by_file[file]}  # they may read what it holds, and call nothing
         reached[module] = {
             line: sorted((t for t in names if t in seconds), key=seconds.__getitem__) for line, names in by_line.items()
         }
