@@ -250,7 +250,7 @@ class Killer:
 
 
 def reached_lines(package: Path, tests: list[str], kept: Path | None) -> dict[str, dict[int, list[str]]]:
-    """Run the tests once, and return for each module which tests reach each line, the quickest first; line 0: all of their files."""
+    """Run the tests once, and return for each module which tests reach each line, the quickest first; 0: all of their files."""
     result = kept or package.parent / "reach.json"
     if not result.exists():
         os.waitpid(
