@@ -79,29 +79,34 @@ Written by `python benchmarks/mutation.py --out benchmarks/mutation.md`, one sec
 A mutant is a module with one operator, number, sign or truth value changed; a test that fails on it kills it. What survives is
 listed with the reason why no test can notice it, or need not.
 """
-_STRICT = "the two are of one length by construction, and `strict` or `full_matrices` guards or saves alone"
-_SHOWN = "how much of a list, or how a file is indented, is shown to people"
+_STRICT = "the two are of one length by construction; `strict` guards against a change of the code"
 _BAR = "whether there is a progress bar"
-REASONS = {
-    ("", "True -> False"): f"{_STRICT}, or {_BAR} unless one says",
-    ("", "False -> True"): _STRICT,
-    ("", "not progress -> progress"): _BAR,
-    ("", "3 -> 4"): _SHOWN,
-    ("", "2 -> 3"): _SHOWN,
-    ("", "1000000.0"): "a millionth of a megabyte",
-    ("gating", "'the pipeline'"): "what messages call a pipeline that came without a name",
-    ("gating", "1.0 -> 2.0"): "rounding alone: no cosine is above 1 by more than 1e-7",
-    ("fusing/closed_form", "0 -> 1"): "a byte more or less in a batch of a gigabyte; which wide layer a warning names",
-    ("fusing/harmonising", "== torch.float16"): "the scaler scales loss and step alike; only a GPU in float16 needs it",
-    ("formats/importing", "len(fitting) > 1"): "one family that fits is taken whatever its widths",
-    ("formats/importing", "0000 -> "): "a limit's last unit",
-    ("formats/importing", "1 -> 2"): "a byte beyond the limit is refused as well as two",
-    ("formats/importing", "2000 -> 2001"): "a limit's last unit",
-    ("formats/importing", "<= _modules"): "no file has every name of a family, as many names are of the same layer",
-    ("evaluation/report/intervals", "1000 -> 1001"): "resamples drawn at a time",
-    ("evaluation/report/intervals", "10000 -> 10001"): "one resample more",
-}
-"""Module (or none) and a part of the change to why no test can notice it, or need not."""
+_CALLER = "which caller a warning points at"
+_LIMIT = "the last unit of a limit"
+REASONS = [
+    ("True -> False", "strict=True", _STRICT),
+    ("True -> False", "progress: bool=True", f"{_BAR} unless one says"),
+    ("not progress -> progress", "disable=not progress", _BAR),
+    ("False -> True", "full_matrices=False", "further columns, which are cut off with the small ones"),
+    ("3 -> 4", "were trained on different weights", _CALLER),
+    ("2 -> 3", "parts = sorted(", "how deep the blocks lie that a message suggests"),
+    ("2 -> 3", "layers are wider than", _CALLER),
+    ("0 -> 1", "layers are wider than", "which of the wide layers a warning names"),
+    ("2 -> 3", "json.dumps(config, indent=2)", "how a file is indented"),
+    ("1000000.0", "MB are free", "a millionth of a megabyte in a message"),
+    ("and 'the pipeline'", "_name_or_path", "what messages call a pipeline that came without a name"),
+    ("1.0 -> 2.0", "min(best, 1.0)", "rounding alone: no cosine is above 1 by more than 1e-7"),
+    ("0 -> 1", "batch, held = ([], 0)", "a byte more or less in a batch of a gigabyte"),
+    ("== torch.float16", "GradScaler", "the scaler scales loss and step alike; only a GPU in float16 needs it"),
+    ("len(fitting) > 1", "len(fitting) > 1", "one family that fits is taken whatever its widths"),
+    ("10000 -> 10001", "max_length=10000", _LIMIT),
+    ("2000 -> 2001", "[:2000]", _LIMIT),
+    ("1 -> 2", "MAX_JSON + 1", "a byte beyond the limit is refused as well as two"),
+    ("<= _modules", "fitting =", "no file has every name of a family, as many names are of the same layer"),
+    ("1000 -> 1001", "'batch': 1000", "resamples drawn at a time"),
+    ("10000 -> 10001", "resamples: int=10000", "one resample more"),
+]
+"""A part of a change, a part of its line, and why no test can notice it, or need not."""
 WORTH = 60  # seconds of tests for a mutant
 PYTEST = ["-x", "-q", "-m", "not slow", "--assert=plain", "-p", "no:cacheprovider"]
 """Asserts as they are: rewriting warns of what was imported before."""
@@ -395,9 +400,7 @@ def section(module: str, text: str, made: list[Mutant], alive: list[Mutant], kil
     ]
     for mutant in alive:
         line = text.splitlines()[mutant.line - 1].strip()
-        reason = next(
-            (reason for (name, part), reason in REASONS.items() if name in (module, "") and part in mutant.change), None
-        )
+        reason = next((reason for part, place, reason in REASONS if part in mutant.change and place in line), None)
         lines.append(f"- `{mutant.change}` in `{line[:100]}`: {reason or 'no reason is known; a test is missing.'}")
     return "\n".join([*lines, *[""] * bool(alive)])
 

@@ -33,7 +33,7 @@ from esd_lora.pictures import paint
 from tiny import tiny_unet
 from toys import load_toy, make_toy, save_toy
 
-PROMPTS, SEEDS = ["a cat", "a rocket"], [3, 4]
+PROMPTS, SEEDS = ["a cat", "a rocket", "a hat"], [3, 4, 5]
 STEPS, GUIDANCE = 17, 5.0  # steps beyond the longest warm-up
 
 
@@ -156,7 +156,7 @@ def test_it_ends_with_the_block(each: Base) -> None:
 
 def test_every_call_is_a_trajectory_of_its_own(each: Base) -> None:
     strength = SldStrength(2000, 2, 0.025, 0.5, 0.7)
-    other = {"num_inference_steps": 3, "negative_prompt": ["a dog"] * 2}
+    other = {"num_inference_steps": 3, "negative_prompt": ["a dog"] * len(PROMPTS)}
     with safe_guidance(each, "cat", strength):
         first = latents(each)
     with safe_guidance(each, "cat", strength):
