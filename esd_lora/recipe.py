@@ -218,6 +218,9 @@ class TrainSpec(_Frozen):
     """Optimiser steps between two refreshes of the buffer; 1 with `points: one` is the paper's loop."""
     trajectory_steps: int = Field(ge=2, le=1000)
     """DDIM steps of a whole trajectory (paper: 50)."""
+    preserve_steps: int | None = Field(default=None, ge=2, le=1000)
+    """DDIM steps of a preserved prompt's trajectory, `trajectory_steps` unless given; few points of each of many prompts hold
+    more than many points of a few."""
     guidance: float = Field(ge=0)
     """Classifier-free guidance of the trajectories (paper: 3); 1 for models distilled to a few steps."""
     distilled_guidance: float = Field(default=1.0, ge=0)

@@ -22,6 +22,8 @@ class Stream(IntEnum):
     """Noise that trajectories start from, and where they stop."""
     DROPOUT = 4
     """Inputs of the LoRA that a step leaves out."""
+    CHOICE = 5
+    """Preserved prompts that are walked, where there are more than walks."""
 
 
 def stream_seed(seed: int, stream: Stream, *counters: int) -> int:

@@ -48,6 +48,10 @@ class Teacher:
         self._conditions = base.encode(list(prompts), self.spec.distilled_guidance)
         numbers = [[self._numbers[text] for text in lesson[:3]] for lesson in lessons]
         self._prompt, self._concept, self._anchor = torch.tensor([*numbers, [NULL] * 3], device=device).unbind(1)
+        self.erased = [index for index, lesson in enumerate(lessons) if not lesson.preserves]
+        """Indices of the lessons that erase, in turn."""
+        self.preserved = [index for index, lesson in enumerate(lessons) if lesson.preserves for _ in range(lesson.turns)]
+        """Indices of the others, in turn; those near the concept stand there more than once."""
         self.null_lesson = len(lessons)
         """Index that stands for the empty prompt, held as it is; no lesson has it."""
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
@@ -243,25 +247,45 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
             refill share the trajectories.
     """
     spec = teacher.spec
-    erased = [index for index, lesson in enumerate(teacher.lessons) if not lesson.preserves]
-    preserved = [index for index, lesson in enumerate(teacher.lessons) if lesson.preserves]
     refills, sharing = step // spec.refresh_every, min(len(shapes), spec.refresh_every)
+    few = spec.model_copy(update={"trajectory_steps": spec.preserve_steps or spec.trajectory_steps})
 
-    def fill(lessons: list[int], trajectories: int, turn: int, noise: torch.Generator) -> Filled:
+    def fill(lessons: list[int], trajectories: int, turn: int, noise: torch.Generator, spec: TrainSpec) -> Filled:
         count = -(-trajectories // sharing)
         lesson = in_turn(lessons, (refills * sharing + turn) * count, count, spec.seed)
-        return teacher.fill(lesson.to(teacher.base.model.device), noise, shape=shapes[(step + turn) % len(shapes)])
+        return teacher.fill(lesson.to(teacher.base.model.device), noise, spec, shapes[(step + turn) % len(shapes)])
 
     buffers: dict[int, ReplayBuffers] = {}
     for turn in range(sharing):
         noise = stream_generator(spec.seed, Stream.NOISE, refills, *[turn] * (sharing > 1))
-        (erasing, null), preserving = fill(erased, spec.trajectories, turn, noise), None
-        if preserved and spec.preserve_batch and spec.preserve_trajectories:
-            preserving, more = fill(preserved, spec.preserve_trajectories, turn, noise)
+        (erasing, null), preserving = fill(teacher.erased, spec.trajectories, turn, noise, spec), None
+        if teacher.preserved and spec.preserve_batch and spec.preserve_trajectories:
+            preserving, more = fill(teacher.preserved, spec.preserve_trajectories, turn, noise, few)
             null += more
         held = TrajectoryBuffer(Points.join(null)) if null else None
         buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving, held)
     return buffers
+
+
+def preserved_walks(spec: TrainSpec, shapes: int) -> int:
+    """Return how many trajectories of preserved prompts a whole training walks, at most.
+
+    Args:
+        spec: How it trains.
+        shapes: Number of shapes of latents.
+    """
+    if not spec.preserve_batch:
+        return 0
+    refills, sharing = -(-spec.steps // spec.refresh_every), min(shapes, spec.refresh_every)
+    return refills * sharing * -(-spec.preserve_trajectories // sharing)
+
+
+def walked_so_far(teacher: Teacher, step: int, shapes: int) -> set[int]:
+    """Return the indices of preserved lessons that were walked in the first `step` steps; see `preserved_walks`."""
+    if not teacher.preserved:
+        return set()
+    walks = preserved_walks(teacher.spec.model_copy(update={"steps": max(step, 1)}), shapes)
+    return set(in_turn(teacher.preserved, 0, walks, teacher.spec.seed).tolist())
 
 
 def in_turn(lessons: Sequence[int], first: int, count: int, seed: int) -> Tensor:

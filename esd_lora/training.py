@@ -28,12 +28,12 @@ from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
-from esd_lora.lessons import nearest_prompts, plan
+from esd_lora.lessons import nearest_prompts, plan, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
-from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, refill
+from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, preserved_walks, refill, walked_so_far
 from esd_lora.train_state import Checkpoint, TrainState
 from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, watchers_for
 
@@ -86,7 +86,9 @@ def train(
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
         base.require_bare()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-        teacher = Teacher(base, recipe, plan(recipe, base.keep, near), allow_code)
+        walks = preserved_walks(spec, len(latent_shapes(base, spec)))
+        lessons = share_turns(plan(recipe, base.keep, near), walks, base, spec.seed)
+        teacher = Teacher(base, recipe, lessons, allow_code)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -208,6 +210,7 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
     """Return the eraser as it stands on the denoiser, with the header that says how it came about."""
     base, recipe = teacher.base, teacher.recipe
     pairs = read_pairs(base.model)
+    walked = walked_so_far(teacher, state.step, len(latent_shapes(base, teacher.spec)))
     header = EraserHeader(
         family=base.family.name,
         prefix=base.family.denoiser,
@@ -219,7 +222,7 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
             ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=recipe.eta)
             for concept in recipe.concepts
         ),
-        preserve=tuple(lesson.prompt for lesson in teacher.lessons if lesson.preserves),
+        preserve=tuple(teacher.lessons[i].prompt for i in sorted(walked)),
         objective=recipe.objective,
         scope=recipe.scope,
         recipes=(recipe,),

@@ -124,8 +124,7 @@ class ErasureProbe:
     def _measuring_points(self, report: StepReport) -> tuple[Points, Tensor]:
         if self._erased is None or self._start is None:
             teacher, spec = report.teacher, report.teacher.spec
-            erased = [i for i, lesson in enumerate(teacher.lessons) if not lesson.preserves][:_PROBED]
-            lesson = torch.tensor((erased * _PROBED)[:_PROBED], device=teacher.base.model.device)
+            lesson = torch.tensor((teacher.erased * _PROBED)[:_PROBED], device=teacher.base.model.device)
             short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8, "null_batch": 0})
             self._erased = teacher.fill(lesson, torch.Generator().manual_seed(probe_seed(spec.seed)), short).taught.points
             with teacher.adapter_disabled():
@@ -186,7 +185,7 @@ def paint_samples(teacher: Teacher) -> dict[str, bytes]:
 
 def shown_prompts(teacher: Teacher) -> list[str]:
     """Return the prompts to look at: the first few erased ones, and as many preserved ones."""
-    erased = dict.fromkeys(lesson.prompt for lesson in teacher.lessons if not lesson.preserves)
+    erased = dict.fromkeys(teacher.lessons[i].prompt for i in teacher.erased)
     preserved = [lesson.prompt for lesson in teacher.lessons if lesson.preserves]
     return [*list(erased)[:_PREVIEWED], *preserved[:_PREVIEWED]]
 

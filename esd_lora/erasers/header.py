@@ -111,7 +111,9 @@ class Fusion(BaseModel):
     lam: float
     mu: float
     kept: int
-    """Number of prompts that were kept."""
+    """Number of prompts that were kept in layers that read text; of these `kept_walked` in the others."""
+    kept_walked: int | None = None
+    """Number of kept prompts on whose trajectories the other layers were fused; older files do not tell."""
     kept_sha256: str
     """SHA-256 of these prompts, sorted, one a line."""
     dropped: tuple[str, ...]
@@ -135,7 +137,9 @@ class Fusion(BaseModel):
 
     def describe(self) -> str:
         """Return how it went in a line: members, kept prompts, objective, cost."""
-        text = f"fused from {len(self.members)} erasers beside {self.kept} kept prompts (lam {self.lam:g}, mu {self.mu:g})"
+        walked = "" if self.kept_walked in (None, self.kept) else f", {self.kept_walked} of them walked"
+        kept = f"beside {self.kept} kept prompts{walked} (lam {self.lam:g}, mu {self.mu:g})"
+        text = f"fused from {len(self.members)} erasers {kept}"
         if self.objective is not None and self.objective_summed is not None:
             text += f": objective {self.objective:.2f} of no update's, plain sum {self.objective_summed:.2f}"
         return f"{text}; {self.evaluations} evaluations of the base, {self.seconds:.0f} s"

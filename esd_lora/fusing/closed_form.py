@@ -86,8 +86,9 @@ def fuse(
     members = gather_members(erasers, base, weights, keep)
     count = len(members.erasers)
     groups = [PromptGroup(prompts, spec.trajectories, member=i) for i, prompts in enumerate(members.prompts)]
-    if spec.lam:
-        groups.append(PromptGroup(members.kept, min(spec.keep_trajectories, len(members.kept)), weight=spec.lam * count))
+    walked = min(spec.keep_trajectories, len(members.kept)) if spec.lam else 0
+    if walked:
+        groups.append(PromptGroup(members.kept, walked, weight=spec.lam * count))
     collector = MomentCollector(base, groups, steps=spec.steps, guidance=spec.guidance, seed=spec.seed)
     summed = stack(members.erasers)
     pairs = dict(summed.pairs)
@@ -119,7 +120,8 @@ def fuse(
     record = Fusion(
         **spec.model_dump(exclude={"method"}),
         members=tuple(members.hashes),
-        kept=len(members.kept),
+        kept=len(members.kept) if spec.lam else 0,
+        kept_walked=walked,
         kept_sha256=hashlib.sha256("\n".join(members.kept).encode()).hexdigest(),
         dropped=tuple(members.dropped),
         rank=rank,

@@ -375,6 +375,10 @@ def test_keep_list_of_the_package_is_the_default(base: Base, members: list[Erase
     fused = fuse(members[2:3], base, **QUICK)
     (fusion,) = fused.header.fusions
     assert fusion.kept > 300
+    assert fusion.kept_walked == fusion.keep_trajectories < fusion.kept
+    assert f"{fusion.kept} kept prompts, {fusion.kept_walked} of them walked" in fusion.describe()
+    (careless,) = fuse(members[2:3], base, lam=0, **QUICK).header.fusions
+    assert (careless.kept, careless.kept_walked) == (0, 0)
     assert "a bee" in fusion.dropped
 
 

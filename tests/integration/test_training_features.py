@@ -159,7 +159,9 @@ def test_buckets_share_the_trajectories(base: Base, monkeypatch: pytest.MonkeyPa
 
     recipe = tiny_recipe(base.id, concepts=[f"concept {i}" for i in range(4)], preserve=[], trajectories=4)
     teacher, walked = Teacher(base, recipe, plan(recipe)), []
-    monkeypatch.setattr(teacher, "fill", lambda lesson, _, shape: walked.append((shape, lesson.tolist())) or (None, []))
+    monkeypatch.setattr(
+        teacher, "fill", lambda lesson, _noise, _spec, shape: walked.append((shape, lesson.tolist())) or (None, [])
+    )
     refill(teacher, 0, [(4, 8, 8), (4, 8, 16)])
     assert [shape for shape, _ in walked] == [(4, 8, 8), (4, 8, 16)]
     assert sorted(row for _, rows in walked for row in rows) == [0, 1, 2, 3]

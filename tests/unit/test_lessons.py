@@ -10,9 +10,9 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import keep_prompts
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import Lesson, plan
+from esd_lora.lessons import Lesson, plan, share_turns
 from esd_lora.recipe import Concept, Recipe
-from esd_lora.teacher import Teacher, refill
+from esd_lora.teacher import Teacher, preserved_walks, refill, walked_so_far
 from esd_lora.trajectory import Points
 from tiny import tiny_recipe
 
@@ -189,7 +189,7 @@ def test_every_lesson_gets_its_turn(base: Base, monkeypatch: pytest.MonkeyPatch)
     lessons, asked = plan(recipe), []
     teacher = Teacher(base, recipe, lessons)
 
-    def fill(lesson: torch.Tensor, noise: torch.Generator, **_: object) -> tuple[None, list[Points]]:
+    def fill(lesson: torch.Tensor, noise: torch.Generator, *_: object) -> tuple[None, list[Points]]:
         asked.append((lesson.tolist(), noise.initial_seed()))
         return None, []
 
@@ -237,3 +237,54 @@ def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str,
     assert preserving is None
     assert null is None
     assert teacher.evaluations == 2 * 2 * STEPS
+
+
+class OnALine:
+    """A text encoder that puts "p0", "p1", ... ever farther from the concept, for `share_turns`."""
+
+    def directions(self, prompts: list[str]) -> torch.Tensor:
+        angles = torch.tensor([0.0 if not p.startswith("p") else (1 + int(p[1:])) / 50 for p in prompts])
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def shared(count: int, walks: int, seed: int = 0) -> dict[str, int]:
+    """Preserved prompt to its turns, of prompts "p0" ... that are ever farther from the concept, listed the other way."""
+    recipe = tiny_recipe("emoji", preserve=[f"p{i}" for i in reversed(range(count))])
+    lessons = share_turns(plan(recipe), walks, OnALine(), seed)
+    assert [lesson.prompt for lesson in lessons if not lesson.preserves] == ["a cat"]
+    return {lesson.prompt: lesson.turns for lesson in lessons if lesson.preserves}
+
+
+def test_near_neighbours_take_two_turns() -> None:
+    assert shared(12, 15) == {f"p{i}": 2 if i < 3 else 1 for i in range(12)}
+    assert shared(3, 100) == {f"p{i}": 1 for i in range(3)}
+
+
+def test_too_few_walks_go_to_the_nearest_and_to_some_others() -> None:
+    turns = shared(40, 10)
+    assert len(turns) == 10
+    assert set(turns.values()) == {1}
+    assert {f"p{i}" for i in range(5)} <= set(turns)
+    assert set(turns) != set(shared(40, 10, seed=1))
+    assert shared(12, 14) == {f"p{i}": 1 for i in range(12)}  # one short of a second turn for the nearest
+    assert shared(12, 0) == {}
+
+
+def test_turns_are_walked(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(base.id, preserve=["a dog", "a hat", "a key"], preserve_trajectories=2, refresh_every=1, steps=8)
+    lessons = [lesson._replace(turns=2) if lesson.prompt == "a hat" else lesson for lesson in plan(recipe)]
+    teacher, walked = Teacher(base, recipe, lessons), []
+    monkeypatch.setattr(teacher, "fill", lambda lesson, *_: walked.append(lesson.tolist()) or (None, []))
+    for step in range(8):
+        refill(teacher, step, [(4, 8, 8)])
+        preserved = [row for rows in walked[1::2] for row in rows]
+        assert walked_so_far(teacher, step + 1, 1) == set(preserved)
+    assert len(preserved) == preserved_walks(recipe.train, 1) == 16
+    assert [preserved.count(row) for row in (1, 2, 3)] == [4, 8, 4]
+
+
+def test_preserved_prompts_keep_few_points_each(base: Base) -> None:
+    recipe = tiny_recipe(base.id, trajectories=1, preserve_trajectories=2, trajectory_steps=6, preserve_steps=3)
+    buffers = refill(teacher_of(base, recipe), 0, [(4, 8, 8)])[0]
+    assert buffers.preserving is not None
+    assert (len(buffers.erasing), len(buffers.preserving)) == (6, 2 * 3)

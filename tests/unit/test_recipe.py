@@ -10,8 +10,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from esd_lora.built_in import keep_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_named
+from esd_lora.lessons import plan
 from esd_lora.objectives import OBJECTIVES, Predictions
 from esd_lora.recipe import Concept, Recipe, with_negative_guidance
 from esd_lora.recipe_files import (
@@ -27,6 +29,7 @@ from esd_lora.recipe_files import (
     recipes_by_kind,
     recipes_dir,
 )
+from esd_lora.teacher import preserved_walks
 from published_denoisers import denoiser
 
 
@@ -443,3 +446,22 @@ def test_key_given_twice_is_a_fault(tmp_path: Path) -> None:
     path.write_text("extends: fast\nconcepts: [cat]\ntrain:\n  steps: 3\n  lr: 1e-3\n  steps: 4\n", "utf-8")
     with pytest.raises(EsdLoraError, match=r"twice\.yaml:6: steps: already given in line 4"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if recipe_kind(name) in ("preset", "recipe")])
+def test_every_prompt_has_its_turn(name: str) -> None:
+    """Erased prompts and preserved ones are all walked within the run; `paper` and its like preserve none."""
+    recipe = load_recipe(name) if recipe_kind(name) == "recipe" else load_recipe(name, concepts=["a cat"])
+    lessons, spec = plan(recipe, keep_prompts(recipe.base)), recipe.train
+    erased = sum(not lesson.preserves for lesson in lessons)
+    assert -(-spec.steps // spec.refresh_every) * spec.trajectories >= erased
+    assert preserved_walks(spec, 1) >= len(lessons) - erased
+
+
+def test_nudity_preserves_people_and_van_gogh_paintings() -> None:
+    def preserved(name: str) -> set[str]:
+        recipe = load_recipe(name)
+        return {lesson.prompt for lesson in plan(recipe, keep_prompts(recipe.base)) if lesson.preserves}
+
+    assert {"a woman", "a man", "a person"} <= preserved("sd/nudity")
+    assert {"a painting", "an oil painting of a landscape"} <= preserved("sd/van-gogh")
