@@ -1,16 +1,15 @@
-"""Stage 7: write the base and its judge, in float16, to where the package ships them."""
+"""Stage 7: write a base in float16: the built-in one and its judge to where the package ships them, others beside this file."""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
-
-TARGET = Path(__file__).parent.parent / "esd_lora" / "bases" / "emoji"
+from train_base import SHIPPED, load_vae
 
 
 def keep_list() -> list[str]:
@@ -29,19 +28,24 @@ def keep_list() -> list[str]:
     return alone + styled + [f"{style} style" for style in styles] + TEMPLATES["any"]
 
 
-def export(work: Path) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(
-        work / "pipeline", vae=AutoencoderKL.from_pretrained(work / "vae_refined"), dtype=torch.float16
-    )
-    shutil.rmtree(TARGET / "pipeline", ignore_errors=True)
-    pipe.save_pretrained(TARGET / "pipeline")
-    judge = {name: value.half().contiguous() for name, value in load_file(work / "judge.safetensors").items()}
-    save_file(
-        judge, TARGET / "judge.safetensors", metadata={"objects": json.dumps(list(OBJECTS)), "styles": json.dumps(list(STYLES))}
-    )
-    (TARGET / "domain.json").write_text(json.dumps(domain(), indent=1) + "\n", "utf-8")
-    size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
-    print(f"exported {size / 1e6:.1f} MB to {TARGET}")
+def export(work: Path, name: str) -> None:
+    """Writes `esd_lora/bases/emoji`, or `playground/<name>`, which loads like any directory."""
+    if name == "emoji":
+        vae = AutoencoderKL.from_pretrained(work / "vae_refined")
+        target, pipeline = SHIPPED, SHIPPED / "pipeline"
+    else:
+        vae = load_vae(work)
+        target = pipeline = Path(__file__).parent / name
+    pipe = DiffusionPipeline.from_pretrained(work / name / "pipeline", vae=vae, dtype=torch.float16)
+    shutil.rmtree(pipeline, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(pipeline)
+    if name == "emoji":
+        judge = {part: value.half().contiguous() for part, value in load_file(work / "judge.safetensors").items()}
+        names = {"objects": json.dumps(list(OBJECTS)), "styles": json.dumps(list(STYLES))}
+        save_file(judge, target / "judge.safetensors", metadata=names)
+        (target / "domain.json").write_text(json.dumps(domain(), indent=1) + "\n", "utf-8")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"exported {size / 1e6:.1f} MB to {target}")
 
 
 def domain() -> dict[str, object]:

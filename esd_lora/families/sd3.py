@@ -28,6 +28,8 @@ MM_DIT_SCOPES: Mapping[str, str] = {
 """Embedders and the last projection, outside the blocks, stay as they are."""
 MM_DIT_BLOCKS = 64
 """Number of blocks of the largest MM-DiT in sight, with room."""
+_T5_TOKENS = 256
+"""Tokens of T5 that the pipeline's call reads by default; small models may be trained with fewer."""
 _SD_3 = CheckpointKind("Stable Diffusion 3")
 
 
@@ -46,8 +48,12 @@ class StableDiffusion3(ModelFamily):
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         options = {"device": pipe.transformer.device, "do_classifier_free_guidance": False}
-        text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options)
+        text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+
+    def call_kwargs(self, pipe: Any) -> dict[str, Any]:
+        longest = pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else _T5_TOKENS
+        return {"max_sequence_length": min(longest, _T5_TOKENS)}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return pipe.transformer(
