@@ -13,7 +13,7 @@ STAGES = {
     "emoji-flow": ("fetch", "draw", "denoiser", "export", "sheet"),
 }
 """What makes a base: `emoji` brings the VAE and the judge that the others share."""
-STEPS = {"emoji": 5000, "emoji-xl": 3500, "emoji-flow": 5000}
+STEPS = {"emoji": 5000, "emoji-xl": 3500, "emoji-flow": 4000}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ TRANSFORMER = {
 
 def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     """The pipeline with transformer and text encoders fresh from seed 0; blocks begin as the identity (adaLN-zero)."""
+    vae.register_to_config(shift_factor=0.0)  # SD3's pipeline shifts latents
     torch.manual_seed(0)
     first, second = (CLIPTextModelWithProjection(text_config(tokenizer, width, 2)) for width in WIDTHS)
     t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **T5))

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from domain import BACKGROUNDS, OBJECTS, STYLES, TEMPLATES, held_out_pairs, with_article
-from train_base import SHIPPED, load_vae
+from train_base import SHIPPED
 
 
 def keep_list() -> list[str]:
@@ -30,13 +30,12 @@ def keep_list() -> list[str]:
 
 def export(work: Path, name: str) -> None:
     """Writes `esd_lora/bases/emoji`, or `playground/<name>`, which loads like any directory."""
+    pipe = DiffusionPipeline.from_pretrained(work / name / "pipeline")
     if name == "emoji":
-        vae = AutoencoderKL.from_pretrained(work / "vae_refined")
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae_refined"))
         target, pipeline = SHIPPED, SHIPPED / "pipeline"
     else:
-        vae = load_vae(work)
         target = pipeline = Path(__file__).parent / name
-    pipe = DiffusionPipeline.from_pretrained(work / name / "pipeline", vae=vae, dtype=torch.float16)
     shutil.rmtree(pipeline, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(pipeline)
     if name == "emoji":
