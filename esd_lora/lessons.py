@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,14 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
-from esd_lora.recipe import Concept, Neighbours, Recipe
+from esd_lora.recipe import AUTO, Concept, Neighbours, Recipe
 from esd_lora.seeds import Stream, stream_generator
+from esd_lora.wording import frames_of
+
+FIRST_ETA = 1.0
+"""The paper's eta, with which a training begins that measures its own."""
+FRAMES_FILE = Path(__file__).parent / "prompts" / "frames.txt"
+"""Frames that suit a picture of anything."""
 
 
 class Lesson(NamedTuple):
@@ -50,11 +57,18 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     Raises:
         EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
     """
-    lessons = [Lesson(*texts, recipe.eta) for concept in recipe.concepts for texts in concept.lessons()]
+    listed = keep if recipe.preserve == "default" else recipe.preserve
+    eta = FIRST_ETA if recipe.eta == AUTO else recipe.eta
+    frames = frames_for(recipe, listed)[0] if recipe.frames else []
+    lessons: list[Lesson] = []
+    for concept in recipe.concepts:
+        pool = concept.lessons()
+        if len(pool) == 1 and not concept.fill:
+            pool += [(framed(f, pool[0][0]), framed(f, pool[0][1]), framed(f, pool[0][2])) for f in frames]
+        lessons += [Lesson(*texts, eta) for texts in pool]
     if all(lesson.preserves for lesson in lessons):
         raise EsdLoraError("nothing to erase: with eta 0, every prompt is its own anchor. Raise eta or give another anchor.")
     erased = {lesson.prompt for lesson in lessons}
-    listed = keep if recipe.preserve == "default" else recipe.preserve
     clashes = {prompt: concept.name for concept in recipe.concepts for prompt in listed if concept.named_in(prompt)}
     clashes |= {prompt: prompt for prompt in listed if prompt in erased}
     if clashes and recipe.preserve != "default":
@@ -62,6 +76,93 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     preserved = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
+
+
+def frames_for(recipe: Recipe, listed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the frames to erase a concept in, and others to probe it in, each with `{}` in its place.
+
+    With `frames: auto` these are what stands around at least two of the listed prompts, and some that suit any picture; every
+    fourth is for the probe. Frames that a recipe names are all trained on, and probed by those that suit any picture.
+
+    Args:
+        recipe: Its `frames`.
+        listed: Prompts to preserve.
+    """
+    anywhere = list(read_prompts(FRAMES_FILE))
+    if recipe.frames != AUTO:
+        return list(recipe.frames), [frame for frame in anywhere if frame not in recipe.frames]
+    around = [frame for frame, count in frames_of(listed).items() if count > 1]
+    # In turn, so that both parts hold frames of both kinds.
+    return (
+        [frame for frames in (around, anywhere) for i, frame in enumerate(frames) if i % 4 != 3],
+        [frame for frames in (around, anywhere) for i, frame in enumerate(frames) if i % 4 == 3],
+    )
+
+
+def framed(frame: str, text: str) -> str:
+    """Return a text in a frame; nothing stays nothing."""
+    return frame.replace("{}", text) if text else ""
+
+
+class HeldOut(NamedTuple):
+    """Prompts that no step trains on, for a probe."""
+
+    erased: list[tuple[str, str]]
+    """Prompts from which the concept should be gone, each with the prompt of what should appear instead."""
+    kept: list[str]
+    """Prompts that should draw what they drew."""
+
+    def prompts(self) -> list[str]:
+        """Return all of them, anchors too."""
+        return [*(text for pair in self.erased for text in pair), *self.kept]
+
+
+_HELD_OUT = 8
+"""Number of held-out prompts of either kind, at most."""
+_SHORT = 3
+"""Words of a preserved prompt that can stand in a frame."""
+
+
+def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
+    """Return prompts of the concepts, and of what is near them and far, that are in no lesson.
+
+    Args:
+        recipe: Its concepts and frames.
+        lessons: What is trained on.
+        base: Has the default keep list, and a text encoder that says what is near.
+    """
+    listed = base.keep if recipe.preserve == "default" else recipe.preserve
+    trained = {text for lesson in lessons for text in lesson[:3]}
+    frames = frames_for(recipe, listed)[1]
+    short = [prompt for prompt in listed if len(prompt.split()) <= _SHORT]
+    erased: list[tuple[str, str]] = []
+    for concept in recipe.concepts:
+        pool = concept.lessons()
+        if concept.fill:
+            # What fills the templates is listed, and some of it fills none.
+            other = [text for text in short if text not in concept.fill and not concept.named_in(text)]
+            pool = concept.model_copy(update={"fill": tuple(other[:: max(1, len(other) // _HELD_OUT)])}).lessons()
+            erased += [(prompt, anchor) for prompt, _, anchor in pool]
+        else:
+            erased += [
+                (framed(frame, pool[i % len(pool)][0]), framed(frame, pool[i % len(pool)][2])) for i, frame in enumerate(frames)
+            ]
+    fresh = list(dict.fromkeys(pair for pair in erased if pair[0] not in trained)) or [
+        (lesson.prompt, lesson.anchor) for lesson in lessons if not lesson.preserves
+    ]
+    kept = [prompt for prompt in short if not any(concept.named_in(prompt) for concept in recipe.concepts)]
+    if kept:
+        likeness = likeness_to([lesson.concept for lesson in lessons if not lesson.preserves], kept, base)
+        ranked = [kept[i] for i in likeness.max(0).values.argsort(descending=True).tolist()]
+        half = _HELD_OUT // 2
+        kept = list(dict.fromkeys([*ranked[:half], *ranked[half :: max(1, len(ranked) // half)]]))[:_HELD_OUT]
+    probed = [framed(frames[i % len(frames)], prompt) for i, prompt in enumerate(kept)]
+    return HeldOut(evenly(fresh, _HELD_OUT), [prompt for prompt in probed if prompt not in trained])
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Return up to `most` of some items, evenly spaced."""
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else list(items)
 
 
 def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) -> list[Lesson]:

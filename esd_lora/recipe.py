@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -26,6 +26,12 @@ REGEX_SCOPE = "re:"
 _MAX_SCOPE = 1000
 _MAX_LESSONS = 100_000
 _MAX_LETTERS = 10_000_000  # of all lessons of a concept
+
+
+AUTO = "auto"
+"""Stands where a number is to be measured on the base in front of the training; see `calibration`."""
+Auto: TypeAlias = Literal["auto"]
+_MOST_STEPS = 450  # of a training that ends when its probe is content
 
 
 class _Frozen(BaseModel):
@@ -180,12 +186,12 @@ class Neighbours(_Frozen):
 class TrainSpec(_Frozen):
     """How the student meets the teacher. Typical values stand in `recipes/`, with the source of each."""
 
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
-    lr: float = Field(gt=0)
-    """Learning rate."""
+    steps: Annotated[int, Field(ge=1)] | Auto
+    """Optimiser steps; `auto` goes on until the concept is gone from prompts that no step trains on, and then cools down."""
+    lr: Annotated[float, Field(gt=0)] | Auto
+    """Learning rate; `auto` is the one at which the first step goes a given part of the way to the targets."""
     lr_schedule: Literal["constant", "linear", "cosine"]
-    """`linear` and `cosine` fall to a tenth of `lr`."""
+    """`linear` and `cosine` fall to a tenth of `lr`; with `steps: auto` it is constant and then falls in the cool-down."""
     warmup: int = Field(default=0, ge=0)
     """Steps in which the rate climbs to `lr`, evenly."""
     optimizer: Annotated[str, _named(OPTIMIZERS)] = "adam"
@@ -204,8 +210,9 @@ class TrainSpec(_Frozen):
     null_batch: int = Field(default=0, ge=0)
     """Noisy latents of either kind of trajectory at which the prediction for the empty prompt is held; where it moves, guidance
     cancels a part of the erasure. 0 holds it nowhere."""
-    preserve_weight: float = Field(ge=0)
-    """Weight of a preserved point in the loss, the empty prompt's too; an erased one has weight 1."""
+    preserve_weight: Annotated[float, Field(ge=0)] | Auto
+    """Weight of a preserved point in the loss, the empty prompt's too; an erased one has weight 1. `auto` follows the drift of
+    prompts that no step trains on."""
     x_t_from: Literal["student", "base"]
     """Who denoises the `x_t` trained on: the adapted model (paper, LECO) or the frozen one (authors' 2025 script)."""
     points: Literal["one", "all"]
@@ -244,6 +251,11 @@ class TrainSpec(_Frozen):
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints to resume from; 0 leaves one only on Ctrl-C."""
 
+    @property
+    def most_steps(self) -> int:
+        """Number of optimiser steps, or with `auto` the most that there may be."""
+        return _MOST_STEPS if self.steps == "auto" else self.steps
+
 
 class Recipe(_Frozen):
     """Everything that decides what an eraser becomes. `load_recipe` builds one from a name, a file or keywords."""
@@ -259,8 +271,12 @@ class Recipe(_Frozen):
     objective: Annotated[str, _named(OBJECTIVES)]
     """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`, which runs with
     --allow-code."""
-    eta: float
-    """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone."""
+    eta: float | Auto
+    """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone.
+    `auto` begins with 1 and goes further where erasing stands still."""
+    frames: Auto | tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = ()
+    """What may stand around a concept that is given by one prompt, `{}` in its place, to be erased there too; `auto` takes
+    what stands around preserved prompts, and some that suit any picture."""
     preserve: Literal["default"] | tuple[str, ...] = ()
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
     neighbours: Neighbours | None = None
@@ -269,6 +285,17 @@ class Recipe(_Frozen):
     """Shape of the update."""
     train: TrainSpec
     """How the student meets the teacher."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether something is to be measured by a probe during the training."""
+        return AUTO in (self.eta, self.train.steps, self.train.preserve_weight)
+
+    @model_validator(mode="after")
+    def _probed(self) -> Recipe:
+        if self.measures and not self.train.probe_every:
+            raise ValueError("eta, train.steps or train.preserve_weight is auto, which a probe decides: set train.probe_every")
+        return self
 
 
 def require_allowed(recipe: Recipe, allow_code: Collection[str]) -> None:

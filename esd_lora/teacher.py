@@ -18,7 +18,7 @@ from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
-from esd_lora.recipe import Recipe, TrainSpec
+from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.trajectory import Condition, NoisySample, Points, TrajectoryBuffer, pick, walk
 
@@ -34,16 +34,24 @@ class Teacher:
         recipe: Gives the objective and the shape of the trajectories.
         lessons: From `lessons.plan`.
         allow_code: Every `module:attribute` that may be imported for its objective.
+        probed: Further prompts to know the conditions of, for a probe.
 
     Raises:
         EsdLoraError: If the objective is not allowed, or is none.
     """
 
-    def __init__(self, base: Base, recipe: Recipe, lessons: Sequence[Lesson], allow_code: Collection[str] = ()):
+    def __init__(
+        self,
+        base: Base,
+        recipe: Recipe,
+        lessons: Sequence[Lesson],
+        allow_code: Collection[str] = (),
+        probed: Sequence[str] = (),
+    ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
         device = base.model.device
-        prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3])])
+        prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed])
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
         self._conditions = base.encode(list(prompts), self.spec.distilled_guidance)
         numbers = [[self._numbers[text] for text in lesson[:3]] for lesson in lessons]
@@ -55,6 +63,7 @@ class Teacher:
         self.null_lesson = len(lessons)
         """Index that stands for the empty prompt, held as it is; no lesson has it."""
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
+        self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
 
@@ -68,6 +77,9 @@ class Teacher:
             sample: The noisy latents, with what guidance predicted there.
             walked_by_base: Whether those predictions are the teacher's own, so that none is made twice.
         """
+        return self.aim(lesson, self._predictions(lesson, sample, walked_by_base=walked_by_base))
+
+    def _predictions(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Predictions:
         eta = self._eta[lesson]
         # Where the push has no weight (preserved prompts), null and concept need no prediction of their own.
         null = torch.where(eta == 0, self._anchor[lesson], NULL)
@@ -82,16 +94,40 @@ class Teacher:
             with self.adapter_disabled():
                 return self.predict(sample.x_t[row], sample.t[row], pick(self._conditions, prompt))
 
-        predictions = predict_each_once(torch.stack([null, concept, anchor], 1), known, predict, sample.x_t)
-        strength = eta.view(-1, *[1] * (sample.x_t.dim() - 1)).to(sample.x_t.dtype)
-        target: object = self.objective(Predictions(*predictions.unbind(1)), strength)
-        if not isinstance(target, Tensor) or target.shape != sample.x_t.shape:
+        return Predictions(*predict_each_once(torch.stack([null, concept, anchor], 1), known, predict, sample.x_t).unbind(1))
+
+    def aim(self, lesson: Tensor, predictions: Predictions, further: float = 0.0) -> Tensor:
+        """Return the objective's target of the teacher's predictions, [N, ...].
+
+        Args:
+            lesson: Index of each point's lesson, [N].
+            predictions: For the empty prompt, the concept and the anchor, each [N, ...].
+            further: What is added to the eta of a lesson that erases.
+        """
+        like = predictions.anchor
+        eta = self._eta[lesson] + further * self._erases[lesson]
+        target: object = self.objective(predictions, eta.view(-1, *[1] * (like.dim() - 1)).to(like.dtype))
+        if not isinstance(target, Tensor) or target.shape != like.shape:
             made = f"shape {list(target.shape)}" if isinstance(target, Tensor) else f"type {type(target).__name__}"
             raise EsdLoraError(
                 f"objective {self.recipe.objective!r} returned a target of {made}, expected a tensor of the predictions' shape"
-                f" {list(sample.x_t.shape)}."
+                f" {list(like.shape)}."
             )
         return target
+
+    def push(self, eta: float, buffers: Collection[ReplayBuffers] = ()) -> None:
+        """Push every lesson that erases by another eta from now on, and move the targets of erased points to it.
+
+        Args:
+            eta: The new one.
+            buffers: Filled where the recipe leaves eta to be measured; no prediction is made again.
+        """
+        more = eta - float(self._eta[self.erased[0]])
+        self._eta[self.erased] = eta
+        for buffer in buffers:
+            points, push = buffer.erasing.points, buffer.erasing.push
+            assert push is not None, "filled with a fixed eta"
+            buffer.erasing.points = points._replace(target=points.target + more * push)
 
     def walk(self, lesson: Tensor, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec) -> list[NoisySample]:
         """Return points on one trajectory for each lesson, walked under its prompt by the base or the student.
@@ -102,18 +138,29 @@ class Teacher:
             generator: Source of noise and of the random stop.
             spec: Shape of the trajectories.
         """
-        device = self.base.model.device
+        return self._walk(self.condition(lesson), shape, generator, spec)
+
+    def walk_prompts(
+        self, prompts: Sequence[str], shape: Sequence[int], generator: torch.Generator, spec: TrainSpec
+    ) -> list[NoisySample]:
+        """Return points on one trajectory for each prompt, as `walk` does for lessons; the prompts are those of a probe."""
+        return self._walk(self.encode(prompts), shape, generator, spec)
+
+    def _walk(
+        self, condition: Condition, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec
+    ) -> list[NoisySample]:
+        count, device = len(next(iter(condition.values()))), self.base.model.device
         # Latents are float32 or better whatever the model's dtype: a walk adds up many small steps.
         dtype = torch.promote_types(self.base.model.dtype, torch.float32)
-        noise = torch.randn(len(lesson), *shape, generator=generator).to(device, dtype)
+        noise = torch.randn(count, *shape, generator=generator).to(device, dtype)
         stop = int(torch.randint(spec.trajectory_steps, (), generator=generator)) if spec.points == "one" else None
         with self.adapter_disabled() if spec.x_t_from == "base" else nullcontext():
             visited = walk(
                 self.predict,
                 self.base.family.scheduler(self.base.pipe, spec.trajectory_steps, shape, device),
                 noise,
-                self.condition(lesson),
-                pick(self._conditions, torch.full_like(lesson, NULL)),
+                condition,
+                pick(self._conditions, torch.full((count,), NULL, device=device)),
                 guidance=spec.guidance,
                 stop=stop,
             )
@@ -138,12 +185,17 @@ class Teacher:
         by_base = spec.x_t_from == "base"
         taught: list[Points] = []
         held: list[Points] = []
+        pushes: list[Tensor] = []
         for part in lesson.split(spec.walk_batch):
             for sample in self.walk(part, shape, generator, spec):
-                taught.append(Points(sample.x_t, sample.t, part, self.targets(part, sample, walked_by_base=by_base)))
+                predictions = self._predictions(part, sample, walked_by_base=by_base)
+                target = self.aim(part, predictions)
+                taught.append(Points(sample.x_t, sample.t, part, target))
+                if self.recipe.eta == AUTO:
+                    pushes.append(self.aim(part, predictions, further=1.0) - target)
                 if spec.null_batch:
                     held.append(self._held_null(sample, walked_by_base=by_base))
-        return Filled(TrajectoryBuffer(Points.join(taught)), held)
+        return Filled(TrajectoryBuffer(Points.join(taught), torch.cat(pushes) if pushes else None), held)
 
     def _held_null(self, sample: NoisySample, *, walked_by_base: bool) -> Points:
         """Return the points of a sample for the empty prompt, whose prediction is to stay what it is."""
@@ -276,7 +328,7 @@ def preserved_walks(spec: TrainSpec, shapes: int) -> int:
     """
     if not spec.preserve_batch:
         return 0
-    refills, sharing = -(-spec.steps // spec.refresh_every), min(shapes, spec.refresh_every)
+    refills, sharing = -(-spec.most_steps // spec.refresh_every), min(shapes, spec.refresh_every)
     return refills * sharing * -(-spec.preserve_trajectories // sharing)
 
 

@@ -21,6 +21,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import write_atomically
 
 _COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
+_MEASURED = ("lr", "etas", "preserve_weights", "cooling", "readings", "measured")
 
 
 @dataclass
@@ -49,11 +50,33 @@ class TrainState:
     """Number of probes since erasure last rose."""
     stopped: bool = False
     """Whether a watcher ended the training before its last step."""
+    lr: float = 0.0
+    """Learning rate, before the schedule."""
+    etas: list[tuple[int, float]] = field(default_factory=list)
+    """Steps from which on an eta holds, with that eta; the last is the present one."""
+    preserve_weights: list[tuple[int, float]] = field(default_factory=list)
+    """The same of the weight of preserved points."""
+    cooling: int = 0
+    """Step after which the rate began to fall, in a training that measures how many steps it takes; 0 before."""
+    readings: list[dict[str, float]] = field(default_factory=list)
+    """What the probe read, the latest last."""
+    measured: int = 0
+    """Number of latents through the denoiser to measure before the first step."""
     walker: list[Tensor] = field(default_factory=list)
     """The LoRA weights that walked the trajectories in the buffer."""
     seconds: float = 0.0
     """Time that training took so far, earlier runs included."""
     _started: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def eta(self) -> float:
+        """The present strength of the push."""
+        return self.etas[-1][1]
+
+    @property
+    def preserve_weight(self) -> float:
+        """The present weight of preserved points."""
+        return self.preserve_weights[-1][1]
 
     def update(self, loss: float, samples: int, lr: float) -> None:
         """Take one optimiser step on the gradients at hand.
@@ -101,7 +124,7 @@ class TrainState:
             EsdLoraError: If the system does not let it.
         """
         content = {
-            **{name: getattr(self, name) for name in _COUNTERS},
+            **{name: getattr(self, name) for name in (*_COUNTERS, *_MEASURED)},
             "evaluations_before": evaluations,
             "drawn_with": [tensor.cpu() for tensor in self.walker],
             "tensors": {
@@ -122,7 +145,7 @@ class TrainState:
         self.optimizer.load_state_dict(content["tensors"]["optimizer"])
         self.scaler.load_state_dict(content["tensors"]["scaler"])
         self.walker = content["drawn_with"]
-        for name in _COUNTERS:
+        for name in (*_COUNTERS, *_MEASURED):
             setattr(self, name, content[name])
         self._started = time.monotonic() - self.seconds
 
@@ -154,7 +177,9 @@ class Checkpoint:
             raise EsdLoraError(f"{directory} has no {CHECKPOINT_NAME} to resume from. Train without --resume.")
         try:
             content = torch.load(file, weights_only=True, map_location="cpu")
-            made_with = [content[key] for key in ("tensors", "drawn_with", "evaluations_before", *_COUNTERS, "recipe")][-1]
+            made_with = [
+                content[key] for key in ("tensors", "drawn_with", "evaluations_before", *_COUNTERS, *_MEASURED, "recipe")
+            ][-1]
         except Exception as error:  # torch raises whatever its zip reader meets
             raise EsdLoraError(f"{file} is damaged ({type(error).__name__}). Train again with --force.") from error
         if made_with != recipe:

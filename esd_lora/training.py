@@ -23,14 +23,17 @@ import torch
 from esd_lora.adapter import add_adapter, dropout_enabled, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.erasers.eraser import LOG_NAME, RUN_FILES, Eraser
+from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, last_step, measure_rate, steer
+from esd_lora.curves import draw_curves
+from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
-from esd_lora.lessons import nearest_prompts, plan, share_turns
+from esd_lora.lessons import FIRST_ETA, hold_out, nearest_prompts, plan, share_turns
 from esd_lora.optimizers import make_optimizer
-from esd_lora.recipe import Recipe, TrainSpec, require_allowed
+from esd_lora.pictures import png
+from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, preserved_walks, refill, walked_so_far
@@ -82,34 +85,37 @@ def train(
         checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
         loaded_here = base is None
         if base is None:
-            pictures = out is not None and spec.preview_every > 0
-            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=pictures)
+            painted = out is not None and spec.preview_every > 0
+            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted)
         base.require_bare()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
         walks = preserved_walks(spec, len(latent_shapes(base, spec)))
         lessons = share_turns(plan(recipe, base.keep, near), walks, base, spec.seed)
-        teacher = Teacher(base, recipe, lessons, allow_code)
+        held_out = hold_out(recipe, lessons, base) if recipe.measures else None
+        teacher = Teacher(base, recipe, lessons, allow_code, held_out.prompts() if held_out else ())
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
         try:
-            optimizer = make_optimizer(spec.optimizer, parameters, spec.lr, spec.optimizer_args, allow_code)
-            scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=base.model.device.type)
-            state = TrainState(parameters, optimizer, scaler)
+            state = start(teacher, parameters, allow_code)
+            probe = Probe(teacher, held_out) if held_out else None
+            state.measured = teacher.evaluations
             if checkpoint:
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
             if spec.gradient_checkpointing:
                 base.model.enable_gradient_checkpointing()
-            run_steps(teacher, state, watchers_for(teacher, state, out, track, progress, on_step))
+            run_steps(teacher, state, watchers_for(teacher, state, out, track, progress, on_step), probe)
             eraser = collect(teacher, state)
-            samples = paint_samples(teacher) if out and spec.preview_every else {}
+            pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             base.model.unload_lora()
             if spec.gradient_checkpointing:
                 base.model.disable_gradient_checkpointing()
         if out:
-            save_with_card(eraser, out, samples, replaces={*RUN_FILES} - {LOG_NAME})
+            for calibration in eraser.header.calibrations:
+                pictures[CURVES_NAME] = png(draw_curves(calibration, f"{eraser.names}: {calibration.ending}"))
+            save_with_card(eraser, out, pictures, replaces={*RUN_FILES} - {LOG_NAME})
     return eraser
 
 
@@ -119,25 +125,45 @@ def inputs_of(recipe: Recipe) -> list[str]:
     return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
 
 
-def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) -> None:
+def start(teacher: Teacher, parameters: list[torch.nn.Parameter], allow_code: Collection[str]) -> TrainState:
+    """Return a training before its first step, with the numbers that its recipe gives or leaves to be measured.
+
+    Args:
+        teacher: Its base carries a fresh adapter.
+        parameters: The adapter's.
+        allow_code: Every `module:attribute` that may be imported.
+    """
+    recipe, spec, model = teacher.recipe, teacher.spec, teacher.base.model
+
+    def optimizer(lr: float) -> torch.optim.Optimizer:
+        return make_optimizer(spec.optimizer, parameters, lr, spec.optimizer_args, allow_code)
+
+    lr = measure_rate(teacher, parameters, optimizer) if spec.lr == AUTO else spec.lr
+    eta = FIRST_ETA if recipe.eta == AUTO else recipe.eta
+    weight = FIRST_WEIGHT if spec.preserve_weight == AUTO else spec.preserve_weight
+    scaler = torch.amp.GradScaler(enabled=model.dtype == torch.float16, device=model.device.type)
+    return TrainState(parameters, optimizer(lr), scaler, lr=lr, etas=[(0, eta)], preserve_weights=[(0, weight)])
+
+
+def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], probe: Probe | None = None) -> None:
     """Train the student, the base with its adapter on, until the recipe's last step or until a watcher ends it.
 
     Args:
         teacher: The base with its adapter off.
         state: Moved on by every step.
         watchers: Called after every step.
+        probe: Measures how far the student is, where the recipe leaves something to that.
 
     Raises:
         EsdLoraError: If the loss stops being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand.
     """
     base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
-    weights = [spec.preserve_weight if lesson.preserves else 1.0 for lesson in teacher.lessons]
-    weight = torch.tensor([*weights, spec.preserve_weight], device=base.model.device)  # the last is the empty prompt's
+    held = torch.tensor([*(lesson.preserves for lesson in teacher.lessons), True], device=base.model.device)
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:
-        for step in range(state.step, state.step if state.stopped else spec.steps):
+        for step in range(state.step, state.step if state.stopped else last_step(spec, state.cooling)):
             # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
             # fills now and then.
             if step % spec.refresh_every == 0 or not buffers:
@@ -146,6 +172,7 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
 
             state.optimizer.zero_grad()
             total, samples = 0.0, 0
+            weight = torch.where(held, state.preserve_weight, 1.0)
             for x_t, t, lesson, target in batches:
                 with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step)):
                     prediction = base.predict(x_t, t, teacher.condition(lesson))
@@ -153,17 +180,19 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher]) 
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
                 total, samples = total + loss.item(), samples + len(t)
-            require_finite(total, step, spec, base)
-            state.update(total, samples, learning_rate(spec, step))
+            require_finite(total, step, state.lr, base)
+            state.update(total, samples, learning_rate(spec, step, state.lr, state.cooling))
 
+            if probe and state.step % spec.probe_every == 0 and steer(state, probe.read(state.step), teacher.recipe):
+                teacher.push(state.eta, buffers.values())
             interrupted = interruption.requested
             for watch in watchers:
-                last = interrupted or state.stopped or state.step == spec.steps
+                last = interrupted or state.stopped or state.step == last_step(spec, state.cooling)
                 if watch(StepReport(state, teacher, interrupted, last)):
                     state.stopped = True
             if interrupted:
                 raise KeyboardInterrupt
-            if state.stopped:
+            if state.stopped or state.step == last_step(spec, state.cooling):
                 break
 
 
@@ -175,14 +204,19 @@ def walked_buffers(
     A training resumed between two refreshes walks again what it trained on before; that does not count as work once more.
     """
     since, evaluations = step % teacher.spec.refresh_every, teacher.evaluations
+    # The push is raised between refreshes too, which moves targets; the same sums again give the same bits.
+    raised = [eta for raised_at, eta in state.etas if raised_at > step - since]
+    teacher.push(state.etas[-1 - len(raised)][1])
     with state.walking(fresh=since == 0):
         buffers = refill(teacher, step - since, shapes)
+    for eta in raised:
+        teacher.push(eta, buffers.values())
     if since:
         teacher.evaluations = evaluations
     return buffers
 
 
-def require_finite(loss: float, step: int, spec: TrainSpec, base: Base) -> None:
+def require_finite(loss: float, step: int, lr: float, base: Base) -> None:
     """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
 
     Raises:
@@ -192,18 +226,29 @@ def require_finite(loss: float, step: int, spec: TrainSpec, base: Base) -> None:
         if damaged := base.damaged_module():
             raise EsdLoraError(f"the loss became {loss} at step {step + 1}, because of base {base.id!r}: {damaged}.")
         raise EsdLoraError(
-            f"the loss became {loss} at step {step + 1} of {spec.steps}: lower train.lr (now {spec.lr:g}), give a warm-up, or"
+            f"the loss became {loss} at step {step + 1}: lower train.lr (now {lr:g}), give a warm-up, or"
             " load the base in float32 (--dtype float32)."
         )
 
 
-def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Return the rate of one step (from 0): up to `lr` in the warm-up, then constant, or down to a tenth of it."""
+def learning_rate(spec: TrainSpec, step: int, lr: float, cooling: int = 0) -> float:
+    """Return the rate of one step (from 0): up to `lr` in the warm-up, then constant, or down to a tenth of it.
+
+    Args:
+        spec: Warm-up and schedule; where the number of steps is measured, the rate falls in the cool-down instead.
+        step: From 0.
+        lr: The rate without either.
+        cooling: Step after which the cool-down began, 0 before.
+    """
     if step < spec.warmup:
-        return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(spec.steps - spec.warmup, 1)
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[spec.lr_schedule]
-    return spec.lr * (0.1 + 0.9 * left)
+        return lr * (step + 1) / spec.warmup
+    if spec.steps == AUTO:
+        first, schedule = cooling or spec.most_steps, "linear"
+    else:
+        first, schedule = spec.warmup, spec.lr_schedule
+    done = max(step - first, 0) / max(last_step(spec, cooling) - first, 1)
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    return lr * (0.1 + 0.9 * left)
 
 
 def collect(teacher: Teacher, state: TrainState) -> Eraser:
@@ -219,7 +264,7 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
         base_revision=base.revision,
         base_hashes=base.hashes(pairs),
         concepts=tuple(
-            ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=recipe.eta)
+            ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=state.eta)
             for concept in recipe.concepts
         ),
         preserve=tuple(teacher.lessons[i].prompt for i in sorted(walked)),
@@ -234,5 +279,6 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
             "sample_evaluations": teacher.evaluations,
             "student_samples": state.student_samples,
         },
+        calibrations=(calibration_of(state),) if recipe.measures else (),
     )
     return Eraser(pairs, header)

@@ -139,8 +139,10 @@ class Points(NamedTuple):
 class TrajectoryBuffer:
     """Replay buffer of training points; one walked trajectory of S steps gives S of them instead of one."""
 
-    def __init__(self, points: Points):
+    def __init__(self, points: Points, push: Tensor | None = None):
         self.points = points
+        self.push = push
+        """How much each target grows with eta, [N, ...], where eta is to be measured."""
 
     def __len__(self) -> int:
         return len(self.points.t)

@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from esd_lora.calibration import ending
 from esd_lora.erasers.eraser import LOG_NAME, SAMPLES
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.files import reporting_write_errors, write_atomically
@@ -82,7 +83,9 @@ class ProgressBar:
         base, names = teacher.base, ", ".join(concept.name for concept in teacher.recipe.concepts)
         place = f"on {base.model.device} in {base.model.dtype}"
         tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
-        self.bar = tqdm(total=teacher.spec.steps, initial=first, desc=printable(f"erasing {names}"), unit="step", leave=True)
+        self.bar = tqdm(
+            total=teacher.spec.most_steps, initial=first, desc=printable(f"erasing {names}"), unit="step", leave=True
+        )
 
     def __call__(self, report: StepReport) -> None:
         shown = {"loss": f"{report.state.loss:.4f}"}
@@ -91,7 +94,10 @@ class ProgressBar:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if report.last:
+            self.bar.total = report.state.step
             self.bar.close()
+            if report.teacher.recipe.measures:
+                tqdm.write(printable(ending(report.state)), file=sys.stderr)
 
 
 class ErasureProbe:
@@ -142,7 +148,7 @@ class JsonLog:
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
-        line = {
+        line: dict[str, Any] = {
             "step": state.step,
             "loss": state.loss,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -150,6 +156,8 @@ class JsonLog:
         }
         if state.erasure is not None and state.step % report.teacher.spec.probe_every == 0:
             line["erasure"] = state.erasure
+        if state.readings and state.readings[-1]["step"] == state.step:
+            line |= {"eta": state.eta, "preserve_weight": state.preserve_weight, "probe": state.readings[-1]}
         with reporting_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -265,7 +273,7 @@ def watchers_for(
     """
     recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
-    if spec.probe_every:
+    if spec.probe_every and not recipe.measures:
         watchers.append(ErasureProbe())
     if track:
         watchers.append(Tracking(track, recipe, out))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from esd_lora.files import PICKLES
@@ -18,6 +19,23 @@ _FILE_ENDINGS = (".safetensors", ".json", ".yaml", ".yml", ".md", ".png", *PICKL
 def without_article(name: str) -> str:
     """Return a name without its article: `a cat` is `cat`."""
     return re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE)
+
+
+def frames_of(prompts: Sequence[str]) -> dict[str, int]:
+    """Return what stands around a prompt in longer ones of the same list, with `{}` in its place, in order, and how often.
+
+    Where a prompt holds several others ("a bus in ink style", beside "a bus" and "ink style"), the frame counts that stands
+    around most: "{} in ink style", as dogs and keys stand in it too, and not "a bus in {}". Among equals it is the first.
+    """
+    around: dict[str, list[str]] = {whole: [] for whole in prompts}
+    for part in prompts:
+        alone = re.compile(rf"(?<!\w){re.escape(part)}(?!\w)")
+        for whole in prompts:
+            if whole != part and part in whole and (frame := alone.sub("{}", whole, count=1)) != whole:
+                around[whole].append(frame)
+    holds = Counter(frame for frames in around.values() for frame in frames)
+    best = [max(frames, key=lambda f: (holds[f], -f.index("{}"))) for frames in around.values() if frames]
+    return {frame: holds[frame] for frame in best}
 
 
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:

@@ -29,6 +29,7 @@ MAX_VALUES = 30_000
 MAX_DEPTH = 20
 """Most levels that values are nested."""
 _MAX_DIGITS = 100
+_WORD = "Input should be 'auto'"  # pydantic's message where a word may stand for a number
 _MAX_FAULTS = 50  # that are listed
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -210,9 +211,8 @@ def checked(
         above = laid_over(above, nested)
     above = laid_over(above, fields)
 
-    def sentence(fault: ErrorDetails) -> str:
-        # Without the names of the types that pydantic tried.
-        place = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "literal", "tuple", "str")))
+    def sentence(fault: ErrorDetails, measurable: Collection[Place]) -> str:
+        place = _place(fault)
         name = shortened(".".join(map(str, place)))
         if fault["type"] == "missing":
             return f"{document.where(place) or source}: {name}: missing{hint(place)}"
@@ -222,14 +222,24 @@ def checked(
         if fault["type"] == "extra_forbidden":
             return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
         message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
+        message += ", or 'auto'" if place in measurable else ""
         return f"{where}: {name}: {message}, found {shortened(repr(fault['input']))}"
 
     try:
         return model.model_validate(laid_over(document.values, above), context={_ALLOW_CODE: allow_code})
     except ValidationError as error:
-        faults = list(dict.fromkeys(map(sentence, error.errors()[: 4 * _MAX_FAULTS])))
+        # A number or a word: pydantic finds two faults where neither fits, which are one.
+        errors = error.errors()[: 4 * _MAX_FAULTS]
+        measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD}
+        faults = list(dict.fromkeys(sentence(fault, measurable) for fault in errors if fault["msg"] != _WORD))
         faults[_MAX_FAULTS:] = [f"and more than {_MAX_FAULTS} others"] if len(faults) > _MAX_FAULTS else []
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
+
+
+def _place(fault: ErrorDetails) -> Place:
+    """Return where a fault is, without the names of the types that pydantic tried."""
+    tried = ("function-", "literal", "tuple", "str", "constrained-")
+    return tuple(part for part in fault["loc"] if part not in ("float", "int") and not str(part).startswith(tried))
 
 
 def allowed_code(info: ValidationInfo) -> Collection[str] | None:

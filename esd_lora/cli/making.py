@@ -119,7 +119,7 @@ def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
 def _guided(recipe: Recipe, guidance: float) -> Recipe:
     """Return a recipe with the eta of a negative guidance, and print it."""
     recipe = with_negative_guidance(recipe, guidance)
-    start = "the concept" if recipe.eta < guidance else "the prompt it is erased from"
+    start = "the concept" if recipe.eta != guidance else "the prompt it is erased from"
     say(f"negative guidance {guidance:g}, measured from {start}, is eta {recipe.eta:g}")
     return recipe
 

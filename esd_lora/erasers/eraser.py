@@ -27,9 +27,9 @@ ERASER_FILES = (WEIGHTS_NAME, MANIFEST_NAME)
 """Files of which one makes a directory an eraser's, the first that is there."""
 SAMPLES = 4
 """Largest number of prompts that are shown with an eraser, before and after."""
-LOG_NAME, CHECKPOINT_NAME = "train_log.jsonl", "checkpoint.pt"
+LOG_NAME, CHECKPOINT_NAME, CURVES_NAME = "train_log.jsonl", "checkpoint.pt", "training.png"
 RUN_FILES = (
-    *(WEIGHTS_NAME, "recipe.yaml", "README.md", LOG_NAME, CHECKPOINT_NAME, "samples/before_after.png"),
+    *(WEIGHTS_NAME, "recipe.yaml", "README.md", LOG_NAME, CHECKPOINT_NAME, CURVES_NAME, "samples/before_after.png"),
     *(f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")),
 )
 """What a run writes into an eraser's directory, previews aside."""

@@ -145,6 +145,42 @@ class Fusion(BaseModel):
         return f"{text}; {self.evaluations} evaluations of the base, {self.seconds:.0f} s"
 
 
+class Reading(BaseModel):
+    """How far a training was, on prompts and trajectories that no step trains on; see `calibration.Probe` for the measures."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    step: int
+    residual: float
+    """What is left of the guided push towards the concept: 1 untouched, 0 gone. Mean over the prompts."""
+    residual_worst: float
+    """Mean over the worst quarter of the prompts."""
+    drift: float
+    """How far guided predictions of kept prompts moved, in units of what the prompt does there. Mean over the prompts."""
+    drift_worst: float
+    """The same of the worst prompt."""
+    null_drift: float
+    """How far the prediction for the empty prompt moved on trajectories of the concept, in the same units."""
+
+
+class Calibration(BaseModel):
+    """What a training measured where its recipe says `auto`."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    lr: float
+    """Learning rate."""
+    etas: tuple[tuple[int, float], ...]
+    """Step from which on an eta held, with that eta."""
+    preserve_weights: tuple[tuple[int, float], ...]
+    """The same of the weight of preserved points."""
+    evaluations: int
+    """Number of latents through the denoiser to measure, out of those in `cost`."""
+    readings: tuple[Reading, ...] = ()
+    ending: str
+    """Why the training ended, and what is short, if anything is."""
+
+
 class EraserHeader(BaseModel):
     """The header of an eraser file: JSON under one key of the safetensors metadata."""
 
@@ -173,6 +209,8 @@ class EraserHeader(BaseModel):
     """ISO 8601, UTC."""
     cost: dict[str, float] = {}
     """Seconds, sample evaluations and student samples the training took."""
+    calibrations: tuple[Calibration, ...] = ()
+    """What trainings measured where their recipes say `auto`, in the order of `recipes`."""
     evaluation: Measured | None = None
     """The numbers that were attached last."""
     origins: tuple[Origin, ...] = ()

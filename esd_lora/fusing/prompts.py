@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
+from esd_lora.wording import frames_of
 
 
 class Members(NamedTuple):
@@ -90,20 +89,3 @@ def own_prompts(member: Eraser, kept: Sequence[str], dropped: Sequence[str]) -> 
     if len(trained) <= len(frames := frames_of([*kept, *dropped])):
         prompts |= dict.fromkeys(frame.replace("{}", trained[i % len(trained)]) for i, frame in enumerate(frames))
     return list(prompts)
-
-
-def frames_of(prompts: Sequence[str]) -> list[str]:
-    """Return what stands around a prompt in longer ones of the same list, with `{}` in its place, in order, each once.
-
-    Where a prompt holds several others ("a bus in ink style", beside "a bus" and "ink style"), the frame counts that stands
-    around most: "{} in ink style", as dogs and keys stand in it too, and not "a bus in {}". Among equals it is the first.
-    """
-    around: dict[str, list[str]] = {whole: [] for whole in prompts}
-    for part in prompts:
-        alone = re.compile(rf"(?<!\w){re.escape(part)}(?!\w)")
-        for whole in prompts:
-            if whole != part and part in whole and (frame := alone.sub("{}", whole, count=1)) != whole:
-                around[whole].append(frame)
-    holds = Counter(frame for frames in around.values() for frame in frames)
-    best = [max(frames, key=lambda f: (holds[f], -f.index("{}"))) for frames in around.values() if frames]
-    return list(dict.fromkeys(best))

@@ -112,11 +112,11 @@ def test_optimizer_arguments() -> None:
 
 def test_warm_up_and_schedules(tiny_dir: Path) -> None:
     spec = tiny_recipe(tiny_dir, steps=14, warmup=4, lr=1.0, lr_schedule="linear").train
-    rates = [learning_rate(spec, step) for step in range(14)]
+    rates = [learning_rate(spec, step, spec.lr) for step in range(14)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == pytest.approx([1 - 0.09 * i for i in range(10)])
     constant = spec.model_copy(update={"lr_schedule": "constant"})
-    assert [learning_rate(constant, step) for step in range(3, 14)] == pytest.approx([1.0] * 11)
+    assert [learning_rate(constant, step, 1.0) for step in range(3, 14)] == pytest.approx([1.0] * 11)
 
 
 def test_sizes_of_latents(base: Base) -> None:

@@ -1,0 +1,278 @@
+"""Calibration: what a training wants to know of the model in front of it, measured there instead of carried from another.
+
+A recipe for a base that nobody tuned says `auto` where it cannot know a number. What is measured has no unit, so neither scales
+of weights and latents nor the kind of model matter:
+
+- **How large a step is.** `normalise_adapter` scales the fresh LoRA so that an update of size 1 changes what each layer puts
+  out by as much as the layer puts out. Then one optimiser step is tried (`measure_rate`), and the learning rate is the one at
+  which it goes `FIRST_STEP` of the way from the base's predictions to the targets.
+- **How far the student is.** A `Probe` compares student and base on prompts and trajectories that no step trains on, guided as
+  pictures are sampled: how much of the push towards the concept is left, and how far kept prompts have drifted.
+- **What is short.** `steer` raises the push (eta) where erasing stands still, weighs kept prompts by their drift, and begins
+  the cool-down, in which the rate falls, once the concept is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esd_lora.adapter import ADAPTER
+from esd_lora.bases.base import Base
+from esd_lora.erasers.header import Calibration, Reading
+from esd_lora.errors import EsdLoraError
+from esd_lora.lessons import HeldOut
+from esd_lora.recipe import AUTO, Recipe, TrainSpec
+from esd_lora.seeds import probe_seed
+from esd_lora.teacher import Teacher
+from esd_lora.train_state import TrainState
+from esd_lora.trajectory import Points
+
+FIRST_STEP = 0.02
+"""Share of the way to the targets that the first optimiser step goes: 1 to 2 % reaches them within some hundred steps."""
+_TRIED_RATE = 1e-3  # of the step that is tried; what it does grows in proportion up to far beyond it
+_LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it
+_STEPS = 5  # points of a probe's trajectory
+_TRAJECTORIES = 8  # walked to measure the rate
+GONE, GONE_WORST = -0.05, 0.2
+"""Residual of held-out prompts, on the mean and in the worst quarter, at which a concept counts as gone."""
+DRIFT = 0.3
+"""Drift of kept prompts, in units of what the prompt itself does, up to which a picture stays what it is."""
+_STALE = 0.03  # less fall of the residual between two readings is standing still
+_MOST_ETA = 5.0  # beyond it the targets are predictions of no picture
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.25, 4.0
+FIRST_WEIGHT = 1.5
+"""Weight of preserved points to begin with where it is measured."""
+_LEAST_COOLING = 20  # steps
+
+
+def normalise_adapter(base: Base, predict: Callable[[], object]) -> None:
+    """Scale a fresh LoRA so that an update of size 1 changes what each layer puts out by as much as the layer puts out.
+
+    With A scaled to a mean square of 1, and the product by `rms(W x) / rms(A x)`, both factors have no unit: scaling a layer's
+    input or output, with the inverse next to it, leaves every later step of Adam's as it is.
+
+    Args:
+        base: Carries an adapter that is still zero.
+        predict: Runs the denoiser over latents that are typical, without gradients.
+    """
+    sizes: dict[str, dict[str, list[Tensor]]] = {}
+    layers: dict[str, Any] = {path: m for path, m in base.model.named_modules() if ADAPTER in getattr(m, "lora_A", ())}
+
+    def measure(path: str, what: str) -> Callable[[Any, Any, Tensor], None]:
+        def hook(layer: Any, _inputs: Any, output: Tensor) -> None:
+            bias = getattr(layer, "bias", None)
+            if bias is not None:
+                output = output - (bias if output.shape[-1] == len(bias) and output.dim() != 4 else bias[:, None, None])
+            sizes.setdefault(path, {}).setdefault(what, []).append(output.float().square().mean())
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            for what, part in (("W x", layer.base_layer), ("A x", layer.lora_A[ADAPTER])):
+                hooks.callback(part.register_forward_hook(measure(path, what)).remove)
+        with torch.no_grad():
+            predict()
+    for path, layer in layers.items():
+        size = {what: float(torch.stack(squares).mean().sqrt()) for what, squares in sizes.get(path, {}).items()}
+        down = layer.lora_A[ADAPTER].weight
+        unit = float(down.detach().square().mean().sqrt())
+        if size.get("A x") and size.get("W x"):  # a layer that reads or makes nothing has no size
+            down.data.div_(unit)
+            layer.scaling[ADAPTER] = size["W x"] / (size["A x"] / unit)
+
+
+def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], optimizer: Callable[[float], Any]) -> float:
+    """Return the learning rate at which the first optimiser step goes `FIRST_STEP` of the way to the targets.
+
+    Half of some trajectories give the gradient, the other half the way.
+
+    Args:
+        teacher: Its base carries a fresh adapter.
+        parameters: The adapter's, which are left as they were.
+        optimizer: Makes an optimiser of them with a rate.
+
+    Raises:
+        EsdLoraError: If a step moves nothing towards the targets.
+    """
+    spec, device = teacher.spec, teacher.base.model.device
+    lesson = torch.tensor((teacher.erased * _TRAJECTORIES)[:_TRAJECTORIES], device=device)
+    generator = torch.Generator().manual_seed(probe_seed(spec.seed) + 1)
+    learned, measured = (teacher.fill(part, generator, _short(spec)).taught.points for part in lesson.chunk(2))
+    normalise_adapter(teacher.base, lambda: teacher.predict(learned.x_t, learned.t, teacher.condition(learned.lesson)))
+    before = [parameter.detach().clone() for parameter in parameters]
+    trial = optimizer(_TRIED_RATE)
+    for part in learned.split(spec.batch_size):
+        prediction = teacher.base.predict(part.x_t, part.t, teacher.condition(part.lesson))
+        loss = (prediction - part.target).square().flatten(1).mean(1).sum() / len(learned.t)
+        (loss * (_LOSS_SCALE if teacher.base.model.dtype == torch.float16 else 1)).backward()
+    trial.step()
+    trial.zero_grad()
+    moved = progress(teacher, measured)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    if not moved > 0:
+        raise EsdLoraError(
+            f"lr: auto cannot be measured on base {teacher.base.id!r}: a step tried there moves predictions by {moved:.1e} of"
+            " the way to the target. Give a number (-s train.lr=1e-4), or load the base in float32 (--dtype float32)."
+        )
+    return trial.param_groups[0]["lr"] * FIRST_STEP / moved
+
+
+def progress(teacher: Teacher, points: Points) -> float:
+    """Return how far the student is on the way from the base's predictions to the targets: 0 untouched, 1 there."""
+    condition = teacher.condition(points.lesson)
+    with teacher.adapter_disabled():
+        start = teacher.predict(points.x_t, points.t, condition)
+    way = points.target - start
+    done = ((teacher.predict(points.x_t, points.t, condition) - start) * way).sum()
+    return float(done / way.square().sum().clamp_min(1e-12))
+
+
+def _short(spec: TrainSpec) -> TrainSpec:
+    return spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": _STEPS, "null_batch": 0})
+
+
+class Probe:
+    """Prompts and trajectories that no step trains on, with what the base predicts there.
+
+    Pictures are made of guided predictions `G = null + g (prompted - null)`, so those are compared, at the guidance g that the
+    base is sampled with (1 where trajectories are not guided):
+
+        residual = <G_student(concept) - G(anchor), G(concept) - G(anchor)> / |G(concept) - G(anchor)|^2
+        drift    = |G_student(kept) - G(kept)| / |G(kept) - null|
+
+    A residual of 1 is the untouched base, 0 an anchor's picture, and less is pushed beyond it.
+
+    Args:
+        teacher: Knows the held-out prompts; its base's adapter may be on or off.
+        held_out: From `lessons.hold_out`.
+    """
+
+    def __init__(self, teacher: Teacher, held_out: HeldOut):
+        self.teacher = teacher
+        self.guidance = 1.0 if teacher.spec.guidance == 1 else teacher.base.guidance
+        prompts = [prompt for prompt, _ in held_out.erased] + list(held_out.kept)
+        anchors = [anchor for _, anchor in held_out.erased] + list(held_out.kept)
+        self._erased = len(held_out.erased)
+        shape = teacher.base.latent_shape()
+        generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed))
+        visited = teacher.walk_prompts(prompts, shape, generator, _short(teacher.spec))
+        self._x_t = torch.stack([sample.x_t for sample in visited], 1)
+        """[prompts, steps, ...]."""
+        self._t = torch.stack([sample.t for sample in visited], 1)
+        self._prompts, self._anchors = prompts, anchors
+        with teacher.adapter_disabled():
+            self._null, self._prompted = self._predict([""] * len(prompts)), self._predict(prompts)
+            anchored = self._predict(anchors[: self._erased], self._erased)
+        self._anchored = torch.cat([anchored, self._prompted[self._erased :]])
+
+    def _predict(self, prompts: Sequence[str], count: int | None = None) -> Tensor:
+        """Return the predictions under prompts at their points, [prompts, steps, values]."""
+        x_t, t = self._x_t[:count], self._t[:count]
+        condition = self.teacher.encode([prompt for prompt in prompts for _ in range(x_t.shape[1])])
+        return self.teacher.predict(x_t.flatten(0, 1), t.flatten(), condition).view(*x_t.shape[:2], -1)
+
+    def read(self, step: int) -> Reading:
+        """Return how far the student is, with the adapter as it stands.
+
+        Args:
+            step: Number of optimiser steps done.
+        """
+        null, prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
+        guided = null + self.guidance * (prompted - null)
+        of_base = self._null + self.guidance * (self._prompted - self._null)
+        of_anchor = self._null + self.guidance * (self._anchored - self._null)
+        n = self._erased
+        way = of_base[:n] - of_anchor[:n]
+        residual = ((guided[:n] - of_anchor[:n]) * way).sum((1, 2)) / way.square().sum((1, 2)).clamp_min(1e-12)
+        effect = (of_base - self._null).square().sum((1, 2)).clamp_min(1e-12)
+        drift = ((guided - of_base)[n:].square().sum((1, 2)) / effect[n:]).sqrt()
+        worst = residual.sort(descending=True).values[: max(1, len(residual) // 4)]
+        moved = (null - self._null)[:n].square().sum() / (self._prompted - self._null)[:n].square().sum().clamp_min(1e-12)
+        return Reading(
+            step=step,
+            residual=float(residual.mean()),
+            residual_worst=float(worst.mean()),
+            drift=float(drift.mean()) if len(drift) else 0.0,
+            drift_worst=float(drift.max()) if len(drift) else 0.0,
+            null_drift=float(moved.sqrt()),
+        )
+
+
+def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
+    """Decide how a training goes on from what a probe read; return whether the push was raised, so that targets change.
+
+    Args:
+        state: Its etas, preserve weights and cool-down are set.
+        reading: The latest.
+        recipe: What it leaves to be measured.
+    """
+    spec, before = recipe.train, state.readings[-1] if state.readings else None
+    state.readings.append(reading.model_dump())
+    state.erasure = 1 - reading.residual
+    gone = is_gone(reading)
+    weight = state.preserve_weight
+    if reading.drift > DRIFT and (gone or not state.cooling):
+        weight = min(weight * 1.3, _MOST_WEIGHT)
+    elif reading.drift < DRIFT / 2 and not gone and not state.cooling:
+        weight = max(weight / 1.3, _LEAST_WEIGHT)
+    if spec.preserve_weight == AUTO and weight != state.preserve_weight:
+        state.preserve_weights.append((state.step, weight))
+    if state.cooling:
+        return False
+    if spec.steps == AUTO and (gone or state.step >= spec.most_steps * 2 // 3):
+        state.cooling = state.step
+        return False
+    stale = before is not None and before["residual_worst"] - reading.residual_worst < _STALE
+    if recipe.eta != AUTO or gone or not stale or state.eta >= _MOST_ETA:
+        return False
+    # Held-out prompts go a share f of the way to their target: residual = 1 - f (1 + eta). Enough is eta = 1 / f - 1.
+    share = max((1 - reading.residual_worst) / (1 + state.eta), 1e-3)
+    wanted = min(max(1 / share - 1, state.eta + 0.5), state.eta + 1, _MOST_ETA)
+    state.etas.append((state.step, wanted))
+    return True
+
+
+def last_step(spec: TrainSpec, cooling: int) -> int:
+    """Return the number of the step that ends a training: with `steps: auto`, of the cool-down if it began."""
+    if spec.steps != AUTO or not cooling:
+        return spec.most_steps
+    return min(cooling + max(_LEAST_COOLING, cooling // 2), spec.most_steps)
+
+
+def is_gone(reading: Reading) -> bool:
+    """Return whether nothing draws towards the concept any more."""
+    return reading.residual <= GONE and reading.residual_worst <= GONE_WORST
+
+
+def ending(state: TrainState) -> str:
+    """Return in a sentence how a measured training ended, and what is short."""
+    if not state.readings:
+        return f"ended after {state.step} steps, before the first probe"
+    reading = Reading.model_validate(state.readings[-1])
+    gone = "gone" if is_gone(reading) else f"short: gone is up to {GONE:.0%} and {GONE_WORST:.0%}"
+    kept = "kept" if reading.drift <= DRIFT else f"short: kept is up to {DRIFT:.0%}"
+    return (
+        f"ended after {state.step} steps: of the push towards the concept {reading.residual:.0%} is left on held-out prompts,"
+        f" {reading.residual_worst:.0%} in their worst quarter ({gone}); kept prompts drifted by {reading.drift:.0%} of what"
+        f" they do ({kept})"
+    )
+
+
+def calibration_of(state: TrainState) -> Calibration:
+    """Return the record of what a training measured, for the header."""
+    return Calibration(
+        lr=state.lr,
+        etas=tuple(state.etas),
+        preserve_weights=tuple(state.preserve_weights),
+        evaluations=state.measured,
+        readings=tuple(Reading.model_validate(reading) for reading in state.readings),
+        ending=ending(state),
+    )
