@@ -5,7 +5,7 @@ of weights and latents nor the kind of model matter:
 
 - **How large a step is.** `normalise_adapter` scales the fresh LoRA so that an update of size 1 changes what each layer puts
   out by as much as the layer puts out. Then one optimiser step is tried (`measure_rate`), and the learning rate is the one at
-  which it goes `FIRST_STEP` of the way from the base's predictions to the targets.
+  which it takes `FIRST_STEP` of the push towards the concept away.
 - **How far the student is.** A `Probe` compares student and base on prompts and trajectories that no step trains on, guided as
   pictures are sampled: how much of the push towards the concept is left, and how far kept prompts have drifted.
 - **What is short.** `steer` raises the push (eta) where erasing stands still, weighs kept prompts by their drift, and begins
@@ -30,14 +30,13 @@ from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
-from esd_lora.trajectory import Points
 
-FIRST_STEP = 0.02
-"""Share of the way to the targets that the first optimiser step goes: 1 to 2 % reaches them within some hundred steps."""
-_TRIED_RATE = 1e-3  # of the step that is tried; what it does grows in proportion up to far beyond it
+FIRST_STEP = 0.05
+"""Share of the guided push towards the concept that the first optimiser step takes away: 2 to 10 %."""
+_TRIED_RATE = 1e-3  # of the step that is tried first
 _LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it
 _STEPS = 5  # points of a probe's trajectory
-_TRAJECTORIES = 8  # walked to measure the rate
+_TRAJECTORIES = 4  # walked to measure the rate, for the gradient and as many for the effect
 GONE, GONE_WORST = -0.05, 0.2
 """Residual of held-out prompts, on the mean and in the worst quarter, at which a concept counts as gone."""
 DRIFT = 0.3
@@ -88,9 +87,10 @@ def normalise_adapter(base: Base, predict: Callable[[], object]) -> None:
 
 
 def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], optimizer: Callable[[float], Any]) -> float:
-    """Return the learning rate at which the first optimiser step goes `FIRST_STEP` of the way to the targets.
+    """Return the learning rate at which the first optimiser step takes `FIRST_STEP` of the push towards the concept away.
 
-    Half of some trajectories give the gradient, the other half the way.
+    Some trajectories give the gradient, others the effect, as a probe reads it: guided, so that what a step does to the empty
+    prompt as well, which guidance cancels, does not count.
 
     Args:
         teacher: Its base carries a fresh adapter.
@@ -98,41 +98,35 @@ def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], opt
         optimizer: Makes an optimiser of them with a rate.
 
     Raises:
-        EsdLoraError: If a step moves nothing towards the targets.
+        EsdLoraError: If a step takes nothing away.
     """
     spec, device = teacher.spec, teacher.base.model.device
-    lesson = torch.tensor((teacher.erased * _TRAJECTORIES)[:_TRAJECTORIES], device=device)
+    tried = (teacher.erased * _TRAJECTORIES)[:_TRAJECTORIES]
     generator = torch.Generator().manual_seed(probe_seed(spec.seed) + 1)
-    learned, measured = (teacher.fill(part, generator, _short(spec)).taught.points for part in lesson.chunk(2))
-    normalise_adapter(teacher.base, lambda: teacher.predict(learned.x_t, learned.t, teacher.condition(learned.lesson)))
+    points = teacher.fill(torch.tensor(tried, device=device), generator, _short(spec)).taught.points
+    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, teacher.condition(points.lesson)))
+    probe = Probe(teacher, HeldOut([teacher.lessons[i][:3] for i in tried], []))
     before = [parameter.detach().clone() for parameter in parameters]
-    trial = optimizer(_TRIED_RATE)
-    for part in learned.split(spec.batch_size):
+    for part in points.split(spec.batch_size):
         prediction = teacher.base.predict(part.x_t, part.t, teacher.condition(part.lesson))
-        loss = (prediction - part.target).square().flatten(1).mean(1).sum() / len(learned.t)
+        loss = (prediction - part.target).square().flatten(1).mean(1).sum() / len(points.t)
         (loss * (_LOSS_SCALE if teacher.base.model.dtype == torch.float16 else 1)).backward()
-    trial.step()
-    trial.zero_grad()
-    moved = progress(teacher, measured)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
-    if not moved > 0:
-        raise EsdLoraError(
-            f"lr: auto cannot be measured on base {teacher.base.id!r}: a step tried there moves predictions by {moved:.1e} of"
-            " the way to the target. Give a number (-s train.lr=1e-4), or load the base in float32 (--dtype float32)."
-        )
-    return trial.param_groups[0]["lr"] * FIRST_STEP / moved
-
-
-def progress(teacher: Teacher, points: Points) -> float:
-    """Return how far the student is on the way from the base's predictions to the targets: 0 untouched, 1 there."""
-    condition = teacher.condition(points.lesson)
-    with teacher.adapter_disabled():
-        start = teacher.predict(points.x_t, points.t, condition)
-    way = points.target - start
-    done = ((teacher.predict(points.x_t, points.t, condition) - start) * way).sum()
-    return float(done / way.square().sum().clamp_min(1e-12))
+    rate = _TRIED_RATE
+    for _ in range(2):  # a step's effect grows in proportion, but for the largest: the second try corrects the first
+        optimizer(rate).step()
+        taken = 1 - probe.read(0).residual
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        if not taken > 0:
+            raise EsdLoraError(
+                f"lr: auto cannot be measured on base {teacher.base.id!r}: a step tried there takes {taken:.1e} of the push"
+                " towards the concept away. Give a number (-s train.lr=1e-4), or load the base in float32 (--dtype float32)."
+            )
+        rate *= FIRST_STEP / taken
+    for parameter in parameters:
+        parameter.grad = None
+    return rate
 
 
 def _short(spec: TrainSpec) -> TrainSpec:
@@ -145,10 +139,11 @@ class Probe:
     Pictures are made of guided predictions `G = null + g (prompted - null)`, so those are compared, at the guidance g that the
     base is sampled with (1 where trajectories are not guided):
 
-        residual = <G_student(concept) - G(anchor), G(concept) - G(anchor)> / |G(concept) - G(anchor)|^2
+        residual = 1 - <G(prompt) - G_student(prompt), way> / |way|^2,    way = g (concept - anchor)
         drift    = |G_student(kept) - G(kept)| / |G(kept) - null|
 
-    A residual of 1 is the untouched base, 0 an anchor's picture, and less is pushed beyond it.
+    A residual of 1 is the untouched base, 0 an anchor's picture, and less is pushed beyond it. Where the anchor is the prompt
+    itself, from which something else is erased, the way is that of the concept from the empty prompt.
 
     Args:
         teacher: Knows the held-out prompts; its base's adapter may be on or off.
@@ -158,24 +153,23 @@ class Probe:
     def __init__(self, teacher: Teacher, held_out: HeldOut):
         self.teacher = teacher
         self.guidance = 1.0 if teacher.spec.guidance == 1 else teacher.base.guidance
-        prompts = [prompt for prompt, _ in held_out.erased] + list(held_out.kept)
-        anchors = [anchor for _, anchor in held_out.erased] + list(held_out.kept)
+        self._prompts = [prompt for prompt, _, _ in held_out.erased] + list(held_out.kept)
         self._erased = len(held_out.erased)
         shape = teacher.base.latent_shape()
         generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed))
-        visited = teacher.walk_prompts(prompts, shape, generator, _short(teacher.spec))
+        visited = teacher.walk_prompts(self._prompts, shape, generator, _short(teacher.spec))
         self._x_t = torch.stack([sample.x_t for sample in visited], 1)
         """[prompts, steps, ...]."""
         self._t = torch.stack([sample.t for sample in visited], 1)
-        self._prompts, self._anchors = prompts, anchors
         with teacher.adapter_disabled():
-            self._null, self._prompted = self._predict([""] * len(prompts)), self._predict(prompts)
-            anchored = self._predict(anchors[: self._erased], self._erased)
-        self._anchored = torch.cat([anchored, self._prompted[self._erased :]])
+            self._null, self._prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
+            concept = self._predict([concept for _, concept, _ in held_out.erased])
+            anchor = self._predict(["" if anchor == prompt else anchor for prompt, _, anchor in held_out.erased])
+        self._way = self.guidance * (concept - anchor)
 
-    def _predict(self, prompts: Sequence[str], count: int | None = None) -> Tensor:
-        """Return the predictions under prompts at their points, [prompts, steps, values]."""
-        x_t, t = self._x_t[:count], self._t[:count]
+    def _predict(self, prompts: Sequence[str]) -> Tensor:
+        """Return the predictions under prompts at the points of as many trajectories, [prompts, steps, values]."""
+        x_t, t = self._x_t[: len(prompts)], self._t[: len(prompts)]
         condition = self.teacher.encode([prompt for prompt in prompts for _ in range(x_t.shape[1])])
         return self.teacher.predict(x_t.flatten(0, 1), t.flatten(), condition).view(*x_t.shape[:2], -1)
 
@@ -188,10 +182,8 @@ class Probe:
         null, prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
         guided = null + self.guidance * (prompted - null)
         of_base = self._null + self.guidance * (self._prompted - self._null)
-        of_anchor = self._null + self.guidance * (self._anchored - self._null)
-        n = self._erased
-        way = of_base[:n] - of_anchor[:n]
-        residual = ((guided[:n] - of_anchor[:n]) * way).sum((1, 2)) / way.square().sum((1, 2)).clamp_min(1e-12)
+        n, way = self._erased, self._way
+        residual = 1 - ((of_base - guided)[:n] * way).sum((1, 2)) / way.square().sum((1, 2)).clamp_min(1e-12)
         effect = (of_base - self._null).square().sum((1, 2)).clamp_min(1e-12)
         drift = ((guided - of_base)[n:].square().sum((1, 2)) / effect[n:]).sqrt()
         worst = residual.sort(descending=True).values[: max(1, len(residual) // 4)]

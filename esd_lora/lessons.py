@@ -107,14 +107,14 @@ def framed(frame: str, text: str) -> str:
 class HeldOut(NamedTuple):
     """Prompts that no step trains on, for a probe."""
 
-    erased: list[tuple[str, str]]
-    """Prompts from which the concept should be gone, each with the prompt of what should appear instead."""
+    erased: list[tuple[str, str, str]]
+    """Prompts from which the concept should be gone, each with the prompt of the concept, and of what should appear instead."""
     kept: list[str]
     """Prompts that should draw what they drew."""
 
     def prompts(self) -> list[str]:
         """Return all of them, anchors too."""
-        return [*(text for pair in self.erased for text in pair), *self.kept]
+        return [*(text for texts in self.erased for text in texts), *self.kept]
 
 
 _HELD_OUT = 8
@@ -135,20 +135,18 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
     trained = {text for lesson in lessons for text in lesson[:3]}
     frames = frames_for(recipe, listed)[1]
     short = [prompt for prompt in listed if len(prompt.split()) <= _SHORT]
-    erased: list[tuple[str, str]] = []
+    erased: list[tuple[str, str, str]] = []
     for concept in recipe.concepts:
         pool = concept.lessons()
         if concept.fill:
             # What fills the templates is listed, and some of it fills none.
             other = [text for text in short if text not in concept.fill and not concept.named_in(text)]
-            pool = concept.model_copy(update={"fill": tuple(other[:: max(1, len(other) // _HELD_OUT)])}).lessons()
-            erased += [(prompt, anchor) for prompt, _, anchor in pool]
+            erased += concept.model_copy(update={"fill": tuple(other[:: max(1, len(other) // _HELD_OUT)])}).lessons()
         else:
-            erased += [
-                (framed(frame, pool[i % len(pool)][0]), framed(frame, pool[i % len(pool)][2])) for i, frame in enumerate(frames)
-            ]
-    fresh = list(dict.fromkeys(pair for pair in erased if pair[0] not in trained)) or [
-        (lesson.prompt, lesson.anchor) for lesson in lessons if not lesson.preserves
+            in_frames = [[framed(frame, text) for text in pool[i % len(pool)]] for i, frame in enumerate(frames)]
+            erased += [(prompt, pushed, anchor) for prompt, pushed, anchor in in_frames]
+    fresh = list(dict.fromkeys(texts for texts in erased if texts[0] not in trained)) or [
+        (lesson.prompt, lesson.concept, lesson.anchor) for lesson in lessons if not lesson.preserves
     ]
     kept = [prompt for prompt in short if not any(concept.named_in(prompt) for concept in recipe.concepts)]
     if kept:

@@ -223,6 +223,8 @@ def checked(
             return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
         message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
         message += ", or 'auto'" if place in measurable else ""
+        if not place:  # of several fields together
+            return f"{where}: {message}"
         return f"{where}: {name}: {message}, found {shortened(repr(fault['input']))}"
 
     try:
