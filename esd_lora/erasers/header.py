@@ -18,7 +18,7 @@ from esd_lora.wording import mentions
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
-FORMAT = 3
+FORMAT = 4
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
 2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
@@ -260,8 +260,9 @@ class EraserHeader(BaseModel):
         return self.model_dump_json()
 
     def making(self) -> list[str]:
-        """Return how a stack was fused and harmonised, a line each."""
-        return [step.describe() for step in (*self.fusions, *self.distillations)]
+        """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""
+        steps = (*self.fusions, *self.distillations)
+        return [*(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
 
     def recipe_document(self) -> str:
         """Return the recipes as one YAML document or several; empty where there is none."""

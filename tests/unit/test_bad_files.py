@@ -291,3 +291,20 @@ def test_format_3_is_read() -> None:
     assert (fusion.lam, fusion.kept, fusion.dropped) == (0.1, 3, ("two cats",))
     assert (spent.steps, spent.trajectories, spent.last_loss) == (60, (32, 32), 0.02)
     assert eraser.pairs["conv"].rank == 3
+
+
+def test_format_4_is_read() -> None:
+    """An eraser whose recipe left numbers to be measured."""
+    header = Eraser.load(GOLDEN / "format_4.safetensors").header
+    (recipe,), (calibration,) = header.recipes, header.calibrations
+    assert (header.format, recipe.eta, recipe.frames, recipe.train.lr, recipe.train.steps) == (
+        4,
+        "auto",
+        "auto",
+        "auto",
+        "auto",
+    )
+    assert (calibration.lr, calibration.etas, calibration.preserve_weights[-1]) == (0.0077, ((0, 1.0), (75, 2.0)), (105, 1.95))
+    assert [reading.step for reading in calibration.readings] == [15, 30]
+    assert header.concepts[0].eta == calibration.etas[-1][1]
+    assert calibration.ending.startswith("ended after 135 steps")
