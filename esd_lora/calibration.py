@@ -31,7 +31,7 @@ from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
 
-FIRST_STEP = 0.05
+FIRST_STEP = 0.03
 """Share of the guided push towards the concept that the first optimiser step takes away: 2 to 10 %."""
 _TRIED_RATE = 1e-3  # of the step that is tried first
 _LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it

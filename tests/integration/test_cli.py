@@ -485,7 +485,7 @@ def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
         "epsilon",
         "xattn: 16 layers, rank 4",
         "steps 4",
-        "format 3",
+        "format 4",
         "█",
     ):
         assert fact in said
