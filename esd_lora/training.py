@@ -114,7 +114,8 @@ def train(
                 base.model.disable_gradient_checkpointing()
         if out:
             for calibration in eraser.header.calibrations:
-                pictures[CURVES_NAME] = png(draw_curves(calibration, f"{eraser.names}: {calibration.ending}"))
+                title = f"{', '.join(eraser.names)}, {state.step} steps"
+                pictures[CURVES_NAME] = png(draw_curves(calibration, title))
             save_with_card(eraser, out, pictures, replaces={*RUN_FILES} - {LOG_NAME})
     return eraser
 
