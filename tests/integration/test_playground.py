@@ -16,7 +16,7 @@ from esd_lora.training import train
 from tiny import tiny_recipe
 
 PLAYGROUND = Path(__file__).parents[2] / "playground"
-BASES = {"emoji-xl": ("sdxl", "v_prediction", 384)}
+BASES = {"emoji-xl": ("sdxl", "v_prediction", 384), "emoji-flow": ("sd3", "flow", 384)}
 
 
 @pytest.mark.parametrize("name", BASES)
