@@ -247,7 +247,7 @@ def is_gone(reading: Reading) -> bool:
 def ending(state: TrainState) -> str:
     """Return in a sentence how a measured training ended, and what is short."""
     if not state.readings:
-        return f"ended after {state.step} steps, before the first probe"
+        return f"ended after {state.step} steps, without a probe"
     reading = Reading.model_validate(state.readings[-1])
     gone = "gone" if is_gone(reading) else f"short: gone is up to {GONE:.0%} and {GONE_WORST:.0%}"
     kept = "kept" if reading.drift <= DRIFT else f"short: kept is up to {DRIFT:.0%}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from esd_lora.wording import frames_of
 
 FIRST_ETA = 1.0
 """The paper's eta, with which a training begins that measures its own."""
+Item = TypeVar("Item")
+_COMPARED_AT_ONCE = 64  # prompts
 FRAMES_FILE = Path(__file__).parent / "prompts" / "frames.txt"
 """Frames that suit a picture of anything."""
 
@@ -59,13 +61,7 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     """
     listed = keep if recipe.preserve == "default" else recipe.preserve
     eta = FIRST_ETA if recipe.eta == AUTO else recipe.eta
-    frames = frames_for(recipe, listed)[0] if recipe.frames else []
-    lessons: list[Lesson] = []
-    for concept in recipe.concepts:
-        pool = concept.lessons()
-        if len(pool) == 1 and not concept.fill:
-            pool += [(framed(f, pool[0][0]), framed(f, pool[0][1]), framed(f, pool[0][2])) for f in frames]
-        lessons += [Lesson(*texts, eta) for texts in pool]
+    lessons = [Lesson(*texts, eta) for pool in pools(recipe, keep) for texts in pool]
     if all(lesson.preserves for lesson in lessons):
         raise EsdLoraError("nothing to erase: with eta 0, every prompt is its own anchor. Raise eta or give another anchor.")
     erased = {lesson.prompt for lesson in lessons}
@@ -76,6 +72,27 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     preserved = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
+
+
+def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str, str]]]:
+    """Return what is erased of each concept, as `Concept.lessons` does, and in the recipe's frames where that is one prompt.
+
+    Args:
+        recipe: Its concepts and frames.
+        keep: The base's keep list, used by `preserve: default`.
+    """
+    listed = keep if recipe.preserve == "default" else recipe.preserve
+    frames = frames_for(recipe, listed)[0] if recipe.frames else []
+    return [
+        [*pool, *(in_frame(frame, pool[0]) for frame in frames if len(pool) == 1)]
+        for pool in (concept.lessons() for concept in recipe.concepts)
+    ]
+
+
+def in_frame(frame: str, texts: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Return prompt, concept and anchor in a frame; nothing stays nothing."""
+    prompt, concept, anchor = (frame.replace("{}", text) if text else "" for text in texts)
+    return prompt, concept, anchor
 
 
 def frames_for(recipe: Recipe, listed: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -97,11 +114,6 @@ def frames_for(recipe: Recipe, listed: Sequence[str]) -> tuple[list[str], list[s
         [frame for frames in (around, anywhere) for i, frame in enumerate(frames) if i % 4 != 3],
         [frame for frames in (around, anywhere) for i, frame in enumerate(frames) if i % 4 == 3],
     )
-
-
-def framed(frame: str, text: str) -> str:
-    """Return a text in a frame; nothing stays nothing."""
-    return frame.replace("{}", text) if text else ""
 
 
 class HeldOut(NamedTuple):
@@ -143,8 +155,7 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
             other = [text for text in short if text not in concept.fill and not concept.named_in(text)]
             erased += concept.model_copy(update={"fill": tuple(other[:: max(1, len(other) // _HELD_OUT)])}).lessons()
         else:
-            in_frames = [[framed(frame, text) for text in pool[i % len(pool)]] for i, frame in enumerate(frames)]
-            erased += [(prompt, pushed, anchor) for prompt, pushed, anchor in in_frames]
+            erased += [in_frame(frame, pool[i % len(pool)]) for i, frame in enumerate(frames)]
     fresh = list(dict.fromkeys(texts for texts in erased if texts[0] not in trained)) or [
         (lesson.prompt, lesson.concept, lesson.anchor) for lesson in lessons if not lesson.preserves
     ]
@@ -154,13 +165,13 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
         ranked = [kept[i] for i in likeness.max(0).values.argsort(descending=True).tolist()]
         half = _HELD_OUT // 2
         kept = list(dict.fromkeys([*ranked[:half], *ranked[half :: max(1, len(ranked) // half)]]))[:_HELD_OUT]
-    probed = [framed(frames[i % len(frames)], prompt) for i, prompt in enumerate(kept)]
-    return HeldOut(evenly(fresh, _HELD_OUT), [prompt for prompt in probed if prompt not in trained])
+    probed = [frames[i % len(frames)].replace("{}", prompt) for i, prompt in enumerate(kept)]
+    return HeldOut(take_turns(fresh, min(len(fresh), _HELD_OUT)), [prompt for prompt in probed if prompt not in trained])
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """Return up to `most` of some items, evenly spaced."""
-    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else list(items)
+def take_turns(items: Sequence[Item], count: int) -> list[Item]:
+    """Return `count` items, each in its turn; evenly spaced ones where there are more than that."""
+    return [items[i * max(count, len(items)) // count % len(items)] for i in range(count)]
 
 
 def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) -> list[Lesson]:
@@ -192,8 +203,10 @@ def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) ->
 
 def likeness_to(erased: Sequence[str], prompts: Sequence[str], base: Base) -> Tensor:
     """Return the cosines between `Base.directions` of erased prompts and of others, [erased, prompts]."""
-    directions = base.directions([*erased, *prompts])
-    return directions[: len(erased)] @ directions[len(erased) :].T
+    directions = base.directions(erased)
+    # In parts: encoded by T5, a prompt takes megabytes.
+    parts = [prompts[i : i + _COMPARED_AT_ONCE] for i in range(0, len(prompts), _COMPARED_AT_ONCE)]
+    return torch.cat([directions @ base.directions(part).T for part in parts], 1)
 
 
 def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:

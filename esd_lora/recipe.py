@@ -287,13 +287,18 @@ class Recipe(_Frozen):
     """How the student meets the teacher."""
 
     @property
-    def measures(self) -> bool:
-        """Whether something is to be measured by a probe during the training."""
+    def probed(self) -> bool:
+        """Whether something is left to what a probe measures during the training."""
         return AUTO in (self.eta, self.train.steps, self.train.preserve_weight)
 
+    @property
+    def measures(self) -> bool:
+        """Whether any number is left to be measured."""
+        return self.probed or self.train.lr == AUTO
+
     @model_validator(mode="after")
-    def _probed(self) -> Recipe:
-        if self.measures and not self.train.probe_every:
+    def _has_a_probe(self) -> Recipe:
+        if self.probed and not self.train.probe_every:
             raise ValueError("eta, train.steps or train.preserve_weight is auto, which a probe decides: set train.probe_every")
         return self
 

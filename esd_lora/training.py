@@ -30,7 +30,7 @@ from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
-from esd_lora.lessons import FIRST_ETA, hold_out, nearest_prompts, plan, share_turns
+from esd_lora.lessons import FIRST_ETA, hold_out, nearest_prompts, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
@@ -91,20 +91,20 @@ def train(
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
         walks = preserved_walks(spec, len(latent_shapes(base, spec)))
         lessons = share_turns(plan(recipe, base.keep, near), walks, base, spec.seed)
-        held_out = hold_out(recipe, lessons, base) if recipe.measures else None
+        held_out = hold_out(recipe, lessons, base) if recipe.probed else None
         teacher = Teacher(base, recipe, lessons, allow_code, held_out.prompts() if held_out else ())
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
         try:
+            if spec.gradient_checkpointing:
+                base.model.enable_gradient_checkpointing()
             state = start(teacher, parameters, allow_code)
             probe = Probe(teacher, held_out) if held_out else None
             state.measured = teacher.evaluations
             if checkpoint:
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
-            if spec.gradient_checkpointing:
-                base.model.enable_gradient_checkpointing()
             run_steps(teacher, state, watchers_for(teacher, state, out, track, progress, on_step), probe)
             eraser = collect(teacher, state)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
@@ -113,9 +113,9 @@ def train(
             if spec.gradient_checkpointing:
                 base.model.disable_gradient_checkpointing()
         if out:
-            for calibration in eraser.header.calibrations:
+            if state.readings:
                 title = f"{', '.join(eraser.names)}, {state.step} steps"
-                pictures[CURVES_NAME] = png(draw_curves(calibration, title))
+                pictures[CURVES_NAME] = png(draw_curves(calibration_of(state), title))
             save_with_card(eraser, out, pictures, replaces={*RUN_FILES} - {LOG_NAME})
     return eraser
 
@@ -265,8 +265,10 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
         base_revision=base.revision,
         base_hashes=base.hashes(pairs),
         concepts=tuple(
-            ErasedConcept(name=concept.name, synonyms=concept.synonyms, pairs=tuple(concept.pairs()), eta=state.eta)
-            for concept in recipe.concepts
+            ErasedConcept(
+                name=concept.name, synonyms=concept.synonyms, pairs=tuple((p, anchor) for p, _, anchor in pool), eta=state.eta
+            )
+            for concept, pool in zip(recipe.concepts, pools(recipe, base.keep), strict=True)
         ),
         preserve=tuple(teacher.lessons[i].prompt for i in sorted(walked)),
         objective=recipe.objective,

@@ -94,9 +94,10 @@ class ProgressBar:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if report.last:
-            self.bar.total = report.state.step
+            if report.teacher.recipe.probed and not report.interrupted:
+                self.bar.total = report.state.step
             self.bar.close()
-            if report.teacher.recipe.measures:
+            if report.teacher.recipe.probed and not report.interrupted:
                 tqdm.write(printable(ending(report.state)), file=sys.stderr)
 
 
@@ -273,7 +274,7 @@ def watchers_for(
     """
     recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
-    if spec.probe_every and not recipe.measures:
+    if spec.probe_every and not recipe.probed:
         watchers.append(ErasureProbe())
     if track:
         watchers.append(Tracking(track, recipe, out))

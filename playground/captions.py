@@ -23,12 +23,12 @@ def caption(rng: random.Random, name: str, style: str, background: str) -> str:
     return text
 
 
-def make_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     """CLIP's byte-level BPE, with the merges that the domain's own captions need: any text still tokenises.
 
     Args:
         folder: Where it is written.
-        tokens: Length of every prompt.
+        length: Of every prompt, in tokens.
     """
     rng = random.Random(0)
     corpus = [
@@ -49,12 +49,12 @@ def make_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
     learned = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [tuple(pair) for pair in learned]
-    tokens_ = (
+    names = (
         alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     )
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens_))}
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(names))}
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 

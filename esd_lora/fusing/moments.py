@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_lora.bases.base import Base
+from esd_lora.lessons import take_turns
 from esd_lora.seeds import step_generator
 from esd_lora.trajectory import Condition, latents_per_batch, pick, walk
 
@@ -32,11 +33,6 @@ class PromptGroup(NamedTuple):
     """Weight of the second moment in the sum of all."""
     member: int | None = None
     """Number of the update that the prompts belong to, if they belong to one."""
-
-
-def take_turns(prompts: Sequence[str], count: int) -> list[str]:
-    """Return `count` prompts, each in its turn; evenly spaced ones where there are more than that."""
-    return [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
 
 
 def spread(count: int, most: int, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from esd_lora.calibration import DRIFT, FIRST_STEP, GONE, Probe, ending, last_st
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, Eraser
 from esd_lora.erasers.header import Reading
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import FIRST_ETA, HeldOut, frames_for, hold_out, plan
+from esd_lora.lessons import FIRST_ETA, HeldOut, frames_for, hold_out, likeness_to, plan
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe
 from esd_lora.seeds import probe_seed
@@ -303,3 +303,41 @@ def test_a_rate_that_cannot_be_measured(base: Base, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("esd_lora.calibration.Probe.read", lambda *_: reading(0, 1.0))
     with pytest.raises(EsdLoraError, match=r"-s train\.lr=1e-4"):
         measure_rate(teacher, parameters, lambda lr: torch.optim.Adam(parameters, lr=lr))
+
+
+def test_the_header_names_every_prompt_that_was_trained_on(tiny_dir: Path) -> None:
+    """So that nobody measures on prompts that the eraser knows."""
+    recipe = tiny_recipe(tiny_dir, preserve=KEEP).model_copy(update={"frames": "auto"})
+    (concept,) = train(recipe, progress=False).header.concepts
+    assert [prompt for prompt, _ in concept.pairs] == [lesson.prompt for lesson in plan(recipe) if not lesson.preserves]
+    assert ("a cat in a park", "") in concept.pairs
+
+
+def test_a_rate_that_is_measured_alone_is_recorded(tiny_dir: Path, tmp_path: Path) -> None:
+    (calibration,) = train(tiny_recipe(tiny_dir, lr="auto"), out=tmp_path / "run", progress=False).header.calibrations
+    assert calibration.lr > 0
+    assert (calibration.readings, calibration.ending) == ((), "ended after 4 steps, without a probe")
+    assert not (tmp_path / "run" / CURVES_NAME).exists()
+
+
+def test_the_rate_is_measured_in_as_little_memory_as_the_training_takes(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esd_lora import training
+
+    checkpointing: list[bool] = []
+
+    def measure(*_: object) -> float:
+        checkpointing.append(base.model.is_gradient_checkpointing)
+        return 1e-3
+
+    monkeypatch.setattr(training, "measure_rate", measure)
+    train(tiny_recipe(base.id, lr="auto", gradient_checkpointing=True), base=base, progress=False)
+    assert checkpointing == [True]
+    assert not base.model.is_gradient_checkpointing
+
+
+def test_nearness_is_told_in_parts(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a hat {i}" for i in range(7)]
+    whole = likeness_to(["a cat", "a dog"], prompts, base)
+    monkeypatch.setattr("esd_lora.lessons._COMPARED_AT_ONCE", 3)
+    torch.testing.assert_close(likeness_to(["a cat", "a dog"], prompts, base), whole)
+    assert whole.shape == (2, 7)
