@@ -171,7 +171,7 @@ class Probe:
         """Return the predictions under prompts at the points of as many trajectories, [prompts, steps, values]."""
         x_t, t = self._x_t[: len(prompts)], self._t[: len(prompts)]
         condition = self.teacher.encode([prompt for prompt in prompts for _ in range(x_t.shape[1])])
-        return self.teacher.predict(x_t.flatten(0, 1), t.flatten(), condition).view(*x_t.shape[:2], -1)
+        return self.teacher.predict(x_t.flatten(0, 1), t.flatten(), condition).reshape(*x_t.shape[:2], -1)
 
     def read(self, step: int) -> Reading:
         """Return how far the student is, with the adapter as it stands.

@@ -34,6 +34,9 @@ def test_a_learned_base_draws_what_it_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", BASES)
 def test_a_learned_base_is_trained_on(name: str) -> None:
     base = dataclasses.replace(load_base(PLAYGROUND / name), keep=tuple(domain("emoji")["keep"]))
-    eraser = train(tiny_recipe(base.id, preserve="default"), base=base, progress=False)
-    assert eraser.header.family == BASES[name][0]
-    assert len(eraser.header.preserve) == 2
+    measured = tiny_recipe(base.id, preserve="default", lr="auto", eta="auto", probe_every=2)
+    header = train(measured, base=base, progress=False).header
+    assert header.family == BASES[name][0]
+    assert len(header.preserve) == 2
+    assert [reading.step for reading in header.calibrations[0].readings] == [2, 4]
+    assert header.calibrations[0].readings[0].residual < 1
