@@ -55,6 +55,33 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
     return parameters
 
 
+def adapter_ranks(base: Base) -> dict[str, int]:
+    """Return the path of every layer that the adapter is on, with the rank of its update there."""
+    layers: dict[str, Any] = dict(base.model.named_modules())
+    return {
+        path: len(layer.lora_A[ADAPTER].weight) for path, layer in layers.items() if ADAPTER in getattr(layer, "lora_A", ())
+    }
+
+
+@torch.no_grad()
+def set_pairs(base: Base, pairs: Mapping[str, LoraPair]) -> None:
+    """Set the update of layers of the adapter, whose scale stays what it is; those of no pair are set to zero.
+
+    Args:
+        base: Carries an adapter of no lower rank than any pair.
+        pairs: By module path.
+    """
+    layer: Any
+    for path, layer in base.model.named_modules():
+        if ADAPTER in getattr(layer, "lora_A", ()):
+            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            up.zero_()
+            if path in pairs:
+                rank = pairs[path].rank
+                down[:rank] = pairs[path].down.to(down)
+                up[:, :rank] = (pairs[path].up / layer.scaling[ADAPTER]).to(up)
+
+
 def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
     """Load updates into the denoiser as a LoRA to be trained further, and return its parameters, float32 or better."""
     from peft import LoraConfig

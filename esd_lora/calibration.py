@@ -37,8 +37,10 @@ _TRIED_RATE = 1e-3  # of the step that is tried first
 _LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it
 _STEPS = 5  # points of a probe's trajectory
 _TRAJECTORIES = 4  # walked to measure the rate, for the gradient and as many for the effect
-GONE, GONE_WORST = -0.05, 0.2
+GONE, GONE_WORST = -0.15, 0.05
 """Residual of held-out prompts, on the mean and in the worst quarter, at which a concept counts as gone."""
+ARRIVED, ARRIVED_WORST = 0.1, 0.2
+"""The same where what should appear instead is a prompt of its own: nothing has to be pushed beyond it."""
 DRIFT = 0.3
 """Drift of kept prompts, in units of what the prompt itself does, up to which a picture stays what it is."""
 _STALE = 0.03  # less fall of the residual between two readings is standing still
@@ -209,7 +211,7 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
     spec, before = recipe.train, state.readings[-1] if state.readings else None
     state.readings.append(reading.model_dump())
     state.erasure = 1 - reading.residual
-    gone = is_gone(reading)
+    gone = is_gone(reading, anchored=state.anchored)
     weight = state.preserve_weight
     if reading.drift > DRIFT and (gone or not state.cooling):
         weight = min(weight * 1.3, _MOST_WEIGHT)
@@ -239,9 +241,20 @@ def last_step(spec: TrainSpec, cooling: int) -> int:
     return min(cooling + max(_LEAST_COOLING, cooling // 2), spec.most_steps)
 
 
-def is_gone(reading: Reading) -> bool:
+def gone_at(*, anchored: bool) -> tuple[float, float]:
+    """Return the residual on the mean and in the worst quarter at which a concept is gone."""
+    return (ARRIVED, ARRIVED_WORST) if anchored else (GONE, GONE_WORST)
+
+
+def is_gone(reading: Reading, *, anchored: bool) -> bool:
     """Return whether nothing draws towards the concept any more."""
-    return reading.residual <= GONE and reading.residual_worst <= GONE_WORST
+    mean, worst = gone_at(anchored=anchored)
+    return reading.residual <= mean and reading.residual_worst <= worst
+
+
+def is_content(reading: Reading, *, anchored: bool) -> bool:
+    """Return whether nothing is short: the concept is gone, and kept prompts stay what they are."""
+    return is_gone(reading, anchored=anchored) and reading.drift <= DRIFT
 
 
 def ending(state: TrainState) -> str:
@@ -249,7 +262,8 @@ def ending(state: TrainState) -> str:
     if not state.readings:
         return f"ended after {state.step} steps, without a probe"
     reading = Reading.model_validate(state.readings[-1])
-    gone = "gone" if is_gone(reading) else f"short: gone is up to {GONE:.0%} and {GONE_WORST:.0%}"
+    mean, worst = gone_at(anchored=state.anchored)
+    gone = "gone" if is_gone(reading, anchored=state.anchored) else f"short: gone is up to {mean:.0%} and {worst:.0%}"
     kept = "kept" if reading.drift <= DRIFT else f"short: kept is up to {DRIFT:.0%}"
     return (
         f"ended after {state.step} steps: of the push towards the concept {reading.residual:.0%} is left on held-out prompts,"

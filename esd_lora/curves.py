@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from esd_lora.calibration import DRIFT, GONE, GONE_WORST
+from esd_lora.calibration import DRIFT, gone_at
 from esd_lora.erasers.header import Calibration, Reading
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 900, 460, 60, 70, 20, 50
@@ -16,20 +16,21 @@ _CURVES = (
     ("kept: drift, mean", "drift", "#2166ac"),
     ("empty prompt: drift", "null_drift", "#777777"),
 )
-_LIMITS = ((GONE_WORST, "#b2182b"), (GONE, "#ef8a62"), (DRIFT, "#2166ac"))
 _LOWEST, _HIGHEST = -0.5, 1.05
 
 
-def draw_curves(calibration: Calibration, title: str) -> Image.Image:
+def draw_curves(calibration: Calibration, title: str, *, anchored: bool) -> Image.Image:
     """Return the plot of a probe's readings over the steps, with the limits that a training steers by as dashed lines.
 
     Args:
         calibration: From the header of a measured eraser.
         title: Above the plot.
+        anchored: Whether something of its own appears instead, which moves the limits.
     """
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     readings = [Reading(step=0, residual=1, residual_worst=1, drift=0, drift_worst=0, null_drift=0), *calibration.readings]
+    readings = readings[1:] if readings[1:] and readings[1].step == 0 else readings  # the closed form is no untouched base
     last = max(readings[-1].step, 1)
 
     def place(step: float, value: float) -> tuple[float, float]:
@@ -44,7 +45,8 @@ def draw_curves(calibration: Calibration, title: str) -> Image.Image:
         x, y = place(last * tenth / 10, _LOWEST)
         draw.text((x - 10, y + 6), f"{round(last * tenth / 10)}", fill="black", font=font)
     draw.text((_WIDTH // 2 - 20, _HEIGHT - 22), "steps", fill="black", font=font)
-    for value, colour in _LIMITS:
+    gone, gone_worst = gone_at(anchored=anchored)
+    for value, colour in ((gone_worst, _CURVES[0][2]), (gone, _CURVES[1][2]), (DRIFT, _CURVES[2][2])):
         _dashed(draw, place(0, value), place(last, value), colour)
     for number, (label, field, colour) in enumerate(_CURVES):
         draw.line([place(r.step, getattr(r, field)) for r in readings], fill=colour, width=3)

@@ -16,8 +16,6 @@ from esd_lora.recipe import AUTO, Concept, Neighbours, Recipe
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.wording import frames_of
 
-FIRST_ETA = 1.0
-"""The paper's eta, with which a training begins that measures its own."""
 Item = TypeVar("Item")
 _COMPARED_AT_ONCE = 64  # prompts
 FRAMES_FILE = Path(__file__).parent / "prompts" / "frames.txt"
@@ -47,6 +45,11 @@ class Lesson(NamedTuple):
         """Whether the prompt's predictions should stay what they are."""
         return self.eta == 0 and self.anchor == self.prompt
 
+    @property
+    def replaces(self) -> bool:
+        """Whether something of its own appears instead, and not just what the prompt says without the concept."""
+        return bool(set(self.anchor.split()) - set(self.prompt.split()))
+
 
 def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> list[Lesson]:
     """Return the lessons of a recipe, erased prompts first.
@@ -60,7 +63,7 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
         EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
     """
     listed = keep if recipe.preserve == "default" else recipe.preserve
-    eta = FIRST_ETA if recipe.eta == AUTO else recipe.eta
+    eta = first_eta(recipe) if recipe.eta == AUTO else recipe.eta
     lessons = [Lesson(*texts, eta) for pool in pools(recipe, keep) for texts in pool]
     if all(lesson.preserves for lesson in lessons):
         raise EsdLoraError("nothing to erase: with eta 0, every prompt is its own anchor. Raise eta or give another anchor.")
@@ -72,6 +75,16 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     preserved = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
+
+
+def first_eta(recipe: Recipe) -> float:
+    """Return the eta with which a training begins that measures its own: 0 where something else replaces the concept, or 1.
+
+    What a prompt says without the concept may still be drawn with it, so it takes a push to leave it: the paper's. Something
+    else is a place to arrive at; pushed beyond it, a dog that stands for a cat is no dog any more.
+    """
+    lessons = [Lesson(*texts, 0.0) for concept in recipe.concepts for texts in concept.lessons()]
+    return 0.0 if all(lesson.replaces for lesson in lessons) else 1.0
 
 
 def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str, str]]]:

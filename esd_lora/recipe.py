@@ -7,7 +7,7 @@ is its own. Fields whose default is "nothing" (no anchor, no preserved prompts) 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -141,6 +141,12 @@ class Concept(_Frozen):
                 lessons.append((a, b, c))
         return lessons
 
+    @property
+    def unanchored(self) -> bool:
+        """Whether some of its prompts say nothing of what should appear instead."""
+        pairs = self.prompts or (PromptPair(prompt=self.name),)
+        return self.anchor is None and self.erase_from is None and any(pair.anchor is None for pair in pairs)
+
     def pairs(self) -> list[tuple[str, str]]:
         """Return the pool as (erased prompt, anchor)."""
         return [(prompt, anchor) for _, prompt, anchor in self.lessons()]
@@ -183,11 +189,23 @@ class Neighbours(_Frozen):
     """How many for each concept; typically 10 to 50."""
 
 
+class ClosedFormSpec(_Frozen):
+    """How the layers that read text are solved before the first step; see `closed_form`."""
+
+    keep: float = Field(ge=0)
+    """Weight of kept text against erased text; 0.3 to 3."""
+    push: float = Field(ge=0)
+    """How far to go beyond an anchor that is only what the prompt says without the concept, eta at most; 0 to 1."""
+    ridge: float = Field(gt=0)
+    """Weight of the update's own size, in units of the mean square of kept text; 0.0001 to 0.01."""
+
+
 class TrainSpec(_Frozen):
     """How the student meets the teacher. Typical values stand in `recipes/`, with the source of each."""
 
-    steps: Annotated[int, Field(ge=1)] | Auto
-    """Optimiser steps; `auto` goes on until the concept is gone from prompts that no step trains on, and then cools down."""
+    steps: Annotated[int, Field(ge=0)] | Auto
+    """Optimiser steps; `auto` goes on until the concept is gone from prompts that no step trains on, and then cools down. 0
+    leaves it at the closed form."""
     lr: Annotated[float, Field(gt=0)] | Auto
     """Learning rate; `auto` is the one at which the first step goes a given part of the way to the targets."""
     lr_schedule: Literal["constant", "linear", "cosine"]
@@ -274,6 +292,9 @@ class Recipe(_Frozen):
     eta: float | Auto
     """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone.
     `auto` begins with 1 and goes further where erasing stands still."""
+    anchor: Auto | None = None
+    """What should appear instead where no concept says it: `auto` chooses one of the preserved prompts, the one to which the
+    closed form gets furthest and moves least on the way; nothing is the paper's empty prompt, as is an anchor `""`."""
     frames: Auto | tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = ()
     """What may stand around a concept that is given by one prompt, `{}` in its place, to be erased there too; `auto` takes
     what stands around preserved prompts, and some that suit any picture."""
@@ -283,24 +304,44 @@ class Recipe(_Frozen):
     """More of them, found in the text encoder's own space."""
     lora: LoraSpec
     """Shape of the update."""
+    closed_form: ClosedFormSpec | None = None
+    """Solve the layers that read text before the first step; without it the update begins at zero."""
     train: TrainSpec
     """How the student meets the teacher."""
 
     @property
     def probed(self) -> bool:
         """Whether something is left to what a probe measures during the training."""
-        return AUTO in (self.eta, self.train.steps, self.train.preserve_weight)
+        return self.train.steps != 0 and AUTO in (self.eta, self.train.steps, self.train.preserve_weight)
 
     @property
     def measures(self) -> bool:
         """Whether any number is left to be measured."""
-        return self.probed or self.train.lr == AUTO
+        return self.probed or (self.train.lr == AUTO and self.train.steps != 0)
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Recipe:
+        if self.train.steps == 0 and self.closed_form is None:
+            raise ValueError("train.steps is 0 and there is no closed_form: nothing would change. Give either")
+        return self
 
     @model_validator(mode="after")
     def _has_a_probe(self) -> Recipe:
         if self.probed and not self.train.probe_every:
             raise ValueError("eta, train.steps or train.preserve_weight is auto, which a probe decides: set train.probe_every")
         return self
+
+    def anchored(self, anchors: Mapping[str, str]) -> Recipe:
+        """Return the recipe with anchors for the concepts that have none.
+
+        Args:
+            anchors: Name of a concept to what should appear instead.
+        """
+        concepts = tuple(
+            concept.model_copy(update={"anchor": anchors[concept.name]}) if concept.name in anchors else concept
+            for concept in self.concepts
+        )
+        return self.model_copy(update={"concepts": concepts})
 
 
 def require_allowed(recipe: Recipe, allow_code: Collection[str]) -> None:
@@ -329,7 +370,7 @@ def with_negative_guidance(recipe: Recipe, guidance: float) -> Recipe:
     and no eta gives it for another anchor, which the scripts do not know.
 
     Args:
-        recipe: What to train; its eta does not matter.
+        recipe: What to train; its eta does not matter, and no anchor is chosen for it.
         guidance: The scripts' `negative_guidance`; 2 for SD and 1 for SDXL there.
 
     Raises:
@@ -348,7 +389,7 @@ def with_negative_guidance(recipe: Recipe, guidance: float) -> Recipe:
             f"negative guidance {guidance:g} is eta {min(etas):g} for prompts that are erased from themselves, and"
             f" {max(etas):g} for those that are erased from another. Train them apart, or give one eta: -s eta=1."
         )
-    return recipe.model_copy(update={"eta": etas.pop()})
+    return recipe.model_copy(update={"eta": etas.pop(), "anchor": None})
 
 
 class FuseSpec(_Frozen):

@@ -92,7 +92,7 @@ def recipe_text(name: str) -> str:
     parts = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in paths]
     erased = ", ".join(concept.name for concept in recipe.concepts)
     lines = [
-        f"# Erases {erased} from {recipe.base}: scope {recipe.scope}, eta {recipe.eta:g}, {recipe.train.steps} steps.",
+        f"# Erases {erased} from {recipe.base}: scope {recipe.scope}, eta {recipe.eta}, steps {recipe.train.steps}.",
         *(f"# {recipe_title(part)}" for part in parts),
         f"extends: [{', '.join(parts)}]",
     ]

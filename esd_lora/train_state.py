@@ -21,7 +21,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import write_atomically
 
 _COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
-_MEASURED = ("lr", "etas", "preserve_weights", "cooling", "readings", "measured")
+_MEASURED = ("lr", "etas", "preserve_weights", "cooling", "readings", "measured", "anchored")
 
 
 @dataclass
@@ -62,11 +62,14 @@ class TrainState:
     """What the probe read, the latest last."""
     measured: int = 0
     """Number of latents through the denoiser to measure before the first step."""
+    anchored: bool = False
+    """Whether something else replaces the concept in every lesson (`Lesson.replaces`), at which the student should arrive."""
     walker: list[Tensor] = field(default_factory=list)
     """The LoRA weights that walked the trajectories in the buffer."""
     seconds: float = 0.0
     """Time that training took so far, earlier runs included."""
-    _started: float = field(default_factory=lambda: time.monotonic())
+    started: float = field(default_factory=lambda: time.monotonic())
+    """Moment from which time counts, on the monotonic clock."""
 
     @property
     def eta(self) -> float:
@@ -93,7 +96,11 @@ class TrainState:
         self.step += 1
         self.loss = loss
         self.student_samples += samples
-        self.seconds = time.monotonic() - self._started
+        self.count_time()
+
+    def count_time(self) -> None:
+        """Set how much time the training took so far."""
+        self.seconds = time.monotonic() - self.started
 
     @contextmanager
     def walking(self, *, fresh: bool) -> Iterator[None]:
@@ -147,7 +154,7 @@ class TrainState:
         self.walker = content["drawn_with"]
         for name in (*_COUNTERS, *_MEASURED):
             setattr(self, name, content[name])
-        self._started = time.monotonic() - self.seconds
+        self.started = time.monotonic() - self.seconds
 
 
 @dataclass(frozen=True)

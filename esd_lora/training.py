@@ -12,25 +12,29 @@ of the teacher's three predictions there.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-from esd_lora.adapter import add_adapter, dropout_enabled, read_pairs
+from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, set_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, last_step, measure_rate, steer
+from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, ending, is_content, last_step, measure_rate, steer
+from esd_lora.closed_form import choose_anchors, kept_texts, solve_text
 from esd_lora.curves import draw_curves
-from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser
-from esd_lora.erasers.header import ErasedConcept, EraserHeader
+from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, LoraPair
+from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
-from esd_lora.lessons import FIRST_ETA, hold_out, nearest_prompts, plan, pools, share_turns
+from esd_lora.lessons import Lesson, first_eta, hold_out, nearest_prompts, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
@@ -39,6 +43,7 @@ from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, preserved_walks, refill, walked_so_far
 from esd_lora.train_state import Checkpoint, TrainState
 from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, watchers_for
+from esd_lora.wording import printable
 
 
 def train(
@@ -82,31 +87,44 @@ def train(
     require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None else None
     with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
-        checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
+        given = dump_recipe(recipe)
+        checkpoint = Checkpoint.read(out, given) if out and resume else None
         loaded_here = base is None
         if base is None:
             painted = out is not None and spec.preview_every > 0
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted)
         base.require_bare()
+        started = time.monotonic()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
+        if recipe.anchor == AUTO:
+            recipe = recipe.anchored(choose_anchors(recipe, base, base.encode))
+        planned = plan(recipe, base.keep, near)
         walks = preserved_walks(spec, len(latent_shapes(base, spec)))
-        lessons = share_turns(plan(recipe, base.keep, near), walks, base, spec.seed)
-        held_out = hold_out(recipe, lessons, base) if recipe.probed else None
-        teacher = Teacher(base, recipe, lessons, allow_code, held_out.prompts() if held_out else ())
+        lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
+        held_out = hold_out(recipe, planned, base) if recipe.probed else None
+        further = [*(held_out.prompts() if held_out else ()), *(kept_texts(planned) if recipe.closed_form else ())]
+        teacher = Teacher(base, recipe, lessons, allow_code, further)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
         try:
             if spec.gradient_checkpointing:
                 base.model.enable_gradient_checkpointing()
-            state = start(teacher, parameters, allow_code)
+            pairs, solved = {}, None
+            if recipe.closed_form:
+                pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), recipe.closed_form)
             probe = Probe(teacher, held_out) if held_out else None
-            state.measured = teacher.evaluations
+            state = start(teacher, parameters, pairs, probe, allow_code)
+            state.started = started
+            state.count_time()
             if checkpoint:
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
-            run_steps(teacher, state, watchers_for(teacher, state, out, track, progress, on_step), probe)
-            eraser = collect(teacher, state)
+            watchers = watchers_for(teacher, state, out, track, progress, on_step, given, solved)
+            run_steps(teacher, state, watchers, probe)
+            if progress and recipe.measures:
+                tqdm.write(printable(ending(state)), file=sys.stderr)
+            eraser = collect(teacher, state, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             base.model.unload_lora()
@@ -115,7 +133,7 @@ def train(
         if out:
             if state.readings:
                 title = f"{', '.join(eraser.names)}, {state.step} steps"
-                pictures[CURVES_NAME] = png(draw_curves(calibration_of(state), title))
+                pictures[CURVES_NAME] = png(draw_curves(calibration_of(state), title, anchored=state.anchored))
             save_with_card(eraser, out, pictures, replaces={*RUN_FILES} - {LOG_NAME})
     return eraser
 
@@ -126,12 +144,22 @@ def inputs_of(recipe: Recipe) -> list[str]:
     return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
 
 
-def start(teacher: Teacher, parameters: list[torch.nn.Parameter], allow_code: Collection[str]) -> TrainState:
+def start(
+    teacher: Teacher,
+    parameters: list[torch.nn.Parameter],
+    pairs: Mapping[str, LoraPair],
+    probe: Probe | None,
+    allow_code: Collection[str],
+) -> TrainState:
     """Return a training before its first step, with the numbers that its recipe gives or leaves to be measured.
+
+    Where the closed form has done all there is to do, it is stopped already, and nothing else was measured.
 
     Args:
         teacher: Its base carries a fresh adapter.
         parameters: The adapter's.
+        pairs: What the closed form sets them to, by path; the others stay zero.
+        probe: Measures how far that gets.
         allow_code: Every `module:attribute` that may be imported.
     """
     recipe, spec, model = teacher.recipe, teacher.spec, teacher.base.model
@@ -139,11 +167,30 @@ def start(teacher: Teacher, parameters: list[torch.nn.Parameter], allow_code: Co
     def optimizer(lr: float) -> torch.optim.Optimizer:
         return make_optimizer(spec.optimizer, parameters, lr, spec.optimizer_args, allow_code)
 
-    lr = measure_rate(teacher, parameters, optimizer) if spec.lr == AUTO else spec.lr
-    eta = FIRST_ETA if recipe.eta == AUTO else recipe.eta
-    weight = FIRST_WEIGHT if spec.preserve_weight == AUTO else spec.preserve_weight
-    scaler = torch.amp.GradScaler(enabled=model.dtype == torch.float16, device=model.device.type)
-    return TrainState(parameters, optimizer(lr), scaler, lr=lr, etas=[(0, eta)], preserve_weights=[(0, weight)])
+    set_pairs(teacher.base, pairs)
+    reading = probe.read(0) if probe and pairs else None
+    anchored = all(teacher.lessons[i].replaces for i in teacher.erased)
+    content = spec.steps == AUTO and reading is not None and is_content(reading, anchored=anchored)
+    if spec.lr != AUTO:
+        lr = spec.lr
+    elif content or not spec.steps:
+        lr = 0.0
+    else:
+        set_pairs(teacher.base, {})
+        lr = measure_rate(teacher, parameters, optimizer)
+        set_pairs(teacher.base, pairs)
+    return TrainState(
+        parameters,
+        optimizer(lr),
+        torch.amp.GradScaler(enabled=model.dtype == torch.float16, device=model.device.type),
+        lr=lr,
+        etas=[(0, first_eta(recipe) if recipe.eta == AUTO else recipe.eta)],
+        preserve_weights=[(0, FIRST_WEIGHT if spec.preserve_weight == AUTO else spec.preserve_weight)],
+        anchored=anchored,
+        readings=[reading.model_dump()] if reading else [],
+        stopped=content,
+        measured=teacher.evaluations,
+    )
 
 
 def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], probe: Probe | None = None) -> None:
@@ -252,11 +299,20 @@ def learning_rate(spec: TrainSpec, step: int, lr: float, cooling: int = 0) -> fl
     return lr * (0.1 + 0.9 * left)
 
 
-def collect(teacher: Teacher, state: TrainState) -> Eraser:
-    """Return the eraser as it stands on the denoiser, with the header that says how it came about."""
+def collect(teacher: Teacher, state: TrainState, planned: Sequence[Lesson], solved: Solved | None) -> Eraser:
+    """Return the eraser as it stands on the denoiser, with the header that says how it came about.
+
+    Args:
+        teacher: Knows the lessons that were walked.
+        state: At the end.
+        planned: All lessons; the closed form keeps the text of every preserved one.
+        solved: How far that got.
+    """
     base, recipe = teacher.base, teacher.recipe
     pairs = read_pairs(base.model)
     walked = walked_so_far(teacher, state.step, len(latent_shapes(base, teacher.spec)))
+    held = [lesson.prompt for lesson in planned if lesson.preserves and solved]
+    held += [teacher.lessons[i].prompt for i in sorted(walked)]
     header = EraserHeader(
         family=base.family.name,
         prefix=base.family.denoiser,
@@ -270,7 +326,7 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
             )
             for concept, pool in zip(recipe.concepts, pools(recipe, base.keep), strict=True)
         ),
-        preserve=tuple(teacher.lessons[i].prompt for i in sorted(walked)),
+        preserve=tuple(dict.fromkeys(held)),
         objective=recipe.objective,
         scope=recipe.scope,
         recipes=(recipe,),
@@ -282,6 +338,7 @@ def collect(teacher: Teacher, state: TrainState) -> Eraser:
             "sample_evaluations": teacher.evaluations,
             "student_samples": state.student_samples,
         },
+        solved=(solved,) if solved else (),
         calibrations=(calibration_of(state),) if recipe.measures else (),
     )
     return Eraser(pairs, header)

@@ -20,13 +20,12 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from esd_lora.calibration import ending
 from esd_lora.erasers.eraser import LOG_NAME, SAMPLES
+from esd_lora.erasers.header import Solved
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.files import reporting_write_errors, write_atomically
 from esd_lora.pictures import grid, paint, png, sample_files
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
@@ -76,13 +75,20 @@ class Interruption:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def describe_start(teacher: Teacher, solved: Solved | None) -> None:
+    """Print a line about the base, and one of how far the closed form got, if there was one."""
+    base = teacher.base
+    place = f"on {base.model.device} in {base.model.dtype}"
+    tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
+    if solved:
+        tqdm.write(printable(solved.describe()), file=sys.stderr)
+
+
 class ProgressBar:
-    """A line about the base, then a bar with the loss and the time left."""
+    """A bar with the loss and the time left."""
 
     def __init__(self, teacher: Teacher, first: int = 0):
-        base, names = teacher.base, ", ".join(concept.name for concept in teacher.recipe.concepts)
-        place = f"on {base.model.device} in {base.model.dtype}"
-        tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
+        names = ", ".join(concept.name for concept in teacher.recipe.concepts)
         self.bar = tqdm(
             total=teacher.spec.most_steps, initial=first, desc=printable(f"erasing {names}"), unit="step", leave=True
         )
@@ -97,8 +103,6 @@ class ProgressBar:
             if report.teacher.recipe.probed and not report.interrupted:
                 self.bar.total = report.state.step
             self.bar.close()
-            if report.teacher.recipe.probed and not report.interrupted:
-                tqdm.write(printable(ending(report.state)), file=sys.stderr)
 
 
 class ErasureProbe:
@@ -213,8 +217,8 @@ def paint_base(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:
 class Checkpoints:
     """`checkpoint.pt`: now and then, and when the user interrupts."""
 
-    def __init__(self, directory: Path, recipe: Recipe):
-        self.directory, self.recipe = directory, dump_recipe(recipe)
+    def __init__(self, directory: Path, recipe: str):
+        self.directory, self.recipe = directory, recipe
 
     def __call__(self, report: StepReport) -> None:
         every = report.teacher.spec.checkpoint_every
@@ -260,7 +264,14 @@ class Tracking:
 
 
 def watchers_for(
-    teacher: Teacher, state: TrainState, out: Path | None, track: Sequence[str], progress: bool, on_step: Sequence[Watcher]
+    teacher: Teacher,
+    state: TrainState,
+    out: Path | None,
+    track: Sequence[str],
+    progress: bool,
+    on_step: Sequence[Watcher],
+    given: str,
+    solved: Solved | None,
 ) -> list[Watcher]:
     """Return the watchers that a recipe asks for, and the user's; those that write need a run directory.
 
@@ -271,6 +282,8 @@ def watchers_for(
         track: Names of experiment trackers.
         progress: Whether to show a progress bar.
         on_step: The user's.
+        given: `dump_recipe` of the recipe as it was given, which a checkpoint is made with.
+        solved: How far the closed form got, if there was one.
     """
     recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
@@ -279,12 +292,14 @@ def watchers_for(
     if track:
         watchers.append(Tracking(track, recipe, out))
     if progress:
-        watchers.append(ProgressBar(teacher, state.step))
+        describe_start(teacher, solved)
+        if spec.steps and not state.stopped:
+            watchers.append(ProgressBar(teacher, state.step))
     if out is not None:
         watchers.append(JsonLog(out, state.step))
         if spec.preview_every:
             watchers.append(Previews(out))
     watchers += on_step
     if out is not None:
-        watchers.append(Checkpoints(out, recipe))  # last: what any of them decided is in it
+        watchers.append(Checkpoints(out, given))  # last: what any of them decided is in it
     return watchers

@@ -61,9 +61,9 @@ SCOPE_COUNTS = {
     "sd15": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
     "sd21": {"xattn": 64, "xattn-kv": 32, "selfattn": 64, "noxattn": 214, "full": 278},
     "sdxl": {"xattn": 280, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 788},
-    "sd3": {"xattn": 95, "xattn-kv": 48, "selfattn": 96, "noxattn": 238, "full": 333},
-    "sd35-medium": {"xattn": 95, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 385},
-    "flux": {"xattn": 76, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 494},
+    "sd3": {"xattn": 97, "xattn-kv": 48, "selfattn": 96, "noxattn": 238, "full": 335},
+    "sd35-medium": {"xattn": 97, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 387},
+    "flux": {"xattn": 78, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 496},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
 }
 """Number of layers that each scope holds on the published models."""

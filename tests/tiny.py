@@ -86,8 +86,12 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 def tiny_recipe(base: Path | str, preset: str = "fast", concepts: Sequence[object] = ("a cat",), **settings: object) -> Recipe:
     """Return a preset cut down to run in a moment; `settings` are fields of `train`, but for those of the recipe itself."""
     small: dict[str, object] = {"steps": 4, "trajectory_steps": 4, "preview_every": 0, "checkpoint_every": 0, "probe_every": 0}
-    if preset == "fast":
-        small |= {"trajectories": 2, "preserve_trajectories": 2, "preserve_batch": 2}
-    own = {key: settings.pop(key) for key in ("scope", "objective", "eta", "preserve", "lora", "allow_code") if key in settings}
+    fixed: dict[str, object] = {}
+    if preset == "fast":  # with numbers, so that nothing has to be measured
+        small |= {"trajectories": 2, "preserve_trajectories": 2, "preserve_batch": 2, "preserve_steps": None, "null_batch": 0}
+        small |= {"lr": 4e-3, "lr_schedule": "cosine", "warmup": 0, "preserve_weight": 1.5}
+        fixed = {"eta": 3.0, "anchor": None, "frames": (), "closed_form": None}
+    names = ("scope", "objective", "eta", "anchor", "frames", "closed_form", "preserve", "lora", "allow_code")
+    own = {**fixed, **{key: settings.pop(key) for key in names if key in settings}}
     overrides = {f"train.{key}": value for key, value in {**small, **settings}.items()}
     return load_recipe(preset, overrides, base=str(base), concepts=list(concepts), **{"preserve": ["a dog", "a hat"], **own})

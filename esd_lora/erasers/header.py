@@ -181,6 +181,33 @@ class Calibration(BaseModel):
     """Why the training ended, and what is short, if anything is."""
 
 
+class Solved(BaseModel):
+    """How far the closed form gets in layers that read text; see `closed_form`. Shares of lengths, from 0 to 1 as a rule."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    left: float
+    """What is left of the way from the erased text to its anchor's."""
+    moved: float
+    """How far kept text moves, in units of its size."""
+    anchors: tuple[str, ...]
+    """What appears instead."""
+    kept: int
+    """Number of kept texts."""
+    most_moved: tuple[tuple[str, float], ...]
+    """The kept texts that move furthest, with how far."""
+
+    def describe(self) -> str:
+        """Return it in a line."""
+        anchors = ", ".join(repr(anchor) if anchor else "nothing" for anchor in self.anchors[:3])
+        further = f" and {len(self.anchors) - 3} more" if len(self.anchors) > 3 else ""
+        most = ", ".join(f"{text!r} {share:.0%}" for text, share in self.most_moved[:3])
+        return (
+            f"solved: {1 - self.left:.0%} of the way to {anchors}{further}; {self.kept} kept texts move by"
+            f" {self.moved:.1%}, most of all {most}"
+        )
+
+
 class EraserHeader(BaseModel):
     """The header of an eraser file: JSON under one key of the safetensors metadata."""
 
@@ -211,6 +238,8 @@ class EraserHeader(BaseModel):
     """Seconds, sample evaluations and student samples the training took."""
     calibrations: tuple[Calibration, ...] = ()
     """What trainings measured where their recipes say `auto`, in the order of `recipes`."""
+    solved: tuple[Solved, ...] = ()
+    """How far closed forms got, in the order of `recipes` that ask for one."""
     evaluation: Measured | None = None
     """The numbers that were attached last."""
     origins: tuple[Origin, ...] = ()
@@ -262,7 +291,8 @@ class EraserHeader(BaseModel):
     def making(self) -> list[str]:
         """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""
         steps = (*self.fusions, *self.distillations)
-        return [*(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
+        solved = [each.describe() for each in self.solved]
+        return [*solved, *(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
 
     def recipe_document(self) -> str:
         """Return the recipes as one YAML document or several; empty where there is none."""

@@ -158,6 +158,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
             "cost": {},
             "evaluation": None,
             "origins": tuple(origin for header in headers for origin in header.origins),
+            "solved": tuple(solved for header in headers for solved in header.solved),
             "calibrations": tuple(calibration for header in headers for calibration in header.calibrations),
             "fusions": tuple(fusion for header in headers for fusion in header.fusions),
             "distillations": tuple(spent for header in headers for spent in header.distillations),

@@ -74,6 +74,8 @@ class ModelFamily(ABC):
     """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are."""
+    pooled_layers: ClassVar[str | None] = None
+    """The same for layers that read `pooled_prompt_embeds`."""
     text_widths: ClassVar[frozenset[int]] = frozenset()
     """Inputs of these layers in published models, where that tells the family from another with the same layers."""
     multiple: ClassVar[int] = 8
@@ -106,9 +108,16 @@ class ModelFamily(ABC):
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
 
+    def text_read_by(self, module: str) -> str | None:
+        """Return the name of the tensor of a condition that a layer reads itself, whatever `x_t` and `t` are, if it reads one."""
+        for name, rule in (("prompt_embeds", self.text_layers), ("pooled_prompt_embeds", self.pooled_layers)):
+            if rule is not None and re.search(rule, module):
+                return name
+        return None
+
     def reads_text(self, module: str) -> bool:
         """Return whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
-        return self.text_layers is not None and re.search(self.text_layers, module) is not None
+        return self.text_read_by(module) == "prompt_embeds"
 
     def channels(self, pipe: Any) -> int:
         """Return the number of channels of latents."""

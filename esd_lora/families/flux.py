@@ -18,18 +18,20 @@ from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer
-from esd_lora.families.sd3 import MM_DIT_BLOCKS, MM_DIT_SCOPES
+from esd_lora.families.sd3 import MM_DIT_BLOCKS, MM_DIT_SCOPES, POOLED_LAYERS, TEXT_LAYERS
 from esd_lora.trajectory import Condition
 
 _FLUX_1 = CheckpointKind("Flux.1")
 
 
 class Flux(ModelFamily):
-    """19 double blocks with 76 linears in the text stream, 38 single blocks."""
+    """19 double blocks with 78 linears where text enters and in its stream, 38 single blocks."""
 
     name = "flux"
     pipelines = ("FluxPipeline",)
     denoiser = "transformer"
+    text_layers = TEXT_LAYERS
+    pooled_layers = POOLED_LAYERS
     scopes: ClassVar[Mapping[str, str]] = MM_DIT_SCOPES
     fixed_prediction_type = "flow"
     multiple = 2

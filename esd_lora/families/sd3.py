@@ -18,14 +18,16 @@ from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.trajectory import Condition
 
 TEXT_STREAM = r"\.(add_[qkv]_proj|to_add_out)$"
+TEXT_LAYERS, POOLED_LAYERS = r"^context_embedder$", r"^time_text_embed\.text_embedder\.linear_1$"
+"""Where text enters an MM-DiT: the tokens, and what the encoders pool of them."""
 MM_DIT_SCOPES: Mapping[str, str] = {
-    "xattn": TEXT_STREAM,
+    "xattn": rf"{TEXT_STREAM}|{TEXT_LAYERS}|{POOLED_LAYERS}",
     "xattn-kv": r"\.add_[kv]_proj$",
     "selfattn": r"\.attn2?\.to_(q|k|v|out\.0)$",
     "noxattn": rf"^(single_)?transformer_blocks\.(?!.*{TEXT_STREAM})",
-    "full": r"^(single_)?transformer_blocks\.",
+    "full": rf"^(single_)?transformer_blocks\.|{TEXT_LAYERS}|{POOLED_LAYERS}",
 }
-"""Embedders and the last projection, outside the blocks, stay as they are."""
+"""The other embedders and the last projection, outside the blocks, stay as they are."""
 MM_DIT_BLOCKS = 64
 """Number of blocks of the largest MM-DiT in sight, with room."""
 _T5_TOKENS = 256
@@ -34,11 +36,13 @@ _SD_3 = CheckpointKind("Stable Diffusion 3")
 
 
 class StableDiffusion3(ModelFamily):
-    """SD 3 medium: 24 blocks, 95 linears in the text stream (the last block drops its text output)."""
+    """SD 3 medium: 24 blocks, 97 linears where text enters and in its stream (the last block drops its output)."""
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline",)
     denoiser = "transformer"
+    text_layers = TEXT_LAYERS
+    pooled_layers = POOLED_LAYERS
     scopes: ClassVar[Mapping[str, str]] = MM_DIT_SCOPES
     fixed_prediction_type = "flow"
     multiple = 2

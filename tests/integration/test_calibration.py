@@ -17,7 +17,7 @@ from esd_lora.calibration import DRIFT, FIRST_STEP, GONE, Probe, ending, last_st
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, Eraser
 from esd_lora.erasers.header import Reading
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import FIRST_ETA, HeldOut, frames_for, hold_out, likeness_to, plan
+from esd_lora.lessons import HeldOut, frames_for, hold_out, likeness_to, plan
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe
 from esd_lora.seeds import probe_seed
@@ -39,9 +39,7 @@ AUTOS: dict[str, object] = {
 
 
 def auto_recipe(base: Path | str, **settings: object) -> Recipe:
-    frames = settings.pop("frames", AUTOS["frames"])
-    recipe = tiny_recipe(base, **{**{k: v for k, v in AUTOS.items() if k != "frames"}, **settings})
-    return recipe.model_copy(update={"frames": frames})
+    return tiny_recipe(base, **{**AUTOS, **settings})
 
 
 @pytest.fixture
@@ -172,7 +170,7 @@ def test_a_probe_reads_what_its_formula_says(base: Base) -> None:
 def test_held_out_prompts_are_in_no_lesson(base: Base) -> None:
     style = {"name": "ink", "prompts": [{"prompt": "{x} in ink", "anchor": "{x}"}], "fill": ["a cat", "a car"]}
     for concept in ("a cat", style, {"name": "nudity", "prompts": ["nudity", "a nude man"]}):
-        recipe = tiny_recipe(base.id, concepts=[concept], preserve=KEEP).model_copy(update={"frames": "auto"})
+        recipe = tiny_recipe(base.id, concepts=[concept], preserve=KEEP, frames="auto")
         lessons = plan(recipe)
         held_out = hold_out(recipe, lessons, base)
         trained = {text for lesson in lessons for text in lesson[:3]}
@@ -186,7 +184,7 @@ def test_held_out_prompts_are_in_no_lesson(base: Base) -> None:
 
 
 def test_frames_are_what_stands_around_several_preserved_prompts() -> None:
-    recipe = tiny_recipe("emoji", preserve=KEEP).model_copy(update={"frames": "auto"})
+    recipe = tiny_recipe("emoji", preserve=KEEP, frames="auto")
     trained, probed = frames_for(recipe, KEEP)
     assert trained[0] == "{} in a park"
     assert "a photo of {}" in trained
@@ -257,7 +255,7 @@ def test_a_measured_training(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest
     eraser = train(auto_recipe(tiny_dir), out=tmp_path / "run", progress=False)
     (calibration,) = Eraser.load(tmp_path / "run").header.calibrations
     assert calibration == eraser.header.calibrations[0]
-    assert calibration.etas[0] == (0, FIRST_ETA)
+    assert calibration.etas[0] == (0, 1.0)
     assert eraser.header.concepts[0].eta == calibration.etas[-1][1]
     steps = [reading.step for reading in calibration.readings]
     assert steps == list(range(2, int(eraser.header.cost["steps"]) + 1, 2))
@@ -307,7 +305,7 @@ def test_a_rate_that_cannot_be_measured(base: Base, monkeypatch: pytest.MonkeyPa
 
 def test_the_header_names_every_prompt_that_was_trained_on(tiny_dir: Path) -> None:
     """So that nobody measures on prompts that the eraser knows."""
-    recipe = tiny_recipe(tiny_dir, preserve=KEEP).model_copy(update={"frames": "auto"})
+    recipe = tiny_recipe(tiny_dir, preserve=KEEP, frames="auto")
     (concept,) = train(recipe, progress=False).header.concepts
     assert [prompt for prompt, _ in concept.pairs] == [lesson.prompt for lesson in plan(recipe) if not lesson.preserves]
     assert ("a cat in a park", "") in concept.pairs

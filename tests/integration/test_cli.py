@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esd_lora import __version__, training
+from esd_lora.built_in import keep_prompts
 from esd_lora.cli import main, stacks
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.formats.exporting import kohya_tensors
@@ -35,7 +36,7 @@ from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
 
 # A training of a moment: two steps on two short trajectories.
-QUICK = {"steps": 2, "trajectories": 2, "trajectory_steps": 2, "preserve_trajectories": 1, "preview_every": 0}
+QUICK = {"steps": 2, "trajectories": 2, "trajectory_steps": 2, "preserve_trajectories": 1, "preview_every": 0, "lr": 1e-3}
 SETTINGS = [part for key, value in QUICK.items() for part in ("-s", f"train.{key}={value}")]
 ESD_LORA = str(Path(sys.executable).with_name("esd-lora"))
 
@@ -81,7 +82,10 @@ def test_train(tiny_dir: Path, tmp_path: Path) -> None:
     assert said.count("\n") == 1
     (recipe,) = Eraser.load(out).header.recipes
     quick = {f"train.{key}": value for key, value in QUICK.items()}
-    assert recipe == load_recipe("fast", quick, base=str(tiny_dir), concepts=["a cat", "a hat"], scope="xattn-kv")
+    anchors = {concept.name: concept.anchor for concept in recipe.concepts}
+    assert set(anchors.values()) <= set(keep_prompts("package"))
+    given = load_recipe("fast", quick, base=str(tiny_dir), concepts=["a cat", "a hat"], scope="xattn-kv")
+    assert recipe == given.anchored(anchors)
 
 
 def test_train_from_a_file(tiny_dir: Path, tmp_path: Path) -> None:
@@ -135,7 +139,8 @@ def test_concept_replaced_by_another(tiny_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     good("train", "replace", "--concept", "a cat", "--anchor", "a dog", "--base", tiny_dir, *SETTINGS, "-o", out)
     header = Eraser.load(out).header
-    assert header.concepts[0].pairs == (("a cat", "a dog"),)
+    assert header.concepts[0].pairs[0] == ("a cat", "a dog")
+    assert header.concepts[0].pairs[1] == ("a photo of a cat", "a photo of a dog")
     assert header.recipes[0].eta == 0
 
 
@@ -523,7 +528,7 @@ def test_recipes_list_says_what_each_is() -> None:
 def test_recipes_show() -> None:
     assert good("recipes", "show", "paper") == (recipes_dir() / "paper.yaml").read_text("utf-8")
     assert good("recipes", "show", "sdxl/van-gogh").splitlines() == [
-        "# Erases Van Gogh from stabilityai/stable-diffusion-xl-base-1.0: scope xattn, eta 1, 500 steps.",
+        "# Erases Van Gogh from stabilityai/stable-diffusion-xl-base-1.0: scope xattn, eta auto, steps auto.",
         f"# {recipe_title('sdxl/fast')}",
         f"# {recipe_title('concepts/van-gogh')}",
         "extends: [sdxl/fast, concepts/van-gogh]",

@@ -32,6 +32,7 @@ EVERY_SCOPE = {(name.split("/")[0], load_recipe(name).scope): name for name in C
 """One composed recipe for each base and scope: what is trained of a pair beyond its preset and its concept."""
 BRIEF = {
     "train.steps": 2,
+    "train.lr": 1e-3,  # on random weights there may be no rate at which a step goes the way
     "train.trajectories": 2,
     "train.preserve_trajectories": 2,
     "train.trajectory_steps": 2,

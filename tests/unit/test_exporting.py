@@ -90,7 +90,7 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
     for layer in layers:
         shared.setdefault(names[layer], []).append(places[layer].first)
     assert all(len(set(firsts)) == len(firsts) for firsts in shared.values())
-    assert len(shared) == {"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 237, "sd35-medium": 263, "flux": 304}[name]
+    assert len(shared) == {"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 239, "sd35-medium": 265, "flux": 306}[name]
 
 
 def test_names_are_those_seen_in_files() -> None:

@@ -46,11 +46,11 @@ def faults(source: object, *args: object, **fields: object) -> list[str]:
 
 
 PRESETS = [
-    "auto",
     "esd2025",
     "fast",
     "flux/fast",
     "flux/schnell",
+    "instant",
     "leco",
     "paper",
     "replace",
@@ -123,22 +123,21 @@ def test_composed_recipe_is_its_preset_and_its_concept(name: str, tmp_path: Path
     # What `recipes show` and `recipes copy` give is a file of the same recipe, and its first line is so.
     copied = write(tmp_path / "copied.yaml", recipe_text(name))
     assert load_recipe(copied) == recipe
-    stated = re.match(r"# Erases (.+) from (\S+): scope (\S+), eta ([\d.]+), (\d+) steps\.\n", recipe_text(name))
+    stated = re.match(r"# Erases (.+) from (\S+): scope (\S+), eta (\S+), steps (\w+)\.\n", recipe_text(name))
     assert stated
     erased, base_id, scope, eta, steps = stated.groups()
     assert erased == ", ".join(concept.name for concept in recipe.concepts)
-    assert (base_id, scope, float(eta), int(steps)) == (recipe.base, recipe.scope, recipe.eta, recipe.train.steps)
+    assert (base_id, scope, eta, steps) == (recipe.base, recipe.scope, str(recipe.eta), str(recipe.train.steps))
     child = write(tmp_path / "child.yaml", f"extends: {name}\neta: 7\n")
     assert load_recipe(child) == recipe.model_copy(update={"eta": 7.0})
 
 
-def test_noxattn_on_sdxl_has_the_rate_of_its_authors() -> None:
-    """esd_sdxl.py of rohitgandikota/erasing: 1e-5 for every method but ESD-x, whatever is set."""
-    rates = {name: load_recipe(f"sdxl/{name}").train.lr for name in ("van-gogh", "church", "nudity", "i2p-hate")}
-    assert rates == {"van-gogh": 1e-4, "church": 1e-5, "nudity": 1e-5, "i2p-hate": 1e-5}
-    assert load_recipe("sdxl/church").train == load_recipe("sdxl/fast", {"train.lr": 1e-5}, concepts=["a cat"]).train
-    assert load_recipe("sd/church").train.lr == 1e-4
+def test_noxattn_on_sdxl_says_what_its_authors_say() -> None:
+    """esd_sdxl.py of rohitgandikota/erasing: 1e-5 for every method but ESD-x, whatever is set; here rates are measured."""
+    assert {load_recipe(f"{base}/{name}").train.lr for base in recipe_bases() for name in ("van-gogh", "church")} == {"auto"}
+    assert load_recipe("sdxl/church").train == load_recipe("sdxl/fast", concepts=["a cat"]).train
     assert "Experimental" in recipe_text("sdxl/church")
+    assert "1e-5" in recipe_text("sdxl/noxattn")
 
 
 @pytest.mark.parametrize("name", ["sd/none", "none/van-gogh", "concepts/fast", "sd"])
@@ -184,7 +183,7 @@ def test_several_recipes_over_one_another() -> None:
     both = load_recipe(["sdxl/fast", "concepts/van-gogh"])
     assert both == load_recipe("sdxl/van-gogh")
     assert both.base == "stabilityai/stable-diffusion-xl-base-1.0"
-    assert (both.objective, both.eta, both.scope) == ("contrast", 1.0, "xattn")
+    assert (both.objective, both.eta, both.scope) == ("contrast", "auto", "xattn")
     assert both.train.accumulate == 2
     assert both.train.steps == load_recipe("sd/van-gogh").train.steps
 
@@ -466,6 +465,8 @@ def test_every_prompt_has_its_turn(name: str) -> None:
     recipe = load_recipe(name) if recipe_kind(name) == "recipe" else load_recipe(name, concepts=["a cat"])
     lessons, spec = plan(recipe, keep_prompts(recipe.base)), recipe.train
     erased = sum(not lesson.preserves for lesson in lessons)
+    if not spec.steps:  # nothing is walked where nothing is trained
+        return
     assert -(-spec.most_steps // spec.refresh_every) * spec.trajectories >= erased
     assert preserved_walks(spec, 1) >= len(lessons) - erased
 

@@ -1,0 +1,233 @@
+"""The closed form: what a layer that reads text should do differently, solved instead of trained.
+
+Let a layer with weights W read rows of text: `c` of an erased prompt, `a` of its anchor at the same place, `r` of what is kept.
+It should make of c what it makes of a, and of r what it made before. The update that minimises
+
+    mean |dW c - W (a - c)|^2  +  keep mean |dW r|^2  +  ridge s |dW|^2,        s = mean square of a kept value,
+
+is
+
+    dW = W D,    D = E[(a - c) c^T] (E[c c^T] + keep E[r r^T] + ridge s I)^-1
+
+as UCE has it (Gandikota et al., WACV 2024, arXiv:2308.14761), there with one row a prompt. D knows nothing of W: it is one linear
+change of the text, the same for all layers, and of low rank, for a concept's rows differ from its anchor's in few directions.
+Where every row became the anchor's, the model would draw the anchor's picture, whatever the layers make of it. An anchor that is
+what the prompt says without the concept ("a cat" for "a cat in ink style") may still be drawn with it, so there a is a point beyond,
+
+    a + push (a - c).
+
+Erased and kept rows are those of whole prompts, padding too, for attention reads it all, and of the concept in many frames: what
+a text encoder makes of a word depends on what stands before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import LoraPair
+from esd_lora.erasers.header import Solved
+from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
+from esd_lora.recipe import ClosedFormSpec, Recipe
+from esd_lora.trajectory import Condition
+from esd_lora.wording import mentions, without_article
+
+_AT_ONCE = 32  # prompts whose rows are in memory
+_CANDIDATES = 12  # of an anchor, the nearest
+_FRAMES = 3  # in which they are tried
+_LONGEST_ANCHOR = 3  # words
+_NAMED = 8  # kept prompts that are named because they move most
+
+
+class TextMoments(NamedTuple):
+    """Second moments of the text that one kind of layer reads."""
+
+    erased: Tensor
+    """`E[c c^T]`, [width, width], float64."""
+    way: Tensor
+    """`E[(a - c) c^T]`."""
+    distance: float
+    """`E|a - c|^2`; all of it with the push, where there is one."""
+    kept: Tensor
+    """`E[r r^T]`."""
+
+    def solve(self, spec: ClosedFormSpec) -> tuple[Tensor, Tensor]:
+        """Return D and the Cholesky root of the matrix that is inverted for it."""
+        whole = self.erased + spec.keep * self.kept
+        whole.diagonal().add_(spec.ridge * float(self.kept.diagonal().mean()))
+        root = torch.linalg.cholesky(whole)
+        return torch.cholesky_solve(self.way.T, root).T, root
+
+    def left(self, change: Tensor) -> float:
+        """Return what is left of the way from the erased rows to their anchors': `|D c - (a - c)| / |a - c|` of all."""
+        square = (change @ self.erased * change).sum() - 2 * (change * self.way).sum() + self.distance
+        return math.sqrt(max(float(square), 0.0) / max(self.distance, 1e-30))
+
+    def moved(self, change: Tensor) -> float:
+        """Return how far kept rows move, in units of their size: `|D r| / |r|` of all."""
+        return math.sqrt(float((change @ self.kept * change).sum()) / max(float(self.kept.diagonal().sum()), 1e-30))
+
+
+def second_moment(rows: Callable[[Sequence[str]], Tensor], prompts: Sequence[str]) -> Tensor:
+    """Return `E[r r^T]` over all rows of prompts, [width, width].
+
+    Args:
+        rows: From N prompts to their rows, [N, rows, width], float64.
+        prompts: One or more.
+    """
+    parts = [rows(prompts[i : i + _AT_ONCE]).flatten(0, 1) for i in range(0, len(prompts), _AT_ONCE)]
+    return torch.stack([part.T @ part for part in parts]).sum(0) / sum(map(len, parts))
+
+
+def way_moments(
+    rows: Callable[[Sequence[str]], Tensor], pairs: Sequence[tuple[str, str]], kept: Tensor, beyond: Sequence[float] = ()
+) -> TextMoments:
+    """Return the moments of pairs of an erased prompt and its anchor, beside that of what is kept.
+
+    Args:
+        rows: From N prompts to their rows, [N, rows, width], float64.
+        pairs: One or more.
+        kept: `E[r r^T]`, [width, width].
+        beyond: How far beyond its anchor each erased prompt is pushed; nowhere unless given.
+    """
+    erased, way, distance, count = torch.zeros_like(kept), torch.zeros_like(kept), 0.0, 0
+    for first in range(0, len(pairs), _AT_ONCE):
+        prompts, anchors = zip(*pairs[first : first + _AT_ONCE], strict=True)
+        text = rows(prompts)
+        further = torch.tensor(beyond[first : first + _AT_ONCE] or [0.0], device=text.device)[:, None, None]
+        towards = ((1 + further) * (rows(anchors) - text)).flatten(0, 1)
+        text = text.flatten(0, 1)
+        erased += text.T @ text
+        way += towards.T @ text
+        distance += float(towards.square().sum())
+        count += len(text)
+    return TextMoments(erased / count, way / count, distance / count, kept)
+
+
+def rows_of(encode: Callable[[Sequence[str]], Condition], name: str) -> Callable[[Sequence[str]], Tensor]:
+    """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled."""
+
+    def rows(prompts: Sequence[str]) -> Tensor:
+        embeds = encode(prompts)[name].double()
+        return embeds if embeds.dim() == 3 else embeds[:, None]
+
+    return rows
+
+
+def solve_text(
+    base: Base,
+    encode: Callable[[Sequence[str]], Condition],
+    lessons: Sequence[Lesson],
+    layers: Mapping[str, int],
+    spec: ClosedFormSpec,
+) -> tuple[dict[str, LoraPair], Solved | None]:
+    """Return the updates of layers that read text, and how far they get.
+
+    Args:
+        base: Whose weights are read.
+        encode: From prompts to their condition; all of the lessons' texts are asked for, and what `kept_texts` adds.
+        lessons: From `lessons.plan`. Those whose student reads another prompt than the erased one have no closed form.
+        layers: Path of every layer that may change to the rank it may have; those that read no text are left out.
+        spec: Weights of what is kept and of the ridge.
+    """
+    solved_for = [lesson for lesson in lessons if lesson.prompt == lesson.concept != lesson.anchor]
+    pairs = [lesson[1:3] for lesson in solved_for]
+    beyond = [0.0 if lesson.replaces else min(spec.push, lesson.eta) for lesson in solved_for]
+    kept = kept_texts(lessons)
+    updates: dict[str, LoraPair] = {}
+    solved: Solved | None = None
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        readers = {path: rank for path, rank in layers.items() if base.family.text_read_by(path) == name}
+        if not readers or not pairs:
+            continue
+        rows = rows_of(encode, name)
+        moments = way_moments(rows, pairs, second_moment(rows, kept), beyond)
+        change, root = moments.solve(spec)
+        u, size, v = torch.linalg.svd(change @ root, full_matrices=False)
+        most = max(readers.values())
+        narrow, wide = u[:, :most] * size[:most], v[:most]  # change @ root, as far as any layer has the rank for it
+        down = torch.linalg.solve_triangular(root, wide, upper=False, left=False)
+        for path, weight in base.weights(readers):
+            up, strength, turn = torch.linalg.svd(weight.detach().double() @ narrow, full_matrices=False)
+            rank = min(readers[path], len(strength))
+            spread = strength[:rank].sqrt()
+            updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())
+        if solved is None:  # what the pooled text does is much the same
+            solved = Solved(
+                left=moments.left(change),
+                moved=moments.moved(change),
+                anchors=tuple(dict.fromkeys(anchor for _, anchor in pairs)),
+                kept=len(kept),
+                most_moved=_most_moved(rows, kept, change),
+            )
+    return updates, solved
+
+
+def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
+    """Return the texts that the closed form leaves alone: preserved prompts, also without article, anchors, the empty one."""
+    preserved = [lesson.prompt for lesson in lessons if lesson.preserves]
+    anchors = [lesson.anchor for lesson in lessons if not lesson.preserves]
+    return list(dict.fromkeys([*preserved, *map(without_article, preserved), *anchors, ""]))
+
+
+def _most_moved(rows: Callable[[Sequence[str]], Tensor], kept: Sequence[str], change: Tensor) -> tuple[tuple[str, float], ...]:
+    """Return the kept prompts whose rows move furthest, each with how far, in units of their size."""
+    distances: list[float] = []
+    for first in range(0, len(kept), _AT_ONCE):
+        r = rows(kept[first : first + _AT_ONCE])
+        moved = (r @ change.T).square().sum((1, 2)) / r.square().sum((1, 2)).clamp_min(1e-30)
+        distances += moved.sqrt().tolist()
+    order = sorted(range(len(kept)), key=lambda i: -distances[i])
+    return tuple((kept[i], distances[i]) for i in order[:_NAMED])
+
+
+def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]], Condition]) -> dict[str, str]:
+    """Return the anchor of every concept that has none: name to a kept prompt that can take its place.
+
+    Of the prompts near the concept it is the one for which the closed form leaves least to do and moves least of what is kept:
+    the smallest product of `TextMoments.left`, `moved` and the size of D, which stands for all that no list names. A synonym
+    leaves much to do, something far away moves much.
+
+    Args:
+        recipe: Its concepts, frames and preserve list; without a list that of the base is looked through.
+        base: Has the default keep list, and a text encoder that says what is near.
+        encode: From prompts to their condition.
+
+    Returns:
+        Nothing for a concept where no kept prompt could be one: its anchor is the empty prompt.
+    """
+    listed = base.keep if recipe.preserve == "default" or not recipe.preserve else recipe.preserve
+    listed = [text for text in listed if not any(concept.named_in(text) for concept in recipe.concepts)]
+    candidates = plain_prompts(listed)
+    unanchored = [concept for concept in recipe.concepts if concept.unanchored]
+    if not candidates or not unanchored:
+        return {}
+    frames = frames_for(recipe, listed)[0]
+    frames = ["{}", *frames[:: max(1, len(frames) // _FRAMES)][:_FRAMES]]
+    rows = rows_of(encode, "prompt_embeds")
+    kept = second_moment(rows, listed)
+    spec = recipe.closed_form or ClosedFormSpec(keep=1.0, push=0.0, ridge=1e-3)
+    chosen: dict[str, str] = {}
+    for concept in unanchored:
+        prompt = concept.pairs()[0][0]
+        near = likeness_to([prompt], candidates, base)[0].argsort(descending=True)[:_CANDIDATES].tolist()
+
+        def score(anchor: str, prompt: str = prompt) -> float:
+            pairs = [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames]
+            moments = way_moments(rows, pairs, kept)
+            change = moments.solve(spec)[0]
+            return moments.left(change) * moments.moved(change) * float(change.norm())
+
+        chosen[concept.name] = min((candidates[i] for i in near), key=score)
+    return chosen
+
+
+def plain_prompts(prompts: Collection[str]) -> list[str]:
+    """Return the prompts of a list that say one thing: of up to three words, and with none of the others inside."""
+    short = [prompt for prompt in prompts if 0 < len(prompt.split()) <= _LONGEST_ANCHOR]
+    return [prompt for prompt in short if not any(other != prompt and mentions(prompt, [other]) for other in short)]
