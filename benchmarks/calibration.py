@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--scopes", help="default: those of each base")
     parser.add_argument("--concepts", default=",".join([*CHOSEN_ON, *UNSEEN, STYLE]))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--recipe", default="auto")
+    parser.add_argument("--recipe", default="fast")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     judge, rows = Judge("emoji"), []

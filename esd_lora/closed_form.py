@@ -1,7 +1,7 @@
 """The closed form: what a layer that reads text should do differently, solved instead of trained.
 
-Let a layer with weights W read rows of text: `c` of an erased prompt, `a` of its anchor at the same place, `r` of what is kept.
-It should make of c what it makes of a, and of r what it made before. The update that minimises
+Let a layer with weights W read rows of text: `c` of an erased prompt, `a` of its anchor at the same place, `r` of what is
+kept. It should make of c what it makes of a, and of r what it made before. The update that minimises
 
     mean |dW c - W (a - c)|^2  +  keep mean |dW r|^2  +  ridge s |dW|^2,        s = mean square of a kept value,
 
@@ -9,15 +9,15 @@ is
 
     dW = W D,    D = E[(a - c) c^T] (E[c c^T] + keep E[r r^T] + ridge s I)^-1
 
-as UCE has it (Gandikota et al., WACV 2024, arXiv:2308.14761), there with one row a prompt. D knows nothing of W: it is one linear
-change of the text, the same for all layers, and of low rank, for a concept's rows differ from its anchor's in few directions.
-Where every row became the anchor's, the model would draw the anchor's picture, whatever the layers make of it. An anchor that is
-what the prompt says without the concept ("a cat" for "a cat in ink style") may still be drawn with it, so there a is a point beyond,
+as UCE has it (Gandikota et al., WACV 2024, arXiv:2308.14761), there with one row a prompt. D knows nothing of W: it is one
+linear change of the text, the same for all layers, and of low rank, for a concept's rows differ from its anchor's in few
+directions. Where every row became the anchor's, the model would draw the anchor's picture, whatever the layers make of it.
 
-    a + push (a - c).
+An anchor that is what the prompt says without the concept ("a cat" for "a cat in ink style") may still be drawn with it, so
+there the row to arrive at lies beyond: a + push (a - c).
 
-Erased and kept rows are those of whole prompts, padding too, for attention reads it all, and of the concept in many frames: what
-a text encoder makes of a word depends on what stands before it.
+Erased and kept rows are those of whole prompts, padding too, for attention reads it all, and of the concept in many frames:
+what a text encoder makes of a word depends on what stands before it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from esd_lora.wording import mentions, without_article
 
 _AT_ONCE = 32  # prompts whose rows are in memory
 _CANDIDATES = 12  # of an anchor, the nearest
-_FRAMES = 3  # in which they are tried
 _LONGEST_ANCHOR = 3  # words
+_SPARE = 4  # times the rank of a layer are looked at, for weights see directions of the text differently
 _NAMED = 8  # kept prompts that are named because they move most
 
 
@@ -149,8 +149,8 @@ def solve_text(
         moments = way_moments(rows, pairs, second_moment(rows, kept), beyond)
         change, root = moments.solve(spec)
         u, size, v = torch.linalg.svd(change @ root, full_matrices=False)
-        most = max(readers.values())
-        narrow, wide = u[:, :most] * size[:most], v[:most]  # change @ root, as far as any layer has the rank for it
+        most = _SPARE * max(readers.values())
+        narrow, wide = u[:, :most] * size[:most], v[:most]  # change @ root, as far as any layer could use it
         down = torch.linalg.solve_triangular(root, wide, upper=False, left=False)
         for path, weight in base.weights(readers):
             up, strength, turn = torch.linalg.svd(weight.detach().double() @ narrow, full_matrices=False)
@@ -207,8 +207,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
     unanchored = [concept for concept in recipe.concepts if concept.unanchored]
     if not candidates or not unanchored:
         return {}
-    frames = frames_for(recipe, listed)[0]
-    frames = ["{}", *frames[:: max(1, len(frames) // _FRAMES)][:_FRAMES]]
+    frames = ["{}", *frames_for(recipe, listed)[0]]
     rows = rows_of(encode, "prompt_embeds")
     kept = second_moment(rows, listed)
     spec = recipe.closed_form or ClosedFormSpec(keep=1.0, push=0.0, ridge=1e-3)

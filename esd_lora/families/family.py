@@ -109,7 +109,7 @@ class ModelFamily(ABC):
         """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
 
     def text_read_by(self, module: str) -> str | None:
-        """Return the name of the tensor of a condition that a layer reads itself, whatever `x_t` and `t` are, if it reads one."""
+        """Return the name of the tensor of a condition that a layer itself reads, whatever `x_t` and `t` are, if it does."""
         for name, rule in (("prompt_embeds", self.text_layers), ("pooled_prompt_embeds", self.pooled_layers)):
             if rule is not None and re.search(rule, module):
                 return name

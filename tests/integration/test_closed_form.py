@@ -1,0 +1,266 @@
+"""The closed form: what it minimises, the LoRA that it becomes, whom it names, and anchors that choose themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from esd_lora.adapter import adapter_ranks, add_adapter, applied, read_pairs, set_pairs
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.closed_form import (
+    choose_anchors,
+    kept_texts,
+    plain_prompts,
+    rows_of,
+    second_moment,
+    solve_text,
+    way_moments,
+)
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.errors import EsdLoraError
+from esd_lora.evaluation.cases import object_cases
+from esd_lora.evaluation.detectors.judge import Judge
+from esd_lora.lessons import Lesson, plan
+from esd_lora.pictures import paint
+from esd_lora.recipe import ClosedFormSpec, Recipe
+from esd_lora.recipe_files import load_recipe
+from esd_lora.training import train
+from tiny import tiny_recipe
+
+KEEP = ["a dog", "a hat", "a dog in a park", "a hat in a park", "a car in a park", "a car", "a photo"]
+SPEC = ClosedFormSpec(keep=0.7, push=0.5, ridge=1e-2)
+LESSONS = [
+    Lesson("a cat", "a cat", "a dog", 0.0),
+    Lesson("a photo of a cat", "a photo of a cat", "a photo of a dog", 0.0),
+    *(Lesson(prompt, prompt, prompt, 0.0) for prompt in KEEP),
+]
+
+
+@pytest.fixture
+def base(tiny_dir: Path) -> Base:
+    return load_base(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Base:
+    return load_base("emoji")
+
+
+def text_layers(base: Base, rank: int = 1000) -> dict[str, int]:
+    return dict.fromkeys(base.family.modules(base.model, "xattn-kv"), rank)
+
+
+def test_it_minimises_what_it_says(base: Base) -> None:
+    """Its gradient is zero, written out row by row for one layer, push and all."""
+    style = [Lesson("a cat in ink", "a cat in ink", "a cat", 1.0), *LESSONS[:1]]
+    lessons = [*style, *LESSONS[2:]]
+    updates, _ = solve_text(base, base.encode, lessons, text_layers(base), SPEC)
+    path, update = next(iter(updates.items()))
+    weight = dict(base.weights(updates))[path].detach().double()
+    delta = (update.up.double() @ update.down.double()).requires_grad_()
+    kept = kept_texts(lessons)
+    rows = {text: base.encode([text])["prompt_embeds"][0].double() for text in {*kept, *(t for x in style for t in x[:3])}}
+    erased = torch.tensor(0.0, dtype=torch.float64)
+    for lesson, push in zip(style, (0.5, 0.0), strict=True):  # "a cat" is in the prompt; a dog is not
+        c, a = rows[lesson.prompt], rows[lesson.anchor]
+        wanted = (1 + push) * (a - c) @ weight.T
+        erased = erased + (c @ delta.T - wanted).square().sum() / (len(c) * len(style))
+    square = torch.stack([rows[text].square().mean() for text in kept]).mean()
+    held = torch.stack([(rows[text] @ delta.T).square().sum() for text in kept]).sum() / sum(len(rows[text]) for text in kept)
+    loss = erased + SPEC.keep * held + SPEC.ridge * square * delta.square().sum()
+    (gradient,) = torch.autograd.grad(loss, delta, retain_graph=True)
+    (alone,) = torch.autograd.grad(erased, delta)  # what the kept rows and the ridge hold in balance
+    assert float(gradient.norm()) < 1e-4 * float(alone.norm())
+
+
+def test_keep_weighs_what_moves_against_what_is_left(base: Base) -> None:
+    rows = rows_of(base.encode, "prompt_embeds")
+    moments = way_moments(rows, [("a cat", "a dog")], second_moment(rows, KEEP))
+    changes = [moments.solve(ClosedFormSpec(keep=keep, push=0, ridge=1e-9))[0] for keep in (0, 0.1, 1, 10, 1e9)]
+    left, moved = [moments.left(change) for change in changes], [moments.moved(change) for change in changes]
+    assert left == sorted(left)
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] < 1e-3 < 0.1 < moved[0]
+    assert left[0] < 0.1 < 0.99 < left[-1]
+
+
+def test_measures_are_those_of_the_rows(base: Base) -> None:
+    rows = rows_of(base.encode, "prompt_embeds")
+    pairs = [("a cat", "a dog"), ("a photo of a cat", "a photo of a dog")]
+    moments = way_moments(rows, pairs, second_moment(rows, KEEP))
+    change, _ = moments.solve(SPEC)
+    c, a = (rows(list(prompts)) for prompts in zip(*pairs, strict=True))
+    r = rows(KEEP)
+    assert moments.left(change) == pytest.approx(float((c @ change.T - (a - c)).norm() / (a - c).norm()), rel=1e-9)
+    assert moments.moved(change) == pytest.approx(float((r @ change.T).norm() / r.norm()), rel=1e-9)
+
+
+def test_all_layers_share_one_change_of_the_text(base: Base) -> None:
+    """What a layer makes of the text with its update is what it made of the changed text before."""
+    updates, _ = solve_text(base, base.encode, LESSONS, text_layers(base), SPEC)
+    rows = rows_of(base.encode, "prompt_embeds")
+    moments = way_moments(rows, [lesson[1:3] for lesson in LESSONS[:2]], second_moment(rows, kept_texts(LESSONS)))
+    change, _ = moments.solve(SPEC)
+    assert updates.keys() == text_layers(base).keys()
+    for path, weight in base.weights(updates):
+        update = updates[path].up.double() @ updates[path].down.double()
+        expected = weight.detach().double() @ change
+        assert float((update - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_a_lower_rank_is_the_best_one_for_what_is_read(base: Base) -> None:
+    """Cut in the metric of the text: as near as Eckart and Young allow, and nearer than by cutting the matrix itself."""
+    updates, _ = solve_text(base, base.encode, LESSONS, text_layers(base, 2), SPEC)
+    whole, _ = solve_text(base, base.encode, LESSONS, text_layers(base), SPEC)
+    rows = rows_of(base.encode, "prompt_embeds")
+    moments = way_moments(rows, [lesson[1:3] for lesson in LESSONS[:2]], second_moment(rows, kept_texts(LESSONS)))
+    root = moments.solve(SPEC)[1]
+    for path, pair in updates.items():
+        assert pair.rank == 2
+        exact, cut = (each.up.double() @ each.down.double() for each in (whole[path], pair))
+        u, size, v = torch.linalg.svd(exact, full_matrices=False)
+        lost = float(((exact - cut) @ root).norm())
+        assert lost == pytest.approx(float(torch.linalg.svdvals(exact @ root)[2:].norm()), rel=0.02)
+        assert lost < float(((exact - (u[:, :2] * size[:2]) @ v[:2]) @ root).norm())
+
+
+def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
+    """Set on an adapter of a higher rank and another scale, it is the same update; the other layers stay zero."""
+    recipe = tiny_recipe(base.id, lora={"rank": 6, "alpha": 3})
+    add_adapter(base, base.family.modules(base.model, "xattn"), recipe.lora, 0)
+    ranks = adapter_ranks(base)
+    assert set(ranks.values()) == {6}
+    updates, _ = solve_text(base, base.encode, LESSONS, dict.fromkeys(ranks, 2), SPEC)
+    set_pairs(base, updates)
+    for path, pair in read_pairs(base.model).items():
+        expected = updates[path].up @ updates[path].down if path in updates else torch.zeros(pair.shape)
+        assert torch.allclose(pair.up @ pair.down, expected, atol=1e-6)
+    set_pairs(base, {})
+    assert all(not pair.up.any() for pair in read_pairs(base.model).values())
+
+
+def test_kept_texts() -> None:
+    assert kept_texts(LESSONS[:3]) == ["a dog", "dog", "a photo of a dog", ""]
+
+
+def test_plain_prompts() -> None:
+    prompts = ["a dog", "a dog in a park", "ink dog", "a noisy grey old dog", "ink style", "dogs", ""]
+    assert plain_prompts(prompts) == ["a dog", "ink style"]
+
+
+def test_lessons_that_replace() -> None:
+    def replaces(prompt: str, anchor: str) -> bool:
+        return Lesson(prompt, prompt, anchor, 1.0).replaces
+
+    assert replaces("a cat", "a dog")
+    assert replaces("a cat in ink style", "a cat in noto style")
+    assert not replaces("a cat", "")
+    assert not replaces("a cat in ink style", "a cat")
+    assert not replaces("a twemoji drawing of a cat", "a drawing of a cat")
+
+
+def test_an_anchor_is_a_kept_prompt_that_names_no_concept(base: Base) -> None:
+    recipe = tiny_recipe(base.id, concepts=["a cat", "a hat"], preserve=KEEP, anchor="auto", frames="auto")
+    anchors = choose_anchors(recipe, base, base.encode)
+    assert anchors.keys() == {"a cat", "a hat"}
+    assert set(anchors.values()) <= {"a dog", "a car", "a photo"}
+    assert recipe.anchored(anchors).concepts[0].pairs() == [("a cat", anchors["a cat"])]
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        {"name": "a cat", "anchor": ""},
+        {"name": "a cat", "anchor": "a hat"},
+        {"name": "a cat", "erase_from": "a man with a cat"},
+        {"name": "ink", "prompts": [{"prompt": "a cat in ink", "anchor": "a cat"}]},
+    ],
+)
+def test_an_anchor_that_is_given_stays(base: Base, concept: dict[str, object]) -> None:
+    recipe = tiny_recipe(base.id, concepts=[concept], preserve=KEEP, anchor="auto")
+    assert choose_anchors(recipe, base, base.encode) == {}
+
+
+def test_no_anchor_where_nothing_could_be_one(base: Base) -> None:
+    recipe = tiny_recipe(base.id, preserve=["a cat on a long and winding road"], anchor="auto")
+    assert choose_anchors(recipe, base, base.encode) == {}
+
+
+def test_steps_of_zero_need_a_closed_form() -> None:
+    with pytest.raises(EsdLoraError, match="nothing would change"):
+        load_recipe("paper", {"train.steps": 0}, concepts=["a cat"])
+
+
+def instant(base: Base, **settings: object) -> Recipe:
+    return load_recipe("instant", {"train.preview_every": 0}, base=base.id, concepts=["a cat"], **settings)
+
+
+def test_instant_trains_nothing(emoji: Base, tmp_path: Path) -> None:
+    eraser = train(instant(emoji), base=emoji, out=tmp_path / "run", progress=False)
+    assert (eraser.header.cost["steps"], eraser.header.cost["sample_evaluations"]) == (0, 0)
+    assert eraser.header.cost["seconds"] > 0
+    assert not eraser.header.calibrations
+    (solved,) = eraser.header.solved
+    assert 0 < solved.left < 0.3
+    assert 0 < solved.moved < 0.1
+    assert len(solved.most_moved) == 8
+    assert solved.most_moved[0][1] == max(share for _, share in solved.most_moved)
+    assert set(plain_prompts(emoji.keep)) >= {solved.anchors[0]}
+    assert not any("cat" in prompt for prompt in eraser.header.preserve)
+    assert Eraser.load(tmp_path / "run").header.solved == (solved,)
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+    recipe = eraser.header.recipes[0]  # says what was chosen, so that it gives the same again
+    assert recipe.concepts[0].anchor == solved.anchors[0]
+    again = train(recipe, base=emoji, progress=False)
+    assert all(torch.equal(again.pairs[path].up, pair.up) for path, pair in eraser.pairs.items())
+
+
+def test_instant_erases_and_its_anchor_stays(emoji: Base) -> None:
+    """What appears instead is a clean picture of the anchor, and the anchor itself is still drawn."""
+    eraser, judge = train(instant(emoji), base=emoji, progress=False), Judge("emoji")
+    anchor = eraser.header.solved[0].anchors[0]
+    shown = anchor.rpartition(" ")[2]
+    cases = object_cases("cat", {prompt for prompt, _ in eraser.header.concepts[0].pairs}, 24)
+    with applied(emoji, [eraser]):
+        erased = judge(paint(emoji, [case.prompt for case in cases], [case.seed for case in cases]))
+        anchors = judge(paint(emoji, [anchor] * 12, range(12)))
+    assert not any(verdict.object == "cat" for verdict in erased)
+    assert sum(verdict.object == shown for verdict in erased) >= 18
+    assert all(verdict.object == shown for verdict in anchors)
+
+
+def test_anchor_that_is_given_stays_too(emoji: Base) -> None:
+    """`--anchor "a dog"`: dogs stay dogs."""
+    recipe = load_recipe("instant", {"train.preview_every": 0}, base="emoji", concepts=[{"name": "a cat", "anchor": "a dog"}])
+    with applied(emoji, [train(recipe, base=emoji, progress=False)]):
+        verdicts = Judge("emoji")(paint(emoji, ["a dog", "dog"] * 12, range(24)))
+    assert all(verdict.object == "dog" for verdict in verdicts)
+
+
+def test_a_probe_that_is_content_ends_it_before_the_first_step(emoji: Base, tmp_path: Path) -> None:
+    recipe = load_recipe("fast", {"train.preview_every": 0}, base="emoji", concepts=["a cat"])
+    eraser = train(recipe, base=emoji, out=tmp_path / "run", progress=False)
+    (calibration,) = eraser.header.calibrations
+    assert [reading.step for reading in calibration.readings] == [0]
+    assert "ended after 0 steps" in calibration.ending
+    assert "(gone)" in calibration.ending
+    assert (tmp_path / "run" / "training.png").exists()
+
+
+def test_training_goes_on_from_it(base: Base) -> None:
+    """Where steps are asked for, the first one starts at the closed form, in units that were measured from zero."""
+    settings: dict[str, object] = {"closed_form": SPEC.model_dump(), "lr": 1e-9, "lr_schedule": "constant", "steps": 1}
+    concepts = [{"name": "a cat", "anchor": "a dog"}]
+    eraser = train(tiny_recipe(base.id, concepts=concepts, preserve=KEEP, **settings), base=base, progress=False)
+    lessons = plan(tiny_recipe(base.id, concepts=concepts, preserve=KEEP, eta=0.0))
+    updates, _ = solve_text(base, base.encode, lessons, dict.fromkeys(eraser.pairs, 4), SPEC)
+    for path, pair in updates.items():
+        assert torch.allclose(eraser.pairs[path].up @ eraser.pairs[path].down, pair.up @ pair.down, atol=1e-5)
+
+
+def test_scope_without_text_has_none(base: Base) -> None:
+    recipe = tiny_recipe(base.id, scope="selfattn", closed_form=SPEC.model_dump(), steps=1)
+    assert train(recipe, base=base, progress=False).header.solved == ()
