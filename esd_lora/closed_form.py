@@ -41,6 +41,7 @@ _AT_ONCE = 32  # prompts whose rows are in memory
 _CANDIDATES = 12  # of an anchor, the nearest
 _LONGEST_ANCHOR = 3  # words
 _SPARE = 4  # times the rank of a layer are looked at, for weights see directions of the text differently
+_PLAIN = 4  # times as much counts a prompt with nothing around it, which little holds in place
 _NAMED = 8  # kept prompts that are named because they move most
 
 
@@ -146,7 +147,7 @@ def solve_text(
         if not readers or not pairs:
             continue
         rows = rows_of(encode, name)
-        moments = way_moments(rows, pairs, second_moment(rows, kept), beyond)
+        moments = way_moments(rows, pairs, second_moment(rows, [*kept, *plain_prompts(kept) * (_PLAIN - 1)]), beyond)
         change, root = moments.solve(spec)
         u, size, v = torch.linalg.svd(change @ root, full_matrices=False)
         most = _SPARE * max(readers.values())
@@ -190,8 +191,8 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
     """Return the anchor of every concept that has none: name to a kept prompt that can take its place.
 
     Of the prompts near the concept it is the one for which the closed form leaves least to do and moves least of what is kept:
-    the smallest product of `TextMoments.left`, `moved` and the size of D, which stands for all that no list names. A synonym
-    leaves much to do, something far away moves much.
+    the smallest product of `TextMoments.moved`, the size of D, which stands for all that no list names, and the root of `left`,
+    for getting there matters less than what it costs. A synonym leaves much to do, something far away moves much.
 
     Args:
         recipe: Its concepts, frames and preserve list; without a list that of the base is looked through.
@@ -220,7 +221,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
             pairs = [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames]
             moments = way_moments(rows, pairs, kept)
             change = moments.solve(spec)[0]
-            return moments.left(change) * moments.moved(change) * float(change.norm())
+            return moments.moved(change) * float(change.norm()) * math.sqrt(moments.left(change))
 
         chosen[concept.name] = min((candidates[i] for i in near), key=score)
     return chosen

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
-@click.option("--anchor", metavar="TEXT", help="What should appear instead; default: nothing in particular.")
+@click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
 @click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX.")
@@ -82,7 +82,8 @@ def train(
         raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
     fields = given(base=base or None, base_config=base_config or None, scope=scope or None, eta=negative_guidance)
     if concepts:
-        fields["concepts"] = [{"name": name, "anchor": anchor, "erase_from": erase_from} for name in concepts]
+        instead = "" if anchor == "none" else anchor
+        fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
     recipe = load_recipe(_with_preset(recipes, base), overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
