@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -192,7 +193,8 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
 
     Of the prompts near the concept it is the one for which the closed form leaves least to do and moves least of what is kept:
     the smallest product of `TextMoments.moved`, the size of D, which stands for all that no list names, and the root of `left`,
-    for getting there matters less than what it costs. A synonym leaves much to do, something far away moves much.
+    for getting there matters less than what it costs. Something far away moves much; what lies at less than half of the usual
+    distance from the concept is taken for another word for it.
 
     Args:
         recipe: Its concepts, frames and preserve list; without a list that of the base is looked through.
@@ -217,13 +219,14 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
         prompt = concept.pairs()[0][0]
         near = likeness_to([prompt], candidates, base)[0].argsort(descending=True)[:_CANDIDATES].tolist()
 
-        def score(anchor: str, prompt: str = prompt) -> float:
-            pairs = [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames]
-            moments = way_moments(rows, pairs, kept)
+        tried: list[tuple[float, float, str]] = []
+        for anchor in [candidates[i] for i in near]:
+            moments = way_moments(rows, [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames], kept)
             change = moments.solve(spec)[0]
-            return moments.moved(change) * float(change.norm()) * math.sqrt(moments.left(change))
-
-        chosen[concept.name] = min((candidates[i] for i in near), key=score)
+            score = moments.moved(change) * float(change.norm()) * math.sqrt(moments.left(change))
+            tried.append((score, math.sqrt(moments.distance), anchor))
+        usual = median(distance for _, distance, _ in tried)
+        chosen[concept.name] = min(each for each in tried if each[1] >= usual / 2)[2]
     return chosen
 
 

@@ -87,8 +87,8 @@ def train(
     require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None else None
     with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
-        given = dump_recipe(recipe)
-        checkpoint = Checkpoint.read(out, given) if out and resume else None
+        given = recipe
+        checkpoint = Checkpoint.read(out, dump_recipe(given)) if out and resume else None
         loaded_here = base is None
         if base is None:
             painted = out is not None and spec.preview_every > 0
@@ -124,7 +124,7 @@ def train(
             run_steps(teacher, state, watchers, probe)
             if progress and recipe.measures:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
-            eraser = collect(teacher, state, planned, solved)
+            eraser = collect(teacher, state, given, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             base.model.unload_lora()
@@ -299,12 +299,13 @@ def learning_rate(spec: TrainSpec, step: int, lr: float, cooling: int = 0) -> fl
     return lr * (0.1 + 0.9 * left)
 
 
-def collect(teacher: Teacher, state: TrainState, planned: Sequence[Lesson], solved: Solved | None) -> Eraser:
+def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequence[Lesson], solved: Solved | None) -> Eraser:
     """Return the eraser as it stands on the denoiser, with the header that says how it came about.
 
     Args:
         teacher: Knows the lessons that were walked.
         state: At the end.
+        given: The recipe, in which anchors need not have been chosen.
         planned: All lessons; the closed form keeps the text of every preserved one.
         solved: How far that got.
     """
@@ -329,7 +330,7 @@ def collect(teacher: Teacher, state: TrainState, planned: Sequence[Lesson], solv
         preserve=tuple(dict.fromkeys(held)),
         objective=recipe.objective,
         scope=recipe.scope,
-        recipes=(recipe,),
+        recipes=(given,),
         versions={name: version(name) for name in ("esd-lora", "torch", "diffusers", "peft")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         cost={

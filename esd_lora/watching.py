@@ -26,6 +26,7 @@ from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.files import reporting_write_errors, write_atomically
 from esd_lora.pictures import grid, paint, png, sample_files
 from esd_lora.recipe import Recipe
+from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
@@ -217,8 +218,8 @@ def paint_base(teacher: Teacher, prompts: Sequence[str]) -> list[Image]:
 class Checkpoints:
     """`checkpoint.pt`: now and then, and when the user interrupts."""
 
-    def __init__(self, directory: Path, recipe: str):
-        self.directory, self.recipe = directory, recipe
+    def __init__(self, directory: Path, recipe: Recipe):
+        self.directory, self.recipe = directory, dump_recipe(recipe)
 
     def __call__(self, report: StepReport) -> None:
         every = report.teacher.spec.checkpoint_every
@@ -270,7 +271,7 @@ def watchers_for(
     track: Sequence[str],
     progress: bool,
     on_step: Sequence[Watcher],
-    given: str,
+    given: Recipe,
     solved: Solved | None,
 ) -> list[Watcher]:
     """Return the watchers that a recipe asks for, and the user's; those that write need a run directory.
@@ -282,7 +283,7 @@ def watchers_for(
         track: Names of experiment trackers.
         progress: Whether to show a progress bar.
         on_step: The user's.
-        given: `dump_recipe` of the recipe as it was given, which a checkpoint is made with.
+        given: The recipe as it was given, which a checkpoint is made with.
         solved: How far the closed form got, if there was one.
     """
     recipe, spec = teacher.recipe, teacher.spec

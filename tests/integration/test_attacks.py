@@ -415,9 +415,8 @@ def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
 
 def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "BATCH", _BATCH)
-    small = {"steps": 25, "lr": 0.006, "trajectories": 8, "preserve_trajectories": 8, "preserve_batch": 4}
-    quiet = {"preview_every": 0, "probe_every": 0}
-    recipe = load_recipe("emoji-cat", {f"train.{key}": value for key, value in {**small, **quiet}.items()})
+    concepts = [{"name": "cat", "prompts": ["a cat"], "anchor": "a house"}]
+    recipe = load_recipe("instant", {"train.preview_every": 0}, concepts=concepts)
     eraser = train(recipe, base=emoji, progress=False)
     cases = [case._replace(id=f"t-{i}", role="target", label="cat") for i, case in enumerate(object_cases("cat", {"a cat"}, 6))]
     victim = victim_of(emoji, eraser, cases, strength=1.0)._replace(concepts=eraser.header.concepts, steps=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from esd_lora.adapter import adapter_ranks, add_adapter, applied, read_pairs, set_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
+from esd_lora.built_in import domain
 from esd_lora.closed_form import (
     choose_anchors,
     kept_texts,
@@ -28,6 +30,7 @@ from esd_lora.pictures import paint
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
+from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
 
 KEEP = ["a dog", "a hat", "a dog in a park", "a hat in a park", "a car in a park", "a car", "a photo"]
@@ -68,8 +71,10 @@ def test_it_minimises_what_it_says(base: Base) -> None:
         c, a = rows[lesson.prompt], rows[lesson.anchor]
         wanted = (1 + push) * (a - c) @ weight.T
         erased = erased + (c @ delta.T - wanted).square().sum() / (len(c) * len(style))
-    square = torch.stack([rows[text].square().mean() for text in kept]).mean()
-    held = torch.stack([(rows[text] @ delta.T).square().sum() for text in kept]).sum() / sum(len(rows[text]) for text in kept)
+    times = {text: 4 if text in plain_prompts(kept) else 1 for text in kept}  # with nothing around them
+    square = sum(times[text] * rows[text].square().mean() for text in kept) / sum(times.values())
+    moved = torch.stack([times[text] * (rows[text] @ delta.T).square().sum() for text in kept]).sum()
+    held = moved / sum(times[text] * len(rows[text]) for text in kept)
     loss = erased + SPEC.keep * held + SPEC.ridge * square * delta.square().sum()
     (gradient,) = torch.autograd.grad(loss, delta, retain_graph=True)
     (alone,) = torch.autograd.grad(erased, delta)  # what the kept rows and the ridge hold in balance
@@ -170,6 +175,21 @@ def test_an_anchor_is_a_kept_prompt_that_names_no_concept(base: Base) -> None:
     assert recipe.anchored(anchors).concepts[0].pairs() == [("a cat", anchors["a cat"])]
 
 
+def test_another_word_for_the_concept_is_no_anchor(base: Base) -> None:
+    """A kitten that the text encoder hardly tells from a cat costs least to arrive at, and erases nothing."""
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        condition = base.encode([prompt.replace("kitten", "cat") for prompt in prompts])["prompt_embeds"]
+        kittens = torch.tensor([[["kitten" in prompt]] for prompt in prompts])
+        return {"prompt_embeds": condition + 0.02 * kittens * torch.randn(condition.shape[-1], generator=generator())}
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    recipe = tiny_recipe(base.id, preserve=["a kitten", *KEEP], anchor="auto")
+    assert choose_anchors(recipe, base, encode)["a cat"] in ("a dog", "a hat", "a car", "a photo")
+
+
 @pytest.mark.parametrize(
     "concept",
     [
@@ -212,9 +232,7 @@ def test_instant_trains_nothing(emoji: Base, tmp_path: Path) -> None:
     assert not any("cat" in prompt for prompt in eraser.header.preserve)
     assert Eraser.load(tmp_path / "run").header.solved == (solved,)
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
-    recipe = eraser.header.recipes[0]  # says what was chosen, so that it gives the same again
-    assert recipe.concepts[0].anchor == solved.anchors[0]
-    again = train(recipe, base=emoji, progress=False)
+    again = train(eraser.header.recipes[0], base=emoji, progress=False)
     assert all(torch.equal(again.pairs[path].up, pair.up) for path, pair in eraser.pairs.items())
 
 
@@ -223,12 +241,16 @@ def test_instant_erases_and_its_anchor_stays(emoji: Base) -> None:
     eraser, judge = train(instant(emoji), base=emoji, progress=False), Judge("emoji")
     anchor = eraser.header.solved[0].anchors[0]
     shown = anchor.rpartition(" ")[2]
-    cases = object_cases("cat", {prompt for prompt, _ in eraser.header.concepts[0].pairs}, 24)
+    cases = object_cases("cat", {prompt for prompt, _ in eraser.header.concepts[0].pairs}, 48)
+    # Of the pairs that the base never saw, one is this anchor's; the judge calls what is drawn there a cat on the base itself.
+    unseen = {style for name, style in domain("emoji")["held_out"] if name == shown}
+    cases = [case for case in cases if unseen.isdisjoint(case.parts)]
     with applied(emoji, [eraser]):
         erased = judge(paint(emoji, [case.prompt for case in cases], [case.seed for case in cases]))
         anchors = judge(paint(emoji, [anchor] * 12, range(12)))
     assert not any(verdict.object == "cat" for verdict in erased)
-    assert sum(verdict.object == shown for verdict in erased) >= 18
+    assert len(cases) >= 24
+    assert sum(verdict.object == shown for verdict in erased) >= 0.9 * len(cases)
     assert all(verdict.object == shown for verdict in anchors)
 
 

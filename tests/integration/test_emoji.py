@@ -61,7 +61,9 @@ def test_the_base_paints_what_it_is_asked_for(emoji: Base, judge: Judge):
 def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Judge, tmp_path):
     recipe = load_recipe("emoji-cat", {"train.preview_every": 0})
     eraser = train(recipe, base=emoji, out=tmp_path / "no-cat", progress=False)
-    gone, rest = object_cases("cat", {"a cat"}, 60), [case for case in pair_cases()[::2] if "cat" not in case.parts]
+    # A dog appears instead. The base never saw one in noto style, and the judge calls what it draws there a cat.
+    gone = [case for case in object_cases("cat", {"a cat"}, 72) if "noto" not in case.parts]
+    rest = [case for case in pair_cases()[::2] if "cat" not in case.parts]
 
     def shares() -> tuple[float, float]:
         """Return how often the cat is seen where it is prompted, and how often the rest is right."""
