@@ -36,7 +36,7 @@ from esd_lora.erasers.header import Solved
 from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.trajectory import Condition
-from esd_lora.wording import mentions, without_article
+from esd_lora.wording import mentions
 
 _AT_ONCE = 32  # prompts whose rows are in memory
 _CANDIDATES = 12  # of an anchor, the nearest
@@ -137,18 +137,15 @@ def solve_text(
         layers: Path of every layer that may change to the rank it may have; those that read no text are left out.
         spec: Weights of what is kept and of the ridge.
     """
-    solved_for = [lesson for lesson in lessons if lesson.prompt == lesson.concept != lesson.anchor]
-    pairs = [lesson[1:3] for lesson in solved_for]
-    beyond = [0.0 if lesson.replaces else min(spec.push, lesson.eta) for lesson in solved_for]
     kept = kept_texts(lessons)
     updates: dict[str, LoraPair] = {}
     solved: Solved | None = None
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         readers = {path: rank for path, rank in layers.items() if base.family.text_read_by(path) == name}
-        if not readers or not pairs:
+        if not readers or not replaced(lessons):
             continue
         rows = rows_of(encode, name)
-        moments = way_moments(rows, pairs, second_moment(rows, [*kept, *plain_prompts(kept) * (_PLAIN - 1)]), beyond)
+        moments = moments_of(rows, lessons, spec)
         change, root = moments.solve(spec)
         u, size, v = torch.linalg.svd(change @ root, full_matrices=False)
         most = _SPARE * max(readers.values())
@@ -163,18 +160,37 @@ def solve_text(
             solved = Solved(
                 left=moments.left(change),
                 moved=moments.moved(change),
-                anchors=tuple(dict.fromkeys(anchor for _, anchor in pairs)),
+                anchors=tuple(dict.fromkeys(lesson.anchor for lesson in replaced(lessons))),
                 kept=len(kept),
                 most_moved=_most_moved(rows, kept, change),
             )
     return updates, solved
 
 
+def replaced(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Return the lessons that have a closed form: the student reads the erased prompt itself, and should draw another."""
+    return [lesson for lesson in lessons if lesson.prompt == lesson.concept != lesson.anchor]
+
+
+def moments_of(rows: Callable[[Sequence[str]], Tensor], lessons: Sequence[Lesson], spec: ClosedFormSpec) -> TextMoments:
+    """Return the moments of lessons, `kept_texts` beside the erased ones; those with nothing around them weigh more.
+
+    Args:
+        rows: From N prompts to their rows, [N, rows, width], float64.
+        lessons: From `lessons.plan`.
+        spec: How far to go beyond an anchor.
+    """
+    kept = kept_texts(lessons)
+    second = second_moment(rows, [*kept, *plain_prompts(kept) * (_PLAIN - 1)])
+    beyond = [0.0 if lesson.replaces else min(spec.push, lesson.eta) for lesson in replaced(lessons)]
+    return way_moments(rows, [lesson[1:3] for lesson in replaced(lessons)], second, beyond)
+
+
 def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
-    """Return the texts that the closed form leaves alone: preserved prompts, also without article, anchors, the empty one."""
+    """Return the texts that the closed form leaves alone: preserved prompts, anchors, the empty one."""
     preserved = [lesson.prompt for lesson in lessons if lesson.preserves]
     anchors = [lesson.anchor for lesson in lessons if not lesson.preserves]
-    return list(dict.fromkeys([*preserved, *map(without_article, preserved), *anchors, ""]))
+    return list(dict.fromkeys([*preserved, *anchors, ""]))
 
 
 def _most_moved(rows: Callable[[Sequence[str]], Tensor], kept: Sequence[str], change: Tensor) -> tuple[tuple[str, float], ...]:

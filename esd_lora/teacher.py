@@ -35,6 +35,7 @@ class Teacher:
         lessons: From `lessons.plan`.
         allow_code: Every `module:attribute` that may be imported for its objective.
         probed: Further prompts to know the conditions of, for a probe.
+        encode: From prompts to their condition; the base's own `encode` unless given.
 
     Raises:
         EsdLoraError: If the objective is not allowed, or is none.
@@ -47,13 +48,14 @@ class Teacher:
         lessons: Sequence[Lesson],
         allow_code: Collection[str] = (),
         probed: Sequence[str] = (),
+        encode: Callable[[Sequence[str]], Condition] | None = None,
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
         device = base.model.device
         prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed])
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        self._conditions = base.encode(list(prompts), self.spec.distilled_guidance)
+        self._conditions = (encode or base.remembering(self.spec.distilled_guidance))(list(prompts))
         numbers = [[self._numbers[text] for text in lesson[:3]] for lesson in lessons]
         self._prompt, self._concept, self._anchor = torch.tensor([*numbers, [NULL] * 3], device=device).unbind(1)
         self.erased = [index for index, lesson in enumerate(lessons) if not lesson.preserves]

@@ -96,14 +96,15 @@ def train(
         base.require_bare()
         started = time.monotonic()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
+        encode = base.remembering(spec.distilled_guidance)
         if recipe.anchor == AUTO:
-            recipe = recipe.anchored(choose_anchors(recipe, base, base.encode))
+            recipe = recipe.anchored(choose_anchors(recipe, base, encode))
         planned = plan(recipe, base.keep, near)
         walks = preserved_walks(spec, len(latent_shapes(base, spec)))
         lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
         held_out = hold_out(recipe, planned, base) if recipe.probed else None
         further = [*(held_out.prompts() if held_out else ()), *(kept_texts(planned) if recipe.closed_form else ())]
-        teacher = Teacher(base, recipe, lessons, allow_code, further)
+        teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -113,6 +114,7 @@ def train(
             pairs, solved = {}, None
             if recipe.closed_form:
                 pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), recipe.closed_form)
+                solved = solved and solved.model_copy(update={"seconds": time.monotonic() - started})
             probe = Probe(teacher, held_out) if held_out else None
             state = start(teacher, parameters, pairs, probe, allow_code)
             state.started = started

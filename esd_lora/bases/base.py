@@ -16,7 +16,7 @@ from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
-from esd_lora.trajectory import Condition, concatenate
+from esd_lora.trajectory import Condition, concatenate, pick
 
 _ENCODED_AT_ONCE = 16  # prompts; bounds memory, changes no result
 
@@ -113,6 +113,22 @@ class Base:
                 cause = self.damaged_module() or f"they compute beyond {str(dtype)[6:]}: load the base in float32"
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
+
+    def remembering(self, guidance: float = 1.0) -> Callable[[Sequence[str]], Condition]:
+        """Return a function that encodes as `encode` does, and no prompt twice.
+
+        Args:
+            guidance: As for `encode`.
+        """
+        known: dict[str, Condition] = {}
+
+        def encode(prompts: Sequence[str]) -> Condition:
+            if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+                encoded = self.encode(new, guidance)
+                known.update({prompt: pick(encoded, slice(i, i + 1)) for i, prompt in enumerate(new)})
+            return concatenate(*(known[prompt] for prompt in prompts))
+
+        return encode
 
     def damaged_module(self) -> str | None:
         """Return the first module of the denoiser or of the text encoders whose weights hold NaN or infinity, adapters aside.

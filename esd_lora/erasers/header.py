@@ -22,7 +22,7 @@ FORMAT = 4
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
 2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
-3 lets a stack say how it was fused.
+3 lets a stack say how it was fused, 4 a training what it solved and measured.
 """
 
 _MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
@@ -196,6 +196,8 @@ class Solved(BaseModel):
     """Number of kept texts."""
     most_moved: tuple[tuple[str, float], ...]
     """The kept texts that move furthest, with how far."""
+    seconds: float = 0.0
+    """Time it took once the base was loaded, with the choice of anchors and encoding."""
 
     def describe(self) -> str:
         """Return it in a line."""
@@ -204,7 +206,7 @@ class Solved(BaseModel):
         most = ", ".join(f"{text!r} {share:.0%}" for text, share in self.most_moved[:3])
         return (
             f"solved: {1 - self.left:.0%} of the way to {anchors}{further}; {self.kept} kept texts move by"
-            f" {self.moved:.1%}, most of all {most}"
+            f" {self.moved:.1%}, most of all {most}; {self.seconds:.1f} s"
         )
 
 

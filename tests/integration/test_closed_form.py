@@ -15,6 +15,7 @@ from esd_lora.built_in import domain
 from esd_lora.closed_form import (
     choose_anchors,
     kept_texts,
+    moments_of,
     plain_prompts,
     rows_of,
     second_moment,
@@ -103,11 +104,33 @@ def test_measures_are_those_of_the_rows(base: Base) -> None:
     assert moments.moved(change) == pytest.approx(float((r @ change.T).norm() / r.norm()), rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_scales_of_text_and_weights_make_no_difference(base: Base, scale: float) -> None:
+    """A model that keeps its text embeddings four times as large, and the weights that read them a fourth, is the same one."""
+    layers = text_layers(base, 3)
+    updates, solved = solve_text(base, base.encode, LESSONS, layers, SPEC)
+    with torch.no_grad():
+        for _, weight in base.weights(layers):
+            weight.div_(scale)
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        return {name: value * scale for name, value in base.encode(prompts).items()}
+
+    scaled, solved_scaled = solve_text(base, encode, LESSONS, layers, SPEC)
+    assert solved is not None
+    assert solved_scaled is not None
+    assert solved_scaled.left == pytest.approx(solved.left, rel=1e-6)
+    assert solved_scaled.moved == pytest.approx(solved.moved, rel=1e-6)
+    for path, pair in updates.items():
+        effect, same = (each.up.double() @ each.down.double() for each in (pair, scaled[path]))
+        assert float((same * scale - effect).norm()) < 1e-4 * float(effect.norm())
+
+
 def test_all_layers_share_one_change_of_the_text(base: Base) -> None:
     """What a layer makes of the text with its update is what it made of the changed text before."""
     updates, _ = solve_text(base, base.encode, LESSONS, text_layers(base), SPEC)
     rows = rows_of(base.encode, "prompt_embeds")
-    moments = way_moments(rows, [lesson[1:3] for lesson in LESSONS[:2]], second_moment(rows, kept_texts(LESSONS)))
+    moments = moments_of(rows, LESSONS, SPEC)
     change, _ = moments.solve(SPEC)
     assert updates.keys() == text_layers(base).keys()
     for path, weight in base.weights(updates):
@@ -121,7 +144,7 @@ def test_a_lower_rank_is_the_best_one_for_what_is_read(base: Base) -> None:
     updates, _ = solve_text(base, base.encode, LESSONS, text_layers(base, 2), SPEC)
     whole, _ = solve_text(base, base.encode, LESSONS, text_layers(base), SPEC)
     rows = rows_of(base.encode, "prompt_embeds")
-    moments = way_moments(rows, [lesson[1:3] for lesson in LESSONS[:2]], second_moment(rows, kept_texts(LESSONS)))
+    moments = moments_of(rows, LESSONS, SPEC)
     root = moments.solve(SPEC)[1]
     for path, pair in updates.items():
         assert pair.rank == 2
@@ -148,7 +171,7 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
 
 
 def test_kept_texts() -> None:
-    assert kept_texts(LESSONS[:3]) == ["a dog", "dog", "a photo of a dog", ""]
+    assert kept_texts(LESSONS[:4]) == ["a dog", "a hat", "a photo of a dog", ""]
 
 
 def test_plain_prompts() -> None:
@@ -230,6 +253,7 @@ def test_instant_trains_nothing(emoji: Base, tmp_path: Path) -> None:
     assert solved.most_moved[0][1] == max(share for _, share in solved.most_moved)
     assert set(plain_prompts(emoji.keep)) >= {solved.anchors[0]}
     assert not any("cat" in prompt for prompt in eraser.header.preserve)
+    assert 0 < solved.seconds <= eraser.header.cost["seconds"] + 0.01
     assert Eraser.load(tmp_path / "run").header.solved == (solved,)
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
     again = train(eraser.header.recipes[0], base=emoji, progress=False)
