@@ -117,7 +117,7 @@ def render_card(eraser: Eraser, publication: Publication | None = None) -> str:
         etas=", ".join("unknown" if eta is None else f"{eta:g}" for eta in dict.fromkeys(c.eta for c in header.concepts)),
         layers=len(eraser.pairs),
         ranks=f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks) or "unknown",
-        steps=", ".join(str(n) for n in dict.fromkeys(recipe.train.steps for recipe in header.recipes)) or "unknown",
+        steps=_steps(header),
         pairs=_pairs(header.concepts),
         preserve=f"{len(header.preserve)}" if header.preserve else "none",
         created=markdown_cell(header.created),
@@ -162,6 +162,13 @@ def _front_matter(header: EraserHeader, publication: Publication | None) -> dict
     if is_hub_id(header.base):  # other bases have no page to point at
         front |= {"base_model": header.base, "base_model_relation": "adapter"}
     return front
+
+
+def _steps(header: EraserHeader) -> str:
+    """Return how many steps were trained; what the recipes of a stack's members say."""
+    if len(header.recipes) == 1 and "steps" in header.cost:
+        return f"{header.cost['steps']:.0f}"
+    return ", ".join(str(steps) for steps in dict.fromkeys(recipe.train.steps for recipe in header.recipes)) or "unknown"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from esd_lora.adapter import adapter_ranks, add_adapter, applied, read_pairs, set_pairs
 from esd_lora.bases.base import Base
@@ -33,6 +34,7 @@ from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
+from toys import load_toy, save_toy
 
 KEEP = ["a dog", "a hat", "a dog in a park", "a hat in a park", "a car in a park", "a car", "a photo"]
 SPEC = ClosedFormSpec(keep=0.7, push=0.5, ridge=1e-2)
@@ -168,6 +170,52 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
         assert torch.allclose(pair.up @ pair.down, expected, atol=1e-6)
     set_pairs(base, {})
     assert all(not pair.up.any() for pair in read_pairs(base.model).values())
+
+
+@pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev"])
+def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
+    """What the denoiser hands to them is a tensor of the condition itself, whatever the latents and the time."""
+    base = load_toy(save_toy(kind, tmp_path / kind))
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, path=path: inputs.update({path: args[0].detach()}))
+        for path, module in base.family.modules(base.model, "xattn").items()
+        if base.family.text_read_by(path)
+    ]
+    condition = base.encode(["a cat", "a dog in a park"])
+    with torch.no_grad():
+        base.predict(torch.randn(2, *base.latent_shape()), torch.full((2,), 500), condition)
+    for hook in hooks:
+        hook.remove()
+    assert len(inputs) == len(hooks) > 0
+    for path, text in inputs.items():
+        torch.testing.assert_close(text, condition[str(base.family.text_read_by(path))])
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev"])
+def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
+    base = load_toy(save_toy(kind, tmp_path / kind))
+    recipe = load_recipe("instant", {"train.preview_every": 0}, base=base.id, concepts=["a cat"], preserve=KEEP)
+    eraser = train(recipe, base=base, progress=False)
+    (solved,) = eraser.header.solved
+    assert solved.left < 1
+    moved = {path for path, pair in eraser.pairs.items() if pair.up.any()}
+    assert moved == {path for path in eraser.pairs if base.family.text_read_by(path)}
+
+
+def test_no_prompt_is_encoded_twice(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def encode(prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        asked.extend(prompts)
+        return type(base).encode(base, prompts, guidance)
+
+    monkeypatch.setattr(base, "encode", encode)
+    remembering = base.remembering()
+    remembering(["a cat", "a dog", "a cat"])
+    condition = remembering(["a hat", "a dog"])
+    assert asked == ["a cat", "a dog", "a hat"]
+    torch.testing.assert_close(condition["prompt_embeds"], type(base).encode(base, ["a hat", "a dog"])["prompt_embeds"])
 
 
 def test_kept_texts() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from esd_lora.adapter import applied
 from esd_lora.bases.loading import choose_device, choose_dtype, load_base
+from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.watching import StepReport
 from published_denoisers import DENOISERS
+from random_erasers import eraser_on
 from tiny import tiny_recipe
 
 gpu = pytest.mark.gpu
@@ -95,3 +99,20 @@ def test_stable_diffusion_trains_in_eight_gigabytes(tiny_dir: Path) -> None:
     train(load_recipe("sd/fast", brief, concepts=["a cat"], preserve=["a dog"]), base=base, progress=False)
     peak = torch.cuda.max_memory_allocated() / 2**30
     assert peak < 8
+
+
+@pytest.mark.parametrize(("size", "warned"), [(1e-3, True), (0.1, False)])
+def test_update_that_half_precision_rounds_away_is_warned_of(tiny_dir: Path, size: float, warned: bool) -> None:
+    """bfloat16 has 8 bits: an update of a thousandth of the weights drowns in rounding, one of a tenth does not."""
+    base = load_base(tiny_dir, dtype="bfloat16", device="cpu")
+    eraser = eraser_on(base.model, base.family.modules(base.model, "xattn"))
+    pairs: dict[str, LoraPair] = {}
+    for path, weight in base.weights(eraser.pairs):
+        down, up = eraser.pairs[path]
+        scale = size * float(weight.float().norm()) / float((up.flatten(1) @ down.flatten(1)).norm())
+        pairs[path] = LoraPair(down, up * scale)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with applied(base, [Eraser(pairs, eraser.header)]):
+            pass
+    assert any("rounding changes the erasers' update" in str(warning.message) for warning in caught) == warned
