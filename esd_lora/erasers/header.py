@@ -206,7 +206,7 @@ class Solved(BaseModel):
         most = ", ".join(f"{text!r} {share:.0%}" for text, share in self.most_moved[:3])
         return (
             f"solved: {1 - self.left:.0%} of the way to {anchors}{further}; {self.kept} kept texts move by"
-            f" {self.moved:.1%}, most of all {most}; {self.seconds:.1f} s"
+            f" {self.moved:.1%}, most of all {most}"
         )
 
 
