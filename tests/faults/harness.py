@@ -135,7 +135,8 @@ def set_up(folder: Path) -> Places:
     for module in ("training", "formats.importing", "weights.extracting"):
         __import__(f"esd_lora.{module}")
         sys.modules[f"esd_lora.{module}"].datetime = Frozen  # type: ignore[attr-defined]
-    sys.modules["esd_lora.train_state"].time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[attr-defined]
+    for module in ("train_state", "training"):
+        sys.modules[f"esd_lora.{module}"].time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[attr-defined]
     base = save_tiny(folder / "base")
     cat = folder / "cat"
     train(tiny_recipe(base, lr=0.05), out=cat, progress=False)
