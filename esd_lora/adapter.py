@@ -67,7 +67,9 @@ def adapter_ranks(base: Base) -> dict[str, int]:
 
 @torch.no_grad()
 def set_pairs(base: Base, pairs: Mapping[str, LoraPair]) -> None:
-    """Set the update of layers of the adapter, whose scale stays what it is; those of no pair are set to zero.
+    """Set the update of layers of the adapter; those of no pair are set to zero.
+
+    The scale of a layer stays what it is, and so does the size of its `down`: a learning rate that was measured holds.
 
     Args:
         base: Carries an adapter of no lower rank than any pair.
@@ -79,9 +81,10 @@ def set_pairs(base: Base, pairs: Mapping[str, LoraPair]) -> None:
             down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             up.zero_()
             if path in pairs:
-                rank = pairs[path].rank
-                down[:rank] = pairs[path].down.to(down)
-                up[:, :rank] = (pairs[path].up / layer.scaling[ADAPTER]).to(up)
+                rank, own = pairs[path].rank, pairs[path].down.to(down)
+                size = down[:rank].norm() / own.norm().clamp_min(1e-30)
+                down[:rank] = size * own
+                up[:, :rank] = pairs[path].up.to(up) / (size * layer.scaling[ADAPTER])
 
 
 def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:

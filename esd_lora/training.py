@@ -105,6 +105,7 @@ def train(
         held_out = hold_out(recipe, planned, base) if recipe.probed else None
         further = [*(held_out.prompts() if held_out else ()), *(kept_texts(planned) if recipe.closed_form else ())]
         teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
+        del encode  # it holds every condition once more
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -124,7 +125,7 @@ def train(
                 teacher.evaluations = checkpoint.evaluations
             watchers = watchers_for(teacher, state, out, track, progress, on_step, given, solved)
             run_steps(teacher, state, watchers, probe)
-            if progress and recipe.measures:
+            if progress and recipe.probed:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
             eraser = collect(teacher, state, given, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}

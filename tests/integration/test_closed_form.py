@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_ranks, add_adapter, applied, read_pairs, set_pairs
+from esd_lora.adapter import ADAPTER, adapter_ranks, add_adapter, applied, read_pairs, set_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
@@ -53,6 +54,10 @@ def base(tiny_dir: Path) -> Base:
 @pytest.fixture(scope="module")
 def emoji() -> Base:
     return load_base("emoji")
+
+
+def adapted(base: Base) -> dict[str, Any]:
+    return {path: layer for path, layer in base.model.named_modules() if ADAPTER in getattr(layer, "lora_A", ())}
 
 
 def text_layers(base: Base, rank: int = 1000) -> dict[str, int]:
@@ -168,6 +173,16 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
     for path, pair in read_pairs(base.model).items():
         expected = updates[path].up @ updates[path].down if path in updates else torch.zeros(pair.shape)
         assert torch.allclose(pair.up @ pair.down, expected, atol=1e-6)
+    # `down` keeps its size, which a training measures its rate in.
+    sizes = {path: float(layer.lora_A[ADAPTER].weight.detach().square().mean().sqrt()) for path, layer in adapted(base).items()}
+    for layer in adapted(base).values():
+        layer.lora_A[ADAPTER].weight.data.mul_(7)
+    set_pairs(base, updates)
+    for path, layer in adapted(base).items():
+        assert float(layer.lora_A[ADAPTER].weight.detach().square().mean().sqrt()) == pytest.approx(7 * sizes[path], rel=1e-4)
+    for path, pair in read_pairs(base.model).items():
+        expected = updates[path].up @ updates[path].down if path in updates else torch.zeros(pair.shape)
+        assert torch.allclose(pair.up @ pair.down, expected, atol=1e-6)
     set_pairs(base, {})
     assert all(not pair.up.any() for pair in read_pairs(base.model).values())
 
@@ -204,17 +219,17 @@ def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
 
 
 def test_no_prompt_is_encoded_twice(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    encoded: list[str] = []
 
     def encode(prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        asked.extend(prompts)
+        encoded.extend(prompts)
         return type(base).encode(base, prompts, guidance)
 
     monkeypatch.setattr(base, "encode", encode)
     remembering = base.remembering()
     remembering(["a cat", "a dog", "a cat"])
     condition = remembering(["a hat", "a dog"])
-    assert asked == ["a cat", "a dog", "a hat"]
+    assert encoded == ["a cat", "a dog", "a hat"]
     torch.testing.assert_close(condition["prompt_embeds"], type(base).encode(base, ["a hat", "a dog"])["prompt_embeds"])
 
 
