@@ -41,15 +41,18 @@ def draw_curves(calibration: Calibration, title: str, *, anchored: bool) -> Imag
     for value in (-0.5, 0, 0.5, 1):
         draw.line([place(0, value), place(last, value)], fill="#dddddd")
         draw.text((8, place(0, value)[1] - 8), f"{value:.0%}", fill="black", font=font)
-    for tenth in range(0, 11, 2):
-        x, y = place(last * tenth / 10, _LOWEST)
-        draw.text((x - 10, y + 6), f"{round(last * tenth / 10)}", fill="black", font=font)
+    for step in sorted({round(readings[-1].step * tenth / 10) for tenth in range(0, 11, 2)}):
+        x, y = place(step, _LOWEST)
+        draw.text((x - 10, y + 6), f"{step}", fill="black", font=font)
     draw.text((_WIDTH // 2 - 20, _HEIGHT - 22), "steps", fill="black", font=font)
     gone, gone_worst = gone_at(anchored=anchored)
     for value, colour in ((gone_worst, _CURVES[0][2]), (gone, _CURVES[1][2]), (DRIFT, _CURVES[2][2])):
         _dashed(draw, place(0, value), place(last, value), colour)
     for number, (label, field, colour) in enumerate(_CURVES):
-        draw.line([place(r.step, getattr(r, field)) for r in readings], fill=colour, width=3)
+        points = [place(r.step, getattr(r, field)) for r in readings]
+        draw.line(points, fill=colour, width=3)
+        for x, y in points:  # of a closed form that leaves nothing to train there is one
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
         x, y = _LEFT + number % 2 * 300, 30 + number // 2 * 18
         draw.line([(x, y + 8), (x + 22, y + 8)], fill=colour, width=3)
         draw.text((x + 28, y), label, fill="black", font=font)
