@@ -359,7 +359,7 @@ def test_a_probe_that_is_content_ends_it_before_the_first_step(emoji: Base, tmp_
     assert "(gone)" in calibration.ending
     with Image.open(tmp_path / "run" / "training.png") as plot:
         left = plot.convert("RGB").crop((50, 80, 70, 420))  # where the steps begin; the key lies above
-        assert (33, 102, 172) in {colour for _, colour in left.getcolors(10_000)}  # the drift of kept prompts, as a dot
+        assert (0x77, 0x77, 0x77) in {colour for _, colour in left.getcolors(10_000)}  # the empty prompt's drift has no limit
 
 
 def test_training_goes_on_from_it(base: Base) -> None:
