@@ -100,7 +100,7 @@ def train(
         say(f"kohya LoRA: {_export_kohya(eraser, out)}")
     cost = eraser.header.cost
     say(
-        f"erased {', '.join(eraser.names)} in {cost['seconds']:.0f} s, {cost['steps']:.0f} steps,"
+        f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
 

@@ -107,7 +107,7 @@ class Inspected(NamedTuple):
             topics["origin"] = f"{origin.how} from {files}, {origin.layout}{cut}; provenance unknown"
             topics["origin"] += f"; it says {notes}" * bool(notes)
         if lines := header.making():
-            topics["stack"] = ", ".join(lines)
+            topics["making"] = "; ".join(lines)
         if header.truncation:
             topics["cut off"] = f"{header.truncation:.2%} of the update's norm"
         if header.evaluation:
