@@ -14,33 +14,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
-from counting import Scored, kept, score
-from erasing import every_object, measure
+from counting import Yardstick, spread
 
-from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
-from esd_lora.evaluation.cases import Case, fill_template, pair_cases
-from esd_lora.evaluation.detectors.judge import Judge
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 
 PLAYGROUND = Path(__file__).parent.parent / "playground"
 SCOPES = {"emoji": ("xattn", "noxattn"), "emoji-xl": ("xattn", "noxattn"), "emoji-flow": ("xattn", "full")}
 CHOSEN_ON, UNSEEN, STYLE = ("cat", "rocket", "pizza"), ("guitar", "penguin", "car", "cactus"), "twemoji"
-HIGH = 1.9
-NEAREST, SHOTS_OF_NEAREST = 4, 6
-MEASURES = ("left", "left, high guidance", "kept", "kept_unlisted", "kept_bare", "kept_nearest")
+MEASURES = {
+    "left": "left",
+    "left_high": "left, high guidance",
+    "kept": "kept",
+    "kept_unlisted": "kept, in no list",
+    "kept_bare": "kept, no style named",
+    "kept_nearest": "kept, nearest",
+}
 
 
 def playground_base(name: str) -> Base:
@@ -61,33 +61,20 @@ def concept_of(name: str) -> dict[str, Any]:
     return {"concepts": [recipe.concepts[0].model_dump()], "objective": recipe.objective}
 
 
-def left(base: Base, judge: Judge, eraser: Any, name: str, before: Sequence[Scored], bare: Sequence[Scored]) -> dict[str, Any]:
-    """Return what a run left and kept at the base's guidance, and what it left at a high one."""
-    objects, styles = (set(), {name}) if name == STYLE else ({name}, set())
-    low = measure(base, judge, [eraser], list(before), list(bare), objects, styles)
-    louder = dataclasses.replace(base, guidance=HIGH * base.guidance)
-    high = measure(louder, judge, [eraser], [], [], objects, styles)
-    what = "style_left" if styles else "object_left"
-    result = {"left": low[what][0], "left, high guidance": high[what][0], **{key: low[key] for key in MEASURES[2:5]}}
-    if not styles:
-        cases = nearest(base, name)
-        drawn = score(base, judge, cases)
-        with applied(base, [eraser]):
-            result["kept_nearest"] = kept(score(base, judge, cases), drawn, objects, styles)
-    return result
+def erase(base: Base, out: Path, preset: str, scope: str) -> Eraser:
+    """Return the eraser of a cell, made unless it is there.
 
-
-def nearest(base: Base, name: str) -> list[Case]:
-    """Return cases of the objects whose prompts the base's text encoder puts nearest to that of an erased one."""
-    prompts = {other: fill_template("{a}", other) for other in domain("emoji")["objects"] if other != name}
-    likeness = (base.directions([fill_template("{a}", name)]) @ base.directions(list(prompts.values())).T)[0]
-    others = [list(prompts)[i] for i in likeness.argsort(descending=True)[:NEAREST].tolist()]
-    return [
-        Case(f"{other}-{number}-{seed}", "neighbour", prompt, seed, other)
-        for other in others
-        for number, prompt in enumerate((prompts[other], other))
-        for seed in range(SHOTS_OF_NEAREST)
-    ]
+    Args:
+        base: To erase from.
+        out: Its folder; the name ends in the concept and the training seed.
+        preset: Recipe for everything else.
+        scope: Layers.
+    """
+    if not (out / "README.md").exists():
+        *_, name, seed = out.name.split("-")
+        settings = {"scope": scope, "train.seed": int(seed), "train.preview_every": 0}
+        train(load_recipe(preset, settings, base=base.id, **concept_of(name)), base=base, out=out, force=True)
+    return Eraser.load(out)
 
 
 def main() -> None:
@@ -99,43 +86,31 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--recipe", default="fast")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    judge, rows = Judge("emoji"), []
+    rows: list[tuple[str, str, str, list[dict[str, Any]]]] = []
     for base_name in options.bases.split(","):
         base = playground_base(base_name)
-        before, bare = score(base, judge, pair_cases(), desc=base_name), score(base, judge, every_object())
+        yardstick = Yardstick(base, options.out / "measured")
         for scope in options.scopes.split(",") if options.scopes else SCOPES[base_name]:
             cells: dict[str, list[dict[str, Any]]] = {}
             for name in options.concepts.split(","):
                 for seed in options.seeds.split(","):
-                    cache = options.out / f"{options.recipe}-{base_name}-{scope}-{name}-{seed}.json"
-                    if not cache.exists():
-                        recipe = load_recipe(
-                            options.recipe,
-                            {"scope": scope, "train.seed": int(seed), "train.preview_every": 0},
-                            base=base.id,
-                            **concept_of(name),
-                        )
-                        eraser = train(recipe, base=base)
-                        eraser.save(cache.with_suffix(""))
-                        result = left(base, judge, eraser, name, before, bare)
-                        record = [each.model_dump() for each in eraser.header.calibrations]
-                        cache.write_text(json.dumps({**result, "cost": eraser.header.cost, "calibrations": record}))
-                    cells.setdefault("style" if name == STYLE else "objects", []).append(json.loads(cache.read_text()))
+                    eraser = erase(
+                        base, options.out / f"{options.recipe}-{base_name}-{scope}-{name}-{seed}", options.recipe, scope
+                    )
+                    measured = yardstick.measure([eraser], *(((), (name,)) if name == STYLE else ((name,), ())))
+                    what = "style" if name == STYLE else "object"
+                    measured |= {"left": measured[f"{what}_left"], "left_high": measured[f"{what}_left_high"]}
+                    cells.setdefault(what, []).append({**measured, **eraser.header.cost})
             rows += [(base_name, scope, kind, of) for kind, of in cells.items()]
     print(f"\n{datetime.date.today()}; {options.concepts}; seeds {options.seeds}; recipe {options.recipe}; mean (worst)\n")
-    print(f"| base | scope | erased | {' | '.join(MEASURES)} | steps | seconds | runs |")
+    print(f"| base | scope | erased | {' | '.join(MEASURES.values())} | steps | seconds | runs |")
     print("|---|---|---|" + "---|" * (len(MEASURES) + 3))
     for base_name, scope, kind, of in rows:
         shown: list[str] = []
-        for measured in MEASURES:
-            values = [cell[measured] for cell in of if measured in cell]
-            if not values:
-                shown.append("")
-                continue
-            worst = max(values) if measured.startswith("left") else min(values)
-            shown.append(f"{statistics.mean(values):.1%} ({worst:.1%})")
-        costs = [f"{statistics.mean(cell['cost'][key] for cell in of):.0f}" for key in ("steps", "seconds")]
+        for measure in MEASURES:
+            values = [v for cell in of for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
+            shown.append(spread(values, left=measure.startswith("left")))
+        costs = [f"{statistics.mean(cell[key] for cell in of):.0f}" for key in ("steps", "seconds")]
         print(f"| {base_name} | `{scope}` | {kind} | {' | '.join([*shown, *costs])} | {len(of)} |")
 
 

@@ -1,15 +1,28 @@
-"""Counting on the built-in base: what its judge sees on pictures of cases, and what that amounts to."""
+"""Counting on learned bases of emoji: what their judge sees on pictures of cases, and what that amounts to."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.built_in import domain
-from esd_lora.evaluation.cases import Case
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.evaluation.cases import Case, fill_template, object_cases, pair_cases, style_cases
 from esd_lora.evaluation.detectors.judge import Judge, Verdict
 from esd_lora.pictures import paint
+
+SHOTS = 120
+"""Pictures of what is erased."""
+HIGH = 1.9
+"""Times the base's guidance is a high one."""
+NEAREST, SHOTS_OF_NEAREST = 4, 6
+"""Objects that are nearest to an erased one, and pictures of each of their prompts."""
 
 
 def object_of(case: Case) -> str | None:
@@ -80,3 +93,108 @@ def kept(scored: Sequence[Scored], before: Sequence[Scored], objects: Collection
     erased = {*objects, *styles}
     outside = [(a.right, b.right) for a, b in zip(scored, before, strict=True) if erased.isdisjoint(a.case.parts)]
     return count(a for a, _ in outside).share / count(b for _, b in outside).share
+
+
+def every_object() -> list[Case]:
+    """Return three cases of every object, no style named: a neighbour has least to hold on to there."""
+    names = domain("emoji")["objects"]
+    return [Case(f"{name}-{seed}", "general", fill_template("{a}", name), seed, name) for name in names for seed in (7, 8, 9)]
+
+
+def nearest_objects(base: Base, name: str) -> list[Case]:
+    """Return cases of the objects whose prompts the base's text encoder puts nearest to that of an erased one."""
+    prompts = {other: fill_template("{a}", other) for other in domain("emoji")["objects"] if other != name}
+    likeness = (base.directions([fill_template("{a}", name)]) @ base.directions(list(prompts.values())).T)[0]
+    others = [list(prompts)[i] for i in likeness.argsort(descending=True)[:NEAREST].tolist()]
+    return [
+        Case(f"{other}-{number}-{seed}", "neighbour", prompt, seed, other)
+        for other in others
+        for number, prompt in enumerate((prompts[other], other))
+        for seed in range(SHOTS_OF_NEAREST)
+    ]
+
+
+class Yardstick:
+    """What erasers of objects and styles leave and keep on a learned base.
+
+    Args:
+        base: That the erasers are for.
+        folder: Where what was measured is kept, by the erasers' weights: the same file is not judged twice.
+    """
+
+    def __init__(self, base: Base, folder: Path):
+        self.base, self.folder, self.judge = base, folder, Judge("emoji")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.before = score(base, self.judge, pair_cases(), desc=base.id)
+        self.bare = score(base, self.judge, every_object())
+
+    def measure(self, erasers: Sequence[Eraser], objects: Collection[str], styles: Collection[str]) -> dict[str, Any]:
+        """Return erased and kept shares of erasers on the base, on prompts that they were not made with.
+
+        Args:
+            erasers: All of them at once.
+            objects: That they erase.
+            styles: That they erase.
+        """
+        digest = hashlib.sha256()
+        for eraser in erasers:
+            digest.update(repr([concept.pairs for concept in eraser.header.concepts]).encode())
+            for path, pair in sorted(eraser.pairs.items()):
+                if pair.up.any():  # what does nothing differs by seed, and makes no difference
+                    digest.update(path.encode() + pair.down.numpy().tobytes() + pair.up.numpy().tobytes())
+        name = "-".join([Path(self.base.id).name, *sorted({*objects, *styles}), digest.hexdigest()[:16]])
+        cache = self.folder / f"{name}.json"
+        if not cache.exists():
+            cache.write_text(json.dumps(self._measured(erasers, sorted(objects), sorted(styles))))
+        return json.loads(cache.read_text())
+
+    def _measured(self, erasers: Sequence[Eraser], objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
+        known = domain("emoji")
+        listed = {name for name in known["objects"] if fill_template("{a}", name) in known["keep"]}
+        pairs = [pair for eraser in erasers for concept in eraser.header.concepts for pair in concept.pairs]
+        made_with = {prompt for prompt, _ in pairs}
+        shown = {anchor.rpartition(" ")[2] for _, anchor in pairs} & set(known["objects"]) if not styles else set()
+        louder = dataclasses.replace(self.base, guidance=HIGH * self.base.guidance)
+        cases = [s.case for s in self.before]
+        near = [score(self.base, self.judge, nearest_objects(self.base, name)) for name in objects]
+        with applied(self.base, erasers):
+            scored, scored_bare = self._score(cases), self._score([s.case for s in self.bare])
+            scored_near = [self._score([s.case for s in part]) for part in near]
+            of_objects = [object_cases(name, made_with, SHOTS) for name in objects]
+            of_styles = [style_cases(name, made_with, SHOTS) for name in styles]
+            low, low_styles = [self._score(part) for part in of_objects], [self._score(part) for part in of_styles]
+            high = [score(louder, self.judge, part) for part in of_objects]
+            high_styles = [score(louder, self.judge, part) for part in of_styles]
+        unlisted = [i for i, case in enumerate(cases) if object_of(case) not in listed]
+        right = [s.right for s in scored_bare]
+        lost = [s.case.parts[0] for s, now in zip(self.bare, right, strict=True) if s.right and not now]
+        return {
+            "object_left": [count(s.object_right for s in part).share for part in low],
+            "object_left_high": [count(s.object_right for s in part).share for part in high],
+            "style_left": [count(s.style_right for s in part).share for part in low_styles],
+            "style_left_high": [count(s.style_right for s in part).share for part in high_styles],
+            "object_right": [count(s.object_right for s in part).share for part in low_styles],
+            "anchor_shown": [count(s.verdict.object in shown for s in part).share for part in low] if shown else [],
+            "kept": kept(scored, self.before, objects, styles),
+            "kept_unlisted": kept([scored[i] for i in unlisted], [self.before[i] for i in unlisted], objects, styles),
+            "kept_bare": kept(scored_bare, self.bare, objects, styles),
+            "kept_nearest": [kept(now, then, objects, styles) for now, then in zip(scored_near, near, strict=True)],
+            "lost_bare": sorted(set(lost) - set(objects)),
+        }
+
+    def _score(self, cases: Sequence[Case]) -> list[Scored]:
+        return score(self.base, self.judge, cases)
+
+
+def spread(cells: Iterable[float], *, left: bool) -> str:
+    """Return the mean of shares and, in brackets, the worst one; an empty text for none.
+
+    Args:
+        cells: Shares from 0 to 1.
+        left: Whether they are of what is left, so that the highest is the worst.
+    """
+    values = list(cells)
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.1%}"
+    return f"{mean} ({(max if left else min)(values):.1%})" if len(values) > 1 else mean

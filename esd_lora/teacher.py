@@ -52,7 +52,7 @@ class Teacher:
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
-        device = base.model.device
+        device = base.device
         prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed])
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
         self._conditions = (encode or base.remembering(self.spec.distilled_guidance))(list(prompts))

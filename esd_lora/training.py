@@ -92,7 +92,7 @@ def train(
         loaded_here = base is None
         if base is None:
             painted = out is not None and spec.preview_every > 0
-            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted)
+            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=True)
         base.require_bare()
         started = time.monotonic()
         near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()

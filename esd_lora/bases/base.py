@@ -40,11 +40,18 @@ class Base:
     """Denoising steps of a picture by default."""
     guidance: float = 7.5
     """Classifier-free guidance scale of a picture by default."""
+    destination: torch.device | None = None
+    """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
 
     @property
     def model(self) -> Any:
         """The denoiser: a diffusers U-Net or transformer."""
         return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts are encoded, and where the denoiser is, or will be once they are."""
+        return self.destination or self.model.device
 
     @property
     def prediction_type(self) -> str:
@@ -85,7 +92,7 @@ class Base:
         """
         condition = self._encode_by(self.family.encode, prompts)
         if self.family.takes_guidance(self.pipe):
-            condition["guidance"] = torch.full((len(prompts),), guidance, device=self.model.device)
+            condition["guidance"] = torch.full((len(prompts),), guidance, device=self.device)
         return condition
 
     @torch.no_grad()
@@ -146,9 +153,12 @@ class Base:
         return None
 
     def free_text_encoders(self) -> None:
-        """Drop the text encoders, once every prompt is encoded."""
+        """Drop the text encoders, once every prompt is encoded, and place a denoiser that waited for that."""
         for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
             setattr(self.pipe, name, None)
+        if self.destination is not None:
+            self.pipe.to(self.destination)
+            self.destination = None
 
     def require_bare(self) -> None:
         """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.

@@ -39,7 +39,7 @@ def open_single_file(
         file: The `.safetensors` checkpoint.
         config: A diffusers directory of the same architecture, whose configurations are taken (and whose weights, for
             components that the file lacks). It also decides what the model predicts.
-        device: Where to put the pipeline.
+        device: Where to ask a model what it predicts, if its file does not say; then the pipeline is there, else on the CPU.
         dtype: Of its weights.
         vae: Whether to load the VAE.
 
@@ -69,10 +69,9 @@ def open_single_file(
         )
     with directory as folder:
         pipe = _convert(file, folder, shapes, dtype, vae)
-    pipe.to(device)
     if config is None:
         stated = family.stated_prediction_type(header.metadata, shapes) or checkpoint.prediction_type
-        _configure_scheduler(pipe, checkpoint, stated or measure_prediction_type(pipe), zero_snr="ztsnr" in shapes)
+        _configure_scheduler(pipe, checkpoint, stated or measure_prediction_type(pipe.to(device)), zero_snr="ztsnr" in shapes)
     return pipe, family
 
 

@@ -59,7 +59,7 @@ class Flux(ModelFamily):
         return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.transformer.device, **self.call_kwargs(pipe))
+        text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -58,7 +58,7 @@ def _encode_prompt(pipe: Any, prompt: str, *, instructed: bool) -> Condition:
     text, mask, _, _ = pipe.encode_prompt(
         prompt,
         do_classifier_free_guidance=False,
-        device=pipe.transformer.device,
+        device=pipe.text_encoder.device,
         complex_human_instruction=instruction if instructed else None,
     )
     return {"prompt_embeds": text, "prompt_attention_mask": mask}

@@ -46,7 +46,7 @@ class StableDiffusion(ModelFamily):
     checkpoints = (_SD_1, _SD_2)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]}
+        return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)[0]}
 
     def added_conditions(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:  # noqa: ARG002
         """Return the U-Net's conditions beside text and time."""

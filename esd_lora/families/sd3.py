@@ -51,7 +51,7 @@ class StableDiffusion3(ModelFamily):
     checkpoints = (_SD_3,)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        options = {"device": pipe.transformer.device, "do_classifier_free_guidance": False}
+        options = {"device": pipe.text_encoder.device, "do_classifier_free_guidance": False}
         text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 

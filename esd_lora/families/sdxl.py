@@ -31,13 +31,15 @@ class StableDiffusionXL(StableDiffusion):
     checkpoints = (_SDXL,)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        text, _, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.unet.device, do_classifier_free_guidance=False)
+        text, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=pipe.text_encoder.device, do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         condition = self.encode_text(pipe, prompts)
         if pipe.config.force_zeros_for_empty_prompt:  # guidance is then against zeros, not against an encoded ""
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=pipe.unet.device)
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=pipe.text_encoder.device)
             condition = {
                 name: value.masked_fill(empty.view(-1, *[1] * (value.dim() - 1)), 0) for name, value in condition.items()
             }

@@ -205,6 +205,31 @@ def test_training_loads_the_base_by_itself_at_any_shape(toy: Path) -> None:
     assert parts[0] == {DENOISER_OF[toy.name]}
 
 
+def test_training_places_the_denoiser_when_the_text_encoders_are_gone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card needs memory for the larger of the two."""
+    placed: list[str] = []
+    encode, to = Base.encode, nn.Module.to
+
+    def encode_noted(base: Base, *arguments: Any) -> Any:
+        placed.append("prompts")
+        return encode(base, *arguments)
+
+    def to_noted(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        placed.append(type(module).__name__)
+        return to(module, *arguments, **options)
+
+    monkeypatch.setattr(Base, "encode", encode_noted)
+    components = load_toy(toy).pipe.components.items()
+    denoiser = next(type(part).__name__ for name, part in components if name == DENOISER_OF[toy.name])
+    encoders = {type(part).__name__ for name, part in components if name.startswith("text_encoder") and part is not None}
+    monkeypatch.setattr(nn.Module, "to", to_noted)
+    train(tiny_recipe(toy, resolution=64, steps=1, trajectory_steps=2), device="cpu", progress=False)
+    last_prompt = len(placed) - placed[::-1].index("prompts")
+    assert encoders <= {*placed[:last_prompt]}
+    assert denoiser not in placed[:last_prompt]
+    assert denoiser in placed[last_prompt:]
+
+
 @torch.no_grad()
 def test_pseudo_words_take_the_place_of_the_rarest_token(base: Base) -> None:
     """Every text encoder reads one, the same for the same seed, and the rest of the prompt stays."""
