@@ -71,6 +71,8 @@ class Measured(BaseModel):
     """What counted as erased."""
     variants: Numbers
     """Variant (`base`, `erased`, ...) to role of the prompts to metric to number."""
+    worst: Numbers = {}
+    """What lost most, of neighbours and the rest: part of a label, worst first, to `base` and `erased` to metric to rate."""
     not_run: dict[str, str] = {}
     """Metric or prompts to the reason why they were not measured."""
     record: dict[str, Any]
@@ -105,6 +107,15 @@ def role_rows(variants: Mapping[str, Mapping[str, Mapping[str, Number]]], role: 
     metrics = dict.fromkeys(metric for roles in variants.values() for metric in roles.get(role, {}))
     rows = ((name, metric, variants[name].get(role, {}).get(metric)) for metric in metrics for name in variants)
     return [(name, metric, number) for name, metric, number in rows if number]
+
+
+def worst_line(worst: Mapping[str, Mapping[str, Mapping[str, Number]]]) -> str:
+    """Return what lost most in a line: `Hurt most: fox 11 of 18 (base 18 of 18), owl ...`."""
+    parts: list[str] = []
+    for label, models in worst.items():
+        before, after = (next(iter(models[name].values())) for name in ("base", "erased"))
+        parts.append(f"{label} {after.hits} of {after.of} (base {before.hits} of {before.of})")
+    return f"Hurt most: {', '.join(parts)}."
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

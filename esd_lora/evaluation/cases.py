@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -121,6 +121,12 @@ def pair_cases(base: str = "emoji", seed: int = 0) -> list[Case]:
         Case(str(i), "general", prompt, seed + i, AND.join(pair))
         for i, (prompt, pair) in enumerate(zip(prompts, pairs, strict=True))
     ]
+
+
+def bare_cases(names: Sequence[str], count: int, seed: int = 0) -> list[Case]:
+    """Return `count` cases of each object with nothing around it, with and without article in turn."""
+    prompts = [(name, (fill_template("{a}", name), name)[i % 2]) for name in names for i in range(count)]
+    return [Case(str(i), "general", prompt, seed + i, name) for i, (name, prompt) in enumerate(prompts)]
 
 
 def object_cases(name: str, trained: Collection[str], count: int, base: str = "emoji", seed: int = 0) -> list[Case]:

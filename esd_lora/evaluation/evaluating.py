@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.privacy import scrub
 from esd_lora.erasers.stacking import Strength, strengths_of
@@ -41,6 +43,7 @@ from esd_lora.evaluation.report.summarising import (
     read_condition,
     summarise,
     summarise_labels,
+    worst_kept,
 )
 from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, paint_missing, score_dict, score_missing
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
@@ -56,6 +59,7 @@ from esd_lora.files import (
     work_folder,
     write_atomically,
 )
+from esd_lora.lessons import likeness_to
 from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
@@ -112,7 +116,10 @@ def evaluate(
     suite.require_allowed(allow_code)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
-    plan = plan_cases(suite, removed, limit)
+    if suite.needs_text_encoder and removed and not isinstance(base, Base):
+        base = load_base(base)
+    near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
+    plan = plan_cases(suite, removed, limit, near)
     if stack and len(members) < 2:
         raise EsdLoraError(f"a stack has two erasers or more, and {len(members)} are given.")
     if suite.attacks and not members:
@@ -158,6 +165,11 @@ def evaluate(
             folder, suite, plan, record, pictures, conditions, progress, members if stack else (), allow_code
         )
     return _passed(report, conditions)
+
+
+def likeness_to_erased(base: Base, concepts: Sequence[ErasedConcept], texts: Sequence[str]) -> list[float]:
+    """Return how near each text lies to the nearest concept as the base's text encoder sees it: their cosine."""
+    return likeness_to([concept.name for concept in concepts], texts, base).amax(0).tolist()
 
 
 def score_pictures(
@@ -299,6 +311,7 @@ def _score_and_write(
         variants=numbers,
         labels=summarise_labels(cases, scores, variants),
         layout=paper_layout(suite, numbers, cases, scores, members),
+        worst=worst_kept(cases, scores),
         stack=compare_members(cases, scores, members) if members else None,
         distances=distances,
         not_run={**plan.not_run, **not_scored, **not_measured},

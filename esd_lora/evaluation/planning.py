@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,7 +13,17 @@ from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.cases import AND, MAX_CASES, Case, fill_words, object_cases, pair_cases, style_cases, template_parts
+from esd_lora.evaluation.cases import (
+    AND,
+    MAX_CASES,
+    Case,
+    bare_cases,
+    fill_words,
+    object_cases,
+    pair_cases,
+    style_cases,
+    template_parts,
+)
 from esd_lora.evaluation.suites.prompt_files import PromptFile, read_prompt_file
 from esd_lora.evaluation.suites.suite_files import PromptSet, Suite
 from esd_lora.wording import without_article
@@ -30,13 +40,20 @@ class Plan(NamedTuple):
     """Prompt set to the reason why it is left out."""
 
 
-def plan_cases(suite: Suite, concepts: Sequence[ErasedConcept], limit: int | None = None) -> Plan:
+Likeness = Callable[[Sequence[str]], Sequence[float]]
+"""How near each of some texts lies to what was erased, as a base's text encoder sees it."""
+
+
+def plan_cases(
+    suite: Suite, concepts: Sequence[ErasedConcept], limit: int | None = None, likeness: Likeness | None = None
+) -> Plan:
     """Lay out the pictures of a suite.
 
     Args:
         suite: From `load_suite`.
         concepts: What was erased; decides which prompts are targets and neighbours, and fills `{concept}`.
         limit: Most pictures of each prompt set, evenly spaced among all.
+        likeness: Says which neighbours are nearest; without it, prompts that are chosen so are not run.
 
     Raises:
         EsdLoraError: If a file that is needed is not given or cannot be read, or nothing that was erased stands in the suite.
@@ -49,14 +66,17 @@ def plan_cases(suite: Suite, concepts: Sequence[ErasedConcept], limit: int | Non
                 raise EsdLoraError(f"the prompts {name!r} of this suite have {reason}.")
             plan.not_run[name] = reason
             continue
+        if prompts.nearest and (likeness is None or not concepts):
+            plan.not_run[name] = f"its prompts are chosen by {'a base' if concepts else 'what was erased'}, and none is given"
+            continue
         if prompts.file:
             file = read_prompt_file(prompts.file)
             plan.files[name] = _file_record(file, prompts)
             cases = _cases_of_file(name, prompts, file)
         elif prompts.domain:
-            cases = _cases_of_domain(name, prompts, suite.base or "emoji", concepts)
+            cases = _cases_of_domain(name, prompts, suite.base or "emoji", concepts, likeness)
         else:
-            cases = list(_cases_of_templates(name, prompts, concepts))
+            cases = list(_cases_of_templates(name, prompts, concepts, likeness))
         if limit is not None and len(cases) > limit:
             cases = [cases[i * len(cases) // limit] for i in range(limit)]
         plan.cases.extend(_assign_role(case, suite, concepts) for case in cases)
@@ -79,10 +99,25 @@ def erased_concepts(erasers: Sequence[Eraser], names: Sequence[str] = ()) -> lis
     ]
 
 
-def _cases_of_templates(name: str, prompts: PromptSet, concepts: Sequence[ErasedConcept]) -> Iterator[Case]:
+def _nearest(
+    prompts: PromptSet, words: Sequence[str], concepts: Sequence[ErasedConcept], likeness: Likeness | None
+) -> list[str]:
+    """Return the words of a prompt set that name nothing erased, nearest first where that was asked for."""
+    others = [word for word in words if not any(concept.named_in(word) for concept in concepts)]
+    if not prompts.nearest or likeness is None or not others:
+        return others
+    near = likeness(others)
+    return [others[i] for i in sorted(range(len(others)), key=lambda i: -near[i])[: prompts.nearest]]
+
+
+def _cases_of_templates(
+    name: str, prompts: PromptSet, concepts: Sequence[ErasedConcept], likeness: Likeness | None
+) -> Iterator[Case]:
     """Fill templates with every combination of what fills them."""
     text = "".join([*prompts.templates, prompts.label or ""])
     fill = dict(prompts.fill)
+    if prompts.nearest:
+        fill = {word: tuple(_nearest(prompts, words, concepts, likeness)) for word, words in fill.items()}
     if "{concept}" in text:
         fill["concept"] = tuple(without_article(concept.name) for concept in concepts)
     used = [word for word in fill if word in {field for _, field in template_parts(text)}]
@@ -104,7 +139,9 @@ def _check_count(name: str, count: int) -> None:
         raise EsdLoraError(f"the prompts {name!r} of this suite come to {count:,} pictures, more than {MAX_CASES:,}.")
 
 
-def _cases_of_domain(name: str, prompts: PromptSet, base: str, concepts: Sequence[ErasedConcept]) -> list[Case]:
+def _cases_of_domain(
+    name: str, prompts: PromptSet, base: str, concepts: Sequence[ErasedConcept], likeness: Likeness | None
+) -> list[Case]:
     """Return cases for a built-in base."""
 
     def erased(text: str) -> bool:
@@ -112,6 +149,10 @@ def _cases_of_domain(name: str, prompts: PromptSet, base: str, concepts: Sequenc
 
     if prompts.domain == "pairs":
         cases = [case for case in pair_cases(base, prompts.seed) if not erased(str(case.label))]
+    elif prompts.domain == "bare":
+        chosen = _nearest(prompts, domain(base)["objects"], concepts, likeness)
+        _check_count(name, (prompts.count or 1) * len(chosen))
+        cases = bare_cases(chosen, prompts.count or 1, prompts.seed)
     else:
         trained = {prompt for concept in concepts for prompt, _ in concept.pairs}
         cases_of, words = (object_cases, "objects") if prompts.domain == "object" else (style_cases, "styles")

@@ -24,6 +24,7 @@ from esd_lora.erasers.measured import (
     markdown_cell,
     markdown_table,
     role_rows,
+    worst_line,
 )
 from esd_lora.families import FAMILIES
 from esd_lora.files import write_files
@@ -241,6 +242,7 @@ def _measured(evaluation: Measured | None) -> str:
     return (
         f"## Measured: is it gone, and what else does it cost?\n\n{table}\n\n"
         f"Suite {_code(evaluation.suite)}, {markdown_cell(evaluation.date)}. {INTERVALS if rows else ''}".rstrip()
+        + (f" {markdown_cell(worst_line(evaluation.worst))}" if evaluation.worst else "")
         + "\n\n"
         + "\n".join(map(markdown_cell, notes))
     )

@@ -20,9 +20,10 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
-from esd_lora.erasers.measured import Interval
+from esd_lora.erasers.measured import Interval, worst_line
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation import scoring
+from esd_lora.evaluation.cases import read_cases
 from esd_lora.evaluation.detectors.detector import NotRun, Picture, Score
 from esd_lora.evaluation.evaluating import evaluate, score_pictures
 from esd_lora.evaluation.report import attaching
@@ -124,7 +125,7 @@ def test_numbers_are_those_of_the_pictures(base: Base, suite: Path, tmp_path: Pa
     summary = json.loads(report.to_json())
     assert summary["stack"] == {}
     assert list(summary) == [
-        *("suite", "concepts", "variants", "labels", "layout", "stack", "distances", "not_run", "record", "gates")
+        *("suite", "concepts", "variants", "labels", "worst", "layout", "stack", "distances", "not_run", "record", "gates")
     ]
 
 
@@ -437,6 +438,15 @@ def test_built_in_suite_with_its_judge(emoji: Base, tmp_path: Path) -> None:
     assert base["general"]["accuracy"].value == 1
     assert erased["general"]["accuracy"].value < 1
     assert report.labels["cat"]["base"]["accuracy"].of == 8
+    assert base["neighbour"]["accuracy"].of >= 4
+    near = {case.prompt for case in read_cases(tmp_path / "out" / "cases.jsonl") if case.id.startswith("nearest")}
+    assert "a dog" in near, "the text encoder puts it next to the cat"
+    assert report.worst
+    for lost in report.worst.values():
+        assert lost["erased"]["accuracy"].value < lost["base"]["accuracy"].value
+    line = worst_line(report.worst)
+    assert line in (tmp_path / "out" / "table.md").read_text()
+    assert line in (tmp_path / "out" / "report.html").read_text()
 
 
 def invoke(*args: object) -> Any:

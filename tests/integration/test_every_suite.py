@@ -85,7 +85,14 @@ RUNS = {
             "detectors.clip.path": "clip",
             "detectors.artist.path": "artists",
         },
-        {"target.lpips", "general.lpips", "target.clip", "target.artist.accuracy", "general.artist.accuracy"},
+        {
+            "target.lpips",
+            "general.lpips",
+            "target.clip",
+            "target.artist.accuracy",
+            "general.artist.accuracy",
+            "neighbour.lpips",
+        },
     ),
     "identity": SuiteRun(
         "Jane Doe",

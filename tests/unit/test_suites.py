@@ -134,17 +134,52 @@ def test_limit_is_spread_evenly(tmp_path: Path) -> None:
 
 
 def test_domain_of_a_built_in_base() -> None:
-    cases = plan_cases(load_suite("emoji-object"), [CAT]).cases
+    cases = plan_cases(load_suite("emoji-object"), [CAT], likeness=lambda texts: [float(len(text)) for text in texts]).cases
     target = [case for case in cases if case.role == "target"]
     assert len(target) == 60
     assert {case.label for case in target} == {"cat"}
     assert "a cat in ink style" not in {case.prompt for case in target}, "no prompt that was trained on"
-    rest = [case for case in cases if case.role in ("neighbour", "general")]
+    rest = [case for case in cases if case.id.startswith("rest")]
     known = domain("emoji")
     pairs = len(known["objects"]) * len(known["styles"]) - len(known["held_out"])
     assert len(rest) == pairs - 5, "every pair but those of the cat"
     assert {case.label.split(" + ")[0] for case in rest if case.role == "neighbour"} >= {"dog", "tiger"}
     assert "pizza" not in {case.label.split(" + ")[0] for case in rest if case.role == "neighbour"}
+
+
+def test_neighbours_are_asked_for_with_nothing_around_them_and_the_nearest_most() -> None:
+    planned = plan_cases(load_suite("emoji-object"), [CAT], likeness=lambda texts: [float(len(text)) for text in texts])
+    bare, near = ([case for case in planned.cases if case.id.startswith(name)] for name in ("bare", "nearest"))
+    others = [name for name in domain("emoji")["objects"] if name != "cat"]
+    assert Counter(case.label for case in bare) == dict.fromkeys(others, 3)
+    assert {case.prompt for case in bare if case.label == "owl"} == {"an owl", "owl"}
+    assert len({case.seed for case in (*bare, *near)}) == len(bare) + len(near)
+    assert {case.role for case in near} == {"neighbour"}
+    assert Counter(case.label for case in near) == dict.fromkeys(sorted(others, key=len)[-4:], 6)
+
+
+def test_the_nearest_are_not_run_where_nothing_says_which_they_are() -> None:
+    alone = plan_cases(load_suite("emoji-object"), [CAT])
+    assert alone.not_run == {"nearest": "its prompts are chosen by a base, and none is given"}
+    nothing = plan_cases(load_suite("emoji-demo"), [], likeness=lambda texts: [0.0] * len(texts))
+    assert nothing.not_run == {"nearest": "its prompts are chosen by what was erased, and none is given"}
+
+
+NEAREST = """description: x
+targets: false
+prompts:
+  near: {role: neighbour, templates: ["{who}", "a photo of {who}"], fill: {who: [Ann, Jo, Elizabeth]}, nearest: 1}
+detectors: {}
+"""
+
+
+def test_nearest_of_what_fills_templates(tmp_path: Path) -> None:
+    long = ErasedConcept(name="Elizabeth", pairs=(), eta=1)
+    planned = plan_cases(suite(tmp_path, NEAREST), [long], likeness=lambda texts: [float(len(text)) for text in texts])
+    assert [(case.prompt, case.role) for case in planned.cases] == [("Ann", "neighbour"), ("a photo of Ann", "neighbour")]
+    for wrong in ("nearest: 0", "nearest: 2, domain: pairs, templates: []"):
+        with pytest.raises(EsdLoraError, match="nearest"):
+            suite(tmp_path, NEAREST.replace("nearest: 1", wrong))
 
 
 def test_style_of_a_built_in_base() -> None:

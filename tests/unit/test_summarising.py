@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from esd_lora.erasers.measured import Number
+from esd_lora.erasers.measured import Number, worst_line
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Score
@@ -16,6 +16,7 @@ from esd_lora.evaluation.report.summarising import (
     summarise,
     summarise_labels,
     unlearning_accuracies,
+    worst_kept,
 )
 
 CASES = [Case(f"t-{i}", "target", f"a cat {i}", i, "cat") for i in range(4)]
@@ -139,6 +140,22 @@ def test_table_escapes_what_users_say() -> None:
         "## Frechet distance, beside base\n\n| model | efficientnet | pictures |\n| --- | --- | --- |\n| erased | 1.5 | 2 |"
         in text
     )
+
+
+def test_what_lost_most_is_named() -> None:
+    cases = [Case(f"{name}-{i}", "neighbour", f"a {name}", i, name) for name in ("dog", "fox", "owl") for i in range(4)]
+    cases += [Case(f"cat-{i}", "target", "a cat", i, "cat") for i in range(4)]
+    lost = {"dog-0", "fox-0", "fox-1", "fox-2", *(f"cat-{i}" for i in range(4))}
+    scores = {
+        (variant, case.id): {"judge": Score({"accuracy": variant == "base" or case.id not in lost})}
+        for variant in ("base", "erased")
+        for case in cases
+    }
+    worst = worst_kept(cases, scores)
+    assert {name: models["erased"]["accuracy"].hits for name, models in worst.items()} == {"fox": 1, "dog": 3}
+    assert list(worst) == ["fox", "dog"]
+    assert worst_line(worst) == "Hurt most: fox 1 of 4 (base 4 of 4), dog 3 of 4 (base 4 of 4)."
+    assert worst_kept(cases[-4:], scores) == {}
 
 
 def test_layout_of_unlearncanvas() -> None:

@@ -40,7 +40,7 @@ def attach(eraser: str | Path, report: Report | str | Path, pictures: Path | Non
         raise EsdLoraError(f"these numbers are not of {eraser} as it is now. Evaluate it again.")
     require_attachable(eraser, strength)
     samples = {} if pictures is None or read_samples(directory / "samples") else _take_samples(pictures)
-    numbers = {name: getattr(report, name) for name in ("suite", "concepts", "variants", "not_run", "record")}
+    numbers = {name: getattr(report, name) for name in ("suite", "concepts", "variants", "worst", "not_run", "record")}
     measured = Measured(date=datetime.datetime.now(datetime.UTC).date().isoformat(), **numbers)
     earlier = loaded.header.evaluation
     if (

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from esd_lora.erasers.measured import NOTHING, TITLES, Numbers, role_rows
+from esd_lora.erasers.measured import NOTHING, TITLES, Numbers, role_rows, worst_line
 from esd_lora.evaluation.cases import ROLES, Case
 from esd_lora.evaluation.picture_files import open_painted
 from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
@@ -63,6 +63,7 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
     return template.render(
         report=report,
         nothing=NOTHING,
+        worst=worst_line(report.worst) if report.worst else "",
         suite=suite,
         cards=_cards(report.variants),
         sections=sections,

@@ -20,6 +20,7 @@ from esd_lora.erasers.measured import (
     markdown_cell,
     markdown_table,
     role_rows,
+    worst_line,
 )
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import read_bounded
@@ -90,6 +91,8 @@ class Report(_Frozen):
     """Variant (`base`, `erased`, ...) to role of the prompts to metric to number."""
     labels: Numbers
     """Part of a label to variant to metric to number; empty where labels are too many to be classes."""
+    worst: Numbers = {}
+    """What lost most, of neighbours and the rest: part of a label, worst first, to `base` and `erased` to metric to rate."""
     layout: dict[str, dict[str, float]]
     """Rows of a paper's table, for suites that follow one: row to column to share from 0 to 1."""
     stack: StackNumbers | None
@@ -136,6 +139,8 @@ class Report(_Frozen):
         for role, title in TITLES.items():
             if rows := role_rows(self.variants, role):
                 parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
+        if self.worst:
+            parts.append(markdown_cell(worst_line(self.worst)))
         if self.layout:
             columns = list(next(iter(self.layout.values())))
             rows = [

@@ -17,6 +17,7 @@ from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import alone_name, first_name
 
 _DIGITS = 6
+_MOST_WORST = 5
 _MOST_LABELS = 1000  # more than ImageNet has classes are no classes
 
 
@@ -51,6 +52,23 @@ def summarise_labels(cases: Sequence[Case], scores: Scores, variants: Sequence[s
     if len(by_part) > _MOST_LABELS or len(by_part) >= len(cases):
         return {}
     return {part: {v: _measure_all(values_by_metric(v, own, scores)) for v in variants} for part, own in by_part.items()}
+
+
+def worst_kept(cases: Sequence[Case], scores: Scores) -> Numbers:
+    """Return what lost most by erasing: part of a label to `base` and `erased` to metric to rate, worst first, at most five.
+
+    Among neighbours and general prompts; a part that lost nothing is not among them.
+    """
+    kept = [case for case in cases if case.role in ("neighbour", "general")]
+    metric = _rate_metric("erased", kept, scores)
+    rates = summarise_labels(kept, scores, ("base", "erased")) if metric else {}
+    lost = {
+        part: both["base"][metric].value - both["erased"][metric].value
+        for part, both in rates.items()
+        if metric and all(metric in both[variant] for variant in ("base", "erased"))
+    }
+    worst = sorted((part for part in lost if lost[part] > 0), key=lambda part: -lost[part])[:_MOST_WORST]
+    return {part: {name: {str(metric): rates[part][name][str(metric)]} for name in ("base", "erased")} for part in worst}
 
 
 def _measure_all(metrics: Mapping[str, Mapping[str, bool | float]]) -> dict[str, Number]:

@@ -30,9 +30,13 @@ class PromptSet(_Frozen):
     """Texts with `{word}` for what `fill` lists, and `{concept}` for each erased concept in turn."""
     fill: dict[str, tuple[str, ...]] = {}
     """Words in braces to what takes their place, in all combinations."""
-    domain: Literal["object", "style", "pairs"] | None = None
-    """Prompts for a built-in base: `count` for each erased object or style that no eraser was trained on, or every object in
-    every style."""
+    domain: Literal["object", "style", "pairs", "bare"] | None = None
+    """Prompts for a built-in base: `count` for each erased object or style that no eraser was trained on; or every other object
+    in every style; or each with nothing around it, `count` times, with and without article ("a dog", "dog"), where a
+    neighbour has least to hold on to."""
+    nearest: int | None = Field(default=None, ge=1)
+    """How many of what fills the templates, or of the domain's bare objects, are asked for: those that the base's text encoder
+    puts nearest to what was erased; all unless given."""
     file: str | None = None
     """CSV or text file, by path; read where it lies."""
     release: str | None = None
@@ -60,6 +64,8 @@ class PromptSet(_Frozen):
         words = {word for text in (*self.templates, self.label or "") for _, word in template_parts(text) if word}
         if self.templates and (unknown := words - {"concept", *self.fill}):
             raise ValueError(f"nothing fills {{{sorted(unknown)[0]}}}{did_you_mean(sorted(unknown)[0], self.fill)}")
+        if self.nearest and self.domain != "bare" and not (self.templates and len(self.fill) == 1 and "concept" not in words):
+            raise ValueError("nearest chooses among bare objects of a domain, or what alone fills templates")
         return self
 
 
@@ -140,6 +146,11 @@ class Suite(_Frozen):
     def name(self) -> str:
         """Name of its file, for records; `custom` where it was not loaded from one."""
         return self._name
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether a base's text encoder chooses some of its prompts."""
+        return any(prompts.nearest for prompts in self.prompts.values())
 
     @field_validator("base")
     @classmethod
