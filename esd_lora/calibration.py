@@ -9,7 +9,7 @@ of weights and latents nor the kind of model matter:
 - **How far the student is.** A `Probe` compares student and base on prompts and trajectories that no step trains on, guided as
   pictures are sampled: how much of the push towards the concept is left, and how far kept prompts have drifted.
 - **What is short.** `steer` raises the push (eta) where erasing stands still, weighs kept prompts by their drift, and begins
-  the cool-down, in which the rate falls, once the concept is gone.
+  the cool-down, in which the rate falls, once the concept is gone. If it came back meanwhile, the training goes on.
 """
 
 from __future__ import annotations
@@ -219,12 +219,16 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
         weight = max(weight / 1.3, _LEAST_WEIGHT)
     if spec.preserve_weight == AUTO and weight != state.preserve_weight:
         state.preserve_weights.append((state.step, weight))
+    came_back = False
     if state.cooling:
-        return False
+        came_back = not gone and state.step == last_step(spec, state.cooling) < spec.most_steps * 2 // 3
+        if not came_back:
+            return False
+        state.cooling = 0
     if spec.steps == AUTO and (gone or state.step >= spec.most_steps * 2 // 3):
         state.cooling = state.step
         return False
-    stale = before is not None and before["residual_worst"] - reading.residual_worst < _STALE
+    stale = came_back or (before is not None and before["residual_worst"] - reading.residual_worst < _STALE)
     if recipe.eta != AUTO or gone or not stale or state.eta >= _MOST_ETA:
         return False
     # Held-out prompts go a share f of the way to their target: residual = 1 - f (1 + eta). Enough is eta = 1 / f - 1.
@@ -238,7 +242,8 @@ def last_step(spec: TrainSpec, cooling: int) -> int:
     """Return the number of the step that ends a training: with `steps: auto`, of the cool-down if it began."""
     if spec.steps != AUTO or not cooling:
         return spec.most_steps
-    return min(cooling + max(_LEAST_COOLING, cooling // 2), spec.most_steps)
+    probes = -(-max(_LEAST_COOLING, cooling // 2) // spec.probe_every)  # whole ones, so that the end is read
+    return min(cooling + probes * spec.probe_every, spec.most_steps)
 
 
 def gone_at(*, anchored: bool) -> tuple[float, float]:

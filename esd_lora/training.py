@@ -214,7 +214,8 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], 
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:
-        for step in range(state.step, state.step if state.stopped else last_step(spec, state.cooling)):
+        done = state.stopped or state.step == last_step(spec, state.cooling)
+        for step in range(state.step, state.step if done else spec.most_steps):
             # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
             # fills now and then.
             if step % spec.refresh_every == 0 or not buffers:

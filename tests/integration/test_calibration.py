@@ -216,6 +216,36 @@ def test_gone_begins_the_cool_down_which_ends_the_training() -> None:
     assert "short" not in ending(state)
 
 
+def test_what_came_back_while_cooling_is_trained_on_with_a_stronger_push() -> None:
+    recipe = auto_recipe("emoji")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"probe_every": 15})})
+    state = state_of(60)
+    steer(state, reading(60, GONE), recipe)
+    for step, raised in ((75, False), (90, True)):
+        state.step = step
+        assert steer(state, reading(step, 0.3), recipe) == raised
+    assert state.cooling == 0
+    assert state.etas[-1][0] == 90
+    assert last_step(recipe.train, state.cooling) == recipe.train.most_steps
+    state.step = 105
+    steer(state, reading(105, GONE), recipe)
+    assert last_step(recipe.train, state.cooling) == 165, "whole probes: half of 105 and a little more"
+    state.step = 165
+    steer(state, reading(165, GONE), recipe)
+    assert (state.cooling, "short" in ending(state)) == (105, False)
+
+
+def test_what_came_back_late_ends_the_training_all_the_same() -> None:
+    recipe = auto_recipe("emoji")
+    state = state_of(240)
+    steer(state, reading(240, GONE), recipe)
+    state.step = last_step(recipe.train, state.cooling)
+    assert state.step == 360
+    assert not steer(state, reading(360, 0.3), recipe)
+    assert state.cooling == 240
+    assert "short" in ending(state)
+
+
 def test_standing_still_raises_the_push_and_falling_does_not() -> None:
     recipe = auto_recipe("emoji")
     state = state_of(20)
