@@ -40,6 +40,8 @@ WRITING = CREATING | {"os.remove", "os.rmdir", "os.chmod"}
 """Audit events of calls that may change a file system."""
 REFUSALS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EMFILE)
 SLOW = ("train", "evaluate")
+PUSH = "push"
+"""The verb that writes elsewhere: it is stopped at its requests."""
 GROWING = ("train_log.jsonl", "checkpoint.pt", "previews")
 """What a training leaves on its way, and takes away or goes on with."""
 
@@ -548,7 +550,7 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
 
     Args:
         folder: For everything; empty.
-        strides: Name of a verb to the stride of the writes at which it is stopped: 1 for all of them, 0 for none.
+        strides: Name of a verb to the stride of the writes at which it is stopped, of a push's requests: 1 for all, 0 for none.
         randomly: Kills of every verb at random times.
         pairs: Pairs of every verb in one place.
     """
@@ -556,6 +558,8 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
     counts: dict[str, dict[str, int]] = {}
     failures: list[str] = []
     with hub_with(places, folder / "hub"):
+        strides = dict(strides)
+        pushes = strides.pop(PUSH, None)
         for number, (name, stride) in enumerate(strides.items()):
             trials = Trials(name, places, folder / f"verb-{number}")
             if stride:
@@ -566,8 +570,8 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
             counts[name] = dict(trials.counts)
             failures += trials.failures
             sys.stderr.write("\n  ".join([name, str(counts[name]), *trials.failures]) + "\n")
-        if randomly:
-            counts["push"], lost = kill_pushes(places, folder / "pushes", min(strides.values()), randomly, random.Random(0))
+        if pushes is not None:
+            counts[PUSH], lost = kill_pushes(places, folder / "pushes", pushes, randomly, random.Random(0))
             failures += lost
     return {"counts": counts, "failures": failures}
 
@@ -575,7 +579,7 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--verbs", nargs="*", default=list(VERBS))
+    parser.add_argument("--verbs", nargs="*", default=[*VERBS, PUSH])
     parser.add_argument("--stride", type=int, default=1, help="0 leaves these trials out")
     parser.add_argument("--slow-stride", type=int, help="of verbs that take a second, where it is another")
     parser.add_argument("--randomly", type=int, default=10)
