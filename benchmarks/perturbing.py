@@ -45,7 +45,7 @@ MEASURES = ("object_left", "kept", "kept_unlisted", "kept_bare")
 
 
 def scaled(factor: float) -> Base:
-    """Return the built-in base with its text embeddings scaled and the weights that read them scaled back, for the same pictures."""
+    """Return the built-in base with text embeddings scaled and the weights that read them scaled back: the same pictures."""
     base = load_base("emoji")
     with torch.no_grad():
         for parameter in base.pipe.text_encoder.final_layer_norm.parameters():
