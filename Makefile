@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process for each core; the tests of a file share what it makes, so they stay together.
+PARALLEL := -n auto --maxprocesses 4 --dist loadscope
 LOWEST ?= .venv-lowest
 export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/esd-lora demo -o out/demo --force
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

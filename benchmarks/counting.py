@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
@@ -114,6 +117,20 @@ def nearest_objects(base: Base, name: str) -> list[Case]:
     ]
 
 
+@contextmanager
+def replaced(base: Base, weights: Mapping[str, Tensor]) -> Generator[None]:
+    """Replace weights of a base's denoiser for the length of a `with` block."""
+    own = dict(base.model.named_parameters())
+    before = {name: own[name].detach().clone() for name in weights}
+    try:
+        for name, weight in weights.items():
+            own[name].data.copy_(weight)
+        yield
+    finally:
+        for name, weight in before.items():
+            own[name].data.copy_(weight)
+
+
 class Yardstick:
     """What erasers of objects and styles leave and keep on a learned base.
 
@@ -128,36 +145,77 @@ class Yardstick:
         self.before = score(base, self.judge, pair_cases(), desc=base.id)
         self.bare = score(base, self.judge, every_object())
 
-    def measure(self, erasers: Sequence[Eraser], objects: Collection[str], styles: Collection[str]) -> dict[str, Any]:
+    def measure(
+        self, erasers: Sequence[Eraser], objects: Collection[str], styles: Collection[str], without: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Return erased and kept shares of erasers on the base, on prompts that they were not made with.
 
         Args:
             erasers: All of them at once.
             objects: That they erase.
             styles: That they erase.
+            without: Further prompts that are not asked for, so that erasers made with different ones compare.
         """
-        digest = hashlib.sha256()
-        for eraser in erasers:
-            digest.update(repr([concept.pairs for concept in eraser.header.concepts]).encode())
-            for path, pair in sorted(eraser.pairs.items()):
-                if pair.up.any():  # what does nothing differs by seed, and makes no difference
-                    digest.update(path.encode() + pair.down.numpy().tobytes() + pair.up.numpy().tobytes())
-        name = "-".join([Path(self.base.id).name, *sorted({*objects, *styles}), digest.hexdigest()[:16]])
+        pairs = [pair for eraser in erasers for concept in eraser.header.concepts for pair in concept.pairs]
+        # What does nothing differs by seed, and makes no difference.
+        tensors = [
+            factor
+            for eraser in erasers
+            for path in sorted(eraser.pairs)
+            if eraser.pairs[path].up.any()
+            for factor in eraser.pairs[path]
+        ]
+        return self._once(lambda: applied(self.base, erasers), tensors, pairs, sorted(objects), sorted(styles), without)
+
+    def measure_weights(
+        self, weights: Mapping[str, Tensor], anchor: str, objects: Collection[str], without: Collection[str]
+    ) -> dict[str, Any]:
+        """Return the same of a denoiser of which some weights were replaced.
+
+        Args:
+            weights: Names in the denoiser's state dict to the new ones.
+            anchor: What should appear instead.
+            objects: That they erase.
+            without: Prompts that are not asked for.
+        """
+        tensors = [weights[name] for name in sorted(weights)]
+        return self._once(lambda: replaced(self.base, weights), tensors, [("", anchor)], sorted(objects), [], without)
+
+    def _once(
+        self,
+        switch: Callable[[], AbstractContextManager[object]],
+        tensors: Iterable[Tensor],
+        pairs: Sequence[tuple[str, str]],
+        objects: Sequence[str],
+        styles: Sequence[str],
+        without: Collection[str],
+    ) -> dict[str, Any]:
+        """Return what was measured of these tensors before, or measure it."""
+        digest = hashlib.sha256(repr((pairs, sorted(without))).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        name = "-".join([Path(self.base.id).name, *objects, *styles, digest.hexdigest()[:16]])
         cache = self.folder / f"{name}.json"
         if not cache.exists():
-            cache.write_text(json.dumps(self._measured(erasers, sorted(objects), sorted(styles))))
+            cache.write_text(json.dumps(self._measured(switch, pairs, objects, styles, without)))
         return json.loads(cache.read_text())
 
-    def _measured(self, erasers: Sequence[Eraser], objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
+    def _measured(
+        self,
+        switch: Callable[[], AbstractContextManager[object]],
+        pairs: Sequence[tuple[str, str]],
+        objects: Sequence[str],
+        styles: Sequence[str],
+        without: Collection[str],
+    ) -> dict[str, Any]:
         known = domain("emoji")
         listed = {name for name in known["objects"] if fill_template("{a}", name) in known["keep"]}
-        pairs = [pair for eraser in erasers for concept in eraser.header.concepts for pair in concept.pairs]
-        made_with = {prompt for prompt, _ in pairs}
+        made_with = {prompt for prompt, _ in pairs} | {*without}
         shown = {anchor.rpartition(" ")[2] for _, anchor in pairs} & set(known["objects"]) if not styles else set()
         louder = dataclasses.replace(self.base, guidance=HIGH * self.base.guidance)
         cases = [s.case for s in self.before]
         near = [score(self.base, self.judge, nearest_objects(self.base, name)) for name in objects]
-        with applied(self.base, erasers):
+        with switch():
             scored, scored_bare = self._score(cases), self._score([s.case for s in self.bare])
             scored_near = [self._score([s.case for s in part]) for part in near]
             of_objects = [object_cases(name, made_with, SHOTS) for name in objects]

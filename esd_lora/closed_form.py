@@ -16,6 +16,9 @@ directions. Where every row became the anchor's, the model would draw the anchor
 An anchor that is what the prompt says without the concept ("a cat" for "a cat in ink style") may still be drawn with it, so
 there the row to arrive at lies beyond: a + push (a - c).
 
+Kept, with a weight of its own, are also prompts of the list with a pseudo-word in the place of what they are about: they stand
+for all that no list names (`pseudo_words`).
+
 Erased and kept rows are those of whole prompts, padding too, for attention reads it all, and of the concept in many frames:
 what a text encoder makes of a word depends on what stands before it.
 """
@@ -33,7 +36,9 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.erasers.header import Solved
+from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
 from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.trajectory import Condition
 from esd_lora.wording import mentions
@@ -43,6 +48,7 @@ _CANDIDATES = 12  # of an anchor, the nearest
 _LONGEST_ANCHOR = 3  # words
 _SPARE = 4  # times the rank of a layer are looked at, for weights see directions of the text differently
 _PLAIN = 4  # times as much counts a prompt with nothing around it, which little holds in place
+_PSEUDO = 64  # texts with a pseudo-word, a multiple of `_AT_ONCE`
 _NAMED = 8  # kept prompts that are named because they move most
 
 
@@ -58,12 +64,19 @@ class TextMoments(NamedTuple):
     kept: Tensor
     """`E[r r^T]`."""
 
-    def solve(self, spec: ClosedFormSpec) -> tuple[Tensor, Tensor]:
-        """Return D and the Cholesky root of the matrix that is inverted for it."""
-        whole = self.erased + spec.keep * self.kept
+    def solve(self, spec: ClosedFormSpec, free: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return D, and the Cholesky root of the matrix that is inverted for it, both of what is free: D may read no more.
+
+        Args:
+            spec: Weights of what is kept and of the ridge.
+            free: Orthonormal basis of the directions that D may read, [width, free]; all of them unless given.
+        """
+        whole, way = self.erased + spec.keep * self.kept, self.way
         whole.diagonal().add_(spec.ridge * float(self.kept.diagonal().mean()))
+        if free is not None:
+            whole, way = free.T @ whole @ free, way @ free
         root = torch.linalg.cholesky(whole)
-        return torch.cholesky_solve(self.way.T, root).T, root
+        return torch.cholesky_solve(way.T, root).T, root
 
     def left(self, change: Tensor) -> float:
         """Return what is left of the way from the erased rows to their anchors': `|D c - (a - c)| / |a - c|` of all."""
@@ -111,22 +124,14 @@ def way_moments(
     return TextMoments(erased / count, way / count, distance / count, kept)
 
 
-def rows_of(encode: Callable[[Sequence[str]], Condition], name: str) -> Callable[[Sequence[str]], Tensor]:
-    """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled."""
-
-    def rows(prompts: Sequence[str]) -> Tensor:
-        embeds = encode(prompts)[name].double()
-        return embeds if embeds.dim() == 3 else embeds[:, None]
-
-    return rows
-
-
 def solve_text(
     base: Base,
     encode: Callable[[Sequence[str]], Condition],
     lessons: Sequence[Lesson],
     layers: Mapping[str, int],
     spec: ClosedFormSpec,
+    guard: Guard | None = None,
+    unlisted: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, LoraPair], Solved | None]:
     """Return the updates of layers that read text, and how far they get.
 
@@ -136,21 +141,28 @@ def solve_text(
         lessons: From `lessons.plan`. Those whose student reads another prompt than the erased one have no closed form.
         layers: Path of every layer that may change to the rank it may have; those that read no text are left out.
         spec: Weights of what is kept and of the ridge.
+        guard: Has the texts that no update may touch.
+        unlisted: From `unlisted_moments`, of what is in no list.
     """
     kept = kept_texts(lessons)
     updates: dict[str, LoraPair] = {}
     solved: Solved | None = None
-    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+    for name in TEXT_TENSORS:
         readers = {path: rank for path, rank in layers.items() if base.family.text_read_by(path) == name}
         if not readers or not replaced(lessons):
             continue
         rows = rows_of(encode, name)
         moments = moments_of(rows, lessons, spec)
-        change, root = moments.solve(spec)
+        if unlisted:
+            moments = moments._replace(kept=moments.kept + spec.unlisted * unlisted[name])
+        free = guard.free(name) if guard else None
+        change, root = moments.solve(spec, free)
         u, size, v = torch.linalg.svd(change @ root, full_matrices=False)
         most = _SPARE * max(readers.values())
         narrow, wide = u[:, :most] * size[:most], v[:most]  # change @ root, as far as any layer could use it
         down = torch.linalg.solve_triangular(root, wide, upper=False, left=False)
+        if free is not None:
+            change, down = change @ free.T, down @ free.T
         for path, weight in base.weights(readers):
             up, strength, turn = torch.linalg.svd(weight.detach().double() @ narrow, full_matrices=False)
             rank = min(readers[path], len(strength))
@@ -184,6 +196,25 @@ def moments_of(rows: Callable[[Sequence[str]], Tensor], lessons: Sequence[Lesson
     second = second_moment(rows, [*kept, *plain_prompts(kept) * (_PLAIN - 1)])
     beyond = [0.0 if lesson.replaces else min(spec.push, lesson.eta) for lesson in replaced(lessons)]
     return way_moments(rows, [lesson[1:3] for lesson in replaced(lessons)], second, beyond)
+
+
+def unlisted_moments(base: Base, kept: Sequence[str]) -> dict[str, Tensor]:
+    """Return `E[r r^T]` of each tensor of text over kept texts about something that nobody listed, [width, width].
+
+    Args:
+        base: Whose text encoders are still there.
+        kept: From `kept_texts`; some of them get a pseudo-word.
+    """
+    chosen = [kept[i * len(kept) // _PSEUDO] for i in range(_PSEUDO)]
+    words, generator = PseudoWords(base, chosen), torch.Generator().manual_seed(0)
+    moments: dict[str, list[Tensor]] = {}
+    for first in range(0, _PSEUDO, _AT_ONCE):
+        condition = words.encode(chosen[first : first + _AT_ONCE], generator)
+        for name in TEXT_TENSORS:
+            if name in condition:
+                rows = condition[name].double().flatten(0, -2)
+                moments.setdefault(name, []).append(rows.T @ rows / len(rows))
+    return {name: torch.stack(parts).mean(0) for name, parts in moments.items()}
 
 
 def kept_texts(lessons: Sequence[Lesson]) -> list[str]:

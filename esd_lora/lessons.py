@@ -70,10 +70,14 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     erased = {lesson.prompt for lesson in lessons}
     clashes = {prompt: concept.name for concept in recipe.concepts for prompt in listed if concept.named_in(prompt)}
     clashes |= {prompt: prompt for prompt in listed if prompt in erased}
+    for prompt in recipe.guard:
+        if name := next((c.name for c in recipe.concepts if c.named_in(prompt)), prompt if prompt in erased else None):
+            raise EsdLoraError(f"guard holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     if clashes and recipe.preserve != "default":
         prompt, name = next(iter(clashes.items()))
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
-    preserved = [prompt for prompt in listed if prompt not in clashes] + [prompt for prompt in near if prompt not in erased]
+    preserved = [*recipe.guard, *(prompt for prompt in listed if prompt not in clashes)]
+    preserved += [prompt for prompt in near if prompt not in erased]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
 
 

@@ -198,6 +198,8 @@ class ClosedFormSpec(_Frozen):
     """How far to go beyond an anchor that is only what the prompt says without the concept, eta at most; 0 to 1."""
     ridge: float = Field(gt=0)
     """Weight of the update's own size, in units of the mean square of kept text; 0.0001 to 0.01."""
+    unlisted: float = Field(default=0.0, ge=0)
+    """Weight of kept text with a pseudo-word in it, which stands for what is in no list; 0.1 to 1."""
 
 
 class TrainSpec(_Frozen):
@@ -300,6 +302,8 @@ class Recipe(_Frozen):
     what stands around preserved prompts, and some that suit any picture."""
     preserve: Literal["default"] | tuple[str, ...] = ()
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
+    guard: tuple[str, ...] = ()
+    """Prompts, up to a few, whose text no update touches at all, in layers that read text; they are preserved too."""
     neighbours: Neighbours | None = None
     """More of them, found in the text encoder's own space."""
     lora: LoraSpec

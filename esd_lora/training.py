@@ -27,13 +27,14 @@ from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_p
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, ending, is_content, last_step, measure_rate, steer
-from esd_lora.closed_form import choose_anchors, kept_texts, solve_text
+from esd_lora.closed_form import choose_anchors, kept_texts, solve_text, unlisted_moments
 from esd_lora.curves import draw_curves
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, LoraPair
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
+from esd_lora.guarding import Guard
 from esd_lora.lessons import Lesson, first_eta, hold_out, nearest_prompts, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
@@ -100,11 +101,14 @@ def train(
         if recipe.anchor == AUTO:
             recipe = recipe.anchored(choose_anchors(recipe, base, encode))
         planned = plan(recipe, base.keep, near)
+        guard = Guard(base, recipe.guard, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
         walks = preserved_walks(spec, len(latent_shapes(base, spec)))
         lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
         held_out = hold_out(recipe, planned, base) if recipe.probed else None
         further = [*(held_out.prompts() if held_out else ()), *(kept_texts(planned) if recipe.closed_form else ())]
         teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
+        form = recipe.closed_form
+        unlisted = unlisted_moments(base, kept_texts(planned)) if form and form.unlisted else None
         del encode  # it holds every condition once more
         if loaded_here:
             base.free_text_encoders()
@@ -113,10 +117,11 @@ def train(
             if spec.gradient_checkpointing:
                 base.model.enable_gradient_checkpointing()
             pairs, solved = {}, None
-            if recipe.closed_form:
-                pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), recipe.closed_form)
+            if form:
+                pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), form, guard, unlisted)
                 solved = solved and solved.model_copy(update={"seconds": time.monotonic() - started})
             probe = Probe(teacher, held_out) if held_out else None
+            guard.hold()  # before any step, what a layer starts from as well
             state = start(teacher, parameters, pairs, probe, allow_code)
             state.started = started
             state.count_time()
@@ -124,7 +129,7 @@ def train(
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
             watchers = watchers_for(teacher, state, out, track, progress, on_step, given, solved)
-            run_steps(teacher, state, watchers, probe)
+            run_steps(teacher, state, watchers, probe, guard)
             if progress and recipe.probed:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
             eraser = collect(teacher, state, given, planned, solved)
@@ -196,7 +201,13 @@ def start(
     )
 
 
-def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], probe: Probe | None = None) -> None:
+def run_steps(
+    teacher: Teacher,
+    state: TrainState,
+    watchers: Sequence[Watcher],
+    probe: Probe | None = None,
+    guard: Guard | None = None,
+) -> None:
     """Train the student, the base with its adapter on, until the recipe's last step or until a watcher ends it.
 
     Args:
@@ -204,6 +215,7 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], 
         state: Moved on by every step.
         watchers: Called after every step.
         probe: Measures how far the student is, where the recipe leaves something to that.
+        guard: Has the texts that no update may touch.
 
     Raises:
         EsdLoraError: If the loss stops being finite.
@@ -234,6 +246,8 @@ def run_steps(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], 
                 total, samples = total + loss.item(), samples + len(t)
             require_finite(total, step, state.lr, base)
             state.update(total, samples, learning_rate(spec, step, state.lr, state.cooling))
+            if guard:
+                guard.hold()
 
             if probe and state.step % spec.probe_every == 0 and steer(state, probe.read(state.step), teacher.recipe):
                 teacher.push(state.eta, buffers.values())
@@ -332,6 +346,7 @@ def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequenc
             for concept, pool in zip(recipe.concepts, pools(recipe, base.keep), strict=True)
         ),
         preserve=tuple(dict.fromkeys(held)),
+        guard=recipe.guard,
         objective=recipe.objective,
         scope=recipe.scope,
         recipes=(given,),

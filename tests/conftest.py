@@ -18,7 +18,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.training import train
 from tiny import save_tiny, tiny_recipe
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # a process for each core, or one for both
 
 # The same examples on every machine and every run, and no verdict that depends on how busy the machine is.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

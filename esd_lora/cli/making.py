@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
+@click.option("--guard", metavar="TEXT", multiple=True, help="Prompt that must not change at all; repeatable, for a few.")
 @click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 def train(
     recipes: tuple[str, ...],
     concepts: tuple[str, ...],
+    guard: tuple[str, ...],
     anchor: str | None,
     erase_from: str | None,
     base: str | None,
@@ -78,9 +80,9 @@ def train(
     esd-lora train emoji-twemoji -s train.steps=300 -o no-twemoji
     esd-lora train sdxl/fast concepts/van-gogh -o no-van-gogh
     """
-    if not concepts and (not recipes or anchor is not None or erase_from is not None):
-        raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
-    fields = given(base=base or None, base_config=base_config or None, scope=scope or None, eta=negative_guidance)
+    _require_concept(concepts, recipes, anchor, erase_from)
+    names = given(base=base or None, base_config=base_config or None, scope=scope or None)
+    fields = {**names, **given(eta=negative_guidance, guard=guard or None)}
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
@@ -103,6 +105,12 @@ def train(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
+
+
+def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor: str | None, erase_from: str | None) -> None:
+    """Refuse a training without anything to erase, and options that only go with a concept."""
+    if not concepts and (not recipes or anchor is not None or erase_from is not None):
+        raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
 
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:

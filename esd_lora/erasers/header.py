@@ -229,6 +229,8 @@ class EraserHeader(BaseModel):
     concepts: tuple[ErasedConcept, ...]
     preserve: tuple[str, ...] = ()
     """Prompts whose predictions were held in place."""
+    guard: tuple[str, ...] = ()
+    """Prompts whose text no update touches, in layers that read text; in a stack, those that every member guards."""
     objective: str
     scope: str
     recipes: tuple[Recipe, ...]

@@ -149,6 +149,7 @@ def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserH
                 for concept in header.concepts
             ),
             "preserve": tuple(dict.fromkeys(prompt for header in headers for prompt in header.preserve)),
+            "guard": tuple(prompt for prompt in headers[0].guard if all(prompt in header.guard for header in headers)),
             "prediction_type": next((h.prediction_type for h in headers if h.prediction_type), None),
             "objective": "+".join(dict.fromkeys(header.objective for header in headers)),
             "scope": "+".join(dict.fromkeys(header.scope for header in headers)),

@@ -120,7 +120,7 @@ def render_card(eraser: Eraser, publication: Publication | None = None) -> str:
         ranks=f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks) or "unknown",
         steps=_steps(header),
         pairs=_pairs(header.concepts),
-        preserve=f"{len(header.preserve)}" if header.preserve else "none",
+        preserve=f"{len(header.preserve)}{_guarded(header)}" if header.preserve else "none",
         created=markdown_cell(header.created),
         origin="".join(
             f"\n- {o.how.capitalize()} from {', '.join(map(_code, o.files))}: provenance unknown" for o in header.origins
@@ -225,6 +225,13 @@ def _recipe(header: EraserHeader) -> str:
         return ""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
     return f"\n## Recipe\n\n{fence}yaml\n{text}{fence}\n"
+
+
+def _guarded(header: EraserHeader) -> str:
+    """Return which prompts no update touches."""
+    if not header.guard:
+        return ""
+    return f"; exactly as they were in layers that read text: {', '.join(markdown_cell(prompt) for prompt in header.guard)}"
 
 
 def _measured(evaluation: Measured | None) -> str:

@@ -92,6 +92,7 @@ class Inspected(NamedTuple):
             "erases": ", ".join(concepts),
             "prompts": "; ".join(pairs) or "unknown",
             "preserves": f"{len(header.preserve)} prompts",
+            **({"guards": "; ".join(map(repr, header.guard))} if header.guard else {}),
             "base": f"{header.base}{'@' + header.base_revision if header.base_revision else ''} (family {header.family},"
             f" {header.prediction_type or 'prediction unknown'})",
             "scope": f"{header.scope}: {len(self.layers)} layers, rank {', '.join(map(str, ranks))}",

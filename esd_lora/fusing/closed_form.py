@@ -34,6 +34,7 @@ from esd_lora.erasers.header import Fusion
 from esd_lora.erasers.stacking import Strength, check_cut, stack, truncated
 from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
 from esd_lora.fusing.prompts import gather_members
+from esd_lora.guarding import Guard
 from esd_lora.recipe import FuseSpec
 from esd_lora.recipe_files import load_fuse_spec
 
@@ -99,6 +100,7 @@ def fuse(
             " updates are added up.",
             stacklevel=2,
         )
+    guard = Guard(base, summed.header.guard, base.encode)
     layers = dict(base.model.named_modules())
     left_fused = left_summed = left_unchanged = 0.0
     batches = list(_batches({module: pair.down[0].numel() for module, pair in pairs.items() if module not in wide}))
@@ -113,7 +115,8 @@ def fuse(
                 bar.update()
             for module in batch:
                 moment, plain = moments.pop(module), pairs[module]
-                pairs[module] = solve(moment, plain, count, spec.lam, spec.mu, rank, energy)
+                solved = solve(moment, plain, count, spec.lam, spec.mu, rank, energy)
+                pairs |= guard.guarded({module: solved})
                 left_fused += objective(moment, plain, pairs[module])
                 left_summed += objective(moment, plain, plain)
                 left_unchanged += objective(moment, plain)

@@ -23,9 +23,10 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
 from esd_lora.erasers.stacking import Strength
 from esd_lora.fusing.prompts import gather_members
-from esd_lora.fusing.pseudo_words import PseudoWords
+from esd_lora.guarding import Guard
 from esd_lora.lessons import take_turns
 from esd_lora.optimizers import make_optimizer
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import HarmoniseSpec
 from esd_lora.recipe_files import load_harmonise_spec
 from esd_lora.seeds import step_generator
@@ -84,7 +85,8 @@ def harmonise(
     keeping = TrajectoryBuffer(run.walk(kept))
     parameters = load_adapter(base, stacked.pairs)
     try:
-        losses = run.distil(parameters, erasing, keeping, progress=progress)
+        guard = Guard(base, stacked.header.guard, base.encode)
+        losses = run.distil(parameters, erasing, keeping, guard, progress=progress)
         pairs = read_pairs(base.model)
     finally:
         base.model.unload_lora()
@@ -157,7 +159,13 @@ class _Distiller:
         return part.target + self.spec.push * (alone - part.target)
 
     def distil(
-        self, parameters: list[torch.nn.Parameter], erasing: TrajectoryBuffer, keeping: TrajectoryBuffer, *, progress: bool
+        self,
+        parameters: list[torch.nn.Parameter],
+        erasing: TrajectoryBuffer,
+        keeping: TrajectoryBuffer,
+        guard: Guard,
+        *,
+        progress: bool,
     ) -> list[float]:
         """Train the adapter on both buffers, and return the loss of every step."""
         spec, base, device = self.spec, self.base, self.base.model.device
@@ -183,6 +191,7 @@ class _Distiller:
                 group["lr"] = spec.lr * (1 - step / spec.steps)
             scaler.step(optimizer)
             scaler.update()
+            guard.hold()
         return losses
 
     def _shaken(self, places: Tensor, generator: torch.Generator) -> Condition:

@@ -19,8 +19,8 @@ from esd_lora.erasers.stacking import stack
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.fusing import harmonising
 from esd_lora.fusing.harmonising import harmonise
-from esd_lora.fusing.pseudo_words import PseudoWords
 from esd_lora.lessons import take_turns
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.trajectory import Points, TrajectoryBuffer
 from random_erasers import eraser_on
 

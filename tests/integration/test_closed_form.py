@@ -20,17 +20,19 @@ from esd_lora.closed_form import (
     kept_texts,
     moments_of,
     plain_prompts,
-    rows_of,
     second_moment,
     solve_text,
+    unlisted_moments,
     way_moments,
 )
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import object_cases
 from esd_lora.evaluation.detectors.judge import Judge
+from esd_lora.guarding import rows_of
 from esd_lora.lessons import Lesson, plan
 from esd_lora.pictures import paint
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
@@ -110,6 +112,23 @@ def test_measures_are_those_of_the_rows(base: Base) -> None:
     r = rows(KEEP)
     assert moments.left(change) == pytest.approx(float((c @ change.T - (a - c)).norm() / (a - c).norm()), rel=1e-9)
     assert moments.moved(change) == pytest.approx(float((r @ change.T).norm() / r.norm()), rel=1e-9)
+
+
+def test_text_with_pseudo_words_stands_for_what_is_in_no_list(base: Base) -> None:
+    """Against the moments of another draw of words: the same weight of kept text moves those less."""
+    layers = dict.fromkeys((path for path in base.family.modules(base.model, "xattn") if base.family.reads_text(path)), 8)
+    moments = unlisted_moments(base, KEEP)
+    assert moments.keys() == {"prompt_embeds"}
+    assert torch.equal(moments["prompt_embeds"], unlisted_moments(base, KEEP)["prompt_embeds"]), "the same every time"
+    words = PseudoWords(base, KEEP).encode(KEEP * 4, torch.Generator().manual_seed(5))["prompt_embeds"].flatten(0, 1)
+
+    def moved(spec: ClosedFormSpec) -> float:
+        pairs, solved = solve_text(base, base.remembering(), LESSONS, layers, spec, unlisted=moments)
+        assert solved is not None
+        assert solved.left < 0.9
+        return sum(float((words @ pair.delta().T).square().sum()) for pair in pairs.values())
+
+    assert moved(SPEC.model_copy(update={"unlisted": 1.0})) < 0.7 * moved(SPEC)
 
 
 @pytest.mark.parametrize("scale", [0.25, 4.0])

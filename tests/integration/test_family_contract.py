@@ -17,9 +17,9 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.families import FAMILIES
 from esd_lora.fusing.closed_form import fuse
 from esd_lora.fusing.harmonising import harmonise
-from esd_lora.fusing.pseudo_words import PseudoWords
 from esd_lora.lessons import plan
 from esd_lora.pictures import paint
+from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import SCOPES
 from esd_lora.sampling import generate
 from esd_lora.teacher import Teacher
