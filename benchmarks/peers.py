@@ -70,7 +70,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "`instant`": ("ours", "instant"),
     "`fast`": ("ours", "fast"),
     "ESD 2025, esd-x, lr 2e-4, 200 steps": ("esd", "2e-4"),
-    "ESD 2025, esd-x, its lr 5e-5, 200 steps": ("esd", "5e-5"),
     "LECO, rank 4, lr 1e-3, 200 steps": ("leco", "1e-3"),
     "UCE": ("uce",),
     "SPEED": ("speed", "V"),
