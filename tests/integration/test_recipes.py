@@ -57,7 +57,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 
 
 def test_nothing_is_left_out() -> None:
-    assert len(KINDS) == 41
+    assert len(KINDS) == 42
     assert len(COMPOSED) == 81
     assert sorted(EVERY_SCOPE) == [(base, scope) for base in recipe_bases() for scope in ("noxattn", "xattn")]
     assert {complete(name).base for name in [*KINDS, *EVERY_SCOPE.values()]} == TOY_OF.keys()

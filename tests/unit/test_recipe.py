@@ -58,14 +58,14 @@ PRESETS = [
     "sdxl/fast",
     "sdxl/noxattn",
 ]
-PRESETS += ["slider"]
+PRESETS += ["slider", "thorough"]
 
 
 def test_kinds_of_files() -> None:
     kinds = recipes_by_kind()
     files = [path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")]
     assert sorted(name for names in kinds.values() for name in names) == sorted(files)
-    assert len(files) == 43
+    assert len(files) == 44
     assert kinds["preset"] == PRESETS
     assert kinds["concept"] == sorted(name for name in files if name.startswith("concepts/"))
     assert len(kinds["concept"]) == 27
