@@ -19,8 +19,10 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, set_pairs
@@ -35,7 +37,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.guarding import Guard
-from esd_lora.lessons import Lesson, first_eta, hold_out, nearest_prompts, plan, pools, share_turns
+from esd_lora.lessons import HeldOut, Lesson, first_eta, hold_out, nearest_prompts, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
@@ -88,28 +90,14 @@ def train(
     require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None else None
     with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
-        given = recipe
-        checkpoint = Checkpoint.read(out, dump_recipe(given)) if out and resume else None
+        checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
         loaded_here = base is None
         if base is None:
             painted = out is not None and spec.preview_every > 0
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=True)
         base.require_bare()
         started = time.monotonic()
-        near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
-        encode = base.remembering(spec.distilled_guidance)
-        if recipe.anchor == AUTO:
-            recipe = recipe.anchored(choose_anchors(recipe, base, encode))
-        planned = plan(recipe, base.keep, near)
-        guard = Guard(base, recipe.guard, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
-        walks = preserved_walks(spec, len(latent_shapes(base, spec)))
-        lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
-        held_out = hold_out(recipe, planned, base) if recipe.probed else None
-        further = [*(held_out.prompts() if held_out else ()), *(kept_texts(planned) if recipe.closed_form else ())]
-        teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
-        form = recipe.closed_form
-        unlisted = unlisted_moments(base, kept_texts(planned)) if form and form.unlisted else None
-        del encode  # it holds every condition once more
+        teacher, planned, held_out, guard, unlisted = read_prompts(base, recipe, allow_code)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -117,7 +105,7 @@ def train(
             if spec.gradient_checkpointing:
                 base.model.enable_gradient_checkpointing()
             pairs, solved = {}, None
-            if form:
+            if form := recipe.closed_form:
                 pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), form, guard, unlisted)
                 solved = solved and solved.model_copy(update={"seconds": time.monotonic() - started})
             probe = Probe(teacher, held_out) if held_out else None
@@ -128,11 +116,11 @@ def train(
             if checkpoint:
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
-            watchers = watchers_for(teacher, state, out, track, progress, on_step, given, solved)
+            watchers = watchers_for(teacher, state, out, track, progress, on_step, recipe, solved)
             run_steps(teacher, state, watchers, probe, guard)
             if progress and recipe.probed:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
-            eraser = collect(teacher, state, given, planned, solved)
+            eraser = collect(teacher, state, recipe, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             base.model.unload_lora()
@@ -150,6 +138,44 @@ def inputs_of(recipe: Recipe) -> list[str]:
     """Return what a training reads, as far as it may be a path."""
     vocabulary = recipe.neighbours.vocabulary if recipe.neighbours else ""
     return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
+
+
+class Read(NamedTuple):
+    """What a training knows of its prompts."""
+
+    teacher: Teacher
+    planned: list[Lesson]
+    """All lessons; the teacher knows those that are walked."""
+    held_out: HeldOut | None
+    """Prompts of a probe, where something is left to one."""
+    guard: Guard
+    unlisted: dict[str, Tensor] | None
+    """From `unlisted_moments`, where the closed form keeps what is in no list."""
+
+
+def read_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> Read:
+    """Choose anchors, plan the lessons and encode every prompt, after which the text encoders are needed no more.
+
+    Args:
+        base: With its text encoders.
+        recipe: What to train.
+        allow_code: Every `module:attribute` that may be imported.
+    """
+    spec = recipe.train
+    near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
+    encode = base.remembering(spec.distilled_guidance)
+    if recipe.anchor == AUTO:
+        recipe = recipe.anchored(choose_anchors(recipe, base, encode))
+    planned = plan(recipe, base.keep, near)
+    guard = Guard(base, recipe.guard, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
+    walks = preserved_walks(spec, len(latent_shapes(base, spec)))
+    lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
+    held_out = hold_out(recipe, planned, base) if recipe.probed else None
+    kept = kept_texts(planned) if recipe.closed_form else []
+    further = [*(held_out.prompts() if held_out else ()), *kept]
+    teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
+    unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
+    return Read(teacher, planned, held_out, guard, unlisted)
 
 
 def start(
