@@ -37,7 +37,7 @@ _TRIED_RATE = 1e-3  # of the step that is tried first
 _LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it
 _STEPS = 5  # points of a probe's trajectory
 _TRAJECTORIES = 4  # walked to measure the rate, for the gradient and as many for the effect
-GONE, GONE_WORST = -0.15, 0.05
+GONE, GONE_WORST = -0.25, 0.0
 """Residual of held-out prompts, on the mean and in the worst quarter, at which a concept counts as gone."""
 ARRIVED, ARRIVED_WORST = 0.1, 0.2
 """The same where what should appear instead is a prompt of its own: nothing has to be pushed beyond it."""
