@@ -40,7 +40,7 @@ from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
 from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
-from esd_lora.trajectory import Condition
+from esd_lora.trajectory import Condition, in_float64
 from esd_lora.wording import mentions
 
 _AT_ONCE = 32  # prompts whose rows are in memory
@@ -164,7 +164,7 @@ def solve_text(
         if free is not None:
             change, down = change @ free.T, down @ free.T
         for path, weight in base.weights(readers):
-            up, strength, turn = torch.linalg.svd(weight.detach().double() @ narrow, full_matrices=False)
+            up, strength, turn = torch.linalg.svd(in_float64(weight.detach()) @ narrow, full_matrices=False)
             rank = min(readers[path], len(strength))
             spread = strength[:rank].sqrt()
             updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())
@@ -212,7 +212,7 @@ def unlisted_moments(base: Base, kept: Sequence[str]) -> dict[str, Tensor]:
         condition = words.encode(chosen[first : first + _AT_ONCE], generator)
         for name in TEXT_TENSORS:
             if name in condition:
-                rows = condition[name].double().flatten(0, -2)
+                rows = in_float64(condition[name]).flatten(0, -2)
                 moments.setdefault(name, []).append(rows.T @ rows / len(rows))
     return {name: torch.stack(parts).mean(0) for name, parts in moments.items()}
 

@@ -24,7 +24,7 @@ from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.errors import EsdLoraError
-from esd_lora.trajectory import Condition
+from esd_lora.trajectory import Condition, in_float64
 
 TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 """Tensors of a condition that layers read as they are."""
@@ -36,7 +36,7 @@ def rows_of(encode: Callable[[Sequence[str]], Condition], name: str) -> Callable
     """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled."""
 
     def rows(prompts: Sequence[str]) -> Tensor:
-        embeds = encode(prompts)[name].double()
+        embeds = in_float64(encode(prompts)[name])
         return embeds if embeds.dim() == 3 else embeds[:, None]
 
     return rows
@@ -65,8 +65,8 @@ class Guard:
         self.base = base
         self._free: dict[str, Tensor] = {}
         for name in TEXT_TENSORS if prompts else ():
-            if name in (condition := encode(prompts)):
-                rows = rows_of(lambda _, condition=condition: condition, name)(prompts).flatten(0, 1)
+            if name in encode(prompts[:1]):
+                rows = rows_of(encode, name)(prompts).flatten(0, 1)
                 _, sizes, directions = torch.linalg.svd(rows, full_matrices=True)
                 taken = int((sizes > _SMALLEST * sizes[0]).sum())
                 self._free[name] = directions[taken:].T
@@ -97,4 +97,6 @@ class Guard:
 
     def _projected(self, path: str, down: Tensor) -> Tensor:
         free = self.free(self.base.family.text_read_by(path) or "")
-        return down if free is None else (down.to(free) @ free @ free.T).to(down)
+        if free is None:
+            return down
+        return (in_float64(down).to(free.device) @ free @ free.T).to(down.dtype).to(down.device)

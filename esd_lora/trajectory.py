@@ -22,6 +22,11 @@ _PIXELS_PER_BATCH = 2**15
 """Pixels of latents in a batch: 8 pictures at Stable Diffusion's native size."""
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; Apple's devices have none, so from there it comes to the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 class Scheduler(Protocol):
     """The part that every diffusers scheduler has and a walk uses.
 

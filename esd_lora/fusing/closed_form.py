@@ -37,6 +37,7 @@ from esd_lora.fusing.prompts import gather_members
 from esd_lora.guarding import Guard
 from esd_lora.recipe import FuseSpec
 from esd_lora.recipe_files import load_fuse_spec
+from esd_lora.trajectory import in_float64
 
 _BYTES_AT_ONCE = 2**30
 """Bytes of second moments gathered at once; further layers have another pass over the same points."""
@@ -152,7 +153,8 @@ def solve(
         rank: Highest rank of the result; what is cut off is measured where the layer reads, not as a matrix.
         energy: Share of that to keep.
     """
-    m_inverse = moment.total.to(torch.float64, copy=True)  # sum_j G_j + lam N G_keep
+    total = moment.total
+    m_inverse = in_float64(total.clone() if total.dtype == torch.float64 else total)  # sum_j G_j + lam N G_keep
     square = float(m_inverse.diagonal().mean()) / (count * (1 + lam))
     ridge = _RIDGE * square  # on every member's moment, so that M exists, and one member with lam 0 comes back
     m_inverse.diagonal().add_(count * (ridge + lam * mu * square))
@@ -178,7 +180,8 @@ def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -
         plain: The plain stack's pair: the members' `up`, side by side.
         update: The update to judge; no update at all unless given.
     """
-    ups = plain.up.flatten(1).to(moment.total.device, torch.float64)
+    total = in_float64(moment.total)
+    ups = plain.up.flatten(1).to(total)
     down_g = torch.cat([moment.products[i] for i in sorted(moment.products)])
     value, first = 0.0, 0
     for i in sorted(moment.products):  # tr(dW_i G_i dW_i^T) of each
@@ -187,7 +190,7 @@ def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -
         first += len(moment.downs[i])
     if update is not None:
         down, up = update.down.flatten(1).to(ups), update.up.flatten(1).to(ups)
-        value += float((up.T @ up * (down @ moment.total.double() @ down.T)).sum())
+        value += float((up.T @ up * (down @ total @ down.T)).sum())
         value -= 2 * float((up.T @ ups * (down @ down_g.T)).sum())
     return value
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import Base
 from esd_lora.lessons import take_turns
 from esd_lora.seeds import step_generator
-from esd_lora.trajectory import Condition, latents_per_batch, pick, walk
+from esd_lora.trajectory import Condition, in_float64, latents_per_batch, pick, walk
 
 _ROWS = 128
 """Pixels or tokens of one latent that count; patches of a convolution overlap, so fewer of them."""
@@ -58,10 +58,10 @@ class Moment:
         self.layer = layer
         device, inputs = layer.weight.device, layer.weight[0].numel()
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        self.downs = {i: down.flatten(1).to(device, torch.float64) for i, down in downs.items()}
-        """Number to `down`, [rank, inputs]."""
         self.total = torch.zeros(inputs, inputs, device=device, dtype=dtype)
         """The weighted sum of all groups' second moments, [inputs, inputs]."""
+        self.downs = {i: in_float64(down.flatten(1).to(device)) for i, down in downs.items()}
+        """Number to `down`, [rank, inputs]."""
         self.products: dict[int, Tensor] = {}
         """Number i to `down_i G_i`, [rank, inputs], with the second moment of i's own prompts."""
         self._current: Tensor | None = None
@@ -92,7 +92,7 @@ class Moment:
         current = self._current if second is None else second.to(self.total)
         assert current is not None, "nothing was added"
         if group.member in self.downs:
-            self.products[group.member] = self.downs[group.member] @ current.double()
+            self.products[group.member] = self.downs[group.member] @ in_float64(current)
         self.total.add_(current, alpha=group.weight)
         if self._current is not None:
             self._current.zero_()

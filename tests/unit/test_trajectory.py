@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, pick, walk
+from esd_lora.trajectory import Condition, Points, TrajectoryBuffer, concatenate, in_float64, pick, walk
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
 STEPS, GUIDANCE = 6, 3.0
@@ -125,3 +126,10 @@ def test_sample_is_decided_by_its_generator() -> None:
 def test_groups_are_joined_in_order() -> None:
     joined = Points.join([numbered(3, 1), numbered(2)])
     assert joined.t.tolist() == joined.lesson.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_float64_is_made_where_there_is_any(device: str) -> None:
+    tensor = Mock(device=torch.device(device))
+    made = in_float64(tensor)
+    assert made is (tensor.cpu.return_value if device == "mps" else tensor).double.return_value
