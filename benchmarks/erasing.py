@@ -1,6 +1,6 @@
 """Prints the tables of README.md and docs/choosing.md: what each recipe leaves of a concept, what it keeps, what it costs.
 
-    python benchmarks/erasing.py [--out out/benchmark] [--only object,style,paper,paper-style,stack] [--seeds 0]
+    python benchmarks/erasing.py [--out out/benchmark] [--only object,style,thorough,paper,paper-style,stack] [--seeds 0]
     python benchmarks/erasing.py --only method,scope,anchor,rank --sheets docs
 
 Every run is made from scratch on the built-in base and judged on prompts it was not made with, at the base's guidance and at
@@ -35,6 +35,8 @@ from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 
 OBJECTS, STYLE = ("cat", "rocket", "pizza"), "twemoji"
+HARDEST = ("guitar", "penguin", "tiger")
+"""Objects of which `fast` costs most."""
 UNSEEN = ("guitar", "penguin", "car", "cactus", "key", "bee", "owl", "tiger")
 STYLES = tuple(domain("emoji")["styles"])
 MEASURES = {
@@ -49,7 +51,7 @@ MEASURES = {
     "kept_bare": "kept, no style named",
     "kept_nearest": "kept, nearest",
 }
-GROUPS = ("object", "style", "paper", "paper-style", "stack")
+GROUPS = ("object", "style", "thorough", "paper", "paper-style", "stack")
 CHOICES = ("method", "scope", "anchor", "rank")
 HELD_OUT = {tuple(pair) for pair in domain("emoji")["held_out"]}
 CAT = {"name": "cat", "prompts": ["a cat"]}
@@ -90,6 +92,11 @@ def runs(seeds: list[int]) -> dict[str, list[tuple[str, dict[str, Any], dict[str
             for name in STYLES:
                 fields = {"source": preset, "objective": "contrast", "concepts": [style_concept(name)]}
                 out["style"].append((f"{len(STYLES)} styles, `{preset}`", fields, settings))
+        objects = [{"source": "thorough", "concepts": [object_concept(name)]} for name in HARDEST]
+        out["thorough"] += [(f"{', '.join(HARDEST)}, `thorough`", each, settings) for each in objects]
+        for name in STYLES:
+            fields = {"source": "thorough", "objective": "contrast", "concepts": [style_concept(name)]}
+            out["thorough"].append((f"{len(STYLES)} styles, `thorough`", fields, settings))
         for name in OBJECTS:
             out["paper"].append((f"{name}, `paper`", {"source": "paper", "concepts": [object_concept(name)]}, settings))
         literal = {"concepts": [{"name": STYLE, "prompts": [f"{STYLE} style"]}]}
