@@ -26,6 +26,7 @@ FORMAT = 4
 """
 
 _MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
+_SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
 
 
 class ErasedConcept(BaseModel):
@@ -187,7 +188,8 @@ class Solved(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     left: float
-    """What is left of the way from the erased text to its anchor's."""
+    """What is left of the way from the erased text to its anchor's. The rest is the erasability, as SPEED has it for one row c
+    (Li et al., arXiv:2503.07392): c^T M^-1 c with M = c c^T + what is kept, 0 where kept text spans the concept."""
     moved: float
     """How far kept text moves, in units of its size."""
     anchors: tuple[str, ...]
@@ -207,6 +209,8 @@ class Solved(BaseModel):
         return (
             f"solved: {1 - self.left:.0%} of the way to {anchors}{further}; {self.kept} kept texts move by"
             f" {self.moved:.1%}, most of all {most}"
+            + "; what is kept spans most of the concept: leave some of it out, or train"
+            * (self.left > _SPANNED)
         )
 
 

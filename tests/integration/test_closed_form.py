@@ -26,6 +26,7 @@ from esd_lora.closed_form import (
     way_moments,
 )
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.header import Solved
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import object_cases
 from esd_lora.evaluation.detectors.judge import Judge
@@ -395,3 +396,11 @@ def test_training_goes_on_from_it(base: Base) -> None:
 def test_scope_without_text_has_none(base: Base) -> None:
     recipe = tiny_recipe(base.id, scope="selfattn", closed_form=SPEC.model_dump(), steps=1)
     assert train(recipe, base=base, progress=False).header.solved == ()
+
+
+def test_closed_form_that_gets_nowhere_says_what_is_in_its_way() -> None:
+    solved = Solved(left=0.4, moved=0.05, anchors=("a dog",), kept=2, most_moved=(("a fox", 0.2),))
+    assert "60% of the way to 'a dog'" in solved.describe()
+    assert "spans" not in solved.describe()
+    stuck = solved.model_copy(update={"left": 0.6}).describe()
+    assert "most of all 'a fox' 20%; what is kept spans most of the concept: leave some of it out, or train" in stuck
