@@ -62,7 +62,8 @@ REPLACED: dict[str, dict[str, dict[str, str]]] = {
     },
     "uce": {"trainscripts/uce_sd_erase.py": {}},
     "speed": {
-        "train_erase_null.py": {'"cuda"': '"cpu"', "'cuda'": "'cpu'", "emb_size=768": f"emb_size={TEXT_WIDTH}"},
+        "train_erase_null.py": {'"cuda"': '"cpu"', "'cuda'": "'cpu'", "emb_size=768": f"emb_size={TEXT_WIDTH}"}
+        | {"from_pretrained(args.sd_ckpt)": "from_pretrained(args.sd_ckpt, torch_dtype=torch.float32)"},
     },
 }
 """Peer to its files, the script last, to what is replaced in each."""
@@ -267,7 +268,7 @@ def made(out: Path, peer: str) -> Eraser | dict[str, torch.Tensor]:
     if peer == "ours":
         return Eraser.load(out)
     if peer == "leco":
-        return import_lora(out / "leco_last.safetensors")
+        return import_lora(out / "leco_last.safetensors", family="sd")
     file = next(file for file in out.iterdir() if file.suffix in (".safetensors", ".pt"))
     weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     return {name: weight.float() for name, weight in weights.items()}
