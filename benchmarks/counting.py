@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from esd_lora.adapter import applied
@@ -157,15 +158,9 @@ class Yardstick:
             without: Further prompts that are not asked for, so that erasers made with different ones compare.
         """
         pairs = [pair for eraser in erasers for concept in eraser.header.concepts for pair in concept.pairs]
-        # What does nothing differs by seed, and makes no difference.
-        tensors = [
-            factor
-            for eraser in erasers
-            for path in sorted(eraser.pairs)
-            if eraser.pairs[path].up.any()
-            for factor in eraser.pairs[path]
-        ]
-        return self._once(lambda: applied(self.base, erasers), tensors, pairs, sorted(objects), sorted(styles), without)
+        # Of the products: factors, and layers that do nothing, differ by seed where what they do does not.
+        updates = (eraser.pairs[path].delta() for eraser in erasers for path in sorted(eraser.pairs))
+        return self._once(lambda: applied(self.base, erasers), updates, pairs, sorted(objects), sorted(styles), without)
 
     def measure_weights(
         self, weights: Mapping[str, Tensor], anchor: str, objects: Collection[str], without: Collection[str]
@@ -178,22 +173,26 @@ class Yardstick:
             objects: That they erase.
             without: Prompts that are not asked for.
         """
-        tensors = [weights[name] for name in sorted(weights)]
-        return self._once(lambda: replaced(self.base, weights), tensors, [("", anchor)], sorted(objects), [], without)
+        own = dict(self.base.model.named_parameters())
+        updates = (weights[name] - own[name].detach() for name in sorted(weights))
+        return self._once(lambda: replaced(self.base, weights), updates, [("", anchor)], sorted(objects), [], without)
 
     def _once(
         self,
         switch: Callable[[], AbstractContextManager[object]],
-        tensors: Iterable[Tensor],
+        updates: Iterable[Tensor],
         pairs: Sequence[tuple[str, str]],
         objects: Sequence[str],
         styles: Sequence[str],
         without: Collection[str],
     ) -> dict[str, Any]:
-        """Return what was measured of these tensors before, or measure it."""
+        """Return what was measured of these updates before, the same to three digits, or measure it."""
         digest = hashlib.sha256(repr((pairs, sorted(without))).encode())
-        for tensor in tensors:
-            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        for update in updates:
+            if update.any():
+                flat = update.flatten(1).double()
+                seen = flat @ torch.arange(1.0, flat.shape[1] + 1, dtype=flat.dtype).cos()
+                digest.update(f"{float(flat.norm()):.2e} {float(seen.norm()):.2e} {float(seen.sum()):.2e}".encode())
         name = "-".join([Path(self.base.id).name, *objects, *styles, digest.hexdigest()[:16]])
         cache = self.folder / f"{name}.json"
         if not cache.exists():

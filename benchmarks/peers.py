@@ -86,7 +86,7 @@ class Task(NamedTuple):
     """Key of `REPLACED`, or `ours`."""
     settings: list[str]
     checkout: Path
-    """Of the peer's repository."""
+    """Checkout of the peer's repository."""
     out: Path
     concept: str
     anchor: str

@@ -40,7 +40,7 @@ from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
 from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
-from esd_lora.trajectory import Condition, in_float64
+from esd_lora.trajectory import Condition, in_float64, pick
 from esd_lora.wording import mentions
 
 _AT_ONCE = 32  # prompts whose rows are in memory
@@ -48,7 +48,7 @@ _CANDIDATES = 12  # of an anchor, the nearest
 _LONGEST_ANCHOR = 3  # words
 _SPARE = 4  # times the rank of a layer are looked at, for weights see directions of the text differently
 _PLAIN = 4  # times as much counts a prompt with nothing around it, which little holds in place
-_PSEUDO = 64  # texts with a pseudo-word, a multiple of `_AT_ONCE`
+_PSEUDO = 64  # texts with a pseudo-word
 _NAMED = 8  # kept prompts that are named because they move most
 
 
@@ -205,16 +205,15 @@ def unlisted_moments(base: Base, kept: Sequence[str]) -> dict[str, Tensor]:
         base: Whose text encoders are still there.
         kept: From `kept_texts`; some of them get a pseudo-word.
     """
-    chosen = [kept[i * len(kept) // _PSEUDO] for i in range(_PSEUDO)]
-    words, generator = PseudoWords(base, chosen), torch.Generator().manual_seed(0)
-    moments: dict[str, list[Tensor]] = {}
-    for first in range(0, _PSEUDO, _AT_ONCE):
-        condition = words.encode(chosen[first : first + _AT_ONCE], generator)
-        for name in TEXT_TENSORS:
-            if name in condition:
-                rows = in_float64(condition[name]).flatten(0, -2)
-                moments.setdefault(name, []).append(rows.T @ rows / len(rows))
-    return {name: torch.stack(parts).mean(0) for name, parts in moments.items()}
+    chosen = list(dict.fromkeys(kept[i * len(kept) // _PSEUDO] for i in range(_PSEUDO)))
+    if not (chosen := [text for text in chosen if text]):  # the empty one has no word to replace
+        return {}
+    condition = PseudoWords(base, chosen).encode(chosen, torch.Generator().manual_seed(0))
+
+    def encode(texts: Sequence[str]) -> Condition:
+        return pick(condition, torch.tensor([chosen.index(text) for text in texts]))
+
+    return {name: second_moment(rows_of(encode, name), chosen) for name in TEXT_TENSORS if name in condition}
 
 
 def kept_texts(lessons: Sequence[Lesson]) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from pydantic import BaseModel
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
-from esd_lora.recipe import FuseSpec, HarmoniseSpec, Recipe
+from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
+from esd_lora.recipe import Recipe
 from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, read_yaml
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]

@@ -97,7 +97,7 @@ def train(
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=True)
         base.require_bare()
         started = time.monotonic()
-        teacher, planned, held_out, guard, unlisted = read_prompts(base, recipe, allow_code)
+        teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -140,7 +140,7 @@ def inputs_of(recipe: Recipe) -> list[str]:
     return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
 
 
-class Read(NamedTuple):
+class Prepared(NamedTuple):
     """What a training knows of its prompts."""
 
     teacher: Teacher
@@ -153,7 +153,7 @@ class Read(NamedTuple):
     """From `unlisted_moments`, where the closed form keeps what is in no list."""
 
 
-def read_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> Read:
+def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> Prepared:
     """Choose anchors, plan the lessons and encode every prompt, after which the text encoders are needed no more.
 
     Args:
@@ -175,7 +175,7 @@ def read_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> Rea
     further = [*(held_out.prompts() if held_out else ()), *kept]
     teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
-    return Read(teacher, planned, held_out, guard, unlisted)
+    return Prepared(teacher, planned, held_out, guard, unlisted)
 
 
 def start(

@@ -32,10 +32,10 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.header import Fusion
 from esd_lora.erasers.stacking import Strength, check_cut, stack, truncated
+from esd_lora.fuse_specs import FuseSpec
 from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
 from esd_lora.fusing.prompts import gather_members
 from esd_lora.guarding import Guard
-from esd_lora.recipe import FuseSpec
 from esd_lora.recipe_files import load_fuse_spec
 from esd_lora.trajectory import in_float64
 
@@ -180,8 +180,7 @@ def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -
         plain: The plain stack's pair: the members' `up`, side by side.
         update: The update to judge; no update at all unless given.
     """
-    total = in_float64(moment.total)
-    ups = plain.up.flatten(1).to(total)
+    ups = in_float64(plain.up.flatten(1).to(moment.total.device))
     down_g = torch.cat([moment.products[i] for i in sorted(moment.products)])
     value, first = 0.0, 0
     for i in sorted(moment.products):  # tr(dW_i G_i dW_i^T) of each
@@ -190,7 +189,7 @@ def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -
         first += len(moment.downs[i])
     if update is not None:
         down, up = update.down.flatten(1).to(ups), update.up.flatten(1).to(ups)
-        value += float((up.T @ up * (down @ total @ down.T)).sum())
+        value += float((up.T @ up * (down @ in_float64(moment.total) @ down.T)).sum())
         value -= 2 * float((up.T @ ups * (down @ down_g.T)).sum())
     return value
 

@@ -22,12 +22,12 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
 from esd_lora.erasers.stacking import Strength
+from esd_lora.fuse_specs import HarmoniseSpec
 from esd_lora.fusing.prompts import gather_members
 from esd_lora.guarding import Guard
 from esd_lora.lessons import take_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pseudo_words import PseudoWords
-from esd_lora.recipe import HarmoniseSpec
 from esd_lora.recipe_files import load_harmonise_spec
 from esd_lora.seeds import step_generator
 from esd_lora.trajectory import (
