@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/stacking.py [--seeds 0,1,2] [--counts 2,4,8,12] [--mixed] [--sheet docs/stacking.png]
 
-Members are trained alone, by `fast` with eta 1, with different scopes and ranks, each towards an anchor of its own that is kept
-(`--empty-anchors`: by `fast` as it is, with the paper's empty anchor); every seed trains its own and paints its own pictures.
-No picture of what is erased is painted on a prompt that a member or the fusion was made with. What is trained and measured
-lies in `--out` and is not made again; `--train-only` stops after training, and `--part 0/2` does every second.
+Members are made alone, by `--recipe` (`fast` unless given; styles by `emoji-twemoji`), and told to avoid what the others erase,
+so that none puts another's concept in the place of its own; every seed makes its own and paints its own pictures. No picture
+of what is erased is painted on a prompt that a member or the stack was made with. What is made and measured lies in `--out` and
+is not made again; `--train-only` stops after the members, and `--part 0/2` does every second.
 
 - left: pictures on prompts for an erased concept where the judge still names it.
 - leak: the same pictures, where the judge names any of the erased concepts; in brackets, where it is sure (0.9 or more).
@@ -46,61 +46,37 @@ from esd_lora.training import train
 
 ERASED_SHOTS = 120
 SURE = 0.9
-ENERGY = 0.9
 
 
-class Member(NamedTuple):
-    """One eraser of a stack."""
+OBJECTS = ("cat", "rocket", "pizza", "car", "butterfly", "guitar", "robot", "apple", "tiger", "umbrella", "sailboat", "crown")
+STYLES = ("twemoji", "ink")
+MIXED = ("cat", "pizza", "car", "apple", *STYLES)
 
-    name: str
-    scope: str
-    rank: int
-    anchor: str = ""
-    style: bool = False
 
-    def trained(self, base: Base, seed: int, folder: Path) -> Path:
-        """Where the eraser lies; it is trained alone if it is not there."""
-        out = folder / "-".join(filter(None, (self.name, self.anchor, self.scope, str(self.rank), str(seed))))
-        if not (out / "README.md").exists():
-            settings = {"train.seed": seed, "train.preview_every": 0, "train.probe_every": 0}
-            settings |= {"lora.rank": self.rank, "lora.alpha": self.rank}
-            settings |= {"eta": 1.0} if self.anchor else {}
-            fields: dict[str, Any] = {"scope": self.scope, "concepts": [self.concept()]}
-            recipe = load_recipe("emoji-twemoji" if self.style else "fast", settings, **fields)
-            train(recipe, base=base, out=out, force=True)
-        return out
+def made(name: str, recipe: str, base: Base, seed: int, folder: Path) -> Path:
+    """Return where the eraser of an object or style lies; it is made if it is not there."""
+    out = folder / f"{recipe}-{name}-{seed}"
+    if not (out / "README.md").exists():
+        settings = {"train.seed": seed, "train.preview_every": 0}
+        if name in STYLES:
+            chosen = load_recipe("emoji-twemoji", settings, concepts=[style_concept(name)])
+        else:
+            chosen = load_recipe(recipe, settings, concepts=[object_concept(name)], avoid=OBJECTS)
+        train(chosen, base=base, out=out, force=True)
+    return out
 
-    def concept(self) -> dict[str, Any]:
-        if self.style:
-            return style_concept(self.name)
-        anchor = fill_template("{a}", self.anchor) if self.anchor else None
-        return {"name": self.name, "prompts": [fill_template("{a}", self.name)], "anchor": anchor}
+
+def object_concept(name: str) -> dict[str, Any]:
+    """Return the fields of an object's concept."""
+    return {"name": name, "prompts": [fill_template("{a}", name)]}
 
 
 def style_concept(style: str) -> dict[str, Any]:
-    """What `emoji-twemoji` erases, of another style."""
+    """Return what `emoji-twemoji` erases, of another style."""
     concept = load_recipe("emoji-twemoji").concepts[0]
     pairs = [(pair.prompt.replace("twemoji", style), pair.anchor) for pair in concept.prompts]
     prompts = [{"prompt": prompt, "anchor": anchor} for prompt, anchor in pairs]
     return {"name": style, "prompts": prompts, "fill": concept.fill}
-
-
-OBJECTS = (
-    Member("cat", "xattn", 4, "dog"),
-    Member("rocket", "xattn", 8, "balloon"),
-    Member("pizza", "full", 4, "cake"),
-    Member("car", "xattn", 4, "bus"),
-    Member("butterfly", "xattn-kv", 8, "snail"),
-    Member("guitar", "xattn", 4, "house"),
-    Member("robot", "full", 2, "cactus"),
-    Member("apple", "xattn", 4, "strawberry"),
-    Member("tiger", "xattn", 8, "fox"),
-    Member("umbrella", "xattn", 4, "mushroom"),
-    Member("sailboat", "full", 4, "whale"),
-    Member("crown", "xattn", 4, "bicycle"),
-)
-MIXED = ("cat", "pizza", "car", "apple")
-STYLES = (Member("twemoji", "xattn", 4, style=True), Member("ink", "full", 4, style=True))
 
 
 class Suite(NamedTuple):
@@ -196,35 +172,29 @@ def counts(
     return out
 
 
-def jointly(base: Base, chosen: Sequence[Member], seed: int) -> Eraser:
-    """One eraser trained on all concepts at once: what a user with no erasers to stack would do."""
-    count = len(chosen)
-    settings = {
-        "train.seed": seed,
-        "train.steps": 120 + 60 * count,
-        "train.trajectories": 24 * count,
-        "lora.rank": 16,
-        "lora.alpha": 16,
-    }
-    if chosen[0].anchor:
-        settings |= {"eta": 1.0}
-    if any(member.style for member in chosen):
-        settings |= {"objective": "contrast"}  # as styles are erased alone
-    concepts = [member.concept() for member in chosen]
+def jointly(base: Base, names: Sequence[str], seed: int) -> Eraser:
+    """Return one eraser trained on all concepts at once: what a user with no erasers to stack would do."""
+    concepts = [style_concept(name) if name in STYLES else object_concept(name) for name in names]
+    settings = {"train.seed": seed, "train.trajectories": 24 * len(names), "lora.rank": 16, "lora.alpha": 16}
+    if {*names} & {*STYLES}:
+        settings["objective"] = "contrast"  # as styles are erased alone
     return train(load_recipe("fast", settings, concepts=concepts), base=base, progress=False)
 
 
 METHODS = ("sum", "sum by sqrt N", "closed form", "harmonised", "harmonised small", "gated", "joint training")
+SMALL = 4
+"""Rank of a small harmonised stack."""
 
 
-def apply(method: str, base: Base, chosen: Sequence[Member], members: Sequence[Eraser], seed: int) -> list[Eraser]:
-    """The erasers to have on the base."""
+def apply(method: str, base: Base, names: Sequence[str], members: Sequence[Eraser], seed: int) -> list[Eraser]:
+    """Return the erasers to have on the base."""
     if method == "joint training":
-        return [jointly(base, chosen, seed)]
+        return [jointly(base, names, seed)]
     if method.startswith("sum"):
         return [stack(members, [len(members) ** -0.5 if "sqrt" in method else 1.0] * len(members))]
-    fused = fuse(members, base, energy=ENERGY if "small" in method else None, seed=seed, progress=False)
-    return [harmonise(fused, members, base, seed=seed, progress=False) if "harmonised" in method else fused]
+    if method == "closed form":
+        return [fuse(members, base, seed=seed, progress=False)]
+    return [harmonise(members, base, seed=seed, progress=False, **({"rank": SMALL} if "small" in method else {}))]
 
 
 def main() -> None:
@@ -234,7 +204,7 @@ def main() -> None:
     parser.add_argument("--counts", default="2,4,8,12")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--mixed", action="store_true", help="four objects and two styles, too")
-    parser.add_argument("--empty-anchors", action="store_true", help="members as `fast` trains them, with no anchor")
+    parser.add_argument("--recipe", default="fast", help="of the objects' erasers")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of pictures of the largest stack of the first seed")
@@ -242,33 +212,32 @@ def main() -> None:
     part, parts = map(int, options.part.split("/"))
     seeds, methods = [int(seed) for seed in options.seeds.split(",")], options.methods.split(",")
     base, judge = load_base("emoji"), Judge("emoji")
-    erasers = [member._replace(anchor="") for member in OBJECTS] if options.empty_anchors else OBJECTS
     if options.train_only:
-        for i, (seed, member) in enumerate((seed, member) for seed in seeds for member in (*erasers, *STYLES)):
+        for i, (seed, name) in enumerate((seed, name) for seed in seeds for name in (*OBJECTS, *STYLES)):
             if i % parts == part:
-                member.trained(base, seed, options.out)
+                made(name, options.recipe, base, seed, options.out)
         return
-    groups = {f"{count} objects": erasers[: int(count)] for count in options.counts.split(",") if count}
+    groups: dict[str, Sequence[str]] = {f"{n} objects": OBJECTS[: int(n)] for n in options.counts.split(",") if n}
     if options.mixed:
-        groups["4 objects, 2 styles"] = (*(m for m in erasers if m.name in MIXED), *STYLES)
+        groups["4 objects, 2 styles"] = MIXED
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number, (seed, group) in enumerate((seed, group) for seed in seeds for group in groups):
         if number % parts != part:
             continue
-        chosen = groups[group]
-        members = [Eraser.load(member.trained(base, seed, options.out)) for member in chosen]
-        objects, styles = ({m.name for m in chosen if m.style == style} for style in (False, True))
+        names = groups[group]
+        members = [Eraser.load(made(name, options.recipe, base, seed, options.out)) for name in names]
+        objects, styles = {*names} - {*STYLES}, {*names} & {*STYLES}
         kept, dropped = keep_list(members, base.keep)
         used = {prompt for member in members for prompt in own_prompts(member, kept, dropped)}
         suite = Suite.of(sorted(objects), sorted(styles), used, seed)
         before: dict[str, Seen] = {}
         for method in methods:
-            label = f"{group}-{method}-{seed}{'-empty' if options.empty_anchors else ''}"
+            label = f"{options.recipe}-{group}-{method}-{seed}"
             cache = options.out / f"{label.replace(' ', '_')}.json"
             if not cache.exists():
                 before = before or look(painter(base), judge, suite)
                 started = time.perf_counter()
-                on = [] if method == "gated" else apply(method, base, chosen, members, seed)
+                on = [] if method == "gated" else apply(method, base, names, members, seed)
                 seconds = time.perf_counter() - started
                 with applied(base, on):
                     seen = look(gated_painter(base, members) if method == "gated" else painter(base), judge, suite)
@@ -295,8 +264,8 @@ def main() -> None:
             f" {mean['drift']:.1f} | {mean['seconds']:.0f} | {mean['kB']:.0f} |"
         )
     if options.sheet:
-        chosen = groups[list(groups)[-1 - options.mixed]]
-        members = [Eraser.load(member.trained(base, seeds[0], options.out)) for member in chosen]
+        names = groups[list(groups)[-1 - options.mixed]]
+        members = [Eraser.load(made(name, options.recipe, base, seeds[0], options.out)) for name in names]
         prompts = ["a cat in ink style", "a noto drawing of a pizza", "a car, blob style", "an apple in fluent style"]
         prompts += [
             "a dog in ink style",
@@ -308,7 +277,7 @@ def main() -> None:
         ]
         pictures = {}
         for label, method in {"base": "", "plain sum": "sum", "closed form": "closed form", "harmonised": "harmonised"}.items():
-            with applied(base, apply(method, base, chosen, members, seeds[0]) if method else []):
+            with applied(base, apply(method, base, names, members, seeds[0]) if method else []):
                 pictures[label] = paint(base, prompts, [5] * len(prompts))
         grid(pictures, prompts, tile=96).save(options.sheet, optimize=True)
 

@@ -37,7 +37,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.erasers.header import Solved
 from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
-from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to
+from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to, listed_prompts
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.trajectory import Condition, in_float64, pick
@@ -250,7 +250,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
     Returns:
         Nothing for a concept where no kept prompt could be one: its anchor is the empty prompt.
     """
-    listed = base.keep if recipe.preserve == "default" or not recipe.preserve else recipe.preserve
+    listed = listed_prompts(recipe if recipe.preserve else recipe.model_copy(update={"preserve": "default"}), base.keep)
     listed = [text for text in listed if not any(concept.named_in(text) for concept in recipe.concepts)]
     candidates = plain_prompts(listed)
     unanchored = [concept for concept in recipe.concepts if concept.unanchored]

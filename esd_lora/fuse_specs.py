@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from esd_lora.recipe import Scope
+
 
 class _Frozen(BaseModel):
     # The docstrings below the fields are what editors show: recipes/schema.json holds them.
@@ -39,8 +41,12 @@ class HarmoniseSpec(_Frozen):
 
     method: Literal["harmonise"]
     """Says that a file is about harmonising."""
-    steps: int = Field(ge=0)
-    """Optimiser steps, 200 to 600; the learning rate falls to 0 over them."""
+    scope: Scope
+    """Layers of the one update, whatever those of the members are: `full`, as it has to tell what they erase from all else."""
+    rank: int = Field(ge=1, le=1024)
+    """Rank of its layers; 4 to 16."""
+    steps: int = Field(ge=1)
+    """Optimiser steps, 400 to 1000; the learning rate falls to 0 over them."""
     lr: float = Field(gt=0)
     """Learning rate of the first step."""
     batch_size: int = Field(ge=2)

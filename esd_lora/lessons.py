@@ -14,7 +14,7 @@ from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import AUTO, Concept, Neighbours, Recipe
 from esd_lora.seeds import Stream, stream_generator
-from esd_lora.wording import frames_of
+from esd_lora.wording import frames_of, mentions
 
 Item = TypeVar("Item")
 _COMPARED_AT_ONCE = 64  # prompts
@@ -62,7 +62,7 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     Raises:
         EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
     """
-    listed = keep if recipe.preserve == "default" else recipe.preserve
+    listed = listed_prompts(recipe, keep)
     eta = first_eta(recipe) if recipe.eta == AUTO else recipe.eta
     lessons = [Lesson(*texts, eta) for pool in pools(recipe, keep) for texts in pool]
     if all(lesson.preserves for lesson in lessons):
@@ -77,8 +77,14 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
         prompt, name = next(iter(clashes.items()))
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     preserved = [*recipe.guard, *(prompt for prompt in listed if prompt not in clashes)]
-    preserved += [prompt for prompt in near if prompt not in erased]
+    preserved += [prompt for prompt in near if prompt not in erased and not mentions(prompt, recipe.avoid)]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
+
+
+def listed_prompts(recipe: Recipe, keep: Sequence[str]) -> list[str]:
+    """Return the prompts of a recipe's preserve list, or of the base's, that name nothing which other erasers erase."""
+    listed = keep if recipe.preserve == "default" else recipe.preserve
+    return [prompt for prompt in listed if not mentions(prompt, recipe.avoid)]
 
 
 def first_eta(recipe: Recipe) -> float:
@@ -98,7 +104,7 @@ def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str,
         recipe: Its concepts and frames.
         keep: The base's keep list, used by `preserve: default`.
     """
-    listed = keep if recipe.preserve == "default" else recipe.preserve
+    listed = listed_prompts(recipe, keep)
     frames = frames_for(recipe, listed)[0] if recipe.frames else []
     return [
         [*pool, *(in_frame(frame, pool[0]) for frame in frames if len(pool) == 1)]
@@ -160,7 +166,7 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
         lessons: What is trained on.
         base: Has the default keep list, and a text encoder that says what is near.
     """
-    listed = base.keep if recipe.preserve == "default" else recipe.preserve
+    listed = listed_prompts(recipe, base.keep)
     trained = {text for lesson in lessons for text in lesson[:3]}
     frames = frames_for(recipe, listed)[1]
     short = [prompt for prompt in listed if len(prompt.split()) <= _SHORT]

@@ -302,6 +302,8 @@ class Recipe(_Frozen):
     what stands around preserved prompts, and some that suit any picture."""
     preserve: Literal["default"] | tuple[str, ...] = ()
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
+    avoid: tuple[str, ...] = ()
+    """Names of what other erasers of a stack erase: no prompt that names one is preserved, or chosen as an anchor."""
     guard: tuple[str, ...] = ()
     """Prompts, up to a few, whose text no update touches at all, in layers that read text; they are preserved too."""
     neighbours: Neighbours | None = None

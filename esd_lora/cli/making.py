@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
+@click.option("--avoid", metavar="TEXT", multiple=True, help="What others of a stack erase, so no anchor; repeatable.")
 @click.option("--guard", metavar="TEXT", multiple=True, help="Prompt that must not change at all; repeatable, for a few.")
 @click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 def train(
     recipes: tuple[str, ...],
     concepts: tuple[str, ...],
+    avoid: tuple[str, ...],
     guard: tuple[str, ...],
     anchor: str | None,
     erase_from: str | None,
@@ -82,7 +84,7 @@ def train(
     """
     _require_concept(concepts, recipes, anchor, erase_from)
     names = given(base=base or None, base_config=base_config or None, scope=scope or None)
-    fields = {**names, **given(eta=negative_guidance, guard=guard or None)}
+    fields = {**names, **given(eta=negative_guidance, guard=guard or None, avoid=avoid or None)}
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]

@@ -27,7 +27,7 @@ class HarmoniseSteps(click.IntRange):
         return load_harmonise_spec().steps if value == "recipe" else super().convert(value, param, ctx)
 
 
-_harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=0), "is_flag": False, "flag_value": "recipe", "metavar": "[STEPS]"}
+_harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "flag_value": "recipe", "metavar": "[STEPS]"}
 
 
 @click.command()
@@ -35,7 +35,7 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=0), "is_flag": False, "
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
 @base_option()
 @click.option("--fuse", "how", type=click.Choice(["closed-form", "sum"]), help="Default: closed-form on a --base, else sum.")
-@click.option("--harmonise", help="Distil afterwards what members do alone: slower, erases more.", **_harmonise)
+@click.option("--harmonise", help="Distil what members do alone instead: slower, erases and keeps more.", **_harmonise)
 @click.option(
     "--keep", metavar="FILE", help="Prompts to leave alone, one a line; 'default', as without it: the base's or the package's."
 )
@@ -67,7 +67,7 @@ def stack(
 
     \b
     esd-lora stack no-cat no-style:0.8 --base emoji -o no-both     # closed form
-    esd-lora stack no-cat no-style --base emoji --harmonise --energy 0.995 -o no-both
+    esd-lora stack no-cat no-style --base emoji --harmonise -o no-both     # to publish
     esd-lora stack no-cat no-style:1,mid=0.5,up.1=0 --fuse sum -o no-both     # exact, weights by block
     esd-lora stack no-cat no-style -o stack.yaml                   # a document instead of a file
     esd-lora stack no-cat no-style --fuse sum --report --base emoji -o no-both
@@ -100,6 +100,8 @@ def _check(
     how: str, base: str | None, settings: Mapping[str, Any], ranks: Mapping[str, Any], *, manifest: bool, report: bool
 ) -> None:
     """Refuse options that do not go together."""
+    if "harmonise" in settings and (wrong := {"lam", "energy"} & {*settings, *ranks}):
+        raise EsdLoraError(f"--{min(wrong)} goes with the closed form, and --harmonise takes its place. Leave either out.")
     if how == "closed-form" and not base:
         raise EsdLoraError("--fuse closed-form needs --base: what the layers read there decides. Give the base of the erasers.")
     if how == "sum" and settings:
@@ -129,25 +131,28 @@ def _fuse(
     base: Base,
     ranks: Mapping[str, Any],
     *,
-    harmonise: int = 0,
+    harmonise: int | None = None,
     keep: str = "default",
     lam: float | None = None,
     seed: int | None = None,
 ) -> Eraser:
-    """Fuse, harmonise for a number of steps, and print what was done."""
+    """Fuse, or harmonise in a number of steps, and print what was done."""
     from esd_lora.built_in import read_prompts
     from esd_lora.fusing.closed_form import fuse
     from esd_lora.fusing.harmonising import harmonise as distil
 
     prompts = None if keep == "default" else read_prompts(keep)
-    fused = fuse(members, base, weights=strengths, keep=prompts, **ranks, **given(lam=lam, seed=seed))
     if harmonise:
-        fused = distil(fused, members, base, weights=strengths, keep=prompts, steps=harmonise, **given(seed=seed))
-    if dropped := fused.header.fusions[-1].dropped:
+        one = distil(members, base, weights=strengths, keep=prompts, steps=harmonise, **ranks, **given(seed=seed))
+        dropped = one.header.distillations[-1].dropped
+    else:
+        one = fuse(members, base, weights=strengths, keep=prompts, **ranks, **given(lam=lam, seed=seed))
+        dropped = one.header.fusions[-1].dropped
+    if dropped:
         say(f"not kept, because they name what is erased: {'; '.join(dropped)}")
-    reached = sorted({pair.rank for pair in fused.pairs.values()})
-    say(*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}")
-    return fused
+    reached = sorted({pair.rank for pair in one.pairs.values()})
+    say(*one.header.making(), f"ranks {reached[0]} to {reached[-1]}")
+    return one
 
 
 def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser) -> dict[str, bytes]:

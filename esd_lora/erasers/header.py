@@ -81,6 +81,18 @@ class Distillation(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
+    members: tuple[str, ...] = ()
+    """SHA-256 of every member's tensors, its weight folded in; older files do not tell, and were fused first."""
+    kept: int | None = None
+    """Number of prompts that were kept."""
+    kept_sha256: str | None = None
+    """SHA-256 of these prompts, sorted, one a line."""
+    dropped: tuple[str, ...] = ()
+    """Prompts of the list that name a member's concept, and so were not kept."""
+    scope: str | None = None
+    """Layers of the update; those of the fused stack in older files, and its ranks."""
+    rank: int | None = None
+    seed: int = 0
     steps: int
     trajectories: tuple[int, ...]
     """Number of trajectories of every member, in the order in which they were fused."""
@@ -99,7 +111,9 @@ class Distillation(BaseModel):
         """Return how it went in a line: steps, losses, cost."""
         known = self.first_loss is not None and self.last_loss is not None
         losses = f": loss {self.first_loss:.2g} to {self.last_loss:.2g}" if known else ""
-        return f"harmonised in {self.steps} steps{losses}; {self.evaluations} evaluations, {self.seconds:.0f} s"
+        what = f" from {len(self.members)} erasers beside {self.kept} kept prompts" if self.members else ""
+        layers = f" on scope {self.scope} at rank {self.rank}" if self.scope else ""
+        return f"harmonised{what}{layers} in {self.steps} steps{losses}; {self.evaluations} evaluations, {self.seconds:.0f} s"
 
 
 class Fusion(BaseModel):

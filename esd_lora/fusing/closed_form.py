@@ -18,7 +18,6 @@ it is solved for every layer an eraser may change, from what the layers read on 
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,11 +122,8 @@ def fuse(
                 left_unchanged += objective(moment, plain)
     record = Fusion(
         **spec.model_dump(exclude={"method"}),
-        members=tuple(members.hashes),
-        kept=len(members.kept) if spec.lam else 0,
+        **{**members.record(), **({} if spec.lam else {"kept": 0})},
         kept_walked=walked,
-        kept_sha256=hashlib.sha256("\n".join(members.kept).encode()).hexdigest(),
-        dropped=tuple(members.dropped),
         rank=rank,
         energy=energy,
         summed=tuple(wide),

@@ -1,8 +1,8 @@
-"""Harmonising a stack: a short distillation of what every member does alone into the one update they share.
+"""Harmonising a stack: a short distillation of what every member does alone into one update for all.
 
 A sibling of `training.py` with other teachers. On member i's prompts the teacher is the base with eraser i alone, on prompts
-to keep it is the base itself, and the student is the stack as it is, typically in its closed form (`closed_form.py`): one
-matrix a layer cannot do everything the members did, but the layers together can make up for much of it. Half of the kept
+to keep it is the base itself. The student is a fresh LoRA on the layers and of the rank that the whole needs, whatever those of
+its members are: eight erasers that changed nothing but keys and values have no room beside each other there. Half of the kept
 points carry words that mean nothing, so that what stands in no list is left alone too.
 """
 
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from esd_lora.adapter import adapter_disabled, applied, load_adapter, read_pairs
+from esd_lora.adapter import adapter_disabled, add_adapter, applied, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
-from esd_lora.erasers.stacking import Strength
+from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.fuse_specs import HarmoniseSpec
 from esd_lora.fusing.prompts import gather_members
 from esd_lora.guarding import Guard
 from esd_lora.lessons import take_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pseudo_words import PseudoWords
+from esd_lora.recipe import LoraSpec
 from esd_lora.recipe_files import load_harmonise_spec
 from esd_lora.seeds import step_generator
 from esd_lora.trajectory import (
@@ -42,7 +43,6 @@ from esd_lora.trajectory import (
 
 
 def harmonise(
-    stacked: Eraser,
     erasers: Sequence[Eraser],
     base: Base,
     *,
@@ -52,27 +52,23 @@ def harmonise(
     progress: bool = True,
     **fields: Any,
 ) -> Eraser:
-    """Distil the members into their stack.
-
-        fused = fuse([cat, style], base)
-        better = harmonise(fused, [cat, style], base)
+    """Distil erasers into one that does what each does on its own prompts, and nothing on others.
 
     Args:
-        stacked: The stack to start from, typically from `fuse`.
-        erasers: Its members, in any order: each teaches what it does on its own prompts.
+        erasers: The members, in any order: each teaches what it does on its own prompts.
         base: The loaded base; it leaves as it came.
-        weights: Strength of each member, as the stack has them.
+        weights: Strength of each member, 1 by default; at 0 it is dropped.
         keep: Prompts to leave alone, as in `fuse`.
         spec: How to harmonise: loaded, a built-in name, or a YAML file.
         progress: Whether to show a progress bar.
-        **fields: Fields of `HarmoniseSpec`, over those of `spec`: `steps=200`.
+        **fields: Fields of `HarmoniseSpec`, over those of `spec`: `steps=400`.
 
     Returns:
-        The stack of the same ranks, with this in its header.
+        An eraser of the layers and the rank that `spec` says; its header has what a stack's has, and this.
 
     Raises:
-        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, or a field
-            is out of range.
+        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, the scope
+            matches no layer, or a field is out of range.
     """
     started, spec = time.monotonic(), load_harmonise_spec(spec, **fields)
     members = gather_members(erasers, base, weights, keep)
@@ -83,26 +79,25 @@ def harmonise(
     run = _Distiller(base, spec, [*kept, *(prompt for prompts in taught for prompt in prompts)], kept)
     erasing = TrajectoryBuffer(Points.join([run.walk(*pair) for pair in zip(taught, members.erasers, strict=True)]))
     keeping = TrajectoryBuffer(run.walk(kept))
-    parameters = load_adapter(base, stacked.pairs)
+    header = stack(members.erasers).header
+    shape = LoraSpec(rank=spec.rank, alpha=spec.rank)
+    parameters = add_adapter(base, base.family.modules(base.model, spec.scope), shape, spec.seed)
     try:
-        guard = Guard(base, stacked.header.guard, base.encode)
-        losses = run.distil(parameters, erasing, keeping, guard, progress=progress)
+        losses = run.distil(parameters, erasing, keeping, Guard(base, header.guard, base.encode), progress=progress)
         pairs = read_pairs(base.model)
     finally:
         base.model.unload_lora()
     tenth = -(-spec.steps // 10)
     record = Distillation(
-        steps=spec.steps,
+        **spec.model_dump(include={"scope", "rank", "steps", "keep_trajectories", "trajectory_steps", "guidance", "seed"}),
+        **members.record(),
         trajectories=tuple(counts),
-        keep_trajectories=spec.keep_trajectories,
-        trajectory_steps=spec.trajectory_steps,
-        guidance=spec.guidance,
         evaluations=run.evaluations,
         seconds=time.monotonic() - started,
-        first_loss=sum(losses[:tenth]) / tenth if spec.steps else None,
-        last_loss=sum(losses[-tenth:]) / tenth if spec.steps else None,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
     )
-    return Eraser(pairs, stacked.header.model_copy(update={"distillations": (*stacked.header.distillations, record)}))
+    return Eraser(pairs, header.model_copy(update={"distillations": (*header.distillations, record)}))
 
 
 class _Distiller:

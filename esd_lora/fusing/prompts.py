@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
@@ -27,6 +29,11 @@ class Members(NamedTuple):
     """Prompts to keep (`keep_list`)."""
     dropped: list[str]
     """Prompts that are not kept, because they name what is erased."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what a header says of them."""
+        digest = hashlib.sha256("\n".join(self.kept).encode()).hexdigest()
+        return {"members": tuple(self.hashes), "kept": len(self.kept), "kept_sha256": digest, "dropped": tuple(self.dropped)}
 
 
 def gather_members(
@@ -53,8 +60,27 @@ def gather_members(
     kept, dropped = keep_list(members, base.keep if keep is None else keep)
     if not kept:
         raise EsdLoraError(f"no prompt to keep is left: all {len(dropped)} name an erased concept. Give others.")
+    _warn_of_anchors(members)
     prompts = [own_prompts(member, kept, dropped) for member in members]
     return Members(members, [digest for digest, _ in hashed], prompts, kept, dropped)
+
+
+def _warn_of_anchors(members: Sequence[Eraser]) -> None:
+    """Say where a member puts what another one erases: in a stack neither is gone."""
+    concepts = [(i, concept) for i, member in enumerate(members) for concept in member.header.concepts]
+    shown = {
+        (concept.name, other.name): None
+        for i, concept in concepts
+        for j, other in concepts
+        for prompt, anchor in concept.pairs
+        if i != j and other.named_in(anchor) and not other.named_in(prompt)
+    }
+    for name, other in shown:
+        warnings.warn(
+            f"where {name!r} is erased, {other!r} appears, which another member erases. Train {name!r} once more with"
+            f" --avoid {other!r}, or with an --anchor of its own.",
+            stacklevel=4,
+        )
 
 
 def keep_list(members: Sequence[Eraser], prompts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,20 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from esd_lora.adapter import add_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.header import ErasedConcept
-from esd_lora.erasers.stacking import stack
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.fusing import harmonising
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.lessons import take_turns
 from esd_lora.pseudo_words import PseudoWords
+from esd_lora.recipe import LoraSpec
 from esd_lora.trajectory import Points, TrajectoryBuffer
 from random_erasers import eraser_on
 
 KEPT = ["a dog", "a hat", "a house"]
+SCOPE, RANK = "xattn", 3
 STEPS, BATCH, LR, PUSH, SHAKE, TRAJECTORIES, POINTS, GUIDANCE, SEED = 11, 4, 1e-3, 1.5, 0.6, 2, 3, 2.5, 7
 
 
@@ -51,8 +53,7 @@ class Reference:
         noise = torch.Generator().manual_seed(SEED)
         taught = [self.walk(*pair, noise) for pair in zip(prompts, members, strict=True)]
         erasing, keeping = TrajectoryBuffer(Points.join(taught)), TrajectoryBuffer(self.walk(KEPT, None, noise))
-        start = stack(members)
-        self.pairs = {path: tuple(torch.nn.Parameter(factor.clone()) for factor in pair) for path, pair in start.pairs.items()}
+        self.pairs = {path: tuple(torch.nn.Parameter(factor.clone()) for factor in pair) for path, pair in fresh(base).items()}
         self.train(erasing, keeping)
 
     def predict(self, x_t: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
@@ -102,6 +103,14 @@ class Reference:
             self.losses.append(loss.item())
 
 
+def fresh(base: Base) -> dict[str, LoraPair]:
+    """Return the factors that an update begins with."""
+    add_adapter(base, base.family.modules(base.model, SCOPE), LoraSpec(rank=RANK, alpha=RANK), SEED)
+    pairs = read_pairs(base.model)
+    base.model.unload_lora()
+    return pairs
+
+
 def member(base: Base, seed: int, *prompts: str) -> Eraser:
     layers = base.family.modules(base.model, "xattn")
     eraser = eraser_on(base.model, layers, prompts[0], seed=seed, base_hashes=base.hashes(layers))
@@ -121,15 +130,17 @@ def test_harmonising_is_the_plain_loop(tiny_dir: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(harmonising.time, "monotonic", lambda: float(next(clock)))
     settings = {"steps": STEPS, "batch_size": BATCH, "lr": LR, "push": PUSH, "shake": SHAKE, "seed": SEED}
     walks = {"trajectories": TRAJECTORIES, "keep_trajectories": 3, "trajectory_steps": POINTS, "guidance": GUIDANCE}
-    better = harmonise(stack(members), members, base, keep=KEPT, progress=False, **settings, **walks)
+    shape = {"scope": SCOPE, "rank": RANK}
+    better = harmonise(members, base, keep=KEPT, progress=False, **shape, **settings, **walks)
     (record,) = better.header.distillations
     assert record.trajectories == tuple(len(walked[each.names[0]]) for each in members)
     assert record.evaluations == reference.evaluations
     assert record.seconds == 3
     assert record.first_loss == pytest.approx(sum(reference.losses[:2]) / 2, rel=1e-6)
     assert record.last_loss == pytest.approx(sum(reference.losses[-2:]) / 2, rel=1e-6)
-    start = stack(members)
+    start = fresh(base)
+    assert better.pairs.keys() == start.keys()
     for path, pair in better.pairs.items():
-        for factor, trained, before in zip(pair, reference.pairs[path], start.pairs[path], strict=True):
+        for factor, trained, before in zip(pair, reference.pairs[path], start[path], strict=True):
             expected = trained.detach()
             assert float((factor - expected).norm()) <= 1e-6 * float((expected - before).norm()), path

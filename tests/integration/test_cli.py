@@ -316,13 +316,24 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
     assert plain.startswith("stack of ")
     assert "differ by 0.000%" not in good("diff", fused, tmp_path / "sum")
-    chosen = ["--lam", 0.5, "--harmonise", 2, "--max-rank", 1, "--seed", 3]
-    said = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", tmp_path / "chosen")
-    chosen_too = Eraser.load(tmp_path / "chosen")
-    (record,) = chosen_too.header.fusions
+    on_base = ["stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep]
+    good(*on_base, "--lam", 0.5, "--max-rank", 1, "--seed", 3, "-o", tmp_path / "chosen")
+    (record,) = Eraser.load(tmp_path / "chosen").header.fusions
     assert (record.lam, record.rank, record.seed) == (0.5, 1, 3)
+
+
+def test_stack_on_a_base_is_harmonised(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    keep, out = tmp_path / "keep.txt", tmp_path / "out"
+    keep.write_text("a house\ntwo cats\n", "utf-8")
+    chosen = ["--harmonise", 2, "--rank", 1, "--seed", 3]
+    said = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", out)
+    assert said.splitlines()[0] == "not kept, because they name what is erased: two cats"
+    assert "harmonised from 2 erasers beside 3 kept prompts on scope full at rank 1 in 2 steps: loss" in good("inspect", out)
+    chosen_too = Eraser.load(out)
+    assert chosen_too.header.fusions == ()
     (spent,) = chosen_too.header.distillations
-    assert (spent.steps, spent.trajectories) == (2, (32, 32))
+    assert (spent.steps, spent.trajectories, spent.rank, spent.seed) == (2, (32, 32), 1, 3)
+    assert (spent.dropped, spent.kept, len(spent.members)) == (("two cats",), 3, 2)
     assert spent.evaluations == (2 * 32 + 128) * 12 * 2 + 2 * 32 * 12 + 2 * (32 + 8)  # walked, taught, in two steps
     assert spent.first_loss
     assert f"{spent.evaluations} evaluations" in said
@@ -362,6 +373,8 @@ def test_faults_of_a_stack_s_options(tiny_dir: Path, tmp_path: Path, cat_dir: Pa
         (["--lam", 0.2], "--lam goes with --fuse closed-form"),
         (["--keep", empty], "--keep goes with --fuse closed-form"),
         (["--fuse", "sum", "--harmonise"], "--harmonise goes with --fuse closed-form"),
+        (["--base", tiny_dir, "--harmonise", "--lam", 0.2], "--lam goes with the closed form, and --harmonise takes its place"),
+        (["--base", tiny_dir, "--harmonise", "--energy", 0.9], "--energy goes with the closed form"),
         (["--fuse", "sum", "--base", tiny_dir], "--base has nothing to do in a sum"),
         (["--base", tiny_dir, "--keep", empty], "holds no prompt. "),
         (["--base", tiny_dir, "--keep", tmp_path / "none.txt"], "cannot be read"),

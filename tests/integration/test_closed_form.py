@@ -282,6 +282,13 @@ def test_an_anchor_is_a_kept_prompt_that_names_no_concept(base: Base) -> None:
     assert recipe.anchored(anchors).concepts[0].pairs() == [("a cat", anchors["a cat"])]
 
 
+def test_what_other_erasers_erase_is_no_anchor(base: Base) -> None:
+    free = tiny_recipe(base.id, preserve=KEEP, anchor="auto")
+    chosen = choose_anchors(free, base, base.encode)["a cat"]
+    other = choose_anchors(free.model_copy(update={"avoid": (chosen,)}), base, base.encode)["a cat"]
+    assert chosen != other != ""
+
+
 def test_another_word_for_the_concept_is_no_anchor(base: Base) -> None:
     """A kitten that the text encoder hardly tells from a cat costs least to arrive at, and erases nothing."""
 

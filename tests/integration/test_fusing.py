@@ -438,8 +438,8 @@ def test_members_of_another_base_are_refused(base: Base, members: list[Eraser]) 
 def test_base_leaves_as_it_came(tiny_dir: Path, members: list[Eraser]) -> None:
     base = load_base(tiny_dir, device="cpu")
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    fused = fuse(members, base, keep=KEEP, **QUICK)
-    harmonise(fused, members, base, keep=KEEP, steps=2, trajectories=2, keep_trajectories=3, progress=False)
+    fuse(members, base, keep=KEEP, **QUICK)
+    harmonise(members, base, keep=KEEP, steps=2, trajectories=2, keep_trajectories=3, progress=False)
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -50,6 +50,13 @@ def test_plan_is_pools_in_order_then_preserved() -> None:
     assert [lesson.preserves for lesson in plan(recipe)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("preserve", ["default", ["a dog", "two cars", "a hat"]])
+def test_what_other_erasers_erase_is_not_preserved(preserve: str | list[str]) -> None:
+    recipe = tiny_recipe("b", preserve=preserve).model_copy(update={"avoid": ("a car", "hat")})
+    lessons = plan(recipe, keep=["a dog", "a car in the rain", "hats"], near=["a fast car"])
+    assert [lesson.prompt for lesson in lessons if lesson.preserves] == ["a dog"]
+
+
 def test_lesson_without_push_still_erases_towards_its_anchor() -> None:
     (lesson,) = plan(tiny_recipe("b", eta=0, preserve=[]))
     assert not lesson.preserves
