@@ -40,7 +40,7 @@ from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
 from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to, listed_prompts
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
-from esd_lora.trajectory import Condition, in_float64, pick
+from esd_lora.trajectory import Condition, Encode, in_float64, pick
 from esd_lora.wording import mentions
 
 _AT_ONCE = 32  # prompts whose rows are in memory
@@ -126,7 +126,7 @@ def way_moments(
 
 def solve_text(
     base: Base,
-    encode: Callable[[Sequence[str]], Condition],
+    encode: Encode,
     lessons: Sequence[Lesson],
     layers: Mapping[str, int],
     spec: ClosedFormSpec,
@@ -234,7 +234,7 @@ def _most_moved(rows: Callable[[Sequence[str]], Tensor], kept: Sequence[str], ch
     return tuple((kept[i], distances[i]) for i in order[:_NAMED])
 
 
-def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]], Condition]) -> dict[str, str]:
+def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]:
     """Return the anchor of every concept that has none: name to a kept prompt that can take its place.
 
     Of the prompts near the concept it is the one for which the closed form leaves least to do and moves least of what is kept:
@@ -263,7 +263,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Callable[[Sequence[str]],
     chosen: dict[str, str] = {}
     for concept in unanchored:
         prompt = concept.pairs()[0][0]
-        near = likeness_to([prompt], candidates, base)[0].argsort(descending=True)[:_CANDIDATES].tolist()
+        near = likeness_to([prompt], candidates, base, encode)[0].argsort(descending=True)[:_CANDIDATES].tolist()
 
         tried: list[tuple[float, float, str]] = []
         for anchor in [candidates[i] for i in near]:

@@ -24,7 +24,7 @@ from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.errors import EsdLoraError
-from esd_lora.trajectory import Condition, in_float64
+from esd_lora.trajectory import Encode, in_float64
 
 TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 """Tensors of a condition that layers read as they are."""
@@ -32,7 +32,7 @@ _SMALLEST_LEFT = 1e-4  # of the text of an erased prompt, in units of its length
 _SMALLEST = 1e-9  # singular value, in units of the largest, that is a direction and no rounding
 
 
-def rows_of(encode: Callable[[Sequence[str]], Condition], name: str) -> Callable[[Sequence[str]], Tensor]:
+def rows_of(encode: Encode, name: str) -> Callable[[Sequence[str]], Tensor]:
     """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled."""
 
     def rows(prompts: Sequence[str]) -> Tensor:
@@ -59,7 +59,7 @@ class Guard:
         self,
         base: Base,
         prompts: Sequence[str],
-        encode: Callable[[Sequence[str]], Condition],
+        encode: Encode,
         erased: Sequence[str] = (),
     ):
         self.base = base

@@ -14,6 +14,7 @@ from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import AUTO, Concept, Neighbours, Recipe
 from esd_lora.seeds import Stream, stream_generator
+from esd_lora.trajectory import Encode
 from esd_lora.wording import frames_of, mentions
 
 Item = TypeVar("Item")
@@ -158,13 +159,14 @@ _SHORT = 3
 """Words of a preserved prompt that can stand in a frame."""
 
 
-def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
+def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base, encode: Encode | None = None) -> HeldOut:
     """Return prompts of the concepts, and of what is near them and far, that are in no lesson.
 
     Args:
         recipe: Its concepts and frames.
         lessons: What is trained on.
         base: Has the default keep list, and a text encoder that says what is near.
+        encode: From `Base.remembering`, if it knows the lessons' prompts already.
     """
     listed = listed_prompts(recipe, base.keep)
     trained = {text for lesson in lessons for text in lesson[:3]}
@@ -184,7 +186,7 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base) -> HeldOut:
     ]
     kept = [prompt for prompt in short if not any(concept.named_in(prompt) for concept in recipe.concepts)]
     if kept:
-        likeness = likeness_to([lesson.concept for lesson in lessons if not lesson.preserves], kept, base)
+        likeness = likeness_to([lesson.concept for lesson in lessons if not lesson.preserves], kept, base, encode)
         ranked = [kept[i] for i in likeness.max(0).values.argsort(descending=True).tolist()]
         half = _HELD_OUT // 2
         kept = list(dict.fromkeys([*ranked[:half], *ranked[half :: max(1, len(ranked) // half)]]))[:_HELD_OUT]
@@ -197,7 +199,7 @@ def take_turns(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i * max(count, len(items)) // count % len(items)] for i in range(count)]
 
 
-def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) -> list[Lesson]:
+def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int, encode: Encode | None = None) -> list[Lesson]:
     """Return the lessons that a training walks, those of preserved prompts with their turns.
 
     What erasing hurts first is near the concept, so the nearest quarter takes two turns where every prompt can have one. Where
@@ -208,12 +210,13 @@ def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) ->
         walks: Number of trajectories that the training walks for preserved prompts, in all.
         base: Whose text encoder says what is near.
         seed: Of the choice.
+        encode: From `Base.remembering`, if it knows the lessons' prompts already.
     """
     erased = [lesson for lesson in lessons if not lesson.preserves]
     preserved = [lesson for lesson in lessons if lesson.preserves]
     if not preserved or not walks:
         return erased
-    likeness = likeness_to([lesson.concept for lesson in erased], [lesson.prompt for lesson in preserved], base)
+    likeness = likeness_to([lesson.concept for lesson in erased], [lesson.prompt for lesson in preserved], base, encode)
     ranked = likeness.max(0).values.argsort(descending=True).tolist()
     near = len(ranked) // 4
     if walks >= len(ranked) + near:
@@ -224,12 +227,12 @@ def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int) ->
     return erased + [lesson for i, lesson in enumerate(preserved) if i in chosen]
 
 
-def likeness_to(erased: Sequence[str], prompts: Sequence[str], base: Base) -> Tensor:
+def likeness_to(erased: Sequence[str], prompts: Sequence[str], base: Base, encode: Encode | None = None) -> Tensor:
     """Return the cosines between `Base.directions` of erased prompts and of others, [erased, prompts]."""
-    directions = base.directions(erased)
+    directions = base.directions(erased, encode)
     # In parts: encoded by T5, a prompt takes megabytes.
     parts = [prompts[i : i + _COMPARED_AT_ONCE] for i in range(0, len(prompts), _COMPARED_AT_ONCE)]
-    return torch.cat([directions @ base.directions(part).T for part in parts], 1)
+    return torch.cat([directions @ base.directions(part, encode).T for part in parts], 1)
 
 
 def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from textwrap import wrap
@@ -20,7 +20,7 @@ from esd_lora.errors import EsdLoraError
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
-    from esd_lora.trajectory import Condition
+    from esd_lora.trajectory import Condition, Encode
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats of pictures that are opened. Each is decoded within this process; EPS, for one, would start Ghostscript."""
@@ -77,7 +77,7 @@ def paint(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
-    encode: Callable[[Sequence[str]], Condition] | None = None,
+    encode: Encode | None = None,
     batch: int = _BATCH,
     desc: str | None = None,
 ) -> list[Image.Image]:

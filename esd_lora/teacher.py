@@ -20,7 +20,7 @@ from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
-from esd_lora.trajectory import Condition, NoisySample, Points, TrajectoryBuffer, pick, walk
+from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, pick, walk
 
 NULL = 0
 """Number of the empty prompt."""
@@ -48,7 +48,7 @@ class Teacher:
         lessons: Sequence[Lesson],
         allow_code: Collection[str] = (),
         probed: Sequence[str] = (),
-        encode: Callable[[Sequence[str]], Condition] | None = None,
+        encode: Encode | None = None,
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)

@@ -169,9 +169,10 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> 
     planned = plan(recipe, base.keep, near)
     guard = Guard(base, recipe.guard, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
-    lessons = share_turns(planned, walks, base, spec.seed) if spec.steps else planned
-    held_out = hold_out(recipe, planned, base) if recipe.probed else None
     kept = kept_texts(planned) if recipe.closed_form else []
+    known = encode if kept else None  # beside the closed form all prompts are encoded anyway, and held
+    lessons = share_turns(planned, walks, base, spec.seed, known) if spec.steps else planned
+    held_out = hold_out(recipe, planned, base, known) if recipe.probed else None
     further = [*(held_out.prompts() if held_out else ()), *kept]
     teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None

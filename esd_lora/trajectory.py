@@ -15,6 +15,9 @@ from torch import Tensor
 Condition = dict[str, Tensor]
 """What a denoiser reads beside `x_t` and `t`: named tensors whose first dimension is the prompt."""
 
+Encode = Callable[[Sequence[str]], Condition]
+"""From N prompts to their condition."""
+
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 """From `x_t` [N, ...], `t` [N] and a condition of N prompts to a prediction of the shape of `x_t`."""
 

@@ -16,7 +16,7 @@ from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
-from esd_lora.trajectory import Condition, concatenate, pick
+from esd_lora.trajectory import Condition, Encode, concatenate, pick
 
 _ENCODED_AT_ONCE = 16  # prompts; bounds memory, changes no result
 
@@ -96,7 +96,7 @@ class Base:
         return condition
 
     @torch.no_grad()
-    def directions(self, texts: Sequence[str]) -> Tensor:
+    def directions(self, texts: Sequence[str], encode: Encode | None = None) -> Tensor:
         """Return where texts lie as the text encoder sees them, [N, values] of length 1: their cosines are similarities.
 
         What every text has in common, padding above all, is the output for a text without words, and is subtracted. That is
@@ -104,9 +104,12 @@ class Base:
 
         Args:
             texts: N prompts or names.
+            encode: From `remembering`, where it knows the texts already, none of them empty.
         """
-        embeds = self._encode_by(self.family.encode_text, ["", *texts])["prompt_embeds"].float().flatten(1)
-        return torch.nn.functional.normalize(embeds[1:] - embeds[:1], dim=1)
+        asked = ["", *(() if encode else texts)]
+        embeds = self._encode_by(self.family.encode_text, asked)["prompt_embeds"].float().flatten(1)
+        named = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
+        return torch.nn.functional.normalize(named - embeds[:1], dim=1)
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
@@ -121,7 +124,7 @@ class Base:
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
 
-    def remembering(self, guidance: float = 1.0) -> Callable[[Sequence[str]], Condition]:
+    def remembering(self, guidance: float = 1.0) -> Encode:
         """Return a function that encodes as `encode` does, and no prompt twice.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from esd_lora import training
 from esd_lora.adapter import ADAPTER, adapter_ranks, add_adapter, applied, read_pairs, set_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -252,6 +254,31 @@ def test_no_prompt_is_encoded_twice(base: Base, monkeypatch: pytest.MonkeyPatch)
     condition = remembering(["a hat", "a dog"])
     assert encoded == ["a cat", "a dog", "a hat"]
     torch.testing.assert_close(condition["prompt_embeds"], type(base).encode(base, ["a hat", "a dog"])["prompt_embeds"])
+
+
+@pytest.mark.parametrize("preset", ["instant", "fast"])
+def test_a_training_s_text_is_encoded_once(preset: str, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is near, and which anchor costs least, is told by what is encoded for the closed form anyway."""
+    encoded: Counter[str] = Counter()
+    encode = type(base.family).encode
+
+    def counted(self: Any, pipe: Any, prompts: Sequence[str]) -> Condition:
+        encoded.update(prompts)
+        return encode(self, pipe, prompts)
+
+    monkeypatch.setattr(type(base.family), "encode", counted)
+    recipe = load_recipe(preset, {"closed_form.unlisted": 0.0}, base=base.id, concepts=["a cat"], preserve=KEEP)
+    training.prepare_prompts(base, recipe, ())
+    assert {text: count for text, count in encoded.items() if count > 1 and text} == {}
+    assert set(KEEP) <= encoded.keys()
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "sana"])
+def test_nearness_is_the_same_of_what_is_known(kind: str, tmp_path: Path) -> None:
+    base = load_toy(save_toy(kind, tmp_path / kind))
+    known = base.remembering()
+    known(KEEP)
+    torch.testing.assert_close(base.directions(KEEP, known), base.directions(KEEP))
 
 
 def test_kept_texts() -> None:

@@ -249,7 +249,7 @@ def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str,
 class OnALine:
     """A text encoder that puts "p0", "p1", ... ever farther from the concept, for `share_turns`."""
 
-    def directions(self, prompts: list[str]) -> torch.Tensor:
+    def directions(self, prompts: list[str], _encode: object = None) -> torch.Tensor:
         angles = torch.tensor([0.0 if not p.startswith("p") else (1 + int(p[1:])) / 50 for p in prompts])
         return torch.stack([angles.cos(), angles.sin()], 1)
 
