@@ -46,7 +46,7 @@ class HarmoniseSpec(_Frozen):
     rank: int = Field(ge=1, le=1024)
     """Rank of its layers; 4 to 16."""
     steps: int = Field(ge=1)
-    """Optimiser steps, 400 to 1000; the learning rate falls to 0 over them."""
+    """Optimiser steps for each member, 50 to 200; the learning rate falls to 0 over all of them."""
     lr: float = Field(gt=0)
     """Learning rate of the first step."""
     batch_size: int = Field(ge=2)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class HarmoniseSteps(click.IntRange):
-    """Number of steps; without a number that of `recipes/harmonise.yaml`."""
+    """Number of steps for each member; without a number that of `recipes/harmonise.yaml`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of steps."""
@@ -35,7 +35,9 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
 @base_option()
 @click.option("--fuse", "how", type=click.Choice(["closed-form", "sum"]), help="Default: closed-form on a --base, else sum.")
-@click.option("--harmonise", help="Distil what members do alone instead: slower, erases and keeps more.", **_harmonise)
+@click.option(
+    "--harmonise", help="Distil what members do alone instead, in steps for each: erases and keeps more.", **_harmonise
+)
 @click.option(
     "--keep", metavar="FILE", help="Prompts to leave alone, one a line; 'default', as without it: the base's or the package's."
 )
@@ -136,7 +138,7 @@ def _fuse(
     lam: float | None = None,
     seed: int | None = None,
 ) -> Eraser:
-    """Fuse, or harmonise in a number of steps, and print what was done."""
+    """Fuse, or harmonise in a number of steps for each member, and print what was done."""
     from esd_lora.built_in import read_prompts
     from esd_lora.fusing.closed_form import fuse
     from esd_lora.fusing.harmonising import harmonise as distil

@@ -61,7 +61,7 @@ def harmonise(
         keep: Prompts to leave alone, as in `fuse`.
         spec: How to harmonise: loaded, a built-in name, or a YAML file.
         progress: Whether to show a progress bar.
-        **fields: Fields of `HarmoniseSpec`, over those of `spec`: `steps=400`.
+        **fields: Fields of `HarmoniseSpec`, over those of `spec`: `steps=200`.
 
     Returns:
         An eraser of the layers and the rank that `spec` says; its header has what a stack's has, and this.
@@ -83,14 +83,16 @@ def harmonise(
     shape = LoraSpec(rank=spec.rank, alpha=spec.rank)
     parameters = add_adapter(base, base.family.modules(base.model, spec.scope), shape, spec.seed)
     try:
-        losses = run.distil(parameters, erasing, keeping, Guard(base, header.guard, base.encode), progress=progress)
+        guard, steps = Guard(base, header.guard, base.encode), spec.steps * len(members.erasers)
+        losses = run.distil(parameters, erasing, keeping, guard, steps, progress=progress)
         pairs = read_pairs(base.model)
     finally:
         base.model.unload_lora()
-    tenth = -(-spec.steps // 10)
+    tenth = -(-len(losses) // 10)
     record = Distillation(
-        **spec.model_dump(include={"scope", "rank", "steps", "keep_trajectories", "trajectory_steps", "guidance", "seed"}),
+        **spec.model_dump(include={"scope", "rank", "keep_trajectories", "trajectory_steps", "guidance", "seed"}),
         **members.record(),
+        steps=len(losses),
         trajectories=tuple(counts),
         evaluations=run.evaluations,
         seconds=time.monotonic() - started,
@@ -159,6 +161,7 @@ class _Distiller:
         erasing: TrajectoryBuffer,
         keeping: TrajectoryBuffer,
         guard: Guard,
+        steps: int,
         *,
         progress: bool,
     ) -> list[float]:
@@ -167,7 +170,7 @@ class _Distiller:
         optimizer = make_optimizer("adam", parameters, spec.lr, {})
         scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
         half, losses = spec.batch_size // 2, list[float]()
-        for step in trange(spec.steps, desc="harmonising", unit="step", disable=not progress):
+        for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
             generator = step_generator(spec.seed, step)
             erased, kept = erasing.sample(spec.batch_size, generator), keeping.sample(spec.batch_size, generator)
             shaken = self._shaken(kept.lesson[:half], generator)
@@ -183,7 +186,7 @@ class _Distiller:
                 scaler.scale(loss).backward()
                 losses[-1] += loss.item()
             for group in optimizer.param_groups:
-                group["lr"] = spec.lr * (1 - step / spec.steps)
+                group["lr"] = spec.lr * (1 - step / steps)
             scaler.step(optimizer)
             scaler.update()
             guard.hold()

@@ -308,11 +308,11 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     assert said.splitlines()[0] == "not kept, because they name what is erased: a cat, asleep; two cats"
     assert "fused from 2 erasers beside 4 kept prompts" in said  # two of the list, two that the members preserved
     assert " of no update's, plain sum " in said
-    assert "fused from 2 erasers beside 4 kept prompts (lam 0.1, mu 0.03)" in good("inspect", fused)
+    assert "fused from 2 erasers beside 4 kept prompts (lam 0.3, mu 0.03)" in good("inspect", fused)
     assert "- Fused from 2 erasers" in (fused / "README.md").read_text("utf-8")
     assert "changed in the stack by" in said
     (record,) = Eraser.load(fused).header.fusions
-    assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.1)
+    assert (record.dropped, record.lam) == (("a cat, asleep", "two cats"), 0.3)
     plain = good("stack", cat_dir, f"{car_dir}:0.5", "-o", tmp_path / "sum")
     assert plain.startswith("stack of ")
     assert "differ by 0.000%" not in good("diff", fused, tmp_path / "sum")
@@ -328,13 +328,13 @@ def test_stack_on_a_base_is_harmonised(tiny_dir: Path, tmp_path: Path, cat_dir: 
     chosen = ["--harmonise", 2, "--rank", 1, "--seed", 3]
     said = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", out)
     assert said.splitlines()[0] == "not kept, because they name what is erased: two cats"
-    assert "harmonised from 2 erasers beside 3 kept prompts on scope full at rank 1 in 2 steps: loss" in good("inspect", out)
+    assert "harmonised from 2 erasers beside 3 kept prompts on scope full at rank 1 in 4 steps: loss" in good("inspect", out)
     chosen_too = Eraser.load(out)
     assert chosen_too.header.fusions == ()
     (spent,) = chosen_too.header.distillations
-    assert (spent.steps, spent.trajectories, spent.rank, spent.seed) == (2, (32, 32), 1, 3)
+    assert (spent.steps, spent.trajectories, spent.rank, spent.seed) == (4, (32, 32), 1, 3)
     assert (spent.dropped, spent.kept, len(spent.members)) == (("two cats",), 3, 2)
-    assert spent.evaluations == (2 * 32 + 128) * 12 * 2 + 2 * 32 * 12 + 2 * (32 + 8)  # walked, taught, in two steps
+    assert spent.evaluations == (2 * 32 + 128) * 12 * 2 + 2 * 32 * 12 + 4 * (32 + 8)  # walked, taught, in two steps for each
     assert spent.first_loss
     assert f"{spent.evaluations} evaluations" in said
     assert {pair.rank for pair in chosen_too.pairs.values()} == {1}

@@ -148,10 +148,10 @@ def test_what_does_not_compose(name: str) -> None:
 
 def test_how_stacks_are_made_stands_in_recipes(tmp_path: Path) -> None:
     fusing, harmonising = load_fuse_spec(), load_harmonise_spec()
-    assert (fusing.lam, fusing.mu, fusing.trajectories, fusing.keep_trajectories) == (0.1, 0.03, 8, 64)
+    assert (fusing.lam, fusing.mu, fusing.trajectories, fusing.keep_trajectories) == (0.3, 0.03, 8, 64)
     assert (fusing.steps, fusing.guidance, fusing.seed) == (4, 3.0, 0)
     assert (harmonising.scope, harmonising.rank) == ("full", 8)
-    assert (harmonising.steps, harmonising.lr, harmonising.batch_size) == (800, 3e-3, 16)
+    assert (harmonising.steps, harmonising.lr, harmonising.batch_size) == (100, 3e-3, 16)
     assert (harmonising.push, harmonising.shake, harmonising.guidance, harmonising.seed) == (1.75, 0.7, 3.0, 0)
     assert (harmonising.trajectories, harmonising.keep_trajectories, harmonising.trajectory_steps) == (32, 128, 12)
     mine = write(tmp_path / "mine.yaml", "extends: fuse\nlam: 0.5\nsteps: 3\n")
