@@ -53,15 +53,15 @@ STYLES = ("twemoji", "ink")
 MIXED = ("cat", "pizza", "car", "apple", *STYLES)
 
 
-def made(name: str, recipe: str, base: Base, seed: int, folder: Path) -> Path:
+def made(name: str, recipe: str, base: Base, seed: int, folder: Path, avoid: Sequence[str] = OBJECTS) -> Path:
     """Return where the eraser of an object or style lies; it is made if it is not there."""
-    out = folder / f"{recipe}-{name}-{seed}"
+    out = folder / f"{recipe}-{name}-{seed}{'' if avoid else '-alone'}"
     if not (out / "README.md").exists():
         settings = {"train.seed": seed, "train.preview_every": 0}
         if name in STYLES:
             chosen = load_recipe("emoji-twemoji", settings, concepts=[style_concept(name)])
         else:
-            chosen = load_recipe(recipe, settings, concepts=[object_concept(name)], avoid=OBJECTS)
+            chosen = load_recipe(recipe, settings, concepts=[object_concept(name)], avoid=avoid)
         train(chosen, base=base, out=out, force=True)
     return out
 
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--counts", default="2,4,8,12")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--mixed", action="store_true", help="four objects and two styles, too")
+    parser.add_argument("--no-avoid", action="store_true", help="members that know nothing of each other")
     parser.add_argument("--recipe", default="fast", help="of the objects' erasers")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
@@ -212,10 +213,11 @@ def main() -> None:
     part, parts = map(int, options.part.split("/"))
     seeds, methods = [int(seed) for seed in options.seeds.split(",")], options.methods.split(",")
     base, judge = load_base("emoji"), Judge("emoji")
+    avoid = () if options.no_avoid else OBJECTS
     if options.train_only:
         for i, (seed, name) in enumerate((seed, name) for seed in seeds for name in (*OBJECTS, *STYLES)):
             if i % parts == part:
-                made(name, options.recipe, base, seed, options.out)
+                made(name, options.recipe, base, seed, options.out, avoid)
         return
     groups: dict[str, Sequence[str]] = {f"{n} objects": OBJECTS[: int(n)] for n in options.counts.split(",") if n}
     if options.mixed:
@@ -225,14 +227,14 @@ def main() -> None:
         if number % parts != part:
             continue
         names = groups[group]
-        members = [Eraser.load(made(name, options.recipe, base, seed, options.out)) for name in names]
+        members = [Eraser.load(made(name, options.recipe, base, seed, options.out, avoid)) for name in names]
         objects, styles = {*names} - {*STYLES}, {*names} & {*STYLES}
         kept, dropped = keep_list(members, base.keep)
         used = {prompt for member in members for prompt in own_prompts(member, kept, dropped)}
         suite = Suite.of(sorted(objects), sorted(styles), used, seed)
         before: dict[str, Seen] = {}
         for method in methods:
-            label = f"{options.recipe}-{group}-{method}-{seed}"
+            label = f"{options.recipe}-{group}-{method}-{seed}{'' if avoid else '-alone'}"
             cache = options.out / f"{label.replace(' ', '_')}.json"
             if not cache.exists():
                 before = before or look(painter(base), judge, suite)
