@@ -36,6 +36,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.cases import Case, fill_template, object_cases, pair_cases, style_cases
 from esd_lora.evaluation.detectors.judge import Judge, Verdict
+from esd_lora.formats.cards import save_with_card
 from esd_lora.fusing.closed_form import fuse
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.fusing.prompts import keep_list, own_prompts
@@ -186,15 +187,20 @@ SMALL = 4
 """Rank of a small harmonised stack."""
 
 
-def apply(method: str, base: Base, names: Sequence[str], members: Sequence[Eraser], seed: int) -> list[Eraser]:
-    """Return the erasers to have on the base."""
+def apply(
+    method: str, base: Base, names: Sequence[str], members: Sequence[Eraser], seed: int, harmonised: Path
+) -> list[Eraser]:
+    """Return the erasers to have on the base; a harmonised one is made unless it is there."""
     if method == "joint training":
         return [jointly(base, names, seed)]
     if method.startswith("sum"):
         return [stack(members, [len(members) ** -0.5 if "sqrt" in method else 1.0] * len(members))]
     if method == "closed form":
         return [fuse(members, base, seed=seed, progress=False)]
-    return [harmonise(members, base, seed=seed, progress=False, **({"rank": SMALL} if "small" in method else {}))]
+    if not (harmonised / "README.md").exists():
+        rank = {"rank": SMALL} if "small" in method else {}
+        save_with_card(harmonise(members, base, seed=seed, progress=False, **rank), harmonised)
+    return [Eraser.load(harmonised)]
 
 
 def main() -> None:
@@ -222,6 +228,10 @@ def main() -> None:
     groups: dict[str, Sequence[str]] = {f"{n} objects": OBJECTS[: int(n)] for n in options.counts.split(",") if n}
     if options.mixed:
         groups["4 objects, 2 styles"] = MIXED
+
+    def place(group: str, method: str, seed: int) -> Path:
+        return options.out / f"{options.recipe}-{group}-{method}-{seed}{'' if avoid else '-alone'}".replace(" ", "_")
+
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number, (seed, group) in enumerate((seed, group) for seed in seeds for group in groups):
         if number % parts != part:
@@ -234,12 +244,11 @@ def main() -> None:
         suite = Suite.of(sorted(objects), sorted(styles), used, seed)
         before: dict[str, Seen] = {}
         for method in methods:
-            label = f"{options.recipe}-{group}-{method}-{seed}{'' if avoid else '-alone'}"
-            cache = options.out / f"{label.replace(' ', '_')}.json"
+            cache = place(group, method, seed).with_suffix(".json")
             if not cache.exists():
                 before = before or look(painter(base), judge, suite)
                 started = time.perf_counter()
-                on = [] if method == "gated" else apply(method, base, names, members, seed)
+                on = [] if method == "gated" else apply(method, base, names, members, seed, place(group, method, seed))
                 seconds = time.perf_counter() - started
                 with applied(base, on):
                     seen = look(gated_painter(base, members) if method == "gated" else painter(base), judge, suite)
@@ -266,21 +275,17 @@ def main() -> None:
             f" {mean['drift']:.1f} | {mean['seconds']:.0f} | {mean['kB']:.0f} |"
         )
     if options.sheet:
-        names = groups[list(groups)[-1 - options.mixed]]
-        members = [Eraser.load(made(name, options.recipe, base, seeds[0], options.out)) for name in names]
-        prompts = ["a cat in ink style", "a noto drawing of a pizza", "a car, blob style", "an apple in fluent style"]
-        prompts += [
-            "a dog in ink style",
-            "fluent fox",
-            "a cake, noto style",
-            "a house in blob style",
-            "an owl in noto style",
-            "a key, ink style",
+        group = list(groups)[-1 - options.mixed]
+        members = [Eraser.load(made(name, options.recipe, base, seeds[0], options.out, avoid)) for name in groups[group]]
+        prompts = [
+            *("a cat in ink style", "a noto drawing of a pizza", "a car, blob style", "an apple in fluent style"),
+            *("a dog in ink style", "fluent fox", "a cake, noto style", "a house in blob style"),
+            *("an owl in noto style", "a key, ink style"),
         ]
-        pictures = {}
-        for label, method in {"base": "", "plain sum": "sum", "closed form": "closed form", "harmonised": "harmonised"}.items():
-            with applied(base, apply(method, base, names, members, seeds[0]) if method else []):
-                pictures[label] = paint(base, prompts, [5] * len(prompts))
+        pictures = {"base": paint(base, prompts, [5] * len(prompts))}
+        for method in ("sum", "closed form", "harmonised"):
+            with applied(base, apply(method, base, groups[group], members, seeds[0], place(group, method, seeds[0]))):
+                pictures[method] = paint(base, prompts, [5] * len(prompts))
         grid(pictures, prompts, tile=96).save(options.sheet, optimize=True)
 
 

@@ -68,13 +68,13 @@ def gather_members(
 def _warn_of_anchors(members: Sequence[Eraser]) -> None:
     """Say where a member puts what another one erases: in a stack neither is gone."""
     concepts = [(i, concept) for i, member in enumerate(members) for concept in member.header.concepts]
-    shown = {
-        (concept.name, other.name): None
-        for i, concept in concepts
-        for j, other in concepts
-        for prompt, anchor in concept.pairs
-        if i != j and other.named_in(anchor) and not other.named_in(prompt)
-    }
+    shown: dict[tuple[str, str], None] = {}
+    for i, concept in concepts:
+        anchors = "\n".join({anchor for _, anchor in concept.pairs})
+        for j, other in concepts:
+            if i != j and other.named_in(anchors):
+                placed = (other.named_in(anchor) and not other.named_in(prompt) for prompt, anchor in concept.pairs)
+                shown |= {(concept.name, other.name): None} if any(placed) else {}
     for name, other in shown:
         warnings.warn(
             f"where {name!r} is erased, {other!r} appears, which another member erases. Train {name!r} once more with"
