@@ -6,7 +6,8 @@ Every eraser is made from scratch and judged on prompts it was not made with, at
 at 1.9 times it; runs that stand in `--out` already are not repeated. `emoji` ships; the others stand in `playground/`, and are
 sampled as `emoji` is but for the number of steps. Objects: cat, rocket and pizza, and four that no setting was chosen on.
 *kept, nearest* are the four objects that the base's own text encoder puts nearest, with no style named and with and without
-article, six seeds each: what shares of everything hide. `--recipe instant` measures the closed form alone.
+article, six seeds each: what shares of everything hide. `--recipe instant` measures the closed form alone, and `--left` says
+which pictures of a style are left, and how many of them the base draws in it anyway where no style is named.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ import dataclasses
 import datetime
 import os
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
-from counting import Yardstick, spread
+from counting import SHOTS, Yardstick, object_of, score, spread
 
+from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.evaluation.cases import fill_template, style_cases
+from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 
@@ -77,6 +82,21 @@ def erase(base: Base, out: Path, preset: str, scope: str) -> Eraser:
     return Eraser.load(out)
 
 
+def what_is_left(base: Base, judge: Judge, eraser: Eraser) -> str:
+    """Return a line on the pictures of the style that an eraser of it leaves."""
+    made_with = {prompt for concept in eraser.header.concepts for prompt, _ in concept.pairs}
+    cases = style_cases(STYLE, made_with, SHOTS)
+    unnamed = [case._replace(prompt=fill_template("{a}", str(object_of(case)))) for case in cases]
+    anyway = [scored.style_right for scored in score(base, judge, unnamed)]
+    with applied(base, [eraser]):
+        left = [i for i, scored in enumerate(score(base, judge, cases)) if scored.style_right]
+    objects = Counter(object_of(cases[i]) for i in left)
+    return (
+        f"{len(left)} of {SHOTS} left ({', '.join(f'{n} {name}' for name, n in objects.most_common())});"
+        f" {sum(anyway[i] for i in left)} of them, and {sum(anyway)} of all, are {STYLE} where no style is named"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/calibration"))
@@ -85,6 +105,7 @@ def main() -> None:
     parser.add_argument("--concepts", default=",".join([*CHOSEN_ON, *UNSEEN, STYLE]))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--left", action="store_true", help="say which pictures of the style are left")
     options = parser.parse_args()
     rows: list[tuple[str, str, str, list[dict[str, Any]]]] = []
     for base_name in options.bases.split(","):
@@ -101,6 +122,8 @@ def main() -> None:
                     what = "style" if name == STYLE else "object"
                     measured |= {"left": measured[f"{what}_left"], "left_high": measured[f"{what}_left_high"]}
                     cells.setdefault(what, []).append({**measured, **eraser.header.cost})
+                    if options.left and name == STYLE:
+                        print(f"{base_name}, {scope}, seed {seed}: {what_is_left(base, yardstick.judge, eraser)}", flush=True)
             rows += [(base_name, scope, kind, of) for kind, of in cells.items()]
     print(f"\n{datetime.date.today()}; {options.concepts}; seeds {options.seeds}; recipe {options.recipe}; mean (worst)\n")
     print(f"| base | scope | erased | {' | '.join(MEASURES.values())} | steps | seconds | runs |")
