@@ -106,10 +106,10 @@ class Base:
             texts: N prompts or names.
             encode: From `remembering`, where it knows the texts already, none of them empty.
         """
-        asked = ["", *(() if encode else texts)]
-        embeds = self._encode_by(self.family.encode_text, asked)["prompt_embeds"].float().flatten(1)
-        named = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
-        return torch.nn.functional.normalize(named - embeds[:1], dim=1)
+        unknown = ["", *(() if encode else texts)]
+        embeds = self._encode_by(self.family.encode_text, unknown)["prompt_embeds"].float().flatten(1)
+        outputs = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
+        return torch.nn.functional.normalize(outputs - embeds[:1], dim=1)
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
