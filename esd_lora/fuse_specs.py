@@ -54,7 +54,7 @@ class HarmoniseSpec(_Frozen):
     push: float = Field(gt=0)
     """How far to go from the base's prediction towards what a member does alone: beyond 1, because what is kept pulls back."""
     shake: float = Field(ge=0)
-    """Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how the prompts differ from each
+    """Noise on the text of half of the kept points, beside a pseudo-word: a random mixture of how kept prompts differ from each
     other, times this."""
     trajectories: int = Field(ge=1)
     """Trajectories walked by the base for each member, its prompts taking turns; every point is trained on. A member with more

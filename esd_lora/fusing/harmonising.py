@@ -118,8 +118,10 @@ class _Distiller:
         """Latents through the model so far, the student's included; a guided pair counts 2."""
         self._prompts = list(dict.fromkeys(["", *prompts]))
         self._conditions = base.encode(self._prompts)
-        self._spread = {name: value - value.mean(0) for name, value in self._conditions.items() if name.endswith("embeds")}
-        """How the prompts differ from their mean, [prompts, ...]."""
+        places = torch.tensor([self._prompts.index(prompt) for prompt in dict.fromkeys(kept)], device=base.model.device)
+        texts = {name: value for name, value in pick(self._conditions, places).items() if name.endswith("embeds")}
+        self._spread = {name: text - text.mean(0) for name, text in texts.items()}
+        """How kept prompts differ from their mean, [prompts, ...]; with erased ones among them, what is to go would be held."""
         self._pseudo_words = PseudoWords(base, kept)
         self._noise = torch.Generator().manual_seed(spec.seed)
 
@@ -195,14 +197,15 @@ class _Distiller:
     def _shaken(self, places: Tensor, generator: torch.Generator) -> Condition:
         """Return the condition of prompts, each with a pseudo-word in it and noise on its text.
 
-        The noise is a random mixture of how the prompts of the run differ from each other.
+        The noise is a random mixture of how the kept prompts differ from each other.
 
         Args:
             places: [N], indices of the prompts.
             generator: Source of words and noise, on the CPU.
         """
         shaken = self._pseudo_words.encode([self._prompts[i] for i in places.tolist()], generator)
-        mix = self.spec.shake * torch.randn(len(places), len(self._prompts), generator=generator) / len(self._prompts) ** 0.5
+        count = len(next(iter(self._spread.values())))
+        mix = self.spec.shake * torch.randn(len(places), count, generator=generator) / count**0.5
         for name, differences in self._spread.items():
             shaken[name] += torch.tensordot(mix.to(differences), differences, 1)
         return shaken

@@ -80,14 +80,15 @@ class Reference:
 
     def train(self, erasing: TrajectoryBuffer, keeping: TrajectoryBuffer) -> None:
         words = PseudoWords(self.base, KEPT)
-        centred = self.encoded - self.encoded.mean(0)
+        kept_texts = self.base.encode(KEPT)["prompt_embeds"]
+        centred = kept_texts - kept_texts.mean(0)
         optimizer = torch.optim.Adam([factor for pair in self.pairs.values() for factor in pair], lr=LR)
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(SEED * 100_003 + step)
             erased, kept = erasing.sample(BATCH, generator), keeping.sample(BATCH, generator)
             first = kept.lesson[: BATCH // 2]
             shaken = words.encode([self.texts[i] for i in first.tolist()], generator)["prompt_embeds"]
-            mixture = torch.randn(len(first), len(self.texts), generator=generator) / len(self.texts) ** 0.5
+            mixture = torch.randn(len(first), len(KEPT), generator=generator) / len(KEPT) ** 0.5
             shaken = shaken + SHAKE * torch.einsum("np,ptw->ntw", mixture.to(centred), centred)
             with torch.no_grad():
                 base_there = self.predict(kept.x_t[: BATCH // 2], kept.t[: BATCH // 2], shaken)
