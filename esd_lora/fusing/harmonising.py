@@ -99,7 +99,8 @@ def harmonise(
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
     )
-    return Eraser(pairs, header.model_copy(update={"distillations": (*header.distillations, record)}))
+    made = {"scope": spec.scope, "distillations": (*header.distillations, record)}
+    return Eraser(pairs, header.model_copy(update=made))
 
 
 class _Distiller:

@@ -56,7 +56,8 @@ def test_layers_and_rank_are_those_of_the_recipe_and_the_header_is_the_stack_s(b
     assert (distillation.steps, distillation.trajectories, distillation.keep_trajectories) == (2, (2, 2), 3)
     assert (distillation.scope, distillation.rank, len(distillation.members)) == ("full", 2, 2)
     ordered = stack(sorted([cat, car], key=lambda member: hash_tensors(member.state_dict())))
-    assert better.header.model_copy(update={"distillations": ()}) == ordered.header
+    assert better.header.scope == "full"
+    assert better.header.model_copy(update={"distillations": (), "scope": ordered.header.scope}) == ordered.header
     assert better.pairs.keys() == base.family.modules(base.model, "full").keys()
     assert {pair.rank for pair in better.pairs.values()} == {2}
 
