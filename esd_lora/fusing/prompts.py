@@ -74,7 +74,8 @@ def _warn_of_anchors(members: Sequence[Eraser]) -> None:
         for j, other in concepts:
             if i != j and other.named_in(anchors):
                 placed = (other.named_in(anchor) and not other.named_in(prompt) for prompt, anchor in concept.pairs)
-                shown |= {(concept.name, other.name): None} if any(placed) else {}
+                if any(placed):
+                    shown[concept.name, other.name] = None
     for name, other in shown:
         warnings.warn(
             f"where {name!r} is erased, {other!r} appears, which another member erases. Train {name!r} once more with"

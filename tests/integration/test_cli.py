@@ -326,8 +326,8 @@ def test_stack_on_a_base_is_harmonised(tiny_dir: Path, tmp_path: Path, cat_dir: 
     keep, out = tmp_path / "keep.txt", tmp_path / "out"
     keep.write_text("a house\ntwo cats\n", "utf-8")
     chosen = ["--harmonise", 2, "--rank", 1, "--seed", 3]
-    said = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", out)
-    assert said.splitlines()[0] == "not kept, because they name what is erased: two cats"
+    output = good("stack", cat_dir, car_dir, "--base", tiny_dir, "--keep", keep, *chosen, "-o", out)
+    assert output.splitlines()[0] == "not kept, because they name what is erased: two cats"
     assert "harmonised from 2 erasers beside 3 kept prompts on scope full at rank 1 in 4 steps: loss" in good("inspect", out)
     chosen_too = Eraser.load(out)
     assert chosen_too.header.fusions == ()
@@ -336,7 +336,7 @@ def test_stack_on_a_base_is_harmonised(tiny_dir: Path, tmp_path: Path, cat_dir: 
     assert (spent.dropped, spent.kept, len(spent.members)) == (("two cats",), 3, 2)
     assert spent.evaluations == (2 * 32 + 128) * 12 * 2 + 2 * 32 * 12 + 4 * (32 + 8)  # walked, taught, in two steps for each
     assert spent.first_loss
-    assert f"{spent.evaluations} evaluations" in said
+    assert f"{spent.evaluations} evaluations" in output
     assert {pair.rank for pair in chosen_too.pairs.values()} == {1}
 
 
