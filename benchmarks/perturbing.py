@@ -1,6 +1,6 @@
 """Prints what a change of scales, and longer walks, do to an erasure by `auto` and by fixed numbers.
 
-    OMP_NUM_THREADS=1 python benchmarks/perturbing.py [--concepts rocket] [--seeds 0]
+    OMP_NUM_THREADS=1 python benchmarks/perturbing.py [--concepts rocket,cat] [--seeds 0]
 
 Every text embedding of the built-in base is made larger or smaller, and all weights that read it the other way, which changes
 no picture, only gradients; or trajectories are walked in 50 steps instead of 12. *Fixed numbers* are those of the untouched
@@ -32,6 +32,8 @@ PERTURBATIONS: dict[str, tuple[float, dict[str, Any]]] = {
     "as it is": (1.0, {}),
     "text 4 times as large": (4.0, {}),
     "text a fourth as large": (0.25, {}),
+    "text 16 times as large": (16.0, {}),
+    "text a sixteenth as large": (1 / 16, {}),
     "walks of 50 steps": (1.0, {"train.trajectory_steps": 50}),
 }
 """Name to the factor of text embeddings and to settings."""
@@ -59,7 +61,7 @@ def scaled(factor: float) -> Base:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/perturbing"))
-    parser.add_argument("--concepts", default="rocket")
+    parser.add_argument("--concepts", default="rocket,cat")
     parser.add_argument("--seeds", default="0")
     options = parser.parse_args()
     rows: list[list[str]] = []

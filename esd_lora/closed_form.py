@@ -26,9 +26,8 @@ what a text encoder makes of a word depends on what stands before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,92 +35,20 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.erasers.header import Solved
-from esd_lora.guarding import TEXT_TENSORS, Guard, rows_of
-from esd_lora.lessons import Lesson, frames_for, in_frame, likeness_to, listed_prompts
+from esd_lora.guarding import Guard
+from esd_lora.lessons import Lesson, by_influence, frames_for, in_frame, likeness_to, listed_prompts, pools
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
+from esd_lora.text_rows import TEXT_TENSORS, Rows, TextMoments, moved_by, rows_of, second_moment, way_moments
 from esd_lora.trajectory import Condition, Encode, in_float64, pick
 from esd_lora.wording import mentions
 
-_AT_ONCE = 32  # prompts whose rows are in memory
 _CANDIDATES = 12  # of an anchor, the nearest
 _LONGEST_ANCHOR = 3  # words
 _SPARE = 4  # times the rank of a layer are looked at, for weights see directions of the text differently
 _PLAIN = 4  # times as much counts a prompt with nothing around it, which little holds in place
 _PSEUDO = 64  # texts with a pseudo-word
 _NAMED = 8  # kept prompts that are named because they move most
-
-
-class TextMoments(NamedTuple):
-    """Second moments of the text that one kind of layer reads."""
-
-    erased: Tensor
-    """`E[c c^T]`, [width, width], float64."""
-    way: Tensor
-    """`E[(a - c) c^T]`."""
-    distance: float
-    """`E|a - c|^2`; all of it with the push, where there is one."""
-    kept: Tensor
-    """`E[r r^T]`."""
-
-    def solve(self, spec: ClosedFormSpec, free: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return D, and the Cholesky root of the matrix that is inverted for it, both of what is free: D may read no more.
-
-        Args:
-            spec: Weights of what is kept and of the ridge.
-            free: Orthonormal basis of the directions that D may read, [width, free]; all of them unless given.
-        """
-        whole, way = self.erased + spec.keep * self.kept, self.way
-        whole.diagonal().add_(spec.ridge * float(self.kept.diagonal().mean()))
-        if free is not None:
-            whole, way = free.T @ whole @ free, way @ free
-        root = torch.linalg.cholesky(whole)
-        return torch.cholesky_solve(way.T, root).T, root
-
-    def left(self, change: Tensor) -> float:
-        """Return what is left of the way from the erased rows to their anchors': `|D c - (a - c)| / |a - c|` of all."""
-        square = (change @ self.erased * change).sum() - 2 * (change * self.way).sum() + self.distance
-        return math.sqrt(max(float(square), 0.0) / max(self.distance, 1e-30))
-
-    def moved(self, change: Tensor) -> float:
-        """Return how far kept rows move, in units of their size: `|D r| / |r|` of all."""
-        return math.sqrt(float((change @ self.kept * change).sum()) / max(float(self.kept.diagonal().sum()), 1e-30))
-
-
-def second_moment(rows: Callable[[Sequence[str]], Tensor], prompts: Sequence[str]) -> Tensor:
-    """Return `E[r r^T]` over all rows of prompts, [width, width].
-
-    Args:
-        rows: From N prompts to their rows, [N, rows, width], float64.
-        prompts: One or more.
-    """
-    parts = [rows(prompts[i : i + _AT_ONCE]).flatten(0, 1) for i in range(0, len(prompts), _AT_ONCE)]
-    return torch.stack([part.T @ part for part in parts]).sum(0) / sum(map(len, parts))
-
-
-def way_moments(
-    rows: Callable[[Sequence[str]], Tensor], pairs: Sequence[tuple[str, str]], kept: Tensor, beyond: Sequence[float] = ()
-) -> TextMoments:
-    """Return the moments of pairs of an erased prompt and its anchor, beside that of what is kept.
-
-    Args:
-        rows: From N prompts to their rows, [N, rows, width], float64.
-        pairs: One or more.
-        kept: `E[r r^T]`, [width, width].
-        beyond: How far beyond its anchor each erased prompt is pushed; nowhere unless given.
-    """
-    erased, way, distance, count = torch.zeros_like(kept), torch.zeros_like(kept), 0.0, 0
-    for first in range(0, len(pairs), _AT_ONCE):
-        prompts, anchors = zip(*pairs[first : first + _AT_ONCE], strict=True)
-        text = rows(prompts)
-        further = torch.tensor(beyond[first : first + _AT_ONCE] or [0.0], device=text.device)[:, None, None]
-        towards = ((1 + further) * (rows(anchors) - text)).flatten(0, 1)
-        text = text.flatten(0, 1)
-        erased += text.T @ text
-        way += towards.T @ text
-        distance += float(towards.square().sum())
-        count += len(text)
-    return TextMoments(erased / count, way / count, distance / count, kept)
 
 
 def solve_text(
@@ -169,12 +96,13 @@ def solve_text(
             spread = strength[:rank].sqrt()
             updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())
         if solved is None:  # what the pooled text does is much the same
+            moved = moved_by(rows, change, kept)
             solved = Solved(
                 left=moments.left(change),
                 moved=moments.moved(change),
                 anchors=tuple(dict.fromkeys(lesson.anchor for lesson in replaced(lessons))),
                 kept=len(kept),
-                most_moved=_most_moved(rows, kept, change),
+                most_moved=tuple((kept[i], float(moved[i])) for i in moved.argsort(descending=True)[:_NAMED].tolist()),
             )
     return updates, solved
 
@@ -184,11 +112,11 @@ def replaced(lessons: Sequence[Lesson]) -> list[Lesson]:
     return [lesson for lesson in lessons if lesson.prompt == lesson.concept != lesson.anchor]
 
 
-def moments_of(rows: Callable[[Sequence[str]], Tensor], lessons: Sequence[Lesson], spec: ClosedFormSpec) -> TextMoments:
+def moments_of(rows: Rows, lessons: Sequence[Lesson], spec: ClosedFormSpec) -> TextMoments:
     """Return the moments of lessons, `kept_texts` beside the erased ones; those with nothing around them weigh more.
 
     Args:
-        rows: From N prompts to their rows, [N, rows, width], float64.
+        rows: From N prompts to their rows.
         lessons: From `lessons.plan`.
         spec: How far to go beyond an anchor.
     """
@@ -223,17 +151,6 @@ def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
     return list(dict.fromkeys([*preserved, *anchors, ""]))
 
 
-def _most_moved(rows: Callable[[Sequence[str]], Tensor], kept: Sequence[str], change: Tensor) -> tuple[tuple[str, float], ...]:
-    """Return the kept prompts whose rows move furthest, each with how far, in units of their size."""
-    distances: list[float] = []
-    for first in range(0, len(kept), _AT_ONCE):
-        r = rows(kept[first : first + _AT_ONCE])
-        moved = (r @ change.T).square().sum((1, 2)) / r.square().sum((1, 2)).clamp_min(1e-30)
-        distances += moved.sqrt().tolist()
-    order = sorted(range(len(kept)), key=lambda i: -distances[i])
-    return tuple((kept[i], distances[i]) for i in order[:_NAMED])
-
-
 def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]:
     """Return the anchor of every concept that has none: name to a kept prompt that can take its place.
 
@@ -250,8 +167,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]
     Returns:
         Nothing for a concept where no kept prompt could be one: its anchor is the empty prompt.
     """
-    listed = listed_prompts(recipe if recipe.preserve else recipe.model_copy(update={"preserve": "default"}), base.keep)
-    listed = [text for text in listed if not any(concept.named_in(text) for concept in recipe.concepts)]
+    listed = _known_prompts(recipe, base.keep)
     candidates = plain_prompts(listed)
     unanchored = [concept for concept in recipe.concepts if concept.unanchored]
     if not candidates or not unanchored:
@@ -274,6 +190,26 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]
         usual = median(distance for _, distance, _ in tried)
         chosen[concept.name] = min(each for each in tried if each[1] >= usual / 2)[2]
     return chosen
+
+
+def choose_guarded(recipe: Recipe, count: int, keep: Sequence[str], encode: Encode) -> tuple[str, ...]:
+    """Return the kept prompts that a recipe guards if it names none: those that erasing would move furthest.
+
+    Args:
+        recipe: Its concepts, with their anchors, frames and preserve list; without a list that of the base is looked through.
+        count: Number of prompts.
+        keep: The base's keep list.
+        encode: From prompts to their condition.
+    """
+    candidates = plain_prompts(_known_prompts(recipe, keep))
+    pairs = (texts[1:] for pool in pools(recipe, keep) for texts in pool)
+    return tuple(candidates[i] for i in by_influence(pairs, candidates, encode)[:count])
+
+
+def _known_prompts(recipe: Recipe, keep: Sequence[str]) -> list[str]:
+    """Return the prompts of a recipe's preserve list, or else of the base's, that name no concept of its own."""
+    listed = listed_prompts(recipe if recipe.preserve else recipe.model_copy(update={"preserve": "default"}), keep)
+    return [text for text in listed if not any(concept.named_in(text) for concept in recipe.concepts)]
 
 
 def plain_prompts(prompts: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ change, beside the many that are kept as well as can be. Layers that do not read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,11 @@ from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.errors import EsdLoraError
+from esd_lora.text_rows import TEXT_TENSORS, rows_of
 from esd_lora.trajectory import Encode, in_float64
 
-TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
-"""Tensors of a condition that layers read as they are."""
 _SMALLEST_LEFT = 1e-4  # of the text of an erased prompt, in units of its length, that something can be erased with
 _SMALLEST = 1e-9  # singular value, in units of the largest, that is a direction and no rounding
-
-
-def rows_of(encode: Encode, name: str) -> Callable[[Sequence[str]], Tensor]:
-    """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled."""
-
-    def rows(prompts: Sequence[str]) -> Tensor:
-        embeds = in_float64(encode(prompts)[name])
-        return embeds if embeds.dim() == 3 else embeds[:, None]
-
-    return rows
 
 
 class Guard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.built_in import read_prompts
 from esd_lora.errors import EsdLoraError
-from esd_lora.recipe import AUTO, Concept, Neighbours, Recipe
+from esd_lora.recipe import AUTO, Recipe
 from esd_lora.seeds import Stream, stream_generator
+from esd_lora.text_rows import influence, rows_of
 from esd_lora.trajectory import Encode
 from esd_lora.wording import frames_of, mentions
 
@@ -58,7 +59,7 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     Args:
         recipe: Its pools and its `preserve` list.
         keep: The base's keep list, used by `preserve: default`; prompts that name a concept are dropped from it.
-        near: Further prompts to preserve, from `nearest_prompts`.
+        near: Further prompts to preserve, from `find_neighbours`.
 
     Raises:
         EsdLoraError: If there is nothing to erase, or the user's own preserve list names a concept that is to be erased.
@@ -71,13 +72,13 @@ def plan(recipe: Recipe, keep: Sequence[str] = (), near: Sequence[str] = ()) -> 
     erased = {lesson.prompt for lesson in lessons}
     clashes = {prompt: concept.name for concept in recipe.concepts for prompt in listed if concept.named_in(prompt)}
     clashes |= {prompt: prompt for prompt in listed if prompt in erased}
-    for prompt in recipe.guard:
+    for prompt in recipe.guarded:
         if name := next((c.name for c in recipe.concepts if c.named_in(prompt)), prompt if prompt in erased else None):
             raise EsdLoraError(f"guard holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
     if clashes and recipe.preserve != "default":
         prompt, name = next(iter(clashes.items()))
         raise EsdLoraError(f"preserve holds {prompt!r}, which names {name!r}, a concept to erase. Take it out.")
-    preserved = [*recipe.guard, *(prompt for prompt in listed if prompt not in clashes)]
+    preserved = [*recipe.guarded, *(prompt for prompt in listed if prompt not in clashes)]
     preserved += [prompt for prompt in near if prompt not in erased and not mentions(prompt, recipe.avoid)]
     return lessons + [Lesson(prompt, prompt, prompt, 0.0) for prompt in dict.fromkeys(preserved)]
 
@@ -159,16 +160,16 @@ _SHORT = 3
 """Words of a preserved prompt that can stand in a frame."""
 
 
-def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base, encode: Encode | None = None) -> HeldOut:
-    """Return prompts of the concepts, and of what is near them and far, that are in no lesson.
+def hold_out(recipe: Recipe, lessons: Sequence[Lesson], keep: Sequence[str], encode: Encode) -> HeldOut:
+    """Return prompts of the concepts, and of what erasing reaches and what is far from it, that are in no lesson.
 
     Args:
         recipe: Its concepts and frames.
         lessons: What is trained on.
-        base: Has the default keep list, and a text encoder that says what is near.
-        encode: From `Base.remembering`, if it knows the lessons' prompts already.
+        keep: The base's keep list, used by `preserve: default`.
+        encode: From prompts to their condition.
     """
-    listed = listed_prompts(recipe, base.keep)
+    listed = listed_prompts(recipe, keep)
     trained = {text for lesson in lessons for text in lesson[:3]}
     frames = frames_for(recipe, listed)[1]
     short = [prompt for prompt in listed if len(prompt.split()) <= _SHORT]
@@ -186,8 +187,8 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], base: Base, encode: Enco
     ]
     kept = [prompt for prompt in short if not any(concept.named_in(prompt) for concept in recipe.concepts)]
     if kept:
-        likeness = likeness_to([lesson.concept for lesson in lessons if not lesson.preserves], kept, base, encode)
-        ranked = [kept[i] for i in likeness.max(0).values.argsort(descending=True).tolist()]
+        pairs = (lesson[1:3] for lesson in lessons if not lesson.preserves)
+        ranked = [kept[i] for i in by_influence(pairs, kept, encode)]
         half = _HELD_OUT // 2
         kept = list(dict.fromkeys([*ranked[:half], *ranked[half :: max(1, len(ranked) // half)]]))[:_HELD_OUT]
     probed = [frames[i % len(frames)].replace("{}", prompt) for i, prompt in enumerate(kept)]
@@ -199,25 +200,23 @@ def take_turns(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i * max(count, len(items)) // count % len(items)] for i in range(count)]
 
 
-def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int, encode: Encode | None = None) -> list[Lesson]:
+def share_turns(lessons: Sequence[Lesson], walks: int, encode: Encode, seed: int) -> list[Lesson]:
     """Return the lessons that a training walks, those of preserved prompts with their turns.
 
-    What erasing hurts first is near the concept, so the nearest quarter takes two turns where every prompt can have one. Where
-    walks do not suffice for that, half of them go to the nearest prompts and half to others at random; the rest is left out.
+    What erasing reaches furthest is hurt first, so that quarter takes two turns where every prompt can have one. Where walks do
+    not suffice for that, half of them go to what it reaches furthest and half to others at random; the rest is left out.
 
     Args:
         lessons: From `plan`.
         walks: Number of trajectories that the training walks for preserved prompts, in all.
-        base: Whose text encoder says what is near.
+        encode: From prompts to their condition.
         seed: Of the choice.
-        encode: From `Base.remembering`, if it knows the lessons' prompts already.
     """
     erased = [lesson for lesson in lessons if not lesson.preserves]
     preserved = [lesson for lesson in lessons if lesson.preserves]
     if not preserved or not walks:
         return erased
-    likeness = likeness_to([lesson.concept for lesson in erased], [lesson.prompt for lesson in preserved], base, encode)
-    ranked = likeness.max(0).values.argsort(descending=True).tolist()
+    ranked = by_influence((lesson[1:3] for lesson in erased), [lesson.prompt for lesson in preserved], encode)
     near = len(ranked) // 4
     if walks >= len(ranked) + near:
         twice = set(ranked[:near])
@@ -225,6 +224,17 @@ def share_turns(lessons: Sequence[Lesson], walks: int, base: Base, seed: int, en
     order = torch.randperm(len(ranked), generator=stream_generator(seed, Stream.CHOICE)).tolist()
     chosen = set(list(dict.fromkeys([*ranked[: walks // 2], *order]))[:walks])
     return erased + [lesson for i, lesson in enumerate(preserved) if i in chosen]
+
+
+def by_influence(pairs: Iterable[tuple[str, str]], prompts: Sequence[str], encode: Encode) -> list[int]:
+    """Return the order of prompts by how far erasing would move them, furthest first.
+
+    Args:
+        pairs: What is erased, each with its anchor.
+        prompts: To bring into an order.
+        encode: From prompts to their condition.
+    """
+    return influence(rows_of(encode, "prompt_embeds"), list(dict.fromkeys(pairs)), prompts).argsort(descending=True).tolist()
 
 
 def likeness_to(erased: Sequence[str], prompts: Sequence[str], base: Base, encode: Encode | None = None) -> Tensor:
@@ -235,20 +245,29 @@ def likeness_to(erased: Sequence[str], prompts: Sequence[str], base: Base, encod
     return torch.cat([directions @ base.directions(part, encode).T for part in parts], 1)
 
 
-def nearest_prompts(neighbours: Neighbours, concepts: Sequence[Concept], base: Base) -> list[str]:
-    """Return the prompts of a vocabulary that the text encoder puts nearest to the concepts: what erasing hurts first.
+def find_neighbours(recipe: Recipe, keep: Sequence[str], encode: Encode) -> list[str]:
+    """Return the prompts of a recipe's vocabulary that erasing its concepts would move furthest: what it hurts first.
 
-    Nearness is the cosine between `Base.directions`. Prompts that name a concept are no neighbours of it.
+    Prompts that name a concept are no neighbours of it.
+
+    Args:
+        recipe: Its `neighbours` and concepts.
+        keep: The base's keep list, used by `preserve: default`.
+        encode: From prompts to their condition.
 
     Raises:
         EsdLoraError: If the vocabulary's file cannot be read, or holds nothing else.
     """
-    words = neighbours.vocabulary
+    if not recipe.neighbours:
+        return []
+    words = recipe.neighbours.vocabulary
     if isinstance(words, str):
         words = read_prompts(words)
-    words = [word for word in dict.fromkeys(words) if not any(concept.named_in(word) for concept in concepts)]
+    words = [word for word in dict.fromkeys(words) if not any(concept.named_in(word) for concept in recipe.concepts)]
     if not words:
         raise EsdLoraError("neighbours: the vocabulary holds no prompt that names no erased concept. Give a longer one.")
-    erased = [concept.pairs()[0][0] for concept in concepts]
-    order = likeness_to(erased, words, base).argsort(dim=1, descending=True)[:, : neighbours.count]
-    return [words[i] for i in dict.fromkeys(order.T.flatten().tolist())]
+    chosen: dict[str, None] = {}
+    for pool in pools(recipe, keep):
+        order = by_influence((texts[1:] for texts in pool), words, encode)
+        chosen |= dict.fromkeys(words[i] for i in order[: recipe.neighbours.count])
+    return list(chosen)

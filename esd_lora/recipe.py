@@ -304,8 +304,9 @@ class Recipe(_Frozen):
     """Prompts whose predictions must not move; `default` is the base's own keep list, or the package's."""
     avoid: tuple[str, ...] = ()
     """Names of what other erasers of a stack erase: no prompt that names one is preserved, or chosen as an anchor."""
-    guard: tuple[str, ...] = ()
-    """Prompts, up to a few, whose text no update touches at all, in layers that read text; they are preserved too."""
+    guard: Annotated[int, Field(ge=1, le=16)] | tuple[str, ...] = ()
+    """Prompts, up to a few, whose text no update touches at all, in layers that read text; they are preserved too. A number
+    guards that many of the preserved ones, those that erasing would move furthest."""
     neighbours: Neighbours | None = None
     """More of them, found in the text encoder's own space."""
     lora: LoraSpec
@@ -314,6 +315,11 @@ class Recipe(_Frozen):
     """Solve the layers that read text before the first step; without it the update begins at zero."""
     train: TrainSpec
     """How the student meets the teacher."""
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """The prompts to guard, none while they are to be chosen."""
+        return self.guard if isinstance(self.guard, tuple) else ()
 
     @property
     def probed(self) -> bool:

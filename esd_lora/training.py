@@ -29,7 +29,7 @@ from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_p
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, ending, is_content, last_step, measure_rate, steer
-from esd_lora.closed_form import choose_anchors, kept_texts, solve_text, unlisted_moments
+from esd_lora.closed_form import choose_anchors, choose_guarded, kept_texts, solve_text, unlisted_moments
 from esd_lora.curves import draw_curves
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, LoraPair
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
@@ -37,7 +37,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.guarding import Guard
-from esd_lora.lessons import HeldOut, Lesson, first_eta, hold_out, nearest_prompts, plan, pools, share_turns
+from esd_lora.lessons import HeldOut, Lesson, find_neighbours, first_eta, hold_out, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
@@ -162,17 +162,18 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> 
         allow_code: Every `module:attribute` that may be imported.
     """
     spec = recipe.train
-    near = nearest_prompts(recipe.neighbours, recipe.concepts, base) if recipe.neighbours else ()
     encode = base.remembering(spec.distilled_guidance)
     if recipe.anchor == AUTO:
         recipe = recipe.anchored(choose_anchors(recipe, base, encode))
-    planned = plan(recipe, base.keep, near)
-    guard = Guard(base, recipe.guard, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
+    if isinstance(recipe.guard, int):
+        recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, encode)})
+    planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, encode))
+    guard = Guard(base, recipe.guarded, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
     kept = kept_texts(planned) if recipe.closed_form else []
-    known = encode if kept else None  # beside the closed form all prompts are encoded anyway, and held
-    lessons = share_turns(planned, walks, base, spec.seed, known) if spec.steps else planned
-    held_out = hold_out(recipe, planned, base, known) if recipe.probed else None
+    ranked_by = encode if kept else base.encode  # beside the closed form all prompts are encoded anyway, and held
+    lessons = share_turns(planned, walks, ranked_by, spec.seed) if spec.steps else planned
+    held_out = hold_out(recipe, planned, base.keep, ranked_by) if recipe.probed else None
     further = [*(held_out.prompts() if held_out else ()), *kept]
     teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
@@ -249,7 +250,7 @@ def run_steps(
         KeyboardInterrupt: On Ctrl-C, after the step in hand.
     """
     base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
-    held = torch.tensor([*(lesson.preserves for lesson in teacher.lessons), True], device=base.model.device)
+    held = torch.tensor([*(lesson.preserves for lesson in teacher.lessons), False], device=base.model.device)
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:
@@ -264,6 +265,7 @@ def run_steps(
             state.optimizer.zero_grad()
             total, samples = 0.0, 0
             weight = torch.where(held, state.preserve_weight, 1.0)
+            weight[-1] = state.preserve_weights[0][1]  # the empty prompt's: where it moves, guidance takes the erasure back
             for x_t, t, lesson, target in batches:
                 with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step)):
                     prediction = base.predict(x_t, t, teacher.condition(lesson))
@@ -373,7 +375,7 @@ def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequenc
             for concept, pool in zip(recipe.concepts, pools(recipe, base.keep), strict=True)
         ),
         preserve=tuple(dict.fromkeys(held)),
-        guard=recipe.guard,
+        guard=recipe.guarded,
         objective=recipe.objective,
         scope=recipe.scope,
         recipes=(given,),

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
 @click.option("--avoid", metavar="TEXT", multiple=True, help="What others of a stack erase, so no anchor; repeatable.")
-@click.option("--guard", metavar="TEXT", multiple=True, help="Prompt that must not change at all; repeatable, for a few.")
+@click.option(
+    "--guard", metavar="TEXT|N", multiple=True, help="Prompt that must not change at all; repeatable. N: those most at risk."
+)
 @click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
@@ -84,7 +86,7 @@ def train(
     """
     _require_concept(concepts, recipes, anchor, erase_from)
     names = given(base=base or None, base_config=base_config or None, scope=scope or None)
-    fields = {**names, **given(eta=negative_guidance, guard=guard or None, avoid=avoid or None)}
+    fields = {**names, **given(eta=negative_guidance, guard=_guard(guard), avoid=avoid or None)}
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
@@ -107,6 +109,11 @@ def train(
         f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {cost['steps']:.0f} steps,"
         f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
     )
+
+
+def _guard(guard: tuple[str, ...]) -> int | tuple[str, ...] | None:
+    """Return what to guard: prompts, or how many are to be chosen."""
+    return int(guard[0]) if len(guard) == 1 and guard[0].isdecimal() else guard or None
 
 
 def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor: str | None, erase_from: str | None) -> None:

@@ -106,6 +106,8 @@ def _check(
         raise EsdLoraError(f"--{min(wrong)} goes with the closed form, and --harmonise takes its place. Leave either out.")
     if how == "closed-form" and not base:
         raise EsdLoraError("--fuse closed-form needs --base: what the layers read there decides. Give the base of the erasers.")
+    if how == "sum" and "harmonise" in settings:
+        raise EsdLoraError("--harmonise trains a stack on a --base: give the base of the erasers, and leave out --fuse sum.")
     if how == "sum" and settings:
         raise EsdLoraError(f"--{next(iter(settings))} goes with --fuse closed-form, on a --base.")
     if base and how == "sum" and not report:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from esd_lora import training
 from esd_lora.adapter import add_adapter
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -49,7 +50,7 @@ def base(tiny_dir: Path) -> Base:
 
 def measuring(base: Base, recipe: Recipe) -> tuple[Teacher, list[torch.nn.Parameter]]:
     lessons = plan(recipe)
-    teacher = Teacher(base, recipe, lessons, (), hold_out(recipe, lessons, base).prompts())
+    teacher = Teacher(base, recipe, lessons, (), hold_out(recipe, lessons, base.keep, base.encode).prompts())
     return teacher, add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, 0)
 
 
@@ -122,7 +123,7 @@ def test_scales_of_weights_do_not_matter(tmp_path: Path) -> None:
 def test_a_probe_of_the_untouched_base(base: Base) -> None:
     recipe = auto_recipe(base.id)
     teacher, _ = measuring(base, recipe)
-    reading = Probe(teacher, hold_out(recipe, plan(recipe), base)).read(0)
+    reading = Probe(teacher, hold_out(recipe, plan(recipe), base.keep, base.encode)).read(0)
     assert (reading.residual, reading.residual_worst) == pytest.approx((1, 1), abs=1e-5)
     assert (reading.drift, reading.drift_worst, reading.null_drift) == pytest.approx((0, 0, 0), abs=1e-5)
 
@@ -131,7 +132,7 @@ def test_a_probe_reads_what_its_formula_says(base: Base) -> None:
     """Against loops over prompts and points in float64."""
     recipe = auto_recipe(base.id)
     teacher, parameters = measuring(base, recipe)
-    held_out = hold_out(recipe, plan(recipe), base)
+    held_out = hold_out(recipe, plan(recipe), base.keep, base.encode)
     probe = Probe(teacher, held_out)
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
@@ -172,7 +173,7 @@ def test_held_out_prompts_are_in_no_lesson(base: Base) -> None:
     for concept in ("a cat", style, {"name": "nudity", "prompts": ["nudity", "a nude man"]}):
         recipe = tiny_recipe(base.id, concepts=[concept], preserve=KEEP, frames="auto")
         lessons = plan(recipe)
-        held_out = hold_out(recipe, lessons, base)
+        held_out = hold_out(recipe, lessons, base.keep, base.encode)
         trained = {text for lesson in lessons for text in lesson[:3]}
         assert held_out.erased
         assert held_out.kept
@@ -180,7 +181,7 @@ def test_held_out_prompts_are_in_no_lesson(base: Base) -> None:
         assert not trained & set(held_out.kept)
         assert not [kept for kept in held_out.kept if recipe.concepts[0].named_in(kept)]
     recipe = tiny_recipe(base.id, concepts=[style], preserve=KEEP)
-    assert ("a dog in ink", "a dog in ink", "a dog") in hold_out(recipe, plan(recipe), base).erased
+    assert ("a dog in ink", "a dog in ink", "a dog") in hold_out(recipe, plan(recipe), base.keep, base.encode).erased
 
 
 def test_frames_are_what_stands_around_several_preserved_prompts() -> None:
@@ -369,3 +370,21 @@ def test_nearness_is_told_in_parts(base: Base, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("esd_lora.lessons._COMPARED_AT_ONCE", 3)
     torch.testing.assert_close(likeness_to(["a cat", "a dog"], prompts, base), whole)
     assert whole.shape == (2, 7)
+
+
+@pytest.mark.parametrize("preserved", [0, 2])
+def test_the_empty_prompt_is_held_as_at_the_beginning(base: Base, monkeypatch: pytest.MonkeyPatch, preserved: int) -> None:
+    """Where kept prompts leave room their weight falls; guidance would take an erasure back if the empty prompt's fell too."""
+
+    def trained(weight: float) -> Eraser:
+        def lighter(state: TrainState, *_: object) -> bool:
+            state.preserve_weights.append((state.step, weight))
+            return False
+
+        monkeypatch.setattr(training, "steer", lighter)
+        recipe = tiny_recipe(base.id, preserve_weight="auto", probe_every=1, null_batch=2, preserve_batch=preserved)
+        return train(recipe, base=base, progress=False)
+
+    one, other = trained(0.25), trained(4.0)
+    same = [torch.equal(pair.up, other.pairs[path].up) for path, pair in one.pairs.items()]
+    assert all(same) == (preserved == 0)

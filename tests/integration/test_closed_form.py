@@ -17,27 +17,18 @@ from esd_lora.adapter import ADAPTER, adapter_ranks, add_adapter, applied, read_
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
-from esd_lora.closed_form import (
-    choose_anchors,
-    kept_texts,
-    moments_of,
-    plain_prompts,
-    second_moment,
-    solve_text,
-    unlisted_moments,
-    way_moments,
-)
+from esd_lora.closed_form import choose_anchors, kept_texts, moments_of, plain_prompts, solve_text, unlisted_moments
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Solved
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import object_cases
 from esd_lora.evaluation.detectors.judge import Judge
-from esd_lora.guarding import rows_of
 from esd_lora.lessons import Lesson, plan
 from esd_lora.pictures import paint
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.recipe_files import load_recipe
+from esd_lora.text_rows import influence, rows_of, second_moment, way_moments
 from esd_lora.training import train
 from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
@@ -438,3 +429,17 @@ def test_closed_form_that_gets_nowhere_says_what_is_in_its_way() -> None:
     assert "spans" not in solved.describe()
     stuck = solved.model_copy(update={"left": 0.6}).describe()
     assert "most of all 'a fox' 20%; what is kept spans most of the concept: leave some of it out, or train" in stuck
+
+
+def test_influence_is_how_far_the_closed_form_moves_a_prompt_that_nothing_keeps(base: Base) -> None:
+    """Against D as its equation has it, with the ridge alone beside what is erased."""
+    rows = rows_of(base.encode, "prompt_embeds")
+    cat, dog = rows(["a cat", "a hat"]).flatten(0, 1), rows(["a dog", "a dog"]).flatten(0, 1)
+    erased = cat.T @ cat / len(cat)
+    ridge = 1e-3 * erased.diagonal().mean() * torch.eye(len(erased), dtype=torch.float64)
+    change = (dog - cat).T @ cat / len(cat) @ torch.linalg.inv(erased + ridge)
+    prompts = [f"a hat {i}" for i in range(40)]  # more than are in memory at a time
+    text = rows(prompts)
+    expected = (text @ change.T).flatten(1).norm(dim=1) / text.flatten(1).norm(dim=1)
+    torch.testing.assert_close(influence(rows, [("a cat", "a dog"), ("a hat", "a dog")], prompts), expected, rtol=1e-6, atol=0)
+    assert influence(rows, [("a cat", "a dog")], []).tolist() == []

@@ -91,6 +91,19 @@ def test_guarded_prompts_are_preserved_and_written_down(cat: Eraser, tmp_path: P
     )
 
 
+def test_guarded_prompts_choose_themselves(emoji: Base, capfd: pytest.CaptureFixture[str]) -> None:
+    """The header names them, the recipe says how many."""
+    recipe = load_recipe("instant", concepts=["a cat"], guard=2)
+    eraser = train(recipe, base=emoji)
+    told = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("guarded: "))
+    assert told == f"guarded: {', '.join(map(repr, eraser.header.guard))}"
+    assert len(eraser.header.guard) == 2
+    assert eraser.header.recipes[0].guard == 2
+    assert {*eraser.header.guard} <= {*emoji.keep}
+    for prompt in eraser.header.guard:
+        assert touched(emoji, eraser, prompt) < 1e-6
+
+
 def test_stacks_leave_alone_what_all_members_guard(emoji: Base, cat: Eraser, car: Eraser) -> None:
     both = stack([cat, car], [1.0, 0.5])
     assert both.header.guard == ("a dog",)

@@ -17,9 +17,9 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import nearest_prompts, plan
+from esd_lora.lessons import find_neighbours, plan
 from esd_lora.optimizers import OPTIMIZERS, make_optimizer
-from esd_lora.recipe import Neighbours
+from esd_lora.recipe import Neighbours, Recipe
 from esd_lora.teacher import latent_shapes, refill
 from esd_lora.training import learning_rate, train
 from esd_lora.watching import StepReport
@@ -176,25 +176,36 @@ def test_plateau_ends_a_training(tiny_dir: Path, tmp_path: Path) -> None:
     assert train(rising, progress=False).header.cost["steps"] == 12
 
 
-def test_neighbours_are_found_in_the_text_encoder_s_space() -> None:
+def neighbours(recipe: Recipe, base: Base, words: tuple[str, ...] | str, count: int) -> list[str]:
+    """Find the neighbours of a recipe's concepts in a vocabulary."""
+    asking = recipe.model_copy(update={"neighbours": Neighbours(vocabulary=words, count=count)})
+    return find_neighbours(asking, base.keep, base.encode)
+
+
+def test_neighbours_are_what_erasing_would_move_furthest() -> None:
     base = load_base("emoji")
     words = ("a rocket", "a pizza", "two cats", "a fox", "a cat in ink style", "a key", "a dog", "a crown")
     recipe = tiny_recipe("emoji", concepts=["a cat"], preserve=[])
-    found = nearest_prompts(Neighbours(vocabulary=words, count=1), recipe.concepts, base)
+    found = neighbours(recipe, base, words, 1)
     assert found == ["a dog"]
     lessons = plan(recipe, near=found)
     assert [lesson.prompt for lesson in lessons if lesson.preserves] == found
+    two = tiny_recipe("emoji", concepts=["a cat", "a rocket"], preserve=[])
+    assert neighbours(two, base, words, 1)[0] == "a dog"
+    assert len(neighbours(two, base, words[1:], 1)) == 2
+    assert neighbours(recipe, base, words[::-1], 8)[0] == "a dog"
+    assert find_neighbours(recipe, base.keep, base.encode) == []
 
 
 def test_vocabulary_of_neighbours(tiny_dir: Path, tmp_path: Path, base: Base) -> None:
     file = tmp_path / "words.txt"
     file.write_text("# animals\na dog\n\na cat\ntwo cats\na dig\n")
-    concepts = tiny_recipe(tiny_dir).concepts
-    assert sorted(nearest_prompts(Neighbours(vocabulary=str(file), count=9), concepts, base)) == ["a dig", "a dog"]
+    recipe = tiny_recipe(tiny_dir)
+    assert sorted(neighbours(recipe, base, str(file), 9)) == ["a dig", "a dog"]
     with pytest.raises(EsdLoraError, match="cannot be read"):
-        nearest_prompts(Neighbours(vocabulary=str(tmp_path / "none.txt"), count=9), concepts, base)
+        neighbours(recipe, base, str(tmp_path / "none.txt"), 9)
     with pytest.raises(EsdLoraError, match="longer one"):
-        nearest_prompts(Neighbours(vocabulary=("a cat",), count=9), concepts, base)
+        neighbours(recipe, base, ("a cat",), 9)
     recipe = tiny_recipe(tiny_dir, preserve=["a hat"]).model_copy(
         update={"neighbours": Neighbours(vocabulary=("a dog", "a car"), count=1)}
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -9,11 +11,12 @@ from esd_lora.adapter import add_adapter
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import keep_prompts
+from esd_lora.closed_form import choose_guarded
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson, plan, share_turns
 from esd_lora.recipe import Concept, Recipe
 from esd_lora.teacher import Teacher, preserved_walks, refill, walked_so_far
-from esd_lora.trajectory import Points
+from esd_lora.trajectory import Condition, Points
 from tiny import tiny_recipe
 
 STEPS = 4
@@ -246,28 +249,27 @@ def test_nothing_is_walked_that_is_not_trained_on(base: Base, setting: dict[str,
     assert teacher.evaluations == 2 * 2 * STEPS
 
 
-class OnALine:
-    """A text encoder that puts "p0", "p1", ... ever farther from the concept, for `share_turns`."""
-
-    def directions(self, prompts: list[str], _encode: object = None) -> torch.Tensor:
-        angles = torch.tensor([0.0 if not p.startswith("p") else (1 + int(p[1:])) / 50 for p in prompts])
-        return torch.stack([angles.cos(), angles.sin()], 1)
+def on_a_line(prompts: Sequence[str]) -> Condition:
+    """Encode "p0", "p1", ... as texts that have ever less in common with the concept."""
+    angles = torch.tensor([(1 + int(p[1:])) / 50 if p.startswith("p") else 0.0 for p in prompts])
+    size = torch.tensor([float(p != "") for p in prompts])
+    return {"prompt_embeds": (size * torch.stack([angles.cos(), angles.sin()])).T[:, None]}
 
 
 def shared(count: int, walks: int, seed: int = 0) -> dict[str, int]:
     """Preserved prompt to its turns, of prompts "p0" ... that are ever farther from the concept, listed the other way."""
     recipe = tiny_recipe("emoji", preserve=[f"p{i}" for i in reversed(range(count))])
-    lessons = share_turns(plan(recipe), walks, OnALine(), seed)
+    lessons = share_turns(plan(recipe), walks, on_a_line, seed)
     assert [lesson.prompt for lesson in lessons if not lesson.preserves] == ["a cat"]
     return {lesson.prompt: lesson.turns for lesson in lessons if lesson.preserves}
 
 
-def test_near_neighbours_take_two_turns() -> None:
+def test_what_erasing_reaches_furthest_takes_two_turns() -> None:
     assert shared(12, 15) == {f"p{i}": 2 if i < 3 else 1 for i in range(12)}
     assert shared(3, 100) == {f"p{i}": 1 for i in range(3)}
 
 
-def test_too_few_walks_go_to_the_nearest_and_to_some_others() -> None:
+def test_too_few_walks_go_to_what_is_reached_furthest_and_to_some_others() -> None:
     turns = shared(40, 10)
     assert len(turns) == 10
     assert set(turns.values()) == {1}
@@ -275,6 +277,13 @@ def test_too_few_walks_go_to_the_nearest_and_to_some_others() -> None:
     assert set(turns) != set(shared(40, 10, seed=1))
     assert shared(12, 14) == {f"p{i}": 1 for i in range(12)}  # one short of a second turn for the nearest
     assert shared(12, 0) == {}
+
+
+def test_guarded_is_what_erasing_reaches_furthest() -> None:
+    listed = [*(f"p{i}" for i in reversed(range(9))), "a cat with p9"]
+    assert choose_guarded(tiny_recipe("emoji", preserve=listed[:-1]), 3, [], on_a_line) == ("p0", "p1", "p2")
+    assert choose_guarded(tiny_recipe("emoji", preserve=[]), 2, listed, on_a_line) == ("p0", "p1"), "from the base's list"
+    assert choose_guarded(tiny_recipe("emoji", preserve=["p4"]), 2, listed, on_a_line) == ("p4",)
 
 
 def test_turns_are_walked(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
