@@ -31,6 +31,7 @@ _MAX_LETTERS = 10_000_000  # of all lessons of a concept
 AUTO = "auto"
 """Stands where a number is to be measured on the base in front of the training; see `calibration`."""
 Auto: TypeAlias = Literal["auto"]
+_REFRESH_EVERY = 45  # steps that trajectories of a student remain near enough to its own
 _MOST_STEPS = 450  # of a training that ends when its probe is content
 
 
@@ -233,16 +234,18 @@ class TrainSpec(_Frozen):
     preserve_weight: Annotated[float, Field(ge=0)] | Auto
     """Weight of a preserved point in the loss, the empty prompt's too; an erased one has weight 1. `auto` follows the drift of
     prompts that no step trains on."""
-    x_t_from: Literal["student", "base"]
-    """Who denoises the `x_t` trained on: the adapted model (paper, LECO) or the frozen one (authors' 2025 script)."""
+    x_t_from: Literal["student", "base"] | Auto
+    """Who denoises the `x_t` trained on: the adapted model (paper, LECO) or the frozen one (authors' 2025 script). `auto` is
+    the base, but the student where no layer of the scope reads text: what those layers do depends on `x_t` alone."""
     points: Literal["one", "all"]
     """Points kept of a trajectory: one at random (paper), or every one (replay buffer)."""
     trajectories: int = Field(ge=1)
     """Trajectories of erased prompts walked at each refresh; lessons take turns."""
     preserve_trajectories: int = Field(ge=0)
     """Trajectories of preserved prompts walked at each refresh."""
-    refresh_every: int = Field(ge=1)
-    """Optimiser steps between two refreshes of the buffer; 1 with `points: one` is the paper's loop."""
+    refresh_every: Annotated[int, Field(ge=1)] | Auto
+    """Optimiser steps between two refreshes of the buffer; 1 with `points: one` is the paper's loop. `auto` fills it once with
+    the base's trajectories, and again every 45 steps with the student's, which change."""
     trajectory_steps: int = Field(ge=2, le=1000)
     """DDIM steps of a whole trajectory (paper: 50)."""
     preserve_steps: int | None = Field(default=None, ge=2, le=1000)
@@ -275,6 +278,13 @@ class TrainSpec(_Frozen):
     def most_steps(self) -> int:
         """Number of optimiser steps, or with `auto` the most that there may be."""
         return _MOST_STEPS if self.steps == "auto" else self.steps
+
+    @property
+    def walk_every(self) -> int:
+        """Optimiser steps between two refreshes of the buffer."""
+        if self.refresh_every != "auto":
+            return self.refresh_every
+        return _REFRESH_EVERY if self.x_t_from == "student" else max(self.most_steps, 1)
 
 
 class Recipe(_Frozen):
@@ -342,6 +352,18 @@ class Recipe(_Frozen):
         if self.probed and not self.train.probe_every:
             raise ValueError("eta, train.steps or train.preserve_weight is auto, which a probe decides: set train.probe_every")
         return self
+
+    def for_layers(self, *, reading_text: bool) -> Recipe:
+        """Return the recipe with the one who denoises `x_t`, where that depends on the layers.
+
+        Args:
+            reading_text: Whether any layer of the scope does.
+        """
+        if self.train.x_t_from != AUTO:
+            return self
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"x_t_from": "base" if reading_text else "student"})}
+        )
 
     def anchored(self, anchors: Mapping[str, str]) -> Recipe:
         """Return the recipe with anchors for the concepts that have none.

@@ -156,7 +156,7 @@ class Teacher:
         dtype = torch.promote_types(self.base.model.dtype, torch.float32)
         noise = torch.randn(count, *shape, generator=generator).to(device, dtype)
         stop = int(torch.randint(spec.trajectory_steps, (), generator=generator)) if spec.points == "one" else None
-        with self.adapter_disabled() if spec.x_t_from == "base" else nullcontext():
+        with nullcontext() if spec.x_t_from == "student" else self.adapter_disabled():
             visited = walk(
                 self.predict,
                 self.base.family.scheduler(self.base.pipe, spec.trajectory_steps, shape, device),
@@ -184,7 +184,7 @@ class Teacher:
             shape: Of one image's latents, the model's native one unless given.
         """
         spec, shape = spec or self.spec, shape or self.base.latent_shape()
-        by_base = spec.x_t_from == "base"
+        by_base = spec.x_t_from != "student"
         taught: list[Points] = []
         held: list[Points] = []
         pushes: list[Tensor] = []
@@ -301,7 +301,7 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
             refill share the trajectories.
     """
     spec = teacher.spec
-    refills, sharing = step // spec.refresh_every, min(len(shapes), spec.refresh_every)
+    refills, sharing = step // spec.walk_every, min(len(shapes), spec.walk_every)
     few = spec.model_copy(update={"trajectory_steps": spec.preserve_steps or spec.trajectory_steps})
 
     def fill(lessons: list[int], trajectories: int, turn: int, noise: torch.Generator, spec: TrainSpec) -> Filled:
@@ -330,7 +330,7 @@ def preserved_walks(spec: TrainSpec, shapes: int) -> int:
     """
     if not spec.preserve_batch:
         return 0
-    refills, sharing = -(-spec.most_steps // spec.refresh_every), min(shapes, spec.refresh_every)
+    refills, sharing = -(-spec.most_steps // spec.walk_every), min(shapes, spec.walk_every)
     return refills * sharing * -(-spec.preserve_trajectories // sharing)
 
 

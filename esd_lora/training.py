@@ -161,6 +161,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> 
         recipe: What to train.
         allow_code: Every `module:attribute` that may be imported.
     """
+    recipe = recipe.for_layers(reading_text=any(map(base.family.reads_text, base.family.modules(base.model, recipe.scope))))
     spec = recipe.train
     encode = base.remembering(spec.distilled_guidance)
     if recipe.anchor == AUTO:
@@ -258,7 +259,7 @@ def run_steps(
         for step in range(state.step, state.step if done else spec.most_steps):
             # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
             # fills now and then.
-            if step % spec.refresh_every == 0 or not buffers:
+            if step % spec.walk_every == 0 or not buffers:
                 buffers = walked_buffers(teacher, state, step, shapes)
             batches = buffers[step % len(shapes)].batches(spec, stream_generator(spec.seed, Stream.BATCHES, step))
 
@@ -298,7 +299,7 @@ def walked_buffers(
 
     A training resumed between two refreshes walks again what it trained on before; that does not count as work once more.
     """
-    since, evaluations = step % teacher.spec.refresh_every, teacher.evaluations
+    since, evaluations = step % teacher.spec.walk_every, teacher.evaluations
     # The push is raised between refreshes too, which moves targets; the same sums again give the same bits.
     raised = [eta for raised_at, eta in state.etas if raised_at > step - since]
     teacher.push(state.etas[-1 - len(raised)][1])

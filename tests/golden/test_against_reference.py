@@ -252,7 +252,7 @@ def test_fast_preset_s_targets_are_the_paper_s(exact: Base) -> None:
         {"name": "ink", "anchor": "ink"},
     ]
     recipe = tiny_recipe(exact.id, "fast", concepts, preserve=["a dog"], eta=1.5, trajectory_steps=5)
-    assert recipe.train.x_t_from == "base"
+    assert recipe.train.x_t_from == "auto"  # which is the base where layers read text
     plans = plan(recipe)
     teacher = Teacher(exact, recipe, plans)
     add_adapter(exact, exact.family.modules(exact.model, "xattn"), recipe.lora, 0)

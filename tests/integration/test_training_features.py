@@ -21,7 +21,7 @@ from esd_lora.lessons import find_neighbours, plan
 from esd_lora.optimizers import OPTIMIZERS, make_optimizer
 from esd_lora.recipe import Neighbours, Recipe
 from esd_lora.teacher import latent_shapes, refill
-from esd_lora.training import learning_rate, train
+from esd_lora.training import learning_rate, prepare_prompts, train
 from esd_lora.watching import StepReport
 from tiny import tiny_recipe
 
@@ -195,6 +195,15 @@ def test_neighbours_are_what_erasing_would_move_furthest() -> None:
     assert len(neighbours(two, base, words[1:], 1)) == 2
     assert neighbours(recipe, base, words[::-1], 8)[0] == "a dog"
     assert find_neighbours(recipe, base.keep, base.encode) == []
+
+
+@pytest.mark.parametrize(("scope", "by", "every"), [("xattn", "base", 90), ("noxattn", "student", 45), ("full", "base", 90)])
+def test_layers_that_read_no_text_are_trained_where_the_student_goes(base: Base, scope: str, by: str, every: int) -> None:
+    auto = {"x_t_from": "auto", "refresh_every": "auto", "steps": 90}
+    spec = prepare_prompts(base, tiny_recipe(base.id, scope=scope, **auto), ()).teacher.spec
+    assert (spec.x_t_from, spec.walk_every) == (by, every)
+    given = tiny_recipe(base.id, scope=scope, x_t_from="base", refresh_every=7)
+    assert prepare_prompts(base, given, ()).teacher.spec == given.train
 
 
 def test_vocabulary_of_neighbours(tiny_dir: Path, tmp_path: Path, base: Base) -> None:

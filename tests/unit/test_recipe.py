@@ -468,7 +468,7 @@ def test_every_prompt_has_its_turn(name: str) -> None:
     erased = sum(not lesson.preserves for lesson in lessons)
     if not spec.steps:  # nothing is walked where nothing is trained
         return
-    assert -(-spec.most_steps // spec.refresh_every) * spec.trajectories >= erased
+    assert -(-spec.most_steps // spec.walk_every) * spec.trajectories >= erased
     assert preserved_walks(spec, 1) >= len(lessons) - erased
 
 
