@@ -20,7 +20,7 @@ from esd_lora.erasers.eraser import CHECKPOINT_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import write_atomically
 
-_COUNTERS = ("step", "loss", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
+_COUNTERS = ("step", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
 _MEASURED = ("lr", "etas", "preserve_weights", "cooling", "readings", "measured", "anchored")
 
 
@@ -39,8 +39,10 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0
     """Number of optimiser steps done."""
-    loss: float = float("nan")
-    """Loss of the last step."""
+    unread: dict[int, Tensor] = field(default_factory=dict)
+    """Steps to their losses that the device may still be at work on."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """Steps of this run to the losses that were read."""
     student_samples: int = 0
     """Number of latents that went through the student with gradients."""
     erasure: float | None = None
@@ -81,11 +83,23 @@ class TrainState:
         """The present weight of preserved points."""
         return self.preserve_weights[-1][1]
 
-    def update(self, loss: float, samples: int, lr: float) -> None:
+    def read_losses(self) -> dict[int, float]:
+        """Return the losses of all steps of this run; waits for the device."""
+        if self.unread:
+            self.losses |= zip(self.unread, torch.stack(list(self.unread.values())).tolist(), strict=True)
+            self.unread.clear()
+        return self.losses
+
+    @property
+    def loss(self) -> float:
+        """Loss of the last step; waits for the device."""
+        return self.read_losses().get(self.step, float("nan"))
+
+    def update(self, loss: Tensor, samples: int, lr: float) -> None:
         """Take one optimiser step on the gradients at hand.
 
         Args:
-            loss: Of this step.
+            loss: Of this step, a scalar.
             samples: Number of latents that went through the student.
             lr: Learning rate of this step.
         """
@@ -94,7 +108,7 @@ class TrainState:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        self.loss = loss
+        self.unread[self.step] = loss
         self.student_samples += samples
         self.count_time()
 
@@ -132,6 +146,7 @@ class TrainState:
         """
         content = {
             **{name: getattr(self, name) for name in (*_COUNTERS, *_MEASURED)},
+            "loss": self.loss,
             "evaluations_before": evaluations,
             "drawn_with": [tensor.cpu() for tensor in self.walker],
             "tensors": {
@@ -154,6 +169,7 @@ class TrainState:
         self.walker = content["drawn_with"]
         for name in (*_COUNTERS, *_MEASURED):
             setattr(self, name, content[name])
+        self.losses = {self.step: content["loss"]}
         self.started = time.monotonic() - self.seconds
 
 
@@ -185,7 +201,8 @@ class Checkpoint:
         try:
             content = torch.load(file, weights_only=True, map_location="cpu")
             made_with = [
-                content[key] for key in ("tensors", "drawn_with", "evaluations_before", *_COUNTERS, *_MEASURED, "recipe")
+                content[key]
+                for key in ("tensors", "drawn_with", "evaluations_before", "loss", *_COUNTERS, *_MEASURED, "recipe")
             ][-1]
         except Exception as error:  # torch raises whatever its zip reader meets
             raise EsdLoraError(f"{file} is damaged ({type(error).__name__}). Train again with --force.") from error

@@ -33,7 +33,6 @@ from esd_lora.closed_form import choose_anchors, choose_guarded, kept_texts, sol
 from esd_lora.curves import draw_curves
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, LoraPair
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
-from esd_lora.errors import EsdLoraError
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.guarding import Guard
@@ -247,7 +246,6 @@ def run_steps(
         guard: Has the texts that no update may touch.
 
     Raises:
-        EsdLoraError: If the loss stops being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand.
     """
     base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
@@ -264,7 +262,7 @@ def run_steps(
             batches = buffers[step % len(shapes)].batches(spec, stream_generator(spec.seed, Stream.BATCHES, step))
 
             state.optimizer.zero_grad()
-            total, samples = 0.0, 0
+            total, samples = torch.zeros((), device=base.model.device), 0
             weight = torch.where(held, state.preserve_weight, 1.0)
             weight[-1] = state.preserve_weights[0][1]  # the empty prompt's: where it moves, guidance takes the erasure back
             for x_t, t, lesson, target in batches:
@@ -273,8 +271,7 @@ def run_steps(
                 error = (prediction - target).square().flatten(1).mean(1)
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
-                total, samples = total + loss.item(), samples + len(t)
-            require_finite(total, step, state.lr, base)
+                total, samples = total + loss.detach(), samples + len(t)
             state.update(total, samples, learning_rate(spec, step, state.lr, state.cooling))
             if guard:
                 guard.hold()
@@ -310,21 +307,6 @@ def walked_buffers(
     if since:
         teacher.evaluations = evaluations
     return buffers
-
-
-def require_finite(loss: float, step: int, lr: float, base: Base) -> None:
-    """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
-
-    Raises:
-        EsdLoraError: With the damaged module, or what to change.
-    """
-    if not math.isfinite(loss):
-        if damaged := base.damaged_module():
-            raise EsdLoraError(f"the loss became {loss} at step {step + 1}, because of base {base.id!r}: {damaged}.")
-        raise EsdLoraError(
-            f"the loss became {loss} at step {step + 1}: lower train.lr (now {lr:g}), give a warm-up, or"
-            " load the base in float32 (--dtype float32)."
-        )
 
 
 def learning_rate(spec: TrainSpec, step: int, lr: float, cooling: int = 0) -> float:

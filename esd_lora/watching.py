@@ -7,6 +7,7 @@ learned.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -47,7 +48,14 @@ class StepReport(NamedTuple):
     last: bool
     """No step follows, as far as is known to the watchers before this one."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether losses are read after this step: to read one is to wait for the device, so it is done now and then."""
+        step, every = self.state.step, self.teacher.spec.checkpoint_every
+        return self.last or self.interrupted or step % _READ_EVERY == 0 or (every > 0 and step % every == 0)
 
+
+_READ_EVERY = 10  # steps
 _RISE = 0.01  # of erasure, between two probes: less is a plateau
 _PROBED = 8  # trajectories
 _PREVIEWED = 4  # erased prompts, and as many preserved ones
@@ -97,15 +105,33 @@ class ProgressBar:
         )
 
     def __call__(self, report: StepReport) -> None:
-        shown = {"loss": f"{report.state.loss:.4f}"}
-        if report.state.erasure is not None:
-            shown["erased"] = f"{report.state.erasure:.0%}"
-        self.bar.set_postfix(shown, refresh=False)
+        if report.reads:
+            shown = {"loss": f"{report.state.loss:.4f}"}
+            if report.state.erasure is not None:
+                shown["erased"] = f"{report.state.erasure:.0%}"
+            self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if report.last:
             if report.teacher.recipe.probed and not report.interrupted:
                 self.bar.total = report.state.step
             self.bar.close()
+
+
+def require_finite(report: StepReport) -> None:
+    """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
+
+    Raises:
+        EsdLoraError: With the damaged module, or what to change.
+    """
+    state, base = report.state, report.teacher.base
+    broken = {step: loss for step, loss in state.read_losses().items() if not math.isfinite(loss)} if report.reads else {}
+    for step, loss in broken.items():
+        if damaged := base.damaged_module():
+            raise EsdLoraError(f"the loss became {loss} at step {step}, because of base {base.id!r}: {damaged}.")
+        raise EsdLoraError(
+            f"the loss became {loss} at step {step}: lower train.lr (now {state.lr:g}), give a warm-up, or"
+            " load the base in float32 (--dtype float32)."
+        )
 
 
 class ErasureProbe:
@@ -147,10 +173,11 @@ class ErasureProbe:
 
 
 class JsonLog:
-    """`train_log.jsonl`: one line a step."""
+    """`train_log.jsonl`: one line a step, written when losses are read."""
 
     def __init__(self, directory: Path, done: int = 0):
         self.path = directory / LOG_NAME
+        self._unwritten: list[dict[str, Any]] = []
         if self.path.exists():  # a crash may have logged steps after the checkpoint
             write_atomically(self.path, b"".join(self.path.read_bytes().splitlines(keepends=True)[:done]))
 
@@ -158,7 +185,7 @@ class JsonLog:
         state = report.state
         line: dict[str, Any] = {
             "step": state.step,
-            "loss": state.loss,
+            "loss": None,
             "lr": state.optimizer.param_groups[0]["lr"],
             "seconds": round(state.seconds, 3),
         }
@@ -166,10 +193,15 @@ class JsonLog:
             line["erasure"] = state.erasure
         if state.readings and state.readings[-1]["step"] == state.step:
             line |= {"eta": state.eta, "preserve_weight": state.preserve_weight, "probe": state.readings[-1]}
-        with reporting_write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self._unwritten.append(line)
+        if report.reads:
+            losses = state.read_losses()
+            lines = [json.dumps(line | {"loss": losses[line["step"]]}) + "\n" for line in self._unwritten]
+            self._unwritten.clear()
+            with reporting_write_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
 
 
 class Previews:
@@ -255,13 +287,18 @@ class Tracking:
             if value is not None
         }
         self.accelerator.init_trackers("esd-lora", config=settings)
+        self._unsent: dict[int, dict[str, float]] = {}
 
     def __call__(self, report: StepReport) -> None:
         state = report.state
-        values = {"loss": state.loss, "lr": state.optimizer.param_groups[0]["lr"]}
+        self._unsent[state.step] = {"lr": state.optimizer.param_groups[0]["lr"]}
         if state.erasure is not None:
-            values["erasure"] = state.erasure
-        self.accelerator.log(values, step=state.step)
+            self._unsent[state.step]["erasure"] = state.erasure
+        if report.reads:
+            losses = state.read_losses()
+            for step, values in self._unsent.items():
+                self.accelerator.log({"loss": losses[step], **values}, step=step)
+            self._unsent.clear()
         if report.last:
             self.accelerator.end_training()
 
@@ -292,6 +329,7 @@ def watchers_for(
     watchers: list[Watcher] = []
     if spec.probe_every and not recipe.probed:
         watchers.append(ErasureProbe())
+    watchers += [*on_step, require_finite]  # those that may end the training first, so that all others know
     if track:
         watchers.append(Tracking(track, recipe, out))
     if progress:
@@ -302,7 +340,6 @@ def watchers_for(
         watchers.append(JsonLog(out, state.step))
         if spec.preview_every:
             watchers.append(Previews(out))
-    watchers += on_step
     if out is not None:
         watchers.append(Checkpoints(out, given))  # last: what any of them decided is in it
     return watchers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -292,3 +295,28 @@ def test_killed_training_resumes_to_the_same_bits(tiny_dir: Path, tmp_path: Path
     texts = [(tmp_path / run / "train_log.jsonl").read_text("utf-8") for run in ("run", "unbroken")]
     logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [[line.get(key) for key in told] for line in logs[0]] == [[line.get(key) for key in told] for line in logs[1]]
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks the device for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_do_not_wait_for_the_device(tiny_dir: Path, tmp_path: Path) -> None:
+    """Losses are read every tenth step and at the end, and the log holds a line for every step. (Adam counts on the host.)"""
+    waits, seen = Waits(), []
+    recipe = tiny_recipe(tiny_dir, steps=23, null_batch=1, accumulate=2, optimizer="sgd")
+    with waits:
+        train(recipe, out=tmp_path / "run", progress=False, on_step=[lambda _: seen.append(waits.count)])
+    waited = [step for step, (before, after) in enumerate(itertools.pairwise(seen), 1) if after > before]
+    assert waited == [], "but for the losses, which are read as one tensor"
+    log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 24))
+    assert all(line["loss"] > 0 for line in log)

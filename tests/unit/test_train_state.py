@@ -72,7 +72,7 @@ def test_checkpoint_holds_all_that_a_training_goes_on_with(tmp_path: Path) -> No
     state = state_of([1.0, 2.0])
     for _ in range(3):
         (state.parameters[0] ** 2).sum().backward()
-        state.update(loss=0.5, samples=7, lr=0.01)
+        state.update(loss=torch.tensor(0.5), samples=7, lr=0.01)
     with state.walking(fresh=True):
         state.save(tmp_path, "a recipe", 40)
     other, checkpoint = state_of([0.0, 0.0]), Checkpoint.read(tmp_path, "a recipe")
@@ -83,7 +83,7 @@ def test_checkpoint_holds_all_that_a_training_goes_on_with(tmp_path: Path) -> No
     for resumed in (state, other):
         resumed.optimizer.zero_grad()
         (resumed.parameters[0] ** 2).sum().backward()
-        resumed.update(loss=0.4, samples=7, lr=0.01)
+        resumed.update(loss=torch.tensor(0.4), samples=7, lr=0.01)
     assert torch.equal(other.parameters[0], state.parameters[0])  # Adam's moments came along
 
 
