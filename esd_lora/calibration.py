@@ -208,7 +208,7 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
         reading: The latest.
         recipe: What it leaves to be measured.
     """
-    spec, before = recipe.train, state.readings[-1] if state.readings else None
+    spec, before = recipe.train, _reading_before(state, recipe.train)
     state.readings.append(reading.model_dump())
     state.erasure = 1 - reading.residual
     gone = is_gone(reading, anchored=state.anchored)
@@ -236,6 +236,17 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
     wanted = min(max(1 / share - 1, state.eta + 0.5), state.eta + 1, _MOST_ETA)
     state.etas.append((state.step, wanted))
     return True
+
+
+def _reading_before(state: TrainState, spec: TrainSpec) -> dict[str, float] | None:
+    """Return the reading to compare the next one with, to see whether erasing stands still.
+
+    That is the one before; where the student walks, whose trajectories are soon learnt, one since which it walked anew.
+    """
+    if spec.x_t_from != "student":
+        return state.readings[-1] if state.readings else None
+    since, until = state.etas[-1][0], state.step - spec.walk_every
+    return next((each for each in reversed(state.readings) if since <= each["step"] <= until), None)
 
 
 def last_step(spec: TrainSpec, cooling: int) -> int:

@@ -31,7 +31,7 @@ _MAX_LETTERS = 10_000_000  # of all lessons of a concept
 AUTO = "auto"
 """Stands where a number is to be measured on the base in front of the training; see `calibration`."""
 Auto: TypeAlias = Literal["auto"]
-_REFRESH_EVERY = 45  # steps that trajectories of a student remain near enough to its own
+_REFRESH_EVERY = 30  # steps that trajectories of a student remain near enough to its own
 _MOST_STEPS = 450  # of a training that ends when its probe is content
 
 
@@ -245,7 +245,7 @@ class TrainSpec(_Frozen):
     """Trajectories of preserved prompts walked at each refresh."""
     refresh_every: Annotated[int, Field(ge=1)] | Auto
     """Optimiser steps between two refreshes of the buffer; 1 with `points: one` is the paper's loop. `auto` fills it once with
-    the base's trajectories, and again every 45 steps with the student's, which change."""
+    the base's trajectories, and again every 30 steps with the student's, which change."""
     trajectory_steps: int = Field(ge=2, le=1000)
     """DDIM steps of a whole trajectory (paper: 50)."""
     preserve_steps: int | None = Field(default=None, ge=2, le=1000)

@@ -247,6 +247,24 @@ def test_what_came_back_late_ends_the_training_all_the_same() -> None:
     assert "short" in ending(state)
 
 
+def test_student_that_walks_stands_still_after_new_trajectories_alone() -> None:
+    """What was learnt by heart looks like standing still, until the student walks anew."""
+    auto = auto_recipe("emoji", x_t_from="student", refresh_every=30)
+    recipe = auto.model_copy(update={"train": auto.train.model_copy(update={"probe_every": 15})})
+    state = state_of(0)
+    raised: list[int] = []
+    for step in range(15, 135, 15):
+        state.step = step
+        if steer(state, reading(step, 0.6), recipe):
+            raised.append(step)
+    assert raised == [45, 75, 105]
+    as_ever = state_of(15)
+    for step in (15, 30):
+        as_ever.step = step
+        steer(as_ever, reading(step, 0.6), auto_recipe("emoji"))
+    assert as_ever.etas[-1][0] == 30
+
+
 def test_standing_still_raises_the_push_and_falling_does_not() -> None:
     recipe = auto_recipe("emoji")
     state = state_of(20)
