@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from esd_lora import __version__
+from esd_lora.cli.doctor import doctor
 from esd_lora.cli.files import diff, export, extract, import_, inspect, merge
 from esd_lora.cli.making import demo, generate, train
 from esd_lora.cli.measuring import evaluate
@@ -22,6 +23,6 @@ def main() -> None:
 
 for command in (
     *(train, generate, stack, merge, evaluate, inspect, diff, export, import_, extract),
-    *(push, pull, search, catalog, recipes, demo),
+    *(push, pull, search, catalog, recipes, demo, doctor),
 ):
     main.add_command(command)
