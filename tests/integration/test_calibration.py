@@ -18,11 +18,11 @@ from esd_lora.calibration import DRIFT, FIRST_STEP, GONE, Probe, ending, last_st
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, Eraser
 from esd_lora.erasers.header import Reading
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import HeldOut, frames_for, hold_out, likeness_to, plan
+from esd_lora.lessons import HeldOut, first_eta, frames_for, hold_out, likeness_to, plan
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import Recipe
 from esd_lora.seeds import probe_seed
-from esd_lora.teacher import Teacher
+from esd_lora.teacher import ReplayBuffers, Teacher, refill
 from esd_lora.train_state import TrainState
 from esd_lora.training import train
 from tiny import save_tiny, tiny_recipe
@@ -406,3 +406,21 @@ def test_the_empty_prompt_is_held_as_at_the_beginning(base: Base, monkeypatch: p
     one, other = trained(0.25), trained(4.0)
     same = [torch.equal(pair.up, other.pairs[path].up) for path, pair in one.pairs.items()]
     assert all(same) == (preserved == 0)
+
+
+@pytest.mark.parametrize("anchor", ["", "a dog"])
+def test_raised_push_moves_the_targets_that_are_there(base: Base, anchor: str) -> None:
+    """An anchored concept begins with eta 0, at which a target needs the anchor's prediction alone; raised, it needs all."""
+    recipe = auto_recipe(base.id, concepts=[{"name": "a cat", "anchor": anchor}], x_t_from="base")
+    teacher, _ = measuring(base, recipe)
+
+    def filled(eta: float) -> ReplayBuffers:
+        teacher.push(eta)
+        return refill(teacher, 0, [base.latent_shape()])[0]
+
+    buffers, pushed = filled(first_eta(recipe)), filled(2.0)
+    teacher.push(first_eta(recipe))
+    before = buffers.erasing.points.target
+    teacher.push(2.0, [buffers])
+    assert not torch.equal(buffers.erasing.points.target, before)
+    torch.testing.assert_close(buffers.erasing.points.target, pushed.erasing.points.target)
