@@ -30,12 +30,15 @@ from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
+from esd_lora.trajectory import Points
 
 FIRST_STEP = 0.03
 """Share of the guided push towards the concept that the first optimiser step takes away: 2 to 10 %."""
 _TRIED_RATE = 1e-3  # of the step that is tried first
 _LOSS_SCALE = 1024  # of float16 gradients, which would vanish; Adam's steps do not depend on it
 _STEPS = 5  # points of a probe's trajectory
+TRIES = 2
+"""Steps that are tried to measure the rate."""
 _TRAJECTORIES = 4  # walked to measure the rate, for the gradient and as many for the effect
 GONE, GONE_WORST = -0.25, 0.0
 """Residual of held-out prompts, on the mean and in the worst quarter, at which a concept counts as gone."""
@@ -102,19 +105,15 @@ def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], opt
     Raises:
         EsdLoraError: If a step takes nothing away.
     """
-    spec, device = teacher.spec, teacher.base.model.device
-    tried = (teacher.erased * _TRAJECTORIES)[:_TRAJECTORIES]
-    generator = torch.Generator().manual_seed(probe_seed(spec.seed) + 1)
-    points = teacher.fill(torch.tensor(tried, device=device), generator, _short(spec)).taught.points
-    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, teacher.condition(points.lesson)))
-    probe = Probe(teacher, HeldOut([teacher.lessons[i][:3] for i in tried], []))
+    spec = teacher.spec
+    points, probe = prepare_rate(teacher)
     before = [parameter.detach().clone() for parameter in parameters]
     for part in points.split(spec.batch_size):
         prediction = teacher.base.predict(part.x_t, part.t, teacher.condition(part.lesson))
         loss = (prediction - part.target).square().flatten(1).mean(1).sum() / len(points.t)
         (loss * (_LOSS_SCALE if teacher.base.model.dtype == torch.float16 else 1)).backward()
     rate = _TRIED_RATE
-    for _ in range(2):  # a step's effect grows in proportion, but for the largest: the second try corrects the first
+    for _ in range(TRIES):  # a step's effect grows in proportion, but for the largest: the second try corrects the first
         optimizer(rate).step()
         taken = 1 - probe.read(0).residual
         with torch.no_grad():
@@ -129,6 +128,16 @@ def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], opt
     for parameter in parameters:
         parameter.grad = None
     return rate
+
+
+def prepare_rate(teacher: Teacher) -> tuple[Points, Probe]:
+    """Return the points that give the gradient of the step to try, and what reads its effect; the adapter is normalised."""
+    tried = (teacher.erased * _TRAJECTORIES)[:_TRAJECTORIES]
+    generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed) + 1)
+    lesson = torch.tensor(tried, device=teacher.base.model.device)
+    points = teacher.fill(lesson, generator, _short(teacher.spec)).taught.points
+    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, teacher.condition(points.lesson)))
+    return points, Probe(teacher, HeldOut([teacher.lessons[i][:3] for i in tried], []))
 
 
 def _short(spec: TrainSpec) -> TrainSpec:

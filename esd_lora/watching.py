@@ -146,24 +146,33 @@ class ErasureProbe:
         self._start: Tensor | None = None
 
     def __call__(self, report: StepReport) -> bool | None:
-        if report.state.step % report.teacher.spec.probe_every:
-            return None
-        evaluations = report.teacher.evaluations
-        points, start = self._measuring_points(report)
-        if report.state.erasure is not None:  # a training that was resumed walks them again
-            report.teacher.evaluations = evaluations
-        now = report.teacher.predict(points.x_t, points.t, report.teacher.condition(points.lesson))
-        way = points.target - start
         state, spec = report.state, report.teacher.spec
-        state.erasure = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+        if state.step % spec.probe_every:
+            return None
+        state.erasure = self.read(report.teacher, anew=state.erasure is not None)
         state.stale_probes = 0 if state.erasure > state.best_erasure + _RISE else state.stale_probes + 1
         state.best_erasure = max(state.best_erasure, state.erasure)
         met = spec.stop_at is not None and state.erasure >= spec.stop_at
         return met or (spec.patience > 0 and state.stale_probes >= spec.patience)
 
-    def _measuring_points(self, report: StepReport) -> tuple[Points, Tensor]:
+    def read(self, teacher: Teacher, *, anew: bool = False) -> float:
+        """Return how far the student is.
+
+        Args:
+            teacher: Its base carries the adapter, on.
+            anew: Whether trajectories that have to be walked were walked, and counted, before the training was resumed.
+        """
+        evaluations = teacher.evaluations
+        points, start = self._measuring_points(teacher)
+        if anew:
+            teacher.evaluations = evaluations
+        now = teacher.predict(points.x_t, points.t, teacher.condition(points.lesson))
+        way = points.target - start
+        return ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+
+    def _measuring_points(self, teacher: Teacher) -> tuple[Points, Tensor]:
         if self._erased is None or self._start is None:
-            teacher, spec = report.teacher, report.teacher.spec
+            spec = teacher.spec
             lesson = torch.tensor((teacher.erased * _PROBED)[:_PROBED], device=teacher.base.model.device)
             short = spec.model_copy(update={"x_t_from": "base", "points": "all", "trajectory_steps": 8, "null_batch": 0})
             self._erased = teacher.fill(lesson, torch.Generator().manual_seed(probe_seed(spec.seed)), short).taught.points

@@ -14,6 +14,7 @@ from esd_lora.cli.options import (
     allow_code_option,
     base_option,
     device_options,
+    dry_run_option,
     force_option,
     given,
     overrides,
@@ -26,6 +27,7 @@ from esd_lora.recipe import Recipe, with_negative_guidance
 from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
+    from esd_lora.bases.base import Base
     from esd_lora.erasers.eraser import Eraser
 
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @click.option("--kohya", is_flag=True, help="Also write kohya/NAME.safetensors there, for A1111, Forge and ComfyUI.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
+@dry_run_option
 @force_option
 def train(
     recipes: tuple[str, ...],
@@ -73,6 +76,7 @@ def train(
     out: Path,
     kohya: bool,
     resume: bool,
+    dry_run: bool,
     force: bool,
 ) -> None:
     """Train an eraser from RECIPE: built-in names or YAML files, each over those before it.
@@ -94,6 +98,9 @@ def train(
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
     refuse_inputs(out, () if resume else recipes)
+    if dry_run:
+        _rehearse(recipe, out, device, dtype, allow_code)
+        return
     from esd_lora.training import train as run
 
     try:
@@ -104,11 +111,26 @@ def train(
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:
         say(f"kohya LoRA: {_export_kohya(eraser, out)}")
+    say(f"{_summary(eraser)}: {out}")
+
+
+def _summary(eraser: Eraser) -> str:
+    """Return what was erased, and what it took."""
     cost = eraser.header.cost
-    say(
-        f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {cost['steps']:.0f} steps,"
-        f" {cost['sample_evaluations']:.0f} sample evaluations: {out}"
-    )
+    work = f"{cost['steps']:.0f} steps, {cost['sample_evaluations']:.0f} sample evaluations"
+    return f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {work}"
+
+
+def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_code: tuple[str, ...]) -> None:
+    """Print what a training would take, and what it would write."""
+    from esd_lora.bases.loading import load_base
+    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.estimates import estimate_training
+
+    say(f"reading {recipe.base} ...", err=True)
+    base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
+    say(*estimate_training(recipe, base, allow_code=allow_code).lines())
+    say(f"would be written into {out}, as far as the recipe asks for it: {', '.join(RUN_FILES)}")
 
 
 def _guard(guard: tuple[str, ...]) -> int | tuple[str, ...] | None:
@@ -164,6 +186,7 @@ def _export_kohya(eraser: Eraser, out: Path) -> Path:
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.")
 @device_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the pictures.")
+@dry_run_option
 @force_option
 def generate(
     prompts: tuple[str, ...],
@@ -181,6 +204,7 @@ def generate(
     device: str,
     dtype: str | None,
     out: Path,
+    dry_run: bool,
     force: bool,
 ) -> None:
     """Generate pictures of PROMPTs, with erasers on.
@@ -199,22 +223,25 @@ def generate(
     _check_erasers(erasers, strengths, gate)
     members = [load_eraser(path) for path, *_ in erasers]
     loaded = load_base(base, device=device, dtype=dtype, config=base_config)
-    files = write_pictures(
-        loaded,
-        prompts,
-        out,
-        erasers=members,
-        weights=unweighted(erasers)[1],
-        gate=Gate(loaded, members, **given(threshold=gate_threshold)) if gate else None,
-        compare=compare,
-        strengths=strengths or (),
-        seeds=range(seed, seed + count),
-        steps=steps,
-        guidance=guidance,
-        force=force,
-    )
-    pictures, sheets = len(prompts) * count, [file.name for file in files[len(prompts) * count :]]
-    say(f"{pictures} pictures in {out}" + (f", {' and '.join(sheets)} among them" if sheets else ""))
+    pictures = len(prompts) * count
+    if dry_run:
+        rows = len({1.0, *(strengths or ()), *((0.0,) if compare else ())})
+        _estimate_pictures(loaded, pictures * rows, steps, guidance, out)
+        return
+    options = {"compare": compare, "strengths": strengths or (), "steps": steps, "guidance": guidance, "force": force}
+    opening = Gate(loaded, members, **given(threshold=gate_threshold)) if gate else None
+    weights, seeds = unweighted(erasers)[1], range(seed, seed + count)
+    files = write_pictures(loaded, prompts, out, erasers=members, weights=weights, gate=opening, seeds=seeds, **options)
+    sheets = " and ".join(file.name for file in files[pictures:])
+    say(f"{pictures} pictures in {out}" + (f", {sheets} among them" if sheets else ""))
+
+
+def _estimate_pictures(base: Base, pictures: int, steps: int | None, guidance: float | None, out: Path) -> None:
+    """Print what painting would take, and what it would write."""
+    from esd_lora.estimates import estimate_pictures
+
+    say(*estimate_pictures(base, pictures, steps=steps, guidance=guidance).lines())
+    say(f"would be written into {out}: {pictures} pictures, and the sheets that were asked for")
 
 
 def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None, gate: bool) -> None:

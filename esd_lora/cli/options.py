@@ -221,6 +221,7 @@ def device_options(command: _Command) -> _Command:
 
 
 force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only print what it would take: work, time, memory, files.")
 
 
 def allow_code_option(command: _Command) -> _Command:

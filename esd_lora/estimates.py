@@ -1,0 +1,338 @@
+"""What a run will take, before it begins: its work is counted, and a little of each kind is timed on the model at hand.
+
+A training is rehearsed: everything around the denoiser and the text encoders runs as it will (anchors are chosen, lessons
+planned, layers solved, trajectories counted), on texts that are made up and predictions that are zeros. Then one batch of
+texts, of trajectories, one optimiser step and one picture are made for real, which says how long each takes and how much memory
+all of it needs. Where a recipe leaves the number of steps to its probe, there is a least and a most.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs
+from esd_lora.bases.base import Base
+from esd_lora.calibration import TRIES, Probe, last_step, prepare_rate
+from esd_lora.closed_form import solve_text
+from esd_lora.optimizers import make_optimizer
+from esd_lora.pictures import paint
+from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
+from esd_lora.teacher import Teacher, latent_shapes, refill
+from esd_lora.training import Prepared, prepare_prompts
+from esd_lora.trajectory import Condition, latents_per_batch, pick
+from esd_lora.watching import ErasureProbe, shown_prompts
+
+_TEXTS = 16  # that are encoded to see how long one takes
+_REPEATS = 3
+_ENOUGH = 1.0  # seconds of one kind of work
+_WALKS = 64  # that are counted; each may stop early
+_NOISE = 1e-2  # of made-up texts, so that no two are the same
+_GIB = 2**30
+
+
+class Work(NamedTuple):
+    """What there is to do."""
+
+    texts: int = 0
+    """Prompts to encode."""
+    evaluations: int = 0
+    """Latents through the denoiser without gradients."""
+    student_samples: int = 0
+    """Latents through the student with gradients."""
+    pictures: int = 0
+    """Pictures to decode; their denoising counts as evaluations."""
+
+    def plus(self, other: Work) -> Work:
+        """Return both together."""
+        return Work(*map(sum, zip(self, other, strict=True)))
+
+
+class Pace(NamedTuple):
+    """Seconds that one of each takes on this machine and model."""
+
+    text: float = 0.0
+    evaluation: float = 0.0
+    student_sample: float = 0.0
+    picture: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Return how long some work takes."""
+        return sum(each * count for each, count in zip(self, work, strict=True))
+
+
+class Estimate(NamedTuple):
+    """What a run will take beside loading the base."""
+
+    least: Work
+    most: Work
+    """The same, but where the number of steps is left to a probe."""
+    pace: Pace
+    around: float
+    """Seconds of what is neither encoding, nor denoising, nor decoding: layers solved in closed form."""
+    memory: int | None
+    """Bytes that the process (or the card) holds at most; `None` where the system does not tell."""
+    eraser: int = 0
+    """Bytes of the eraser's weights."""
+
+    def seconds(self) -> tuple[float, float]:
+        """Return how long the run takes at least and at most."""
+        return self.around + self.pace.seconds(self.least), self.around + self.pace.seconds(self.most)
+
+    def lines(self) -> list[str]:
+        """Return the estimate as lines of text, a row for each kind of work."""
+        names = ("texts to encode", "evaluations", "student samples", "pictures to decode")
+        lines: list[str] = []
+        for name, least, most, each in zip(names, self.least, self.most, self.pace, strict=True):
+            if most:
+                lines.append(f"{name:<20}{_span(least, most, ','):>18}   {_span(least * each, most * each, ',.1f')} s")
+        if self.around:
+            lines.append(f"{'closed form':<20}{'':>18}   {self.around:,.1f} s")
+        lines.append(f"{'in all':<20}{'':>18}   {_span(*self.seconds(), ',.1f')} s, beside loading the base")
+        lines.append(f"{'memory':<20}{'':>18}   {f'{self.memory / _GIB:,.2f} GiB at most' if self.memory else 'not told here'}")
+        if self.eraser:
+            lines.append(f"{'eraser':<20}{'':>18}   {self.eraser / 1e6:,.2f} MB")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the estimate as plain data."""
+        both = {"least": self.least._asdict(), "most": self.most._asdict(), "seconds": self.seconds()}
+        return {**both, "memory_bytes": self.memory, "eraser_bytes": self.eraser}
+
+
+def _span(least: float, most: float, form: str) -> str:
+    low, high = format(least, form), format(most, form)
+    return high if low == high else f"{low} to {high}"
+
+
+class _Rehearsed(Base):
+    """A base whose texts are made up and whose denoiser predicts zeros: nothing is waited for."""
+
+    texts = 0
+    """Prompts that were asked for so far."""
+    known: Condition
+    """The condition of one prompt."""
+
+    def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:  # noqa: ARG002
+        """Return as many made-up conditions as there are prompts."""
+        self.texts += len(prompts)
+        generator = torch.Generator().manual_seed(self.texts)
+        made = {name: value.expand(len(prompts), *value.shape[1:]).clone() for name, value in self.known.items()}
+        for name, value in made.items():
+            if name.endswith("embeds"):
+                value += _NOISE * float(value.std()) * torch.randn(value.shape, generator=generator).to(value)
+        return made
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002
+        """Return zeros."""
+        return torch.zeros_like(x_t, dtype=torch.promote_types(x_t.dtype, torch.float32))
+
+
+def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow_code: Collection[str] = ()) -> Estimate:
+    """Return what training a recipe will take.
+
+    Args:
+        recipe: What to train.
+        base: The loaded base, with its text encoders; it leaves as it came.
+        written: Whether the eraser goes into a directory, with pictures.
+        allow_code: As `train` takes it.
+
+    Raises:
+        EsdLoraError: As `train` does where the recipe and the base do not fit each other.
+    """
+    require_allowed(recipe, allow_code)
+    base.require_bare()
+    rehearsed = _Rehearsed(**vars(base))
+    rehearsed.known = base.encode(["a photograph"], recipe.train.distilled_guidance)
+    started = time.monotonic()
+    prepared = prepare_prompts(rehearsed, recipe, allow_code)
+    teacher, spec = prepared.teacher, prepared.teacher.spec
+    parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
+    try:
+        if form := recipe.closed_form:
+            ranks = adapter_ranks(base)
+            solve_text(rehearsed, teacher.encode, prepared.planned, ranks, form, prepared.guard, prepared.unlisted)
+        around = time.monotonic() - started
+        work = _counted(prepared, shown=len(shown_prompts(teacher)) if written and spec.preview_every else 0)
+        least, most = (Work(rehearsed.texts).plus(part) for part in work)
+        pace = measure_pace(base, teacher, parameters, pictures=most.pictures > 0)
+        memory = peak_memory(base)
+        eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in read_pairs(base.model).values())
+        held = _held(teacher, rehearsed.texts)
+    finally:
+        base.model.unload_lora()
+    return Estimate(least, most, pace, around, memory and memory + held, eraser)
+
+
+def estimate_pictures(base: Base, pictures: int, *, steps: int | None = None, guidance: float | None = None) -> Estimate:
+    """Return what painting takes.
+
+    Args:
+        base: The loaded base.
+        pictures: Number of pictures.
+        steps: Denoising steps; the base's default unless given.
+        guidance: Classifier-free guidance scale; the base's default unless given.
+    """
+    guided = 1 + ((base.guidance if guidance is None else guidance) > 1)
+    work = Work(texts=pictures * guided, evaluations=pictures * guided * (steps or base.steps), pictures=pictures)
+    pace = measure_pace(base, pictures=True)
+    return Estimate(work, work, pace, 0.0, peak_memory(base))
+
+
+def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
+    """Return the work of a training at least and at most, but for its texts, by doing it on zeros.
+
+    Args:
+        prepared: Of a base that predicts zeros.
+        shown: Pictures in a row of a preview.
+    """
+    teacher, spec = prepared.teacher, prepared.teacher.spec
+    steps_of_a_picture = 2 * teacher.base.steps
+
+    def count(work: Callable[[], object]) -> int:
+        before = teacher.evaluations
+        work()
+        return teacher.evaluations - before
+
+    solved = teacher.recipe.closed_form is not None
+    probing = reading = measuring = 0
+    walking = 0.0
+    if held_out := prepared.held_out:
+        probing = count(lambda: Probe(teacher, held_out))
+        reading = count(lambda: Probe(teacher, held_out).read(0)) - probing
+    elif spec.probe_every:
+        probe = ErasureProbe()
+        probing = count(lambda: probe.read(teacher))
+        reading = count(lambda: probe.read(teacher))
+        probing -= reading
+    if spec.steps:
+        shapes = latent_shapes(teacher.base, spec)
+        starts = range(0, spec.most_steps, spec.walk_every)[:_WALKS]
+        walking = count(lambda: [refill(teacher, step, shapes) for step in starts]) / len(starts)
+        if spec.lr == AUTO:
+            probes: list[Probe] = []
+            measuring = count(lambda: probes.append(prepare_rate(teacher)[1])) + TRIES * count(lambda: probes[0].read(0))
+    preserved = spec.preserve_batch if teacher.preserved and spec.preserve_trajectories else 0
+    batch = spec.batch_size + preserved + spec.null_batch
+
+    def work(steps: int) -> Work:
+        readings = steps // spec.probe_every if reading else 0
+        rows = 2 + 1 + steps // spec.preview_every if shown else 0  # base and student at the end, the base once for previews
+        walks = round(-(-steps // spec.walk_every) * walking)
+        evaluations = probing + reading * ((solved and bool(held_out)) + readings) + walks + measuring * (steps > 0)
+        return Work(
+            evaluations=evaluations + rows * shown * steps_of_a_picture,
+            student_samples=steps * spec.accumulate * batch,
+            pictures=rows * shown,
+        )
+
+    fewest = spec.most_steps if spec.steps != AUTO else 0 if solved else last_step(spec, spec.probe_every)
+    return work(fewest), work(spec.most_steps)
+
+
+def measure_pace(
+    base: Base, teacher: Teacher | None = None, parameters: Sequence[torch.nn.Parameter] = (), *, pictures: bool
+) -> Pace:
+    """Return how long one of each kind of work takes, by doing a little of it.
+
+    Args:
+        base: The loaded base.
+        teacher: Of a training, which says how many latents are at work at a time; its base carries the adapter.
+        parameters: The adapter's, which are left as they were.
+        pictures: Whether any are painted.
+    """
+    prompts = [f"a photograph of {number}" for number in range(_TEXTS)]
+    base.encode(prompts[:1])
+    text = _clock(base, lambda: base.encode(prompts), _TEXTS)
+    spec = teacher.spec if teacher else None
+    shape = latent_shapes(base, spec)[0] if spec else base.latent_shape()
+    count = 2 * (min(spec.walk_batch, spec.trajectories) if spec else min(4, latents_per_batch(shape)))
+    condition = base.encode(prompts[:1])
+
+    def latents(count: int) -> tuple[Tensor, Tensor, Condition]:
+        device = base.model.device
+        t = torch.full((count,), 500, device=device)
+        return torch.randn(count, *shape).to(device), t, pick(condition, torch.zeros_like(t))
+
+    x_t, t, conditions = latents(count)
+    with torch.no_grad():
+        evaluation = _clock(base, lambda: base.predict(x_t, t, conditions), count)
+    student = 0.0
+    if spec and spec.steps:
+        student = _time_step(base, spec, parameters, latents(spec.batch_size + spec.preserve_batch + spec.null_batch))
+    picture = 0.0
+    if pictures:
+        each = min(count, 8)
+        painted = _clock(base, lambda: paint(base, prompts[:each], range(each), steps=2), each)
+        picture = max(0.0, painted - 4 * evaluation - 2 * text)
+    return Pace(text, evaluation, student, picture)
+
+
+def _time_step(
+    base: Base, spec: TrainSpec, parameters: Sequence[torch.nn.Parameter], points: tuple[Tensor, Tensor, Condition]
+) -> float:
+    """Return how long an optimiser step takes for each latent; the parameters are left as they were."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = make_optimizer("adam", list(parameters), 1e-9, {})
+
+    def step() -> None:
+        optimizer.zero_grad()
+        base.predict(*points).square().mean().backward()
+        optimizer.step()
+
+    if spec.gradient_checkpointing:
+        base.model.enable_gradient_checkpointing()
+    try:
+        return _clock(base, step, len(points[0]))
+    finally:
+        if spec.gradient_checkpointing:
+            base.model.disable_gradient_checkpointing()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+def _clock(base: Base, work: Callable[[], object], count: int) -> float:
+    """Return how many seconds some work takes for each of `count` things, once it is warm: the median of a few times."""
+    work()
+    seconds: list[float] = []
+    for _ in range(_REPEATS):
+        started = time.monotonic()
+        work()
+        if base.model.device.type == "cuda":
+            torch.cuda.synchronize(base.model.device)
+        seconds.append(time.monotonic() - started)
+        if sum(seconds) > _ENOUGH:
+            break
+    return statistics.median(seconds) / count
+
+
+def _held(teacher: Teacher, texts: int) -> int:
+    """Return the bytes that a training holds beside what a step needs: encoded texts, and the points of its buffers."""
+    spec = teacher.spec
+    encoded = texts * sum(value[0].nbytes for value in teacher.encode([""]).values())
+    shape = latent_shapes(teacher.base, spec)[0]
+    erased, preserved = spec.trajectories, spec.preserve_trajectories if teacher.preserved else 0
+    points = erased * spec.trajectory_steps + preserved * (spec.preserve_steps or spec.trajectory_steps)
+    points = points if spec.points == "all" else erased + preserved
+    return 2 * encoded + (4 * points * 4 * math.prod(shape) if spec.steps else 0)
+
+
+def peak_memory(base: Base) -> int | None:
+    """Return the most bytes that this process has held so far: of the card where the base is on one, else of the machine."""
+    if base.model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(base.model.device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

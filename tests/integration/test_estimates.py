@@ -1,0 +1,118 @@
+"""Estimates: what is counted before a run is what the run then does, and nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from esd_lora import estimates
+from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
+from esd_lora.cli import main
+from esd_lora.estimates import Pace, Work, estimate_pictures, estimate_training
+from esd_lora.training import train
+from esd_lora.trajectory import Condition
+from tiny import tiny_recipe
+
+SOLVED = {"keep": 1.0, "push": 0.5, "ridge": 1e-3}
+RECIPES: dict[str, dict[str, Any]] = {
+    "steps that are given": {},
+    "a probe of erasure": {"probe_every": 2},
+    "the empty prompt held": {"null_batch": 1},
+    "the student's trajectories": {"x_t_from": "student", "refresh_every": 3, "null_batch": 1, "steps": 7},
+    "without guidance": {"guidance": 1.0},
+    "a rate to be measured": {"lr": "auto"},
+    "a closed form": {"closed_form": SOLVED, "anchor": "auto", "preserve": ["a dog", "a hat", "a key", "a house"]},
+    "closed form alone": {"closed_form": SOLVED, "steps": 0},
+    "aspects": {"aspects": ["1:1", "2:1"], "resolution": 128, "refresh_every": 2},
+    "accumulated": {"accumulate": 3, "preserve": []},
+}
+
+
+@pytest.fixture
+def base(tiny_dir: Path) -> Base:
+    return load_base(tiny_dir)
+
+
+@pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
+def test_what_is_counted_is_what_is_done(base: Base, settings: dict[str, Any]) -> None:
+    recipe = tiny_recipe(base.id, **settings)
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    estimate = estimate_training(recipe, base, written=False)
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+    assert estimate.least == estimate.most
+    eraser = train(recipe, base=base, progress=False)
+    cost = eraser.header.cost
+    assert (estimate.most.evaluations, estimate.most.student_samples) == (cost["sample_evaluations"], cost["student_samples"])
+    assert estimate.eraser == sum(pair.down.nbytes + pair.up.nbytes for pair in eraser.pairs.values())
+
+
+@pytest.mark.parametrize("settings", [{}, RECIPES["a closed form"]], ids=["trained", "solved"])
+def test_texts_are_those_that_are_encoded(base: Base, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    recipe = tiny_recipe(base.id, **settings)
+    texts = estimate_training(recipe, base, written=False).most.texts
+    encoded: list[str] = []
+    as_usual = Base.encode
+
+    def encode(self: Base, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        encoded.extend(prompts)
+        return as_usual(self, prompts, guidance)
+
+    monkeypatch.setattr(Base, "encode", encode)
+    train(recipe, base=base, progress=False)
+    assert texts == pytest.approx(len(encoded), rel=0.1)
+
+
+def test_steps_that_a_probe_decides_have_a_least_and_a_most(base: Base) -> None:
+    auto = {"eta": "auto", "lr": "auto", "steps": "auto", "preserve_weight": "auto", "probe_every": 15, "frames": "auto"}
+    solved = estimate_training(tiny_recipe(base.id, **auto, closed_form=SOLVED), base, written=False)
+    assert solved.least.student_samples == 0
+    assert solved.least.evaluations > 0, "the probe looks once"
+    assert solved.most.student_samples == 450 * (6 + 2)
+    trained = estimate_training(tiny_recipe(base.id, **auto), base, written=False)
+    assert 0 < trained.least.student_samples < trained.most.student_samples
+    low, high = solved.seconds()
+    assert 0 < low < high
+    assert " to " in "\n".join(solved.lines())
+
+
+def test_random_stops_are_counted_as_they_fall(base: Base) -> None:
+    recipe = tiny_recipe(base.id, points="one", refresh_every=1, steps=40, trajectory_steps=8)
+    evaluations = estimate_training(recipe, base, written=False).most.evaluations
+    assert evaluations == train(recipe, base=base, progress=False).header.cost["sample_evaluations"]
+
+
+def test_seconds_are_the_sum_of_what_each_takes() -> None:
+    pace = Pace(text=1.0, evaluation=2.0, student_sample=3.0, picture=4.0)
+    estimate = estimates.Estimate(Work(1, 1, 0, 0), Work(1, 1, 1, 1), pace, 0.5, 2**31, 10**6)
+    assert estimate.seconds() == (3.5, 10.5)
+    text = "\n".join(estimate.lines())
+    assert "3.5 to 10.5 s" in text
+    assert "2.00 GiB" in text
+    assert estimate.as_json()["most"] == {"texts": 1, "evaluations": 1, "student_samples": 1, "pictures": 1}
+
+
+def test_pictures(base: Base) -> None:
+    estimate = estimate_pictures(base, 6, steps=5)
+    assert estimate.most == Work(texts=12, evaluations=60, pictures=6)
+    assert estimate_pictures(base, 6, steps=5, guidance=1.0).most == Work(texts=6, evaluations=30, pictures=6)
+    assert all(seconds >= 0 for seconds in estimate.pace)
+
+
+def test_dry_runs_write_nothing(tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for command in (
+        ["train", "fast", "--concept", "a cat", "-s", "train.steps=2", "-s", "train.lr=0.001", "-s", "frames=[]"],
+        ["generate", "a cat", "a dog", "--compare", "-n", "2", "--steps", "2"],
+    ):
+        result = CliRunner().invoke(main, [*command, "--base", str(tiny_dir), "-o", str(out), "--dry-run"])
+        assert result.exit_code == 0, result.output
+        assert "in all" in result.stdout
+        assert f"would be written into {out}" in result.stdout
+        assert not out.exists()
+    assert "pictures to decode                   8" in result.stdout
