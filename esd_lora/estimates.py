@@ -32,7 +32,7 @@ from esd_lora.watching import ErasureProbe, shown_prompts
 
 _TEXTS = 16  # that are encoded to see how long one takes
 _REPEATS = 3
-_ENOUGH = 1.0  # seconds of one kind of work
+_ENOUGH = 2.0  # seconds of one kind of work, and a quarter of that is too little
 _WALKS = 64  # that are counted; each may stop early
 _NOISE = 1e-2  # of made-up texts, so that no two are the same
 _GIB = 2**30
@@ -304,7 +304,7 @@ def _clock(base: Base, work: Callable[[], object], count: int) -> float:
     """Return how many seconds some work takes for each of `count` things, once it is warm: the median of a few times."""
     work()
     seconds: list[float] = []
-    for _ in range(_REPEATS):
+    while len(seconds) < _REPEATS or sum(seconds) < _ENOUGH / 4:
         started = time.monotonic()
         work()
         if base.model.device.type == "cuda":
