@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, force_option, say, unweighted
+from esd_lora.cli.options import ERASER, HeavyCommand, Weighted, force_option, say, unweighted
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -15,7 +15,7 @@ _energy = click.option("--energy", type=float, help="Share of every layer's squa
 _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What the file erases.")
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("erasers", nargs=-1, required=True, type=ERASER)
 @click.option("--base", required=True, help="Built-in base, diffusers directory, .safetensors checkpoint, or Hub id.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Diffusers directory or file to make.")
@@ -102,7 +102,7 @@ def import_(
     say(f"eraser of {', '.join(eraser.names)}, {len(eraser.pairs)} layers of family {eraser.header.family}{unknown}: {out}")
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.option("--base", required=True, help="What was fine-tuned: built-in base, diffusers directory, single file, Hub id.")
 @click.option("--tuned", required=True, help="The result: the same, or a file with some of the denoiser's weights.")
 @_out_directory

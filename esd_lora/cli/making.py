@@ -10,6 +10,7 @@ import click
 from esd_lora.cli.options import (
     ERASER,
     NUMBERS,
+    HeavyCommand,
     Weighted,
     allow_code_option,
     base_option,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from esd_lora.erasers.eraser import Eraser
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What to erase; may be given several times.")
 @click.option("--avoid", metavar="TEXT", multiple=True, help="What others of a stack erase, so no anchor; repeatable.")
@@ -127,7 +128,6 @@ def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_c
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.estimates import estimate_training
 
-    say(f"reading {recipe.base} ...", err=True)
     base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
     say(*estimate_training(recipe, base, allow_code=allow_code).lines())
     say(f"would be written into {out}, as far as the recipe asks for it: {', '.join(RUN_FILES)}")
@@ -172,7 +172,7 @@ def _export_kohya(eraser: Eraser, out: Path) -> Path:
     return export(eraser, out / "kohya" / f"{slug('no ' + ' '.join(eraser.names))}.safetensors", layout="kohya", force=True)
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @base_option("emoji")
 @click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")
@@ -252,7 +252,7 @@ def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None,
         raise EsdLoraError("--gate needs an --eraser to switch by prompt.")
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.option(
     "-o", "--out", default="out/demo", show_default=True, type=click.Path(path_type=Path), help="Directory for everything."
 )

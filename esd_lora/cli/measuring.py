@@ -10,6 +10,7 @@ import click
 
 from esd_lora.cli.options import (
     ERASER,
+    HeavyCommand,
     Weighted,
     allow_code_option,
     base_option,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from esd_lora.erasers.stacking import Strength
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("erasers", nargs=-1, type=ERASER)
 @base_option()
 @click.option("--suite", required=True, metavar="SUITE", help="emoji-object, emoji-style, nudity, objects, ... or a YAML file.")

@@ -135,6 +135,15 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class HeavyCommand(click.Command):
+    """Says that it is at work before it loads torch and diffusers, which takes seconds; on a terminal alone."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if sys.stderr.isatty():
+            say(f"{ctx.info_name}: loading ...", err=True)
+        return super().invoke(ctx)
+
+
 class EraserType(click.ParamType):
     """`PATH`, `PATH:WEIGHT` or `PATH:WEIGHT,BLOCK=FACTOR,...`."""
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import ERASER, Weighted, base_option, device_options, force_option, given, say, unweighted
+from esd_lora.cli.options import (
+    ERASER,
+    HeavyCommand,
+    Weighted,
+    base_option,
+    device_options,
+    force_option,
+    given,
+    say,
+    unweighted,
+)
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import load_harmonise_spec
 
@@ -30,7 +40,7 @@ class HarmoniseSteps(click.IntRange):
 _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "flag_value": "recipe", "metavar": "[STEPS]"}
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("erasers", nargs=-1, required=True, type=ERASER)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
 @base_option()

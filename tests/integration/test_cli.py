@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from esd_lora import __version__, training
 from esd_lora.built_in import keep_prompts
 from esd_lora.cli import main, stacks
+from esd_lora.cli.options import HeavyCommand
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.formats.exporting import kohya_tensors
 from esd_lora.recipe_files import (
@@ -767,3 +769,24 @@ def test_warning_is_one_line_and_no_failure(tmp_path: Path, cat_dir: Path) -> No
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     assert [line for line in done.stderr.splitlines() if "trained on other weights" in line] == done.stderr.splitlines()
     assert done.stderr.startswith("warning: ")
+
+
+class Terminal(io.StringIO):
+    """A standard error that people look at."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_heavy_commands_say_at_once_that_they_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    heavy = {name for name, command in main.commands.items() if isinstance(command, HeavyCommand)}
+    assert heavy == {"train", "generate", "demo", "stack", "merge", "evaluate", "extract"}
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    HeavyCommand("train", callback=lambda: shown.append(sys.stderr.getvalue())).main([], "train", standalone_mode=False)
+    assert shown == ["train: loading ...\n"], "before anything is loaded"
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    HeavyCommand("train", callback=lambda: shown.append(sys.stderr.getvalue())).main([], "train", standalone_mode=False)
+    assert shown[1] == "", "scripts read what matters alone"
