@@ -6,8 +6,8 @@ are one network; the teacher is that network with the LoRA switched off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
+from esd_lora.prediction_cache import PredictionCache, prediction_key, weights_key
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, pick, walk
@@ -36,6 +37,7 @@ class Teacher:
         allow_code: Every `module:attribute` that may be imported for its objective.
         probed: Further prompts to know the conditions of, for a probe.
         encode: From prompts to their condition; the base's own `encode` unless given.
+        cache: Of predictions of earlier trainings; without one all are made.
 
     Raises:
         EsdLoraError: If the objective is not allowed, or is none.
@@ -49,6 +51,7 @@ class Teacher:
         allow_code: Collection[str] = (),
         probed: Sequence[str] = (),
         encode: Encode | None = None,
+        cache: PredictionCache | None = None,
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
@@ -68,6 +71,8 @@ class Teacher:
         self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
+        self._cache, self._teaches = cache, False
+        self._network = weights_key(base.own_weights()) if cache else b""
 
     def targets(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Tensor:
         """Return what the student should predict at noisy latents, [N, ...].
@@ -218,8 +223,15 @@ class Teacher:
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the prediction of the denoiser as it stands, without gradients, and count it.
 
-        No more latents are sent at once than a guided walk sends.
+        No more latents are sent at once than a guided walk sends. What the teacher predicted in an earlier training, if there
+        is a cache, is neither made nor counted.
         """
+        if self._cache and self._teaches:
+            key = prediction_key(self._network, {"x_t": x_t, "t": t, **condition})
+            return self._cache.find(key, lambda: self._predict(x_t, t, condition)).to(x_t.device)
+        return self._predict(x_t, t, condition)
+
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.evaluations += len(x_t)
         with torch.no_grad():
             parts = [self.base.predict(x_t[rows], t[rows], pick(condition, rows)) for rows in self._batches(len(x_t))]
@@ -229,9 +241,15 @@ class Teacher:
         size = 2 * self.spec.walk_batch
         return [slice(first, first + size) for first in range(0, count, size)]
 
-    def adapter_disabled(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def adapter_disabled(self) -> Generator[None]:
         """Turn the adapter off for the length of a `with` block, so that the denoiser is the teacher."""
-        return adapter_disabled(self.base)
+        with adapter_disabled(self.base):
+            self._teaches = True
+            try:
+                yield
+            finally:
+                self._teaches = False
 
 
 def predict_each_once(

@@ -39,6 +39,7 @@ from esd_lora.guarding import Guard
 from esd_lora.lessons import HeldOut, Lesson, find_neighbours, first_eta, hold_out, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
+from esd_lora.prediction_cache import PredictionCache
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
@@ -61,6 +62,7 @@ def train(
     on_step: Sequence[Watcher] = (),
     progress: bool = True,
     allow_code: Collection[str] = (),
+    teacher_cache: str | Path | None = None,
 ) -> Eraser:
     """Train the eraser that a recipe describes.
 
@@ -74,11 +76,13 @@ def train(
         dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`; what suits the device unless
             given. The LoRA itself is always float32 or better.
         track: Experiment trackers of accelerate to report to: `tensorboard`, `wandb`, `trackio`.
-        on_step: Called after every optimiser step with a `StepReport`, after those the recipe asks for (`watching`) and before
-            the checkpoint is written; a watcher that returns True ends the training.
+        on_step: Called after every optimiser step with a `StepReport`, before log, previews and checkpoint are written; a
+            watcher that returns True ends the training.
         progress: Whether to show a progress bar.
         allow_code: Every `module:attribute` that may be imported, where the recipe names one as objective or optimiser; the
             recipe alone, which may be a stranger's, runs no code.
+        teacher_cache: Folder for what the base predicts on its own trajectories: another training of the same concepts, with
+            another eta, rank, scope or rate, finds it there (`prediction_cache`).
 
     Raises:
         EsdLoraError: If the recipe names code that is not allowed, the base cannot be loaded or carries an adapter, the scope
@@ -96,7 +100,8 @@ def train(
             base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=True)
         base.require_bare()
         started = time.monotonic()
-        teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code)
+        cache = PredictionCache(teacher_cache) if teacher_cache is not None else None
+        teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code, cache)
         if loaded_here:
             base.free_text_encoders()
         parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
@@ -119,6 +124,8 @@ def train(
             run_steps(teacher, state, watchers, probe, guard)
             if progress and recipe.probed:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
+            if progress and cache:
+                tqdm.write(f"teacher's cache: {cache.hits} batches found, {cache.misses} made", file=sys.stderr)
             eraser = collect(teacher, state, recipe, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
@@ -152,13 +159,14 @@ class Prepared(NamedTuple):
     """From `unlisted_moments`, where the closed form keeps what is in no list."""
 
 
-def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> Prepared:
+def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cache: PredictionCache | None = None) -> Prepared:
     """Choose anchors, plan the lessons and encode every prompt, after which the text encoders are needed no more.
 
     Args:
         base: With its text encoders.
         recipe: What to train.
         allow_code: Every `module:attribute` that may be imported.
+        cache: Of the teacher's predictions.
     """
     recipe = recipe.for_layers(reading_text=any(map(base.family.reads_text, base.family.modules(base.model, recipe.scope))))
     spec = recipe.train
@@ -175,7 +183,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str]) -> 
     lessons = share_turns(planned, walks, ranked_by, spec.seed) if spec.steps else planned
     held_out = hold_out(recipe, planned, base.keep, ranked_by) if recipe.probed else None
     further = [*(held_out.prompts() if held_out else ()), *kept]
-    teacher = Teacher(base, recipe, lessons, allow_code, further, encode)
+    teacher = Teacher(base, recipe, lessons, allow_code, further, encode, cache)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
     return Prepared(teacher, planned, held_out, guard, unlisted)
 

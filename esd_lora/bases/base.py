@@ -185,6 +185,12 @@ class Base:
                 raise EsdLoraError(f"base {self.id!r} has no layer {path}: the eraser was made for another model.")
             yield path, layer.weight
 
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of every weight of the denoiser, without those of adapters."""
+        for name, value in self.model.state_dict().items():
+            if "lora_" not in name:
+                yield name.replace(".base_layer", ""), value
+
     def check(self, eraser: Eraser) -> None:
         """Refuse an eraser of another family, prediction type or layer shape; warn when the base's weights differ.
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @allow_code_option
 @device_options
 @click.option("--track", multiple=True, metavar="TRACKER", help="Report to tensorboard, wandb or trackio.")
+@click.option("--teacher-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep what the base predicts for others.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @click.option("--kohya", is_flag=True, help="Also write kohya/NAME.safetensors there, for A1111, Forge and ComfyUI.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
@@ -74,6 +75,7 @@ def train(
     device: str,
     dtype: str | None,
     track: tuple[str, ...],
+    teacher_cache: Path | None,
     out: Path,
     kohya: bool,
     resume: bool,
@@ -105,9 +107,8 @@ def train(
     from esd_lora.training import train as run
 
     try:
-        eraser = run(
-            recipe, out=out, resume=resume, force=force, device=device, dtype=dtype, track=track, allow_code=allow_code
-        )
+        options = {"resume": resume, "force": force, "device": device, "dtype": dtype, "track": track}
+        eraser = run(recipe, out=out, allow_code=allow_code, teacher_cache=teacher_cache, **options)
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
     if kohya:
