@@ -1,4 +1,4 @@
-"""Prints what `--teacher-cache` saves: a training without it, one that fills it, and one with another rank that finds it filled.
+"""Prints what `--teacher-cache` saves: a training without it, one that fills it, and one with another rank that finds it.
 
 OMP_NUM_THREADS=1 python benchmarks/teacher_cache.py [--recipe thorough] [--concept "a cat"]
 """
