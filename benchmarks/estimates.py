@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from real_size import SETTINGS, write_single_file
 
+from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.estimates import Estimate, estimate_pictures, estimate_training, peak_memory
+from esd_lora.estimates import Estimate, estimate_evaluation, estimate_pictures, estimate_training, peak_memory
+from esd_lora.evaluation.evaluating import evaluate, prepare_evaluation
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
@@ -39,6 +42,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "paper": ("emoji", "paper", {"train.steps": 40}),
     "noxattn": ("emoji", "fast", {"scope": "noxattn", "train.steps": 60}),
     "pictures": ("emoji", "", {}),
+    "evaluation": ("emoji", "", {"suite": "emoji-object"}),
     "sd15-instant": ("sd15", "instant", {}),
     "sd15-steps": ("sd15", "sd/fast", STEPS),
     "sd15-pictures": ("sd15", "", {}),
@@ -60,6 +64,8 @@ def run(name: str, folder: Path, stage: str) -> dict[str, Any]:
     file = model if model == "emoji" else str(folder / f"{model}.safetensors")
     dtype = None if model == "emoji" else torch.bfloat16
     base = load_base(file, device="cpu", dtype=dtype, vae=not source)
+    if suite := settings.get("suite"):
+        return evaluation(base, suite, stage)
     if source:
         recipe = recipe_of(source, settings, file)
         if stage == "estimate":
@@ -73,6 +79,16 @@ def run(name: str, folder: Path, stage: str) -> dict[str, Any]:
         started = time.monotonic()
         generate(base, ["a photograph of a dog"], seeds=range(count), steps=steps)
     return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
+
+
+def evaluation(base: Base, suite: str, stage: str) -> dict[str, Any]:
+    """Return what a stage of an evaluation of the base alone says, as far as the cat goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        if stage == "estimate":
+            return said(estimate_evaluation(prepare_evaluation(base, suite, folder, concepts=["a cat"])))
+        started = time.monotonic()
+        evaluate(base, suite, Path(folder) / "measured", concepts=["a cat"], progress=False)
+        return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
 
 
 def said(estimate: Estimate) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Prints what a change of scales, and longer walks, do to an erasure by `auto` and by fixed numbers.
 
-    OMP_NUM_THREADS=1 python benchmarks/perturbing.py [--concepts rocket,cat] [--seeds 0]
+    OMP_NUM_THREADS=1 python benchmarks/perturbing.py [--concepts rocket,cat] [--seeds 0] [--recipes "fixed numbers"]
 
 Every text embedding of the built-in base is made larger or smaller, and all weights that read it the other way, which changes
 no picture, only gradients; or trajectories are walked in 50 steps instead of 12. *Fixed numbers* are those of the untouched
@@ -63,9 +63,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/perturbing"))
     parser.add_argument("--concepts", default="rocket,cat")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
     options = parser.parse_args()
     rows: list[list[str]] = []
-    for name, recipe in RECIPES.items():
+    for name in options.recipes.split(","):
+        recipe = RECIPES[name]
         for number, (change, (factor, settings)) in enumerate(PERTURBATIONS.items()):
             base = scaled(factor)
             yardstick = Yardstick(base, options.out / "measured")

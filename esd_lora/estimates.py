@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +24,10 @@ from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.calibration import TRIES, Probe, last_step, prepare_rate
 from esd_lora.closed_form import solve_text
+from esd_lora.evaluation.evaluating import PreparedEvaluation
+from esd_lora.evaluation.scoring import score_missing
 from esd_lora.optimizers import make_optimizer
-from esd_lora.pictures import paint
+from esd_lora.pictures import paint, png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.teacher import Teacher, latent_shapes, refill
 from esd_lora.training import Prepared, prepare_prompts
@@ -33,6 +37,7 @@ from esd_lora.watching import ErasureProbe, shown_prompts
 _TEXTS = 16  # that are encoded to see how long one takes
 _REPEATS = 3
 _ENOUGH = 2.0  # seconds of one kind of work, and a quarter of that is too little
+_SCORED = 16  # pictures that detectors are timed on
 _WALKS = 64  # that are counted; each may stop early
 _NOISE = 1e-2  # of made-up texts, so that no two are the same
 _GIB = 2**30
@@ -76,7 +81,7 @@ class Estimate(NamedTuple):
     """The same, but where the number of steps is left to a probe."""
     pace: Pace
     around: float
-    """Seconds of what is neither encoding, nor denoising, nor decoding: layers solved in closed form."""
+    """Seconds of what is neither encoding, nor denoising, nor decoding: layers solved in closed form, pictures scored."""
     memory: int | None
     """Bytes that the process (or the card) holds at most; `None` where the system does not tell."""
     eraser: int = 0
@@ -94,7 +99,7 @@ class Estimate(NamedTuple):
             if most:
                 lines.append(f"{name:<20}{_span(least, most, ','):>18}   {_span(least * each, most * each, ',.1f')} s")
         if self.around:
-            lines.append(f"{'closed form':<20}{'':>18}   {self.around:,.1f} s")
+            lines.append(f"{'all else':<20}{'':>18}   {self.around:,.1f} s")
         lines.append(f"{'in all':<20}{'':>18}   {_span(*self.seconds(), ',.1f')} s, beside loading the base")
         lines.append(f"{'memory':<20}{'':>18}   {f'{self.memory / _GIB:,.2f} GiB at most' if self.memory else 'not told here'}")
         if self.eraser:
@@ -184,6 +189,34 @@ def estimate_pictures(base: Base, pictures: int, *, steps: int | None = None, gu
     work = Work(texts=pictures * guided, evaluations=pictures * guided * (steps or base.steps), pictures=pictures)
     pace = measure_pace(base, pictures=True)
     return Estimate(work, work, pace, 0.0, peak_memory(base))
+
+
+def estimate_evaluation(prepared: PreparedEvaluation, allow_code: Collection[str] = ()) -> Estimate:
+    """Return what an evaluation takes, but for what attacks search for beforehand and distances between sets of pictures.
+
+    Args:
+        prepared: From `prepare_evaluation`.
+        allow_code: As `evaluate` takes it.
+    """
+    cases = prepared.plan.cases
+    pictures = sum(case.role in variant.roles for variant in prepared.variants for case in cases)
+    painting = estimate_pictures(prepared.base, pictures, steps=prepared.steps, guidance=prepared.guidance)
+    few = cases[:_SCORED]
+    images = paint(prepared.base, [case.prompt for case in few], [case.seed for case in few], steps=2)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {case.id: Path(folder) / f"{number}.png" for number, case in enumerate(few)}
+        for file, image in zip(files.values(), images, strict=True):
+            file.write_bytes(png(image))
+
+        def score() -> float:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory(dir=folder) as scores:
+                score_missing(Path(scores), prepared.suite, few, {"base": files}, allow_code=allow_code, progress=False)
+            return time.monotonic() - started
+
+        first, second = score(), score()  # detectors are loaded the first time
+    around = max(0.0, first - second) + second * pictures / max(1, len(few))
+    return painting._replace(around=around, memory=peak_memory(prepared.base))
 
 
 def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:

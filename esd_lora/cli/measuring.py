@@ -15,6 +15,7 @@ from esd_lora.cli.options import (
     allow_code_option,
     base_option,
     device_options,
+    dry_run_option,
     force_option,
     overrides,
     say,
@@ -24,7 +25,10 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
 
 if TYPE_CHECKING:
+    from esd_lora.bases.base import Base
     from esd_lora.erasers.stacking import Strength
+    from esd_lora.evaluation.report.report import Report
+    from esd_lora.evaluation.suites.suite_files import Suite
 
 
 @click.command(cls=HeavyCommand)
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--fail-if", "gates", multiple=True, metavar="GATE", help="Exit with 1 if so: 'erased.accuracy>0.05'.")
 @click.option("--attach", is_flag=True, help="Write the numbers into the eraser's header and model card.")
 @device_options
+@dry_run_option
 @force_option
 def evaluate(
     erasers: tuple[Weighted, ...],
@@ -64,6 +69,7 @@ def evaluate(
     attach: bool,
     device: str,
     dtype: str | None,
+    dry_run: bool,
     force: bool,
 ) -> None:
     """Measure ERASERS on a base: paint, score, count, and show it on a page.
@@ -79,7 +85,7 @@ def evaluate(
     from esd_lora.evaluation.suites.suite_files import load_suite
 
     paths, weights = unweighted(erasers)
-    _check_options(paths, weights, base, against, pictures, attach)
+    _check_options(paths, weights, base, against, pictures, attach, dry_run)
     refuse_inputs(out, filter(None, (suite, prompts)))
     loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
     options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force, "allow_code": allow_code}
@@ -88,24 +94,53 @@ def evaluate(
     else:
         model = load_base(base, device=device, dtype=dtype, config=base_config)
         options |= {"erasers": paths, "weights": weights, "stack": stack}
-        others = [kind.strip() for kind in against.split(",")] if against else []
-        report = evaluating.evaluate(model, loaded, out, against=others, **options)
+        options["against"] = [kind.strip() for kind in against.split(",")] if against else []
+        if dry_run:
+            _estimate(model, loaded, out, options)
+            return
+        report = evaluating.evaluate(model, loaded, out, **options)
     if attach:
         write_into(paths[0], report, None if loaded.sensitive else out)
+    _show(report, out)
+
+
+def _show(report: Report, out: Path) -> None:
+    """Print the table, what was not run, and where the page is."""
     say(*(out / "table.md").read_text("utf-8").split("\n"))
     for name, reason in report.not_run.items():
         say(f"not run: {name}: {reason}", err=True)
     say(f"look at {out / 'report.html'}")
 
 
+def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> None:
+    """Print what an evaluation would take, and what it would write."""
+    from esd_lora.estimates import estimate_evaluation
+    from esd_lora.evaluation.evaluating import prepare_evaluation
+
+    del options["force"]
+    prepared = prepare_evaluation(base, suite, out, **options)
+    estimate = estimate_evaluation(prepared, options["allow_code"])
+    say(*estimate.lines())
+    models = ", ".join(variant.name for variant in prepared.variants)
+    say(f"would be written into {out}: {estimate.most.pictures} pictures of {models}; scores, table.md, report.html")
+
+
 def _check_options(
-    paths: Sequence[str], weights: Sequence[Strength], base: str | None, against: str | None, pictures: str | None, attach: bool
+    paths: Sequence[str],
+    weights: Sequence[Strength],
+    base: str | None,
+    against: str | None,
+    pictures: str | None,
+    attach: bool,
+    dry_run: bool,
 ) -> None:
     """Refuse options that do not go together, before an hour of painting.
 
     Raises:
         EsdLoraError: With what to leave out or to give.
     """
+    if dry_run and pictures is not None:
+        raise EsdLoraError("--dry-run says what painting takes, and --score-only paints nothing: leave either out.")
     if attach and len(paths) != 1:
         raise EsdLoraError(f"--attach writes into one eraser, and {len(paths)} are given. Stack them first, or leave it out.")
     if attach:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -110,9 +110,68 @@ def evaluate(
         EsdLoraError: If something cannot be loaded or does not fit, `out` holds another evaluation, or a condition of `fail_if`
             holds; then everything is written.
     """
+    job = prepare_evaluation(
+        base,
+        suite,
+        out,
+        erasers=erasers,
+        weights=weights,
+        concepts=concepts,
+        against=against,
+        stack=stack,
+        limit=limit,
+        settings=settings,
+        fail_if=fail_if,
+        allow_code=allow_code,
+    )
+    plan, variants, out = job.plan, job.variants, Path(out)
+    with _begun(out, job.record, plan.cases, force) as folder:
+        paint_missing(folder, variants, plan.cases, progress=progress)
+        pictures = {
+            v.name: {case.id: painted_file(folder, v.name, case.id) for case in plan.cases if case.role in v.roles}
+            for v in variants
+        }
+        alone = job.members if stack else ()
+        report = _score_and_write(folder, job.suite, plan, job.record, pictures, job.conditions, progress, alone, allow_code)
+    return _passed(report, job.conditions)
+
+
+class PreparedEvaluation(NamedTuple):
+    """An evaluation before its first picture."""
+
+    base: Base
+    suite: Suite
+    plan: Plan
+    variants: list[Variant]
+    """What paints: the base, the erased base, members of a stack, what it is compared with, attacks."""
+    members: list[Eraser]
+    conditions: list[FailCondition]
+    steps: int
+    """Denoising steps of a picture."""
+    guidance: float
+    record: dict[str, Any]
+    """What the numbers depend on."""
+
+
+def prepare_evaluation(
+    base: str | Path | Base,
+    suite: str | Path | Suite,
+    out: str | Path,
+    *,
+    erasers: Sequence[Eraser | str | Path] = (),
+    weights: Sequence[float | Strength] | None = None,
+    concepts: Sequence[str] = (),
+    against: Sequence[str] = (),
+    stack: bool = False,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fail_if: Sequence[str] = (),
+    allow_code: Collection[str] = (),
+) -> PreparedEvaluation:
+    """Load what an evaluation needs and lay out its pictures; arguments and errors are those of `evaluate`."""
     read = [base.source or "" if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
     refuse_inputs(Path(out), filter(None, read))
-    out, suite = Path(out), suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
     suite.require_allowed(allow_code)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
@@ -155,16 +214,7 @@ def evaluate(
         "latents": base.latent_shape(),
         "device": base.model.device.type,
     }
-    with _begun(out, record, plan.cases, force) as folder:
-        paint_missing(folder, variants, plan.cases, progress=progress)
-        pictures = {
-            v.name: {case.id: painted_file(folder, v.name, case.id) for case in plan.cases if case.role in v.roles}
-            for v in variants
-        }
-        report = _score_and_write(
-            folder, suite, plan, record, pictures, conditions, progress, members if stack else (), allow_code
-        )
-    return _passed(report, conditions)
+    return PreparedEvaluation(base, suite, plan, variants, members, conditions, *sampler, record)
 
 
 def likeness_to_erased(base: Base, concepts: Sequence[ErasedConcept], texts: Sequence[str]) -> list[float]:

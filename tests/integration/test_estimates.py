@@ -14,7 +14,9 @@ from esd_lora import estimates
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
-from esd_lora.estimates import Pace, Work, estimate_pictures, estimate_training
+from esd_lora.estimates import Pace, Work, estimate_evaluation, estimate_pictures, estimate_training
+from esd_lora.evaluation.evaluating import prepare_evaluation
+from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
@@ -104,10 +106,25 @@ def test_pictures(base: Base) -> None:
     assert all(seconds >= 0 for seconds in estimate.pace)
 
 
+def test_an_evaluation(tmp_path: Path) -> None:
+    """On the built-in base, whose judge is there; every picture of every model is counted, and nothing is written."""
+    base, eraser = load_base("emoji"), tmp_path / "no-cat"
+    train(load_recipe("instant", concepts=["a cat"]), base=base, out=eraser, progress=False)
+    given = {"erasers": [eraser], "limit": 3, "settings": {"steps": 2}}
+    prepared = prepare_evaluation(base, "emoji-object", tmp_path / "measured", **given, against=["negative-prompt"])
+    estimate = estimate_evaluation(prepared)
+    assert [variant.name for variant in prepared.variants] == ["base", "erased", "negative-prompt"]
+    assert estimate.most.pictures == 3 * len(prepared.plan.cases)
+    assert estimate.most.evaluations == 2 * 2 * estimate.most.pictures
+    assert estimate.around > 0, "the judge was timed"
+    assert not (tmp_path / "measured").exists()
+
+
 def test_dry_runs_write_nothing(tiny_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for command in (
         ["train", "fast", "--concept", "a cat", "-s", "train.steps=2", "-s", "train.lr=0.001", "-s", "frames=[]"],
+        ["evaluate", "--suite", "emoji-object", "--concept", "a cat", "--limit", "2", "-s", "steps=2"],
         ["generate", "a cat", "a dog", "--compare", "-n", "2", "--steps", "2"],
     ):
         result = CliRunner().invoke(main, [*command, "--base", str(tiny_dir), "-o", str(out), "--dry-run"])
