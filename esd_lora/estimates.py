@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Estimate(NamedTuple):
 
     least: Work
     most: Work
-    """The same, but where the number of steps is left to a probe."""
+    """Other than `least` only where the number of steps is left to a probe."""
     pace: Pace
     around: float
     """Seconds of what is neither encoding, nor denoising, nor decoding: layers solved in closed form, pictures scored."""
@@ -105,11 +105,6 @@ class Estimate(NamedTuple):
         if self.eraser:
             lines.append(f"{'eraser':<20}{'':>18}   {self.eraser / 1e6:,.2f} MB")
         return lines
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the estimate as plain data."""
-        both = {"least": self.least._asdict(), "most": self.most._asdict(), "seconds": self.seconds()}
-        return {**both, "memory_bytes": self.memory, "eraser_bytes": self.eraser}
 
 
 def _span(least: float, most: float, form: str) -> str:

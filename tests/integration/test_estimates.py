@@ -96,7 +96,6 @@ def test_seconds_are_the_sum_of_what_each_takes() -> None:
     text = "\n".join(estimate.lines())
     assert "3.5 to 10.5 s" in text
     assert "2.00 GiB" in text
-    assert estimate.as_json()["most"] == {"texts": 1, "evaluations": 1, "student_samples": 1, "pictures": 1}
 
 
 def test_pictures(base: Base) -> None:
