@@ -125,7 +125,7 @@ def train(
             if progress and recipe.probed:
                 tqdm.write(printable(ending(state)), file=sys.stderr)
             if progress and cache:
-                tqdm.write(f"teacher's cache: {cache.hits} batches found, {cache.misses} made", file=sys.stderr)
+                tqdm.write(printable(f"teacher's cache: {cache.hits} batches found, {cache.misses} made"), file=sys.stderr)
             eraser = collect(teacher, state, recipe, planned, solved)
             pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
