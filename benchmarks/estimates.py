@@ -28,7 +28,8 @@ from real_size import SETTINGS, write_single_file
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.estimates import Estimate, estimate_evaluation, estimate_pictures, estimate_training, peak_memory
-from esd_lora.evaluation.evaluating import evaluate, prepare_evaluation
+from esd_lora.evaluation.evaluating import evaluate
+from esd_lora.evaluation.preparing import prepare_evaluation
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
@@ -69,13 +70,13 @@ def run(name: str, folder: Path, stage: str) -> dict[str, Any]:
     if source:
         recipe = recipe_of(source, settings, file)
         if stage == "estimate":
-            return said(estimate_training(recipe, base, written=False))
+            return row_of(estimate_training(recipe, base, written=False))
         started = time.monotonic()
         train(recipe, base=base, progress=False)
     else:
         count, steps = PICTURES[model]
         if stage == "estimate":
-            return said(estimate_pictures(base, count, steps=steps))
+            return row_of(estimate_pictures(base, count, steps=steps))
         started = time.monotonic()
         generate(base, ["a photograph of a dog"], seeds=range(count), steps=steps)
     return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
@@ -85,13 +86,13 @@ def evaluation(base: Base, suite: str, stage: str) -> dict[str, Any]:
     """Return what a stage of an evaluation of the base alone says, as far as the cat goes."""
     with tempfile.TemporaryDirectory() as folder:
         if stage == "estimate":
-            return said(estimate_evaluation(prepare_evaluation(base, suite, folder, concepts=["a cat"])))
+            return row_of(estimate_evaluation(prepare_evaluation(base, suite, folder, concepts=["a cat"])))
         started = time.monotonic()
         evaluate(base, suite, Path(folder) / "measured", concepts=["a cat"], progress=False)
         return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
 
 
-def said(estimate: Estimate) -> dict[str, Any]:
+def row_of(estimate: Estimate) -> dict[str, Any]:
     """Return the seconds and the memory of an estimate; of a range its least, which is where these runs end."""
     return {"seconds": estimate.seconds()[0], "memory": estimate.memory}
 

@@ -24,20 +24,21 @@ from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.calibration import TRIES, Probe, last_step, prepare_rate
 from esd_lora.closed_form import solve_text
-from esd_lora.evaluation.evaluating import PreparedEvaluation
+from esd_lora.evaluation.preparing import PreparedEvaluation
 from esd_lora.evaluation.scoring import score_missing
 from esd_lora.optimizers import make_optimizer
-from esd_lora.pictures import paint, png
+from esd_lora.pictures import paint, pictures_at_once, png
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.teacher import Teacher, latent_shapes, refill
 from esd_lora.training import Prepared, prepare_prompts
-from esd_lora.trajectory import Condition, latents_per_batch, pick
+from esd_lora.trajectory import Condition, pick
 from esd_lora.watching import ErasureProbe, shown_prompts
 
 _TEXTS = 16  # that are encoded to see how long one takes
 _REPEATS = 3
 _ENOUGH = 2.0  # seconds of one kind of work, and a quarter of that is too little
 _SCORED = 16  # pictures that detectors are timed on
+_LENGTHS = (2, 4)  # steps of pictures that are timed
 _WALKS = 64  # that are counted; each may stop early
 _NOISE = 1e-2  # of made-up texts, so that no two are the same
 _GIB = 2**30
@@ -160,9 +161,9 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
             ranks = adapter_ranks(base)
             solve_text(rehearsed, teacher.encode, prepared.planned, ranks, form, prepared.guard, prepared.unlisted)
         around = time.monotonic() - started
-        work = _counted(prepared, shown=len(shown_prompts(teacher)) if written and spec.preview_every else 0)
-        least, most = (Work(rehearsed.texts).plus(part) for part in work)
-        pace = measure_pace(base, teacher, parameters, pictures=most.pictures > 0)
+        shown = len(shown_prompts(teacher)) if written and spec.preview_every else 0
+        least, most = (Work(rehearsed.texts).plus(part) for part in _counted(prepared, shown))
+        pace = _measure_training(base, teacher, parameters, shown)
         memory = peak_memory(base)
         eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in read_pairs(base.model).values())
         held = _held(teacher, rehearsed.texts)
@@ -182,8 +183,7 @@ def estimate_pictures(base: Base, pictures: int, *, steps: int | None = None, gu
     """
     guided = 1 + ((base.guidance if guidance is None else guidance) > 1)
     work = Work(texts=pictures * guided, evaluations=pictures * guided * (steps or base.steps), pictures=pictures)
-    pace = measure_pace(base, pictures=True)
-    return Estimate(work, work, pace, 0.0, peak_memory(base))
+    return Estimate(work, work, _measure_painting(base, min(pictures, pictures_at_once(base))), 0.0, peak_memory(base))
 
 
 def estimate_evaluation(prepared: PreparedEvaluation, allow_code: Collection[str] = ()) -> Estimate:
@@ -265,42 +265,46 @@ def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
     return work(fewest), work(spec.most_steps)
 
 
-def measure_pace(
-    base: Base, teacher: Teacher | None = None, parameters: Sequence[torch.nn.Parameter] = (), *, pictures: bool
-) -> Pace:
-    """Return how long one of each kind of work takes, by doing a little of it.
+def _measure_training(base: Base, teacher: Teacher, parameters: Sequence[torch.nn.Parameter], shown: int) -> Pace:
+    """Return how long one of each kind of a training's work takes, by doing a little of it.
 
     Args:
-        base: The loaded base.
-        teacher: Of a training, which says how many latents are at work at a time; its base carries the adapter.
+        base: Carries the adapter.
+        teacher: Says how many latents are at work at a time.
         parameters: The adapter's, which are left as they were.
-        pictures: Whether any are painted.
+        shown: Pictures in a row of a preview, which are painted at a pace of their own.
     """
-    prompts = [f"a photograph of {number}" for number in range(_TEXTS)]
-    base.encode(prompts[:1])
-    text = _clock(base, lambda: base.encode(prompts), _TEXTS)
-    spec = teacher.spec if teacher else None
-    shape = latent_shapes(base, spec)[0] if spec else base.latent_shape()
-    count = 2 * (min(spec.walk_batch, spec.trajectories) if spec else min(4, latents_per_batch(shape)))
-    condition = base.encode(prompts[:1])
+    spec, text = teacher.spec, _time_text(base)
+    shape, condition = latent_shapes(base, spec)[0], base.encode(["a photograph"])
 
     def latents(count: int) -> tuple[Tensor, Tensor, Condition]:
         device = base.model.device
         t = torch.full((count,), 500, device=device)
         return torch.randn(count, *shape).to(device), t, pick(condition, torch.zeros_like(t))
 
-    x_t, t, conditions = latents(count)
+    walked = latents(2 * min(spec.walk_batch, spec.trajectories))
     with torch.no_grad():
-        evaluation = _clock(base, lambda: base.predict(x_t, t, conditions), count)
+        evaluation = _clock(base, lambda: base.predict(*walked), len(walked[0]))
     student = 0.0
-    if spec and spec.steps:
+    if spec.steps:
         student = _time_step(base, spec, parameters, latents(spec.batch_size + spec.preserve_batch + spec.null_batch))
-    picture = 0.0
-    if pictures:
-        each = min(count, 8)
-        painted = _clock(base, lambda: paint(base, prompts[:each], range(each), steps=2), each)
-        picture = max(0.0, painted - 4 * evaluation - 2 * text)
-    return Pace(text, evaluation, student, picture)
+    return Pace(text, evaluation, student, _measure_painting(base, shown).picture if shown else 0.0)
+
+
+def _measure_painting(base: Base, count: int) -> Pace:
+    """Return how long pictures take that are painted `count` at a time; two lengths of denoising tell steps from the rest."""
+    prompts, text = [f"a photograph of {number}" for number in range(count)], _time_text(base)
+    short, long = (
+        _clock(base, lambda steps=steps: paint(base, prompts, range(count), steps=steps), count) for steps in _LENGTHS
+    )
+    evaluation = max(0.0, long - short) / (2 * (_LENGTHS[1] - _LENGTHS[0]))
+    return Pace(text, evaluation, 0.0, max(0.0, short - 2 * _LENGTHS[0] * evaluation - 2 * text))
+
+
+def _time_text(base: Base) -> float:
+    """Return how long a text takes to encode."""
+    prompts = [f"a photograph of {number}" for number in range(_TEXTS)]
+    return _clock(base, lambda: base.encode(prompts), _TEXTS)
 
 
 def _time_step(
@@ -351,7 +355,9 @@ def _held(teacher: Teacher, texts: int) -> int:
     erased, preserved = spec.trajectories, spec.preserve_trajectories if teacher.preserved else 0
     points = erased * spec.trajectory_steps + preserved * (spec.preserve_steps or spec.trajectory_steps)
     points = points if spec.points == "all" else erased + preserved
-    return 2 * encoded + (4 * points * 4 * math.prod(shape) if spec.steps else 0)
+    # Texts are held as they came and once more in one tensor; a point has x_t, its target and how far that is pushed, all in
+    # float32, and those of a walk are joined once.
+    return 2 * encoded + (4 * 4 * points * math.prod(shape) if spec.steps else 0)
 
 
 def peak_memory(base: Base) -> int | None:

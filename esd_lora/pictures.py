@@ -99,7 +99,7 @@ def paint(
     """
     pictures: list[Image.Image] = []
     _, height, width = base.latent_shape()
-    size = max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
+    size = pictures_at_once(base, batch)
     native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
     for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
         part = list(prompts[first : first + size])
@@ -117,6 +117,12 @@ def paint(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
         ).images
     return pictures
+
+
+def pictures_at_once(base: Base, batch: int = _BATCH) -> int:
+    """Return how many pictures `paint` paints side by side."""
+    _, height, width = base.latent_shape()
+    return max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
 
 
 def _embeds_kwargs(base: Base, condition: Condition) -> dict[str, Tensor | None]:

@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -144,9 +145,16 @@ class _DamagedError(Exception):
     """The file was damaged, and is gone."""
 
 
-def weights_key(weights: Iterable[tuple[str, Tensor]]) -> bytes:
-    """Return the SHA-256 of a network's weights by name, dtype and bytes."""
-    digest = hashlib.sha256(torch.__version__.encode())
+def network_key(weights: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> bytes:
+    """Return the SHA-256 of a network: its configuration, its weights by name, dtype and bytes, and what computes them.
+
+    Args:
+        weights: Name and value of each.
+        config: What else its class goes by: two of other numbers of heads have weights of the same shapes.
+    """
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}  # paths and versions of files
+    computed_by = [f"{package} {version(package)}" for package in ("torch", "diffusers")]
+    digest = hashlib.sha256(f"{computed_by} {sorted(settings.items())}".encode())
     for name, weight in weights:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(_bytes_of(weight))
@@ -157,7 +165,7 @@ def prediction_key(network: bytes, inputs: Mapping[str, Tensor]) -> bytes:
     """Return the SHA-256 of all that a prediction depends on.
 
     Args:
-        network: From `weights_key`.
+        network: From `network_key`.
         inputs: Name to tensor.
     """
     digest = hashlib.sha256(network)

@@ -18,7 +18,7 @@ from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
-from esd_lora.prediction_cache import PredictionCache, prediction_key, weights_key
+from esd_lora.prediction_cache import PredictionCache, network_key, prediction_key
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, pick, walk
@@ -72,7 +72,7 @@ class Teacher:
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
-        self._network = weights_key(base.own_weights()) if cache else b""
+        self._network = network_key(base.own_weights(), base.model.config) if cache else b""
 
     def targets(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Tensor:
         """Return what the student should predict at noisy latents, [N, ...].

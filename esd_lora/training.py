@@ -45,7 +45,7 @@ from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, preserved_walks, refill, walked_so_far
 from esd_lora.train_state import Checkpoint, TrainState
-from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, watchers_for
+from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, require_finite, watchers_for
 from esd_lora.wording import printable
 
 
@@ -254,10 +254,11 @@ def run_steps(
         guard: Has the texts that no update may touch.
 
     Raises:
+        EsdLoraError: If the loss stops being finite.
         KeyboardInterrupt: On Ctrl-C, after the step in hand.
     """
     base, spec, lora = teacher.base, teacher.spec, teacher.recipe.lora
-    held = torch.tensor([*(lesson.preserves for lesson in teacher.lessons), False], device=base.model.device)
+    preserves = torch.tensor([*(lesson.preserves for lesson in teacher.lessons), False], device=base.model.device)
     shapes = latent_shapes(base, spec)
     buffers: dict[int, ReplayBuffers] = {}
     with Interruption() as interruption:
@@ -271,8 +272,8 @@ def run_steps(
 
             state.optimizer.zero_grad()
             total, samples = torch.zeros((), device=base.model.device), 0
-            weight = torch.where(held, state.preserve_weight, 1.0)
-            weight[-1] = state.preserve_weights[0][1]  # the empty prompt's: where it moves, guidance takes the erasure back
+            weight = torch.where(preserves, state.preserve_weight, 1.0)
+            weight[teacher.null_lesson] = state.preserve_weights[0][1]  # where it moves, guidance takes the erasure back
             for x_t, t, lesson, target in batches:
                 with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step)):
                     prediction = base.predict(x_t, t, teacher.condition(lesson))
@@ -284,8 +285,10 @@ def run_steps(
             if guard:
                 guard.hold()
 
-            if probe and state.step % spec.probe_every == 0 and steer(state, probe.read(state.step), teacher.recipe):
-                teacher.push(state.eta, buffers.values())
+            if probe and state.step % spec.probe_every == 0:
+                require_finite(state, base)
+                if steer(state, probe.read(state.step), teacher.recipe):
+                    teacher.push(state.eta, buffers.values())
             interrupted = interruption.requested
             for watch in watchers:
                 last = interrupted or state.stopped or state.step == last_step(spec, state.cooling)

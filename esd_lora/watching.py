@@ -21,6 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LOG_NAME, SAMPLES
 from esd_lora.erasers.header import Solved
 from esd_lora.errors import EsdLoraError, did_you_mean
@@ -117,21 +118,27 @@ class ProgressBar:
             self.bar.close()
 
 
-def require_finite(report: StepReport) -> None:
+def require_finite(state: TrainState, base: Base) -> None:
     """Refuse a loss that is no number: because of the base's own weights, or else of how it is trained.
 
     Raises:
         EsdLoraError: With the damaged module, or what to change.
     """
-    state, base = report.state, report.teacher.base
-    broken = {step: loss for step, loss in state.read_losses().items() if not math.isfinite(loss)} if report.reads else {}
-    for step, loss in broken.items():
+    for step, loss in state.read_losses().items():
+        if math.isfinite(loss):
+            continue
         if damaged := base.damaged_module():
             raise EsdLoraError(f"the loss became {loss} at step {step}, because of base {base.id!r}: {damaged}.")
         raise EsdLoraError(
             f"the loss became {loss} at step {step}: lower train.lr (now {state.lr:g}), give a warm-up, or"
             " load the base in float32 (--dtype float32)."
         )
+
+
+def check_losses(report: StepReport) -> None:
+    """Refuse a loss that is no number, as often as losses are read."""
+    if report.reads:
+        require_finite(report.state, report.teacher.base)
 
 
 class ErasureProbe:
@@ -338,7 +345,7 @@ def watchers_for(
     watchers: list[Watcher] = []
     if spec.probe_every and not recipe.probed:
         watchers.append(ErasureProbe())
-    watchers += [*on_step, require_finite]  # those that may end the training first, so that all others know
+    watchers += [*on_step, check_losses]  # those that may end the training first, so that all others know
     if track:
         watchers.append(Tracking(track, recipe, out))
     if progress:

@@ -24,7 +24,8 @@ from esd_lora.cli.options import (
 )
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
-from esd_lora.recipe import Recipe, with_negative_guidance
+from esd_lora.negative_guidance import with_negative_guidance
+from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:

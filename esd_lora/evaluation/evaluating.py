@@ -11,29 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esd_lora.bases.base import Base
-from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.erasers.header import ErasedConcept
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.privacy import scrub
-from esd_lora.erasers.stacking import Strength, strengths_of
+from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks.victim import Victim
-from esd_lora.evaluation.baselines.blocking import baseline, baseline_name, resolve_names
 from esd_lora.evaluation.cases import Case
-from esd_lora.evaluation.detectors.detector import NotRun
 from esd_lora.evaluation.picture_files import match_pictures, painted_file
 from esd_lora.evaluation.planning import Plan, erased_concepts, plan_cases
-from esd_lora.evaluation.registries import ATTACKS, build
+from esd_lora.evaluation.preparing import case_lines, prepare_evaluation, suite_record
 from esd_lora.evaluation.report.page import heat_map, render_page
 from esd_lora.evaluation.report.report import GateOutcome, Report
 from esd_lora.evaluation.report.summarising import (
@@ -47,7 +38,6 @@ from esd_lora.evaluation.report.summarising import (
 )
 from esd_lora.evaluation.scoring import Pictures, Scores, measure_distances, paint_missing, score_dict, score_missing
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
-from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
 from esd_lora.files import (
     check_directory,
     hash_file,
@@ -59,7 +49,6 @@ from esd_lora.files import (
     work_folder,
     write_atomically,
 )
-from esd_lora.lessons import likeness_to
 from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
@@ -136,92 +125,6 @@ def evaluate(
     return _passed(report, job.conditions)
 
 
-class PreparedEvaluation(NamedTuple):
-    """An evaluation before its first picture."""
-
-    base: Base
-    suite: Suite
-    plan: Plan
-    variants: list[Variant]
-    """What paints: the base, the erased base, members of a stack, what it is compared with, attacks."""
-    members: list[Eraser]
-    conditions: list[FailCondition]
-    steps: int
-    """Denoising steps of a picture."""
-    guidance: float
-    record: dict[str, Any]
-    """What the numbers depend on."""
-
-
-def prepare_evaluation(
-    base: str | Path | Base,
-    suite: str | Path | Suite,
-    out: str | Path,
-    *,
-    erasers: Sequence[Eraser | str | Path] = (),
-    weights: Sequence[float | Strength] | None = None,
-    concepts: Sequence[str] = (),
-    against: Sequence[str] = (),
-    stack: bool = False,
-    limit: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    fail_if: Sequence[str] = (),
-    allow_code: Collection[str] = (),
-) -> PreparedEvaluation:
-    """Load what an evaluation needs and lay out its pictures; arguments and errors are those of `evaluate`."""
-    read = [base.source or "" if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
-    refuse_inputs(Path(out), filter(None, read))
-    suite = suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
-    suite.require_allowed(allow_code)
-    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
-    removed, against = erased_concepts(members, concepts), resolve_names(against)
-    if suite.needs_text_encoder and removed and not isinstance(base, Base):
-        base = load_base(base)
-    near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
-    plan = plan_cases(suite, removed, limit, near)
-    if stack and len(members) < 2:
-        raise EsdLoraError(f"a stack has two erasers or more, and {len(members)} are given.")
-    if suite.attacks and not members:
-        raise EsdLoraError("this suite attacks an eraser, and none is given.")
-    names = ["base"] + ["erased"] * bool(members) + [baseline_name(kind) for kind in against]
-    names += [f"attack-{attack}" for attack in suite.attacks]
-    if twice := [same for same, times in Counter(names).items() if times > 1]:
-        raise EsdLoraError(
-            f"two models would be called {twice[0]!r}, and their pictures lie in one folder. Rename a base's folder."
-        )
-    conditions = [read_condition(text, names) for text in fail_if]
-    strengths = strengths_of(members, weights)
-    base = base if isinstance(base, Base) else load_base(base)
-    sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
-    variants = [bare(base, *sampler)]
-    if members:
-        variants.append(erased(base, members, strengths, *sampler))
-    if stack:
-        variants += members_erased(base, members, strengths, *sampler)
-    for kind in against:
-        try:
-            variants.append(baseline(kind, base, removed, *sampler))
-        except NotRun as reason:
-            plan.not_run[baseline_name(kind)] = str(reason)
-    if suite.attacks:
-        targets = [case for case in plan.cases if case.role == "target"]
-        victim = Victim(base, variants[1], removed, targets, *sampler, erasers=members, weights=strengths)
-        variants += _attacked(suite, victim, allow_code)
-    record = _suite_record(suite, plan, [concept.name for concept in removed], limit) | {
-        "base": base_record(base),
-        "variants": {variant.name: variant.record for variant in variants},
-        "sampler": {"scheduler": type(base.pipe.scheduler).__name__, "steps": sampler[0], "guidance": sampler[1]},
-        "latents": base.latent_shape(),
-        "device": base.model.device.type,
-    }
-    return PreparedEvaluation(base, suite, plan, variants, members, conditions, *sampler, record)
-
-
-def likeness_to_erased(base: Base, concepts: Sequence[ErasedConcept], texts: Sequence[str]) -> list[float]:
-    """Return how near each text lies to the nearest concept as the base's text encoder sees it: their cosine."""
-    return likeness_to([concept.name for concept in concepts], texts, base).amax(0).tolist()
-
-
 def score_pictures(
     pictures: str | Path,
     suite: str | Path | Suite,
@@ -263,35 +166,10 @@ def score_pictures(
     matched = {printable(folder.name): match_pictures(folder, plan.cases) for folder in folders}
     conditions = [read_condition(text, list(matched)) for text in fail_if]
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
-    record = _suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
+    record = suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
     with _begun(out, record, plan.cases, force) as folder:
         report = _score_and_write(folder, suite, plan, record, matched, conditions, progress, (), allow_code)
     return _passed(report, conditions)
-
-
-def _attacked(suite: Suite, victim: Victim, allow_code: Collection[str]) -> list[Variant]:
-    """Return the suite's attempts to bring back what was erased."""
-    attacks = {
-        name: build(ATTACKS, spec.kind or name, spec.model_extra or {}, victim, expected=Variant, allow_code=allow_code)
-        for name, spec in suite.attacks.items()
-    }
-    return [attack._replace(name=f"attack-{name}", roles=("target",)) for name, attack in attacks.items()]
-
-
-def _suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Return what the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
-    fields = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
-    own = {"code": suite.code()} if suite.code() else {}  # what was allowed to run; records of old have no such line
-    return {
-        "suite": suite.name,
-        **own,
-        "settings": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16],
-        "concepts": list(concepts),
-        "limit": limit,
-        "files": plan.files,
-        "cases": hashlib.sha256(_case_lines(plan.cases)).hexdigest()[:16],
-        "versions": {package: version(package) for package in ("esd-lora", "torch", "diffusers", "transformers", "pillow")},
-    }
 
 
 @contextmanager
@@ -317,7 +195,7 @@ def _begun(out: Path, record: Mapping[str, Any], cases: Sequence[Case], force: b
         with reporting_write_errors(out):
             folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _FILES[0], _json(plain))
-        write_atomically(folder / "cases.jsonl", _case_lines(cases))
+        write_atomically(folder / "cases.jsonl", case_lines(cases))
         yield folder
         if replacing:
             replace_directory(out, folder, [*_FILES, *_FOLDERS])
@@ -387,10 +265,6 @@ def _passed(report: Report, conditions: Sequence[FailCondition]) -> Report:
     if reasons := [failure for condition in conditions if (failure := condition.failure(report.variants))]:
         raise EsdLoraError("the evaluation is written, and failed:\n  " + "\n  ".join(reasons))
     return report
-
-
-def _case_lines(cases: Sequence[Case]) -> bytes:
-    return "".join(json.dumps(case.to_dict(), ensure_ascii=False) + "\n" for case in cases).encode()
 
 
 def _picture_lines(out: Path, cases: Sequence[Case], scores: Scores, pictures: Pictures) -> bytes:

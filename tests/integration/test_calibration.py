@@ -424,3 +424,16 @@ def test_raised_push_moves_the_targets_that_are_there(base: Base, anchor: str) -
     teacher.push(2.0, [buffers])
     assert not torch.equal(buffers.erasing.points.target, before)
     torch.testing.assert_close(buffers.erasing.points.target, pushed.erasing.points.target)
+
+
+def test_probe_does_not_read_what_is_no_number(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are read now and then, but in any case before a probe looks at what they made of the student."""
+    recipe = auto_recipe(base.id, lr=1e-3, steps=20)
+    as_usual, steps = Base.predict, []
+
+    def predict(self: Base, *given: Any) -> torch.Tensor:
+        return as_usual(self, *given) * (float("nan") if torch.is_grad_enabled() and len(steps) else 1.0)
+
+    monkeypatch.setattr(Base, "predict", predict)
+    with pytest.raises(EsdLoraError, match=r"the loss became nan at step 2: lower train\.lr"):
+        train(recipe, base=base, progress=False, on_step=[lambda report: steps.append(report.state.step)])

@@ -1,4 +1,4 @@
-"""The doctor: each thing that can be wrong is found, with what to do, and nothing is said that is nobody's business."""
+"""The doctor: each thing that can be wrong is findings, with what to do, and nothing is said that is nobody's business."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def test_as_json_with_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10**4)
     result = run("--json")
     assert result.exit_code == 1
-    found = {finding["name"]: finding for finding in json.loads(result.stdout)}
-    assert found["cpu"]["ok"] is False
-    assert "OMP_NUM_THREADS" in found["cpu"]["remedy"]
-    assert found["python"] == {"name": "python", "ok": True, "state": found["python"]["state"], "remedy": None}
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert findings["cpu"]["ok"] is False
+    assert "OMP_NUM_THREADS" in findings["cpu"]["remedy"]
+    assert findings["python"] == {"name": "python", "ok": True, "state": findings["python"]["state"], "remedy": None}
 
 
 def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "requires", lambda _: ["torch>=99", "no-such-package>=1", "none; extra == '8bit'", "click"])
-    found = problems()
-    assert found.keys() == {"torch", "no-such-package"}
-    assert found["torch"].state == f"{torch.__version__}, and >=99 is needed"
-    assert found["torch"].remedy == "Run: pip install 'torch>=99'."
-    assert found["no-such-package"].line().startswith("PROBLEM  no-such-package: not installed. Run: pip install")
+    findings = problems()
+    assert findings.keys() == {"torch", "no-such-package"}
+    assert findings["torch"].state == f"{torch.__version__}, and >=99 is needed"
+    assert findings["torch"].remedy == "Run: pip install 'torch>=99'."
+    assert findings["no-such-package"].line().startswith("PROBLEM  no-such-package: not installed. Run: pip install")
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,19 @@ def test_torchvision_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     as_usual = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "torchvision" else as_usual(name))
-    found = next(finding for finding in doctor.examine() if finding.name == "torchvision")
-    assert state in found.state
-    assert found.ok == (not code)
-    assert ("nms does not exist" in found.state) == bool(code)
+    finding = next(finding for finding in doctor.examine() if finding.name == "torchvision")
+    assert state in finding.state
+    assert finding.ok == (not code)
+    assert ("nms does not exist" in finding.state) == bool(code)
 
 
 def test_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
     monkeypatch.setattr(doctor, "_MEMORY", 2**60)
-    found = problems()
-    assert found.keys() == {"Hub cache", "memory"}
-    assert "2.0 GiB free" in found["Hub cache"].state
-    assert "8 GiB or more" in found["Hub cache"].remedy
+    findings = problems()
+    assert findings.keys() == {"Hub cache", "memory"}
+    assert "2.0 GiB free" in findings["Hub cache"].state
+    assert "8 GiB or more" in findings["Hub cache"].remedy
 
 
 def test_the_hub_s_cache_is_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_hub_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch)
     def unreachable(*_: object, **__: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
-    found = online(monkeypatch, unreachable)["Hub"]
-    assert "Name or service not known" in found.state
-    assert "HF_HUB_OFFLINE=1" in found.remedy
+    finding = online(monkeypatch, unreachable)["Hub"]
+    assert "Name or service not known" in finding.state
+    assert "HF_HUB_OFFLINE=1" in finding.remedy
 
 
 def test_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +134,6 @@ def test_card_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dtype_that_a_device_lacks() -> None:
-    found = doctor._speed(torch.device("meta"))
-    assert "float32 fails (" in found.state
-    assert found.remedy
+    finding = doctor._speed(torch.device("meta"))
+    assert "float32 fails (" in finding.state
+    assert finding.remedy

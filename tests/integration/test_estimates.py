@@ -15,7 +15,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.estimates import Pace, Work, estimate_evaluation, estimate_pictures, estimate_training
-from esd_lora.evaluation.evaluating import prepare_evaluation
+from esd_lora.evaluation.preparing import prepare_evaluation
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.trajectory import Condition

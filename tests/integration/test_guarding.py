@@ -95,8 +95,8 @@ def test_guarded_prompts_choose_themselves(emoji: Base, capfd: pytest.CaptureFix
     """The header names them, the recipe says how many."""
     recipe = load_recipe("instant", concepts=["a cat"], guard=2)
     eraser = train(recipe, base=emoji)
-    told = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("guarded: "))
-    assert told == f"guarded: {', '.join(map(repr, eraser.header.guard))}"
+    line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("guarded: "))
+    assert line == f"guarded: {', '.join(map(repr, eraser.header.guard))}"
     assert len(eraser.header.guard) == 2
     assert eraser.header.recipes[0].guard == 2
     assert {*eraser.header.guard} <= {*emoji.keep}

@@ -18,7 +18,7 @@ from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.prediction_cache import FILE_NAME, PredictionCache, prediction_key, weights_key
+from esd_lora.prediction_cache import FILE_NAME, PredictionCache, network_key, prediction_key
 from esd_lora.training import train
 from tiny import tiny_recipe
 
@@ -107,8 +107,8 @@ def test_damaged_file_is_begun_anew(tmp_path: Path, damage: Callable[[bytes], by
     file.write_bytes(damage(file.read_bytes()))
     numbers = [bytes([number]) * 32 for number in range(20)]
     with pytest.warns(UserWarning, match="is damaged, and begun anew"):
-        found = [cache.find(number, lambda: ONE) for number in numbers]
-    assert all(torch.equal(each, ONE) for each in found)
+        predictions = [cache.find(number, lambda: ONE) for number in numbers]
+    assert all(torch.equal(each, ONE) for each in predictions)
     cache.find(numbers[-1], lambda: ONE)
     assert torch.equal(PredictionCache(tmp_path).find(numbers[-1], never), ONE)
 
@@ -161,14 +161,15 @@ def test_cache_that_cannot_be_written_to_is_left_aside(tmp_path: Path, monkeypat
 
 
 def test_keys_tell_inputs_apart() -> None:
-    network = weights_key([("a", ONE)])
+    network = network_key([("a", ONE)], {"heads": 2})
     keys = [
         prediction_key(network, {"x_t": ONE}),
         prediction_key(network, {"t": ONE}),
         prediction_key(network, {"x_t": ONE + 1}),
         prediction_key(network, {"x_t": ONE.half()}),
         prediction_key(network, {"x_t": ONE[None]}),
-        prediction_key(weights_key([("b", ONE)]), {"x_t": ONE}),
+        prediction_key(network_key([("b", ONE)], {"heads": 2}), {"x_t": ONE}),
+        prediction_key(network_key([("a", ONE)], {"heads": 4}), {"x_t": ONE}),
     ]
     assert len(set(keys)) == len(keys)
     assert prediction_key(network, {"x_t": ONE, "t": ONE}) == prediction_key(network, {"t": ONE, "x_t": ONE.clone()})

@@ -14,8 +14,9 @@ from esd_lora.built_in import keep_prompts
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_named
 from esd_lora.lessons import plan
+from esd_lora.negative_guidance import with_negative_guidance
 from esd_lora.objectives import OBJECTIVES, Predictions
-from esd_lora.recipe import Concept, Recipe, with_negative_guidance
+from esd_lora.recipe import Concept, Recipe
 from esd_lora.recipe_files import (
     load_fuse_spec,
     load_harmonise_spec,
