@@ -8,8 +8,9 @@ of weights and latents nor the kind of model matter:
   which it takes `FIRST_STEP` of the push towards the concept away.
 - **How far the student is.** A `Probe` compares student and base on prompts and trajectories that no step trains on, guided as
   pictures are sampled: how much of the push towards the concept is left, and how far kept prompts have drifted.
-- **What is short.** `steer` raises the push (eta) where erasing stands still, weighs kept prompts by their drift, and begins
-  the cool-down, in which the rate falls, once the concept is gone. If it came back meanwhile, the training goes on.
+- **What is short.** `steer` raises the push (eta) where erasing stands still and no anchor is there to arrive at, weighs kept
+  prompts by their drift, and begins the cool-down, in which the rate falls, once the concept is gone. If it came back meanwhile,
+  the training goes on.
 """
 
 from __future__ import annotations
@@ -238,7 +239,8 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
         state.cooling = state.step
         return False
     stale = came_back or (before is not None and before["residual_worst"] - reading.residual_worst < _STALE)
-    if recipe.eta != AUTO or gone or not stale or state.eta >= _MOST_ETA:
+    # An anchor is a place to arrive at: pushed beyond it, the concept becomes something else, and the anchor with it.
+    if recipe.eta != AUTO or state.anchored or gone or not stale or state.eta >= _MOST_ETA:
         return False
     # Held-out prompts go a share f of the way to their target: residual = 1 - f (1 + eta). Enough is eta = 1 / f - 1.
     share = max((1 - reading.residual_worst) / (1 + state.eta), 1e-3)

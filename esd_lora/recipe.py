@@ -303,7 +303,7 @@ class Recipe(_Frozen):
     --allow-code."""
     eta: float | Auto
     """How far beyond the anchor the student is pushed away from the concept; 1 in the paper, 0 for the anchor alone.
-    `auto` begins with 1 and goes further where erasing stands still."""
+    `auto` is 0 where something else replaces the concept; elsewhere it begins with 1, and rises where erasing stands still."""
     anchor: Auto | None = None
     """What should appear instead where no concept says it: `auto` chooses one of the preserved prompts, the one to which the
     closed form gets furthest and moves least on the way; nothing is the paper's empty prompt, as is an anchor `""`."""

@@ -87,10 +87,10 @@ class Teacher:
         return self.aim(lesson, self._predictions(lesson, sample, walked_by_base=walked_by_base))
 
     def _predictions(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Predictions:
-        # Where the push has no weight (preserved prompts) and will get none, null and concept need no prediction of their own.
-        still = ~self._erases[lesson] if self.recipe.eta == AUTO else self._eta[lesson] == 0
-        null = torch.where(still, self._anchor[lesson], NULL)
-        concept = torch.where(still, self._anchor[lesson], self._concept[lesson])
+        eta = self._eta[lesson]
+        # Where the push has no weight (preserved prompts, anchors to arrive at), null and concept need no prediction.
+        null = torch.where(eta == 0, self._anchor[lesson], NULL)
+        concept = torch.where(eta == 0, self._anchor[lesson], self._concept[lesson])
         anchor = self._anchor[lesson]
 
         known: list[tuple[Tensor, Tensor | None]] = []

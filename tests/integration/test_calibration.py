@@ -408,22 +408,32 @@ def test_the_empty_prompt_is_held_as_at_the_beginning(base: Base, monkeypatch: p
     assert all(same) == (preserved == 0)
 
 
-@pytest.mark.parametrize("anchor", ["", "a dog"])
-def test_raised_push_moves_the_targets_that_are_there(base: Base, anchor: str) -> None:
-    """An anchored concept begins with eta 0, at which a target needs the anchor's prediction alone; raised, it needs all."""
-    recipe = auto_recipe(base.id, concepts=[{"name": "a cat", "anchor": anchor}], x_t_from="base")
-    teacher, _ = measuring(base, recipe)
+def test_raised_push_moves_the_targets_that_are_there(base: Base) -> None:
+    """No prediction is made again."""
+    teacher, _ = measuring(base, auto_recipe(base.id, x_t_from="base"))
 
     def filled(eta: float) -> ReplayBuffers:
         teacher.push(eta)
         return refill(teacher, 0, [base.latent_shape()])[0]
 
-    buffers, pushed = filled(first_eta(recipe)), filled(2.0)
-    teacher.push(first_eta(recipe))
+    buffers, pushed = filled(1.0), filled(2.0)
+    teacher.push(1.0)
     before = buffers.erasing.points.target
     teacher.push(2.0, [buffers])
     assert not torch.equal(buffers.erasing.points.target, before)
     torch.testing.assert_close(buffers.erasing.points.target, pushed.erasing.points.target)
+
+
+def test_nothing_is_pushed_beyond_an_anchor() -> None:
+    """Where a dog replaces the cat, a stronger push would make something else of both."""
+    recipe = auto_recipe("emoji", concepts=[{"name": "a cat", "anchor": "a dog"}])
+    assert first_eta(recipe) == 0
+    state = state_of(0)
+    state.anchored, state.etas = True, [(0, 0.0)]
+    for step in range(20, 320, 20):
+        state.step = step
+        assert not steer(state, reading(step, 0.6), recipe)
+    assert state.etas == [(0, 0.0)]
 
 
 def test_probe_does_not_read_what_is_no_number(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
