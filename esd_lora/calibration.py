@@ -9,8 +9,8 @@ of weights and latents nor the kind of model matter:
 - **How far the student is.** A `Probe` compares student and base on prompts and trajectories that no step trains on, guided as
   pictures are sampled: how much of the push towards the concept is left, and how far kept prompts have drifted.
 - **What is short.** `steer` raises the push (eta) where erasing stands still and no anchor is there to arrive at, weighs kept
-  prompts by their drift, and begins the cool-down, in which the rate falls, once the concept is gone. If it came back meanwhile,
-  the training goes on.
+  prompts by their drift, and begins the cool-down, in which the rate falls, once the concept is gone. If it came back
+  meanwhile, the training goes on.
 """
 
 from __future__ import annotations
