@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -129,6 +130,7 @@ def set_up(folder: Path) -> Places:
 
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"  # its monitor is a thread, and threads do not survive a fork
+    keep_locks_apart()
     from esd_lora.recipe_files import dump_recipe
     from esd_lora.training import train
     from original_checkpoints import save_checkpoint
@@ -154,6 +156,13 @@ def set_up(folder: Path) -> Places:
     done = run(["merge", f"{cat}:3", "--base", base, "-o", places.tuned])
     assert done.code == 0, done.text
     return places
+
+
+def keep_locks_apart() -> None:
+    """Give tqdm, before its first bar, a lock that a fork copies: its own is shared, and who is killed holding it hangs all others."""
+    from tqdm.std import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 def run(arguments: Sequence[object], hook: Callable[[], None] | None = None, watch: Path | None = None) -> Result:

@@ -29,6 +29,22 @@ def trials(out: Path, *options: object) -> dict[str, Any]:
     return json.loads(out.read_text("utf-8"))
 
 
+def test_a_process_killed_in_a_lock_does_not_hang_the_next() -> None:
+    code = (
+        "import os, signal, harness; from tqdm.auto import tqdm\n"
+        "harness.keep_locks_apart(); tqdm.get_lock()\n"
+        "for last in (False, True):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        with tqdm.get_lock():\n"
+        "            os._exit(0) if last else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    _, status = os.waitpid(pid, 0)\n"
+        "assert status == 0"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HARNESS.parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+
+
 def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
     verbs = ["stack", "merge a file", "export for peft", "recipes copy"]
     report = trials(tmp_path / "report.json", "--verbs", *verbs, "push", "--stride", 5, "--randomly", 1, "--pairs", 3)
