@@ -48,6 +48,7 @@ ARRIVED, ARRIVED_WORST = 0.1, 0.2
 DRIFT = 0.3
 """Drift of kept prompts, in units of what the prompt itself does, up to which a picture stays what it is."""
 _STALE = 0.03  # less fall of the residual between two readings is standing still
+_PATIENCE = 4  # probes without any fall, after which a training that cannot push harder cools down
 _MOST_ETA = 5.0  # beyond it the targets are predictions of no picture
 _LEAST_WEIGHT, _MOST_WEIGHT = 0.25, 4.0
 FIRST_WEIGHT = 1.5
@@ -229,24 +230,35 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
         weight = max(weight / 1.3, _LEAST_WEIGHT)
     if spec.preserve_weight == AUTO and weight != state.preserve_weight:
         state.preserve_weights.append((state.step, weight))
+    # An anchor is a place to arrive at: pushed beyond it, the concept becomes something else, and the anchor with it.
+    may_push = recipe.eta == AUTO and not state.anchored and state.eta < _MOST_ETA
     came_back = False
     if state.cooling:
-        came_back = not gone and state.step == last_step(spec, state.cooling) < spec.most_steps * 2 // 3
+        was_gone = any(
+            is_gone(Reading(**each), anchored=state.anchored) for each in state.readings if each["step"] == state.cooling
+        )
+        came_back = was_gone and not gone and state.step == last_step(spec, state.cooling) < spec.most_steps * 2 // 3
         if not came_back:
             return False
         state.cooling = 0
-    if spec.steps == AUTO and (gone or state.step >= spec.most_steps * 2 // 3):
+    stuck = not may_push and _stands_still(state)
+    if spec.steps == AUTO and (gone or stuck or state.step >= spec.most_steps * 2 // 3):
         state.cooling = state.step
         return False
     stale = came_back or (before is not None and before["residual_worst"] - reading.residual_worst < _STALE)
-    # An anchor is a place to arrive at: pushed beyond it, the concept becomes something else, and the anchor with it.
-    if recipe.eta != AUTO or state.anchored or gone or not stale or state.eta >= _MOST_ETA:
+    if gone or not stale or not may_push:
         return False
     # Held-out prompts go a share f of the way to their target: residual = 1 - f (1 + eta). Enough is eta = 1 / f - 1.
     share = max((1 - reading.residual_worst) / (1 + state.eta), 1e-3)
     wanted = min(max(1 / share - 1, state.eta + 0.5), state.eta + 1, _MOST_ETA)
     state.etas.append((state.step, wanted))
     return True
+
+
+def _stands_still(state: TrainState) -> bool:
+    """Return whether the last probes saw no more erased than those before them, so that more of the same would not either."""
+    worst = [each["residual_worst"] for each in state.readings]
+    return len(worst) > _PATIENCE and min(worst[:-_PATIENCE]) - min(worst[-_PATIENCE:]) < _STALE
 
 
 def _reading_before(state: TrainState, spec: TrainSpec) -> dict[str, float] | None:

@@ -233,7 +233,7 @@ class Teacher:
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.evaluations += len(x_t)
-        with torch.no_grad():
+        with torch.inference_mode():
             parts = [self.base.predict(x_t[rows], t[rows], pick(condition, rows)) for rows in self._batches(len(x_t))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

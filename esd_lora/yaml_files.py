@@ -232,8 +232,10 @@ def checked(
     except ValidationError as error:
         # A number or a word: pydantic finds two faults where neither fits, which are one.
         errors = error.errors()[: 4 * _MAX_FAULTS]
-        measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD}
-        faults = list(dict.fromkeys(sentence(fault, measurable) for fault in errors if fault["msg"] != _WORD))
+        others = {_place(fault) for fault in errors if fault["msg"] != _WORD}
+        measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD} & others
+        real = [fault for fault in errors if fault["msg"] != _WORD or _place(fault) not in others]
+        faults = list(dict.fromkeys(sentence(fault, measurable) for fault in real))
         faults[_MAX_FAULTS:] = [f"and more than {_MAX_FAULTS} others"] if len(faults) > _MAX_FAULTS else []
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
 

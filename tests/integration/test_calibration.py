@@ -436,6 +436,29 @@ def test_nothing_is_pushed_beyond_an_anchor() -> None:
     assert state.etas == [(0, 0.0)]
 
 
+def test_what_stands_still_and_cannot_be_pushed_harder_cools_down() -> None:
+    recipe = auto_recipe("emoji", concepts=[{"name": "a cat", "anchor": "a dog"}])
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"probe_every": 15})})
+    state = state_of(0)
+    state.anchored, state.etas = True, [(0, 0.0)]
+    falls = [0.9, 0.6, 0.45, 0.4, 0.41, 0.39, 0.42]
+    for number, worst in enumerate(falls, 1):
+        state.step = 15 * number
+        steer(state, reading(state.step, worst), recipe)
+        assert not state.cooling
+    state.step = 120
+    steer(state, reading(120, 0.4), recipe)
+    assert state.cooling == 120, "four probes no better than the four before"
+    state.step = last_step(recipe.train, state.cooling)
+    steer(state, reading(state.step, 0.4), recipe)
+    assert (state.cooling, state.step) == (120, 180), "nothing came back that was never gone"
+    pushed = state_of(0)
+    for number, worst in enumerate([*falls, 0.4], 1):
+        pushed.step = 15 * number
+        steer(pushed, reading(pushed.step, worst), auto_recipe("emoji"))
+    assert not pushed.cooling, "it is pushed harder instead"
+
+
 def test_probe_does_not_read_what_is_no_number(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are read now and then, but in any case before a probe looks at what they made of the student."""
     recipe = auto_recipe(base.id, lr=1e-3, steps=20)

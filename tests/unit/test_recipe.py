@@ -384,6 +384,11 @@ def test_fault_of_an_override_blames_no_line_of_the_file(override: dict[str, obj
     assert not re.search(r"\.yaml:\d+", line)
 
 
+def test_a_field_that_takes_one_word_alone_names_its_fault() -> None:
+    with pytest.raises(EsdLoraError, match=r"faults:\n  --set: anchor: Input should be 'auto', found 'a dog'$"):
+        load_recipe("fast", {"anchor": "a dog"}, concepts=["a cat"])
+
+
 @pytest.mark.parametrize("eta", [".nan", ".inf", "-.inf"])
 def test_eta_is_a_finite_number(tmp_path: Path, eta: str) -> None:
     file = write(tmp_path / "r.yaml", f"extends: fast\nconcepts: [cat]\neta: {eta}\n")
