@@ -159,7 +159,7 @@ def set_up(folder: Path) -> Places:
 
 
 def keep_locks_apart() -> None:
-    """Give tqdm, before its first bar, a lock that a fork copies: who is killed holding its own, shared one hangs all others."""
+    """Give tqdm, before its first bar, a lock that a fork copies: a process killed while it holds a shared one hangs the next."""
     from tqdm.std import tqdm
 
     tqdm.set_lock(threading.RLock())
