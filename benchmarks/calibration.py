@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import statistics
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 from counting import SHOTS, Yardstick, object_of, score, spread
+from tables import add_publish, show
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--left", action="store_true", help="say which pictures of the style are left")
+    add_publish(parser)
     options = parser.parse_args()
     rows: list[tuple[str, str, str, list[dict[str, Any]]]] = []
     for base_name in options.bases.split(","):
@@ -125,16 +126,18 @@ def main() -> None:
                     if options.left and name == STYLE:
                         print(f"{base_name}, {scope}, seed {seed}: {what_is_left(base, yardstick.judge, eraser)}", flush=True)
             rows += [(base_name, scope, kind, of) for kind, of in cells.items()]
-    print(f"\n{datetime.date.today()}; {options.concepts}; seeds {options.seeds}; recipe {options.recipe}; mean (worst)\n")
-    print(f"| base | scope | erased | {' | '.join(MEASURES.values())} | steps | seconds | runs |")
-    print("|---|---|---|" + "---|" * (len(MEASURES) + 3))
+    table: list[list[str]] = []
     for base_name, scope, kind, of in rows:
         shown: list[str] = []
         for measure in MEASURES:
             values = [v for cell in of for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
             shown.append(spread(values, left=measure.startswith("left")))
         costs = [f"{statistics.mean(cell[key] for cell in of):.0f}" for key in ("steps", "seconds")]
-        print(f"| {base_name} | `{scope}` | {kind} | {' | '.join([*shown, *costs])} | {len(of)} |")
+        table.append([base_name, f"`{scope}`", kind, *shown, *costs, str(len(of))])
+    head = ["base", "scope", "erased", *MEASURES.values(), "steps", "seconds", "runs"]
+    name = "-".join(["calibration", *(options.scopes or "all").split(",")])
+    note = f"Concepts {options.concepts}; training seeds {options.seeds}; recipe `{options.recipe}`; mean (worst)."
+    show(name, head, table, note, publish=options.publish)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Settings were chosen on cat, rocket, pizza and twemoji; the others came after.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 from counting import SHOTS, Yardstick, count, spread
+from tables import add_publish, show
 
 from esd_lora.adapter import applied
 from esd_lora.bases.loading import load_base
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(GROUPS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sheets", type=Path, help="directory for a sheet of pictures of each choice")
+    add_publish(parser)
     options = parser.parse_args()
     seeds, groups = [int(seed) for seed in options.seeds.split(",")], options.only.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -171,10 +172,10 @@ def main() -> None:
                 record(f"{name} and {STYLE} style, stacked", both, {name}, {STYLE}, size, {})
 
     right = count(s.right for s in yardstick.before)
-    print(
-        f"\n{datetime.date.today()}; seeds {options.seeds}; base: {right.hits} of {right.of} pairs right; "
-        f"{SHOTS} pictures of what is erased, {len(yardstick.before)} of everything; mean (worst);"
-        " evaluations: latents through the denoiser without + with gradients\n"
+    note = (
+        f"Training seeds {options.seeds}; base: {right.hits} of {right.of} pairs right; {SHOTS} pictures of what is erased,"
+        f" {len(yardstick.before)} of everything; mean (worst);"
+        " evaluations: latents through the denoiser without + with gradients."
     )
     head = [
         "erased",
@@ -203,9 +204,9 @@ def main() -> None:
         cells.append(f"{mean['sample_evaluations']:.0f} + {mean['student_samples']:.0f}" if trained else "")
         cells.append(f"{mean['size'] / 1000:.0f}")
         table.append(cells)
-    told = [column for column in zip(*table, strict=True) if any(column[1:])]
-    for number, cells in enumerate(zip(*told, strict=True)):
-        print("| " + " | ".join(cells) + " |" + ("\n|" + "---|" * len(told) if number == 0 else ""))
+    used = [column for column in zip(*table, strict=True) if any(column[1:])]
+    shown = list(zip(*used, strict=True))
+    show(f"erasing-{'-'.join(groups)}", shown[0], shown[1:], note, publish=options.publish)
 
 
 if __name__ == "__main__":

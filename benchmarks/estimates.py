@@ -9,7 +9,6 @@ on latents of 256 x 256 pixels. Loading the base counts in neither column of sec
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from real_size import SETTINGS, write_single_file
+from tables import add_publish, show
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(RUNS))
     parser.add_argument("--out", type=Path, default=Path("out/estimates"))
     parser.add_argument("--stage", choices=["write", "estimate", "run"], help=argparse.SUPPRESS)
+    add_publish(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     names = options.only.split(",")
@@ -111,8 +112,7 @@ def main() -> None:
     if options.stage:
         print(json.dumps(run(names[0], options.out, options.stage)))
         return
-    print(f"{datetime.date.today()}; {os.cpu_count()} cores\n")
-    print("| run | seconds, said | seconds | ratio | GiB, said | GiB | ratio |\n" + "|---" * 7 + "|")
+    rows: list[list[str]] = []
     for name in names:
         command = [sys.executable, __file__, "--only", name, "--out", str(options.out), "--stage"]
         model = RUNS[name][0]
@@ -125,7 +125,9 @@ def main() -> None:
         cells = [name]
         for key, unit in (("seconds", 1), ("memory", 2**30)):
             cells += [f"{before[key] / unit:.1f}", f"{after[key] / unit:.1f}", f"{before[key] / after[key]:.2f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        rows.append(cells)
+    head = ["run", "seconds, said", "seconds", "ratio", "GiB, said", "GiB", "ratio"]
+    show("estimates", head, rows, publish=options.publish)
 
 
 if __name__ == "__main__":

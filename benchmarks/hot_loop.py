@@ -1,18 +1,18 @@
 """Prints how close training is to the machine's limit: a walk and a step beside the bare network, and what a step is made of.
 
-    python benchmarks/hot_loop.py [--base emoji|sd15] [--device cpu] [--out out/hot_loop]
+    python benchmarks/hot_loop.py [--base emoji|sd15] [--device cpu] [--compile] [--out out/hot_loop]
 
 *Bare* is the base's own network called in a plain loop in the same dtype and batch: forward without gradients for a walk, and
 forward with backward down to its input for a step, no LoRA on it. Everything is measured in turn, round after round, and the
 medians are compared; FLOP are counted by torch and stand beside a large matrix product, measured in the same run. `sd15` is a
 U-Net of that size with random weights, on latents of 256 x 256 pixels. Shares are of time inside operators, by
-`torch.profiler`; *python and the rest* is time in which no operator ran.
+`torch.profiler`; *python and the rest* is time in which no operator ran. `--compile` instead compares the network as it is with
+its weights in `channels_last`, and with its repeated blocks compiled as well, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import os
 import statistics
@@ -25,9 +25,10 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 import torch
+from tables import add_publish, show
 from torch.utils.flop_counter import FlopCounterMode
 
-from esd_lora.adapter import add_adapter
+from esd_lora.adapter import adapter_disabled, add_adapter
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.recipe_files import load_recipe
@@ -144,6 +145,34 @@ class Loop:
         return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
+def compare_compiled(loop: Loop, publish: bool) -> None:
+    """Print how fast the student's network is as it is, in another memory format, and compiled."""
+    base = loop.base
+    inputs = loop.inputs(base, loop.batch)
+
+    def forward() -> None:
+        with torch.no_grad(), adapter_disabled(base):
+            base.predict(*inputs)
+
+    def step() -> None:
+        base.predict(*inputs).square().mean().backward()
+
+    changes: dict[str, Callable[[], object]] = {
+        "as it is": lambda: None,
+        "channels_last": lambda: base.model.to(memory_format=torch.channels_last),
+        "and blocks compiled": lambda: base.model.compile_repeated_blocks(),
+    }
+    rows: list[list[str]] = []
+    for name, change in changes.items():
+        change()
+        first = seconds(forward) + seconds(step)
+        times = [statistics.median(seconds(work) for _ in range(STEPS)) for work in (forward, step)]
+        rows.append([name, *(f"{each:.3f}" for each in times), f"{first - sum(times):.0f}"])
+    head = ["network", "forward, s", "forward and backward, s", "more at first, s"]
+    note = f"{torch.get_num_threads()} threads, batches of {loop.batch}."
+    show("compiled", head, rows, note, publish=publish)
+
+
 def written(size: str, folder: Path) -> Path:
     """Return the file of a model with random weights, written unless it is there."""
     from real_size import write_single_file
@@ -178,25 +207,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=list(SIZES), default="emoji")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compare with the compiled network instead")
     parser.add_argument("--out", type=Path, default=Path("out/hot_loop"))
+    add_publish(parser)
     options = parser.parse_args()
     loop = Loop(options.base, options.device, options.out)
+    if options.compile:
+        compare_compiled(loop, options.publish)
+        return
     times = loop.measure()
     machine = 2 * 2048**3 / times["product"]
-    print(f"{datetime.date.today()}; {options.base}, {torch.get_num_threads()} threads, a product of 2048 x 2048 at", end=" ")
-    print(f"{machine / 1e9:,.0f} GFLOP/s\n")
-    print("| | seconds | of the bare network's speed | GFLOP/s | of the product's |\n|---|---|---|---|---|")
-    for name, work in (("bare walk", loop.bare_walk), ("walk", loop.bare_walk), ("bare step", loop.bare_step)):
-        rate = flop(work) / times[name]
-        bare = times[name if name.startswith("bare") else f"bare {name}"]
-        print(f"| {name} | {times[name]:.3f} | {bare / times[name]:.0%} | {rate / 1e9:,.0f} | {rate / machine:.0%} |")
-    rate = (flop(loop.steps) - flop(loop.bare_walk)) / STEPS / times["step"]
-    print(f"| step | {times['step']:.3f} | {times['bare step'] / times['step']:.0%} |", end=" ")
-    print(f"{rate / 1e9:,.0f} | {rate / machine:.0%} |\n")
+    work = {"bare walk": flop(loop.bare_walk), "bare step": flop(loop.bare_step)}
+    work |= {"walk": work["bare walk"], "step": (flop(loop.steps) - work["bare walk"]) / STEPS}
+    rows: list[list[str]] = []
+    for name in ("bare walk", "walk", "bare step", "step"):
+        rate, bare = work[name] / times[name], times[f"bare {name.removeprefix('bare ')}"]
+        rows.append([name, f"{times[name]:.3f}", f"{bare / times[name]:.0%}", f"{rate / 1e9:,.0f}", f"{rate / machine:.0%}"])
+    of = f"{options.base}, {torch.get_num_threads()} threads, on {options.device}"
+    note = f"{of}; a product of 2048 x 2048 runs at {machine / 1e9:,.0f} GFLOP/s. Medians of {ROUNDS} rounds."
+    head = ["", "seconds", "of the bare network's speed", "GFLOP/s", "of the product's"]
+    show(f"hot-loop-{options.base}", head, rows, note, publish=options.publish)
     table = {"walk": shares(loop.refill), "step": shares(loop.steps)}
-    print("| | " + " | ".join(table["walk"]) + " |\n" + "|---" * (len(table["walk"]) + 1) + "|")
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(f"{value:.0%}" for value in row.values()) + " |")
+    cells = [[name, *(f"{value:.0%}" for value in row.values())] for name, row in table.items()]
+    show(f"hot-loop-{options.base}-shares", ["", *table["walk"]], cells, f"{of}.", publish=options.publish)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import esd_lora
 
 PACKAGE = Path(esd_lora.__file__).parent
 DOCS = PACKAGE.parent / "docs"
+tables = SimpleNamespace(**runpy.run_path(str(PACKAGE.parent / "benchmarks" / "tables.py")))
 
 
 def test_every_room_stands_on_one_page_of_the_reference() -> None:
@@ -51,3 +54,24 @@ def test_scripts_import_what_there_is() -> None:
                 module = importlib.import_module(str(node.module))
                 missing += [f"{script.name}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
     assert missing == []
+
+
+def test_tables_are_what_their_commands_printed() -> None:
+    """A figure in a table changes by the command that stands below it, or not at all."""
+    kept = tables.kept()
+    shown: set[str] = set()
+    for page in tables.pages():
+        text = page.read_text("utf-8")
+        names = [place["name"] for place in tables.PLACE.finditer(text)]
+        assert [name for name in names if name not in kept] == [], page.name
+        assert tables.filled(text, kept) == text, f"{page.name}: run python benchmarks/tables.py"
+        shown |= set(names)
+    assert sorted(shown) == sorted(kept), "every table that is kept is shown"
+    assert len(shown) > 3
+
+
+def test_a_table_whose_figure_was_changed_by_hand_is_seen() -> None:
+    table = {"command": "c", "date": "d", "machine": "m", "note": "", "head": ["a"], "rows": [["1"]]}
+    page = f"text\n<!-- table x -->\n{tables.rendered(table)}<!-- end of table -->\nmore\n"
+    assert tables.filled(page, {"x": table}) == page
+    assert tables.filled(page.replace("| 1 |", "| 2 |"), {"x": table}) == page
