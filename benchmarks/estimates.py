@@ -27,7 +27,9 @@ from tables import add_publish, show
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.estimates import Estimate, estimate_evaluation, estimate_pictures, estimate_training, peak_memory
+from esd_lora.estimates.estimate import Estimate, peak_memory
+from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
+from esd_lora.estimates.training import estimate_training
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.evaluation.preparing import prepare_evaluation
 from esd_lora.recipe import Recipe

@@ -128,7 +128,7 @@ def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_c
     """Print what a training would take, and what it would write."""
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import RUN_FILES
-    from esd_lora.estimates import estimate_training
+    from esd_lora.estimates.training import estimate_training
 
     base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
     say(*estimate_training(recipe, base, allow_code=allow_code).lines())
@@ -240,7 +240,7 @@ def generate(
 
 def _estimate_pictures(base: Base, pictures: int, steps: int | None, guidance: float | None, out: Path) -> None:
     """Print what painting would take, and what it would write."""
-    from esd_lora.estimates import estimate_pictures
+    from esd_lora.estimates.pictures import estimate_pictures
 
     say(*estimate_pictures(base, pictures, steps=steps, guidance=guidance).lines())
     say(f"would be written into {out}: {pictures} pictures, and the sheets that were asked for")

@@ -114,7 +114,7 @@ def _show(report: Report, out: Path) -> None:
 
 def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> None:
     """Print what an evaluation would take, and what it would write."""
-    from esd_lora.estimates import estimate_evaluation
+    from esd_lora.estimates.pictures import estimate_evaluation
     from esd_lora.evaluation.preparing import prepare_evaluation
 
     del options["force"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from esd_lora.cli.options import (
     Weighted,
     base_option,
     device_options,
+    dry_run_option,
     force_option,
     given,
     say,
@@ -57,6 +59,7 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of fusing and harmonising.")
 @click.option("--report", is_flag=True, help="Report how the members interfere: a table, interference.json and .png.")
 @device_options
+@dry_run_option
 @force_option
 def stack(
     erasers: tuple[Weighted, ...],
@@ -73,6 +76,7 @@ def stack(
     report: bool,
     device: str,
     dtype: str | None,
+    dry_run: bool,
     force: bool,
 ) -> None:
     """Stack erasers into one: fused on a base so that they leave the rest alone, or their exact sum.
@@ -94,9 +98,13 @@ def stack(
     ranks = given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     _check(how, base, settings, ranks, manifest=manifest, report=report)
-    with (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep])):
+    reserve = (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep]))
+    with nullcontext() if dry_run else reserve:
         members = [load_eraser(path) for path in paths]
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
+        if dry_run:
+            _rehearse(members, strengths, loaded if how == "closed-form" else None, out, **given(rank=rank), **settings)
+            return
         if loaded and how == "closed-form":
             stacked = _fuse(members, strengths, loaded, ranks, **settings)
         else:
@@ -106,6 +114,32 @@ def stack(
         _save(stacked, out, sheets, manifest=manifest)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
     say(f"stack of {', '.join(names)}: {out}")
+
+
+def _rehearse(
+    members: Sequence[Eraser],
+    strengths: Sequence[Strength],
+    base: Base | None,
+    out: Path,
+    *,
+    harmonise: int | None = None,
+    keep: str = "default",
+    **fields: Any,
+) -> None:
+    """Print what stacking would take, and what it would write."""
+    from esd_lora.built_in import read_prompts
+    from esd_lora.erasers.eraser import WEIGHTS_NAME
+    from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
+
+    options = {"weights": strengths, "keep": None if keep == "default" else read_prompts(keep), **fields}
+    if base is None:
+        say("a sum of weights: no evaluation of a base, and about as much memory as the erasers take")
+    elif harmonise:
+        say(*estimate_harmonising(members, base, steps=harmonise, **options).lines())
+    else:
+        say(*estimate_fusing(members, base, **options).lines())
+    manifest = out.suffix.lower() in (".yaml", ".yml")
+    say(f"would be written: {out}" if manifest else f"would be written into {out}: {WEIGHTS_NAME}, README.md")
 
 
 def _check(

@@ -42,7 +42,7 @@ _BYTES_AT_ONCE = 2**30
 """Bytes of second moments gathered at once; further layers have another pass over the same points."""
 _RIDGE = 1e-3
 """Ridge on members' second moments, in units of the mean square of an input: only numbers need it."""
-_WIDEST = 12_000
+WIDEST = 12_000
 """Inputs of the widest layer that is fused: its second moments take 1.2 GB, and twice that more while they are solved."""
 
 
@@ -93,17 +93,17 @@ def fuse(
     collector = MomentCollector(base, groups, steps=spec.steps, guidance=spec.guidance, seed=spec.seed)
     summed = stack(members.erasers)
     pairs = dict(summed.pairs)
-    wide = [module for module, pair in pairs.items() if pair.down[0].numel() > _WIDEST]
+    wide = [module for module, pair in pairs.items() if pair.down[0].numel() > WIDEST]
     if wide:
         warnings.warn(
-            f"{len(wide)} layers are wider than {_WIDEST} inputs ({wide[0]}, ...), which takes too much memory to fuse: their"
+            f"{len(wide)} layers are wider than {WIDEST} inputs ({wide[0]}, ...), which takes too much memory to fuse: their"
             " updates are added up.",
             stacklevel=2,
         )
     guard = Guard(base, summed.header.guard, base.encode)
     layers = dict(base.model.named_modules())
     left_fused = left_summed = left_unchanged = 0.0
-    batches = list(_batches({module: pair.down[0].numel() for module, pair in pairs.items() if module not in wide}))
+    batches = list(batches_of_layers({module: pair.down[0].numel() for module, pair in pairs.items() if module not in wide}))
     with tqdm(total=len(batches) * len(groups), desc="fusing", unit="pass", disable=not progress) as bar:
         for batch in batches:
             moments: dict[str, Moment] = {}
@@ -190,7 +190,7 @@ def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -
     return value
 
 
-def _batches(widths: Mapping[str, int]) -> Iterator[list[str]]:
+def batches_of_layers(widths: Mapping[str, int]) -> Iterator[list[str]]:
     """Yield layers whose second moments fit into memory together.
 
     Args:

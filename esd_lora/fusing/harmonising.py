@@ -23,7 +23,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.fuse_specs import HarmoniseSpec
-from esd_lora.fusing.prompts import gather_members
+from esd_lora.fusing.prompts import Members, gather_members
 from esd_lora.guarding import Guard
 from esd_lora.lessons import take_turns
 from esd_lora.optimizers import make_optimizer
@@ -72,10 +72,7 @@ def harmonise(
     """
     started, spec = time.monotonic(), load_harmonise_spec(spec, **fields)
     members = gather_members(erasers, base, weights, keep)
-    counts = [max(spec.trajectories, min(len(prompts), 3 * spec.trajectories)) for prompts in members.prompts]
-    # Only what is walked: a large text encoder's output takes megabytes a prompt.
-    taught = [take_turns(prompts, count) for prompts, count in zip(members.prompts, counts, strict=True)]
-    kept = take_turns(members.kept, spec.keep_trajectories)
+    taught, kept = walked_prompts(spec, members)
     run = _Distiller(base, spec, [*kept, *(prompt for prompts in taught for prompt in prompts)], kept)
     erasing = TrajectoryBuffer(Points.join([run.walk(*pair) for pair in zip(taught, members.erasers, strict=True)]))
     keeping = TrajectoryBuffer(run.walk(kept))
@@ -93,7 +90,7 @@ def harmonise(
         **spec.model_dump(include={"scope", "rank", "keep_trajectories", "trajectory_steps", "guidance", "seed"}),
         **members.record(),
         steps=len(losses),
-        trajectories=tuple(counts),
+        trajectories=tuple(map(len, taught)),
         evaluations=run.evaluations,
         seconds=time.monotonic() - started,
         first_loss=sum(losses[:tenth]) / tenth,
@@ -101,6 +98,18 @@ def harmonise(
     )
     made = {"scope": spec.scope, "distillations": (*header.distillations, record)}
     return Eraser(pairs, header.model_copy(update=made))
+
+
+def walked_prompts(spec: HarmoniseSpec, members: Members) -> tuple[list[list[str]], list[str]]:
+    """Return the prompts of every trajectory, each member's and the kept ones: a large text encoder makes megabytes of each.
+
+    Args:
+        spec: How many there are.
+        members: Have the prompts that take turns.
+    """
+    counts = [max(spec.trajectories, min(len(prompts), 3 * spec.trajectories)) for prompts in members.prompts]
+    taught = [take_turns(prompts, count) for prompts, count in zip(members.prompts, counts, strict=True)]
+    return taught, take_turns(members.kept, spec.keep_trajectories)
 
 
 class _Distiller:

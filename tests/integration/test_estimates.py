@@ -10,17 +10,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from esd_lora import estimates
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
-from esd_lora.estimates import Pace, Work, estimate_evaluation, estimate_pictures, estimate_training
+from esd_lora.erasers.eraser import Eraser
+from esd_lora.estimates.estimate import Estimate, Pace, Work
+from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
+from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
+from esd_lora.estimates.training import estimate_training
 from esd_lora.evaluation.preparing import prepare_evaluation
+from esd_lora.fusing import closed_form
+from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.harmonising import harmonise
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
 
+KEPT = ["a dog", "a hat", "a key", "a house", "a tree", "a boat"]
 SOLVED = {"keep": 1.0, "push": 0.5, "ridge": 1e-3}
 RECIPES: dict[str, dict[str, Any]] = {
     "steps that are given": {},
@@ -41,6 +48,19 @@ def base(tiny_dir: Path) -> Base:
     return load_base(tiny_dir)
 
 
+def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list that every text is added to which any base encodes from now on."""
+    encoded: list[str] = []
+    as_usual = Base.encode
+
+    def encode(self: Base, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        encoded.extend(prompts)
+        return as_usual(self, prompts, guidance)
+
+    monkeypatch.setattr(Base, "encode", encode)
+    return encoded
+
+
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
 def test_what_is_counted_is_what_is_done(base: Base, settings: dict[str, Any]) -> None:
     recipe = tiny_recipe(base.id, **settings)
@@ -58,14 +78,7 @@ def test_what_is_counted_is_what_is_done(base: Base, settings: dict[str, Any]) -
 def test_texts_are_those_that_are_encoded(base: Base, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     recipe = tiny_recipe(base.id, **settings)
     texts = estimate_training(recipe, base, written=False).most.texts
-    encoded: list[str] = []
-    as_usual = Base.encode
-
-    def encode(self: Base, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        encoded.extend(prompts)
-        return as_usual(self, prompts, guidance)
-
-    monkeypatch.setattr(Base, "encode", encode)
+    encoded = encoded_texts(monkeypatch)
     train(recipe, base=base, progress=False)
     assert texts == pytest.approx(len(encoded), rel=0.1)
 
@@ -91,7 +104,7 @@ def test_random_stops_are_counted_as_they_fall(base: Base) -> None:
 
 def test_seconds_are_the_sum_of_what_each_takes() -> None:
     pace = Pace(text=1.0, evaluation=2.0, student_sample=3.0, picture=4.0)
-    estimate = estimates.Estimate(Work(1, 1, 0, 0), Work(1, 1, 1, 1), pace, 0.5, 2**31, 10**6)
+    estimate = Estimate(Work(1, 1, 0, 0), Work(1, 1, 1, 1), pace, 0.5, 2**31, 10**6)
     assert estimate.seconds() == (3.5, 10.5)
     text = "\n".join(estimate.lines())
     assert "3.5 to 10.5 s" in text
@@ -117,6 +130,50 @@ def test_an_evaluation(tmp_path: Path) -> None:
     assert estimate.most.evaluations == 2 * 2 * estimate.most.pictures
     assert estimate.around > 0, "the judge was timed"
     assert not (tmp_path / "measured").exists()
+
+
+@pytest.fixture
+def members(base: Base) -> list[Eraser]:
+    """Two erasers, one of which changes layers that read no text."""
+    recipes = [tiny_recipe(base.id, steps=2), tiny_recipe(base.id, concepts=["a car"], scope="noxattn", steps=2)]
+    return [train(recipe, base=base, progress=False) for recipe in recipes]
+
+
+@pytest.mark.parametrize("fields", [{"keep": KEPT}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"])
+def test_fusing(base: Base, members: list[Eraser], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form, "_BYTES_AT_ONCE", 2**16)  # so that there is more than one pass
+    estimate = estimate_fusing(members, base, **fields)
+    encoded = encoded_texts(monkeypatch)
+    fused = fuse(members, base, progress=False, **fields)
+    assert estimate.most.evaluations == fused.header.fusions[-1].evaluations
+    assert estimate.most.texts == len(encoded)
+    assert estimate.eraser == sum(pair.down.nbytes + pair.up.nbytes for pair in fused.pairs.values())
+    assert estimate.around > 0
+
+
+def test_harmonising(base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"keep": KEPT, "steps": 2, "batch_size": 4, "trajectories": 3, "keep_trajectories": 5, "trajectory_steps": 2}
+    estimate = estimate_harmonising(members, base, **fields)
+    encoded = encoded_texts(monkeypatch)
+    one = harmonise(members, base, progress=False, **fields)
+    record = one.header.distillations[-1]
+    assert estimate.most.evaluations + estimate.most.student_samples == record.evaluations
+    assert estimate.most.student_samples == 2 * 2 * 8
+    assert estimate.most.texts == len(encoded)
+    assert estimate.eraser == sum(pair.down.nbytes + pair.up.nbytes for pair in one.pairs.values())
+    assert not hasattr(base.model, "peft_config") or not base.model.peft_config
+
+
+def test_stacking_dry(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> None:
+    for number, member in enumerate(members):
+        member.save(tmp_path / str(number))
+    command = ["stack", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "out"), "--dry-run"]
+    for more in ([], ["--base", str(tiny_dir)], ["--base", str(tiny_dir), "--harmonise", "2"]):
+        result = CliRunner().invoke(main, [*command, *more])
+        assert result.exit_code == 0, result.output
+        assert ("in all" in result.stdout) == bool(more)
+        assert f"would be written into {tmp_path / 'out'}" in result.stdout
+        assert not (tmp_path / "out").exists()
 
 
 def test_dry_runs_write_nothing(tiny_dir: Path, tmp_path: Path) -> None:
