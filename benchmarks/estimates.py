@@ -29,9 +29,12 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.estimates.estimate import Estimate, peak_memory
 from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
+from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
 from esd_lora.estimates.training import estimate_training
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.evaluation.preparing import prepare_evaluation
+from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.harmonising import harmonise
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.sampling import generate
@@ -46,6 +49,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "noxattn": ("emoji", "fast", {"scope": "noxattn", "train.steps": 60}),
     "pictures": ("emoji", "", {}),
     "evaluation": ("emoji", "", {"suite": "emoji-object"}),
+    "fusing": ("emoji", "", {"stack": "fuse"}),
+    "harmonising": ("emoji", "", {"stack": "harmonise"}),
     "sd15-instant": ("sd15", "instant", {}),
     "sd15-steps": ("sd15", "sd/fast", STEPS),
     "sd15-pictures": ("sd15", "", {}),
@@ -69,6 +74,8 @@ def run(name: str, folder: Path, stage: str) -> dict[str, Any]:
     base = load_base(file, device="cpu", dtype=dtype, vae=not source)
     if suite := settings.get("suite"):
         return evaluation(base, suite, stage)
+    if how := settings.get("stack"):
+        return stacking(base, how, stage)
     if source:
         recipe = recipe_of(source, settings, file)
         if stage == "estimate":
@@ -92,6 +99,18 @@ def evaluation(base: Base, suite: str, stage: str) -> dict[str, Any]:
         started = time.monotonic()
         evaluate(base, suite, Path(folder) / "measured", concepts=["a cat"], progress=False)
         return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
+
+
+def stacking(base: Base, how: str, stage: str) -> dict[str, Any]:
+    """Return what a stage of stacking two erasers by `instant` says."""
+    recipes = [load_recipe("instant", concepts=[name]) for name in ("a cat", "a rocket")]
+    members = [train(recipe, base=base, progress=False) for recipe in recipes]
+    estimate, work = (estimate_fusing, fuse) if how == "fuse" else (estimate_harmonising, harmonise)
+    if stage == "estimate":
+        return row_of(estimate(members, base))
+    started = time.monotonic()
+    work(members, base, progress=False)
+    return {"seconds": time.monotonic() - started, "memory": peak_memory(base)}
 
 
 def row_of(estimate: Estimate) -> dict[str, Any]:

@@ -30,7 +30,7 @@ ALONE = (
     "start_up.py",
     "hot_loop.py",
     "hot_loop.py --compile",
-    "estimates.py --only instant,fast,thorough,paper,noxattn,pictures,evaluation",
+    "estimates.py --only instant,fast,thorough,paper,pictures,evaluation,fusing,harmonising",
 )
 PLACES = {"erasing.py": "erasing", "estimates.py": "estimates"}
 """Scripts that keep runs, and the folder of those in `--out`."""
