@@ -235,7 +235,9 @@ def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:
     came_back = False
     if state.cooling:
         was_gone = any(
-            is_gone(Reading(**each), anchored=state.anchored) for each in state.readings if each["step"] == state.cooling
+            is_gone(Reading.model_validate(each), anchored=state.anchored)
+            for each in state.readings
+            if each["step"] == state.cooling
         )
         came_back = was_gone and not gone and state.step == last_step(spec, state.cooling) < spec.most_steps * 2 // 3
         if not came_back:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from esd_lora.cli.options import ERASER, HeavyCommand, Weighted, force_option, say, unweighted
+from esd_lora.cli.options import ERASER, HeavyCommand, Weighted, dry_run_option, force_option, say, unweighted
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -20,12 +20,18 @@ _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT",
 @click.option("--base", required=True, help="Built-in base, diffusers directory, .safetensors checkpoint, or Hub id.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Diffusers directory or file to make.")
 @click.option("--verify", is_flag=True, help="Read the result again and prove every tensor.")
+@dry_run_option
 @force_option
-def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, force: bool) -> None:
+def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, dry_run: bool, force: bool) -> None:
     """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
     from esd_lora.weights.merging import merge as run
 
     paths, strengths = unweighted(erasers)
+    if dry_run:
+        from esd_lora.estimates.merging import estimate_merging
+
+        say(*estimate_merging(paths, base, out, weights=strengths).lines(), f"would be written: {out}")
+        return
     run(paths, base, out, weights=strengths, force=force)
     say(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
     if verify:

@@ -112,8 +112,6 @@ def stack(
             stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
         sheets = _report(members, strengths, loaded, stacked) if report else {}
         _save(stacked, out, sheets, manifest=manifest)
-    names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
-    say(f"stack of {', '.join(names)}: {out}")
 
 
 def _rehearse(
@@ -161,7 +159,7 @@ def _check(
 
 
 def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], *, manifest: bool) -> None:
-    """Write the stack's directory in the place of what an earlier run left there; beside a manifest, the report alone."""
+    """Write the stack's directory in the place of what an earlier run left there, beside a manifest the report alone; say so."""
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import write_atomically
     from esd_lora.formats.cards import save_with_card
@@ -171,6 +169,8 @@ def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], *, manifest: 
         save_with_card(stacked, out, sheets, replaces=[*RUN_FILES, *REPORT_FILES])
     for name, content in sheets.items() if manifest else ():
         write_atomically(out.with_name(name), content)
+    names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
+    say(f"stack of {', '.join(names)}: {out}")
 
 
 def _fuse(

@@ -57,17 +57,14 @@ def merge(
         EsdLoraError: If base or erasers cannot be read or do not fit, or `out` exists, is the base itself, or cannot be
             written.
     """
-    out, stored = Path(out), open_stored(base)
-    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
-    stacked = stack(members, weights)
-    _check_fit(stored, stacked, str(base))
-    compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
+    out = Path(out)
+    stored, members, stacked = prepare_merge(erasers, base, weights)
     _check_place(stored, out)
     entry = {
         "base": without_folders(str(base)),
         "erasers": [_entry(*pair) for pair in zip(members, strengths_of(members, weights), strict=True)],
     }
-    size = sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
+    size = size_of(stored)
     read = [stored.path, *(eraser for eraser in erasers if not isinstance(eraser, Eraser))]
     with (reserve_directory if stored.denoiser else reserve_file)(out, force, read), reporting_write_errors(out):
         _check_replaced(stored, out)
@@ -77,6 +74,32 @@ def merge(
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
     return out
+
+
+def prepare_merge(
+    erasers: Sequence[Eraser | str | Path], base: str | Path, weights: Sequence[float | Strength] | None = None
+) -> tuple[Stored, list[Eraser], Eraser]:
+    """Return the base as it is stored, the erasers, and their stack, which fits it.
+
+    Args:
+        erasers: As in `merge`.
+        base: As in `merge`.
+        weights: As in `merge`.
+
+    Raises:
+        EsdLoraError: If base or erasers cannot be read or do not fit.
+    """
+    stored = open_stored(base)
+    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    stacked = stack(members, weights)
+    _check_fit(stored, stacked, str(base))
+    compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
+    return stored, members, stacked
+
+
+def size_of(stored: Stored) -> int:
+    """Return the bytes of a base, and so of what it is merged into."""
+    return sum(file.stat().st_size for file in stored.path.rglob("*")) if stored.denoiser else stored.path.stat().st_size
 
 
 def _entry(eraser: Eraser, strength: Strength) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.errors import EsdLoraError
 from esd_lora.estimates.estimate import Estimate, Pace, Work
+from esd_lora.estimates.merging import estimate_merging
 from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
 from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
 from esd_lora.estimates.training import estimate_training
@@ -25,6 +27,7 @@ from esd_lora.fusing.harmonising import harmonise
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 from esd_lora.trajectory import Condition
+from esd_lora.weights.merging import merge
 from tiny import tiny_recipe
 
 KEPT = ["a dog", "a hat", "a key", "a house", "a tree", "a boat"]
@@ -162,6 +165,30 @@ def test_harmonising(base: Base, members: list[Eraser], monkeypatch: pytest.Monk
     assert estimate.most.texts == len(encoded)
     assert estimate.eraser == sum(pair.down.nbytes + pair.up.nbytes for pair in one.pairs.values())
     assert not hasattr(base.model, "peft_config") or not base.model.peft_config
+
+
+def test_merging_dry(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> None:
+    for number, member in enumerate(members):
+        member.save(tmp_path / str(number))
+    out = tmp_path / "made" / "merged"
+    command = ["merge", str(tmp_path / "0"), str(tmp_path / "1:0.5"), "--base", str(tiny_dir), "-o", str(out)]
+    result = CliRunner().invoke(main, [*command, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert not out.parent.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    layers = {module for member in members for module in member.pairs}
+    assert f"{len(layers)} of " in result.stdout
+    assert f"would be written: {out}" in result.stdout
+    estimate = estimate_merging(members, tiny_dir, out)
+    merge(members, tiny_dir, out)
+    assert sum(file.stat().st_size for file in out.rglob("*")) == pytest.approx(estimate.size, abs=16_000)  # the metadata
+
+
+def test_merging_dry_refuses_what_does_not_fit(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> None:
+    (path, pair), *_ = members[0].pairs.items()
+    strange = Eraser({f"{path}.strange": pair}, members[0].header)
+    with pytest.raises(EsdLoraError, match="has no layer"):
+        estimate_merging([strange], tiny_dir, tmp_path / "merged")
 
 
 def test_stacking_dry(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> None:
