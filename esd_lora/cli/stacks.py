@@ -159,7 +159,7 @@ def _check(
 
 
 def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], *, manifest: bool) -> None:
-    """Write the stack's directory in the place of what an earlier run left there, beside a manifest the report alone; say so."""
+    """Write the stack's directory in the place of an earlier one, beside a manifest the report alone, and say so."""
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import write_atomically
     from esd_lora.formats.cards import save_with_card
