@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.ranks import from_main, is_main
 
 FILE_NAME = "predictions.sqlite"
 MOST_BYTES = 16 * 2**30
@@ -67,14 +68,15 @@ class PredictionCache:
             key: From `prediction_key`.
             make: Makes it.
         """
-        content = self._in_database(lambda database: self._read(database, key))
+        # All ranks make the prediction, or none.
+        content = from_main(lambda: self._in_database(lambda database: self._read(database, key)))
         if content is not None:
             self.hits += 1
             return load(content)["prediction"]
         self.misses += 1
         prediction = make()
         written = save({"prediction": prediction.detach().cpu().contiguous()})
-        if len(written) <= self.most:
+        if is_main() and len(written) <= self.most:
             self._in_database(lambda database: self._write(database, key, written))
         return prediction
 

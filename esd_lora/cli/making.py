@@ -25,6 +25,7 @@ from esd_lora.cli.options import (
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
 from esd_lora.negative_guidance import with_negative_guidance
+from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
 
@@ -112,7 +113,7 @@ def train(
         eraser = run(recipe, out=out, allow_code=allow_code, teacher_cache=teacher_cache, **options)
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
-    if kohya:
+    if kohya and is_main():
         say(f"kohya LoRA: {_export_kohya(eraser, out)}")
     say(f"{_summary(eraser)}: {out}")
 
