@@ -10,13 +10,14 @@ Ranks join each other in `bases.loading.choose_device`, through accelerate.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +68,8 @@ def gather(shared: Tensor, total: int) -> Tensor:
     padded = shared.new_zeros(-(-total // count()), *shared.shape[1:])
     padded[: len(shared)] = shared
     parts = [torch.empty_like(padded) for _ in range(count())]
-    with _reporting_lost_ranks():
-        torch.distributed.all_gather(parts, padded)
+    with _connected() as distributed:
+        distributed.all_gather(parts, padded)
     return torch.stack(parts, 1).flatten(0, 1)[:total]
 
 
@@ -78,12 +79,9 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     Raises:
         EsdLoraError: If another rank has ended.
     """
-    if count() == 1:
-        return
-    import torch
-
-    with _exchanged(tensors) as flat:
-        torch.distributed.all_reduce(flat)
+    if count() > 1:
+        with _connected() as distributed, _in_one(tensors) as values:
+            distributed.all_reduce(values)
 
 
 def copy_from_main(tensors: Sequence[Tensor]) -> None:
@@ -92,24 +90,22 @@ def copy_from_main(tensors: Sequence[Tensor]) -> None:
     Raises:
         EsdLoraError: If another rank has ended.
     """
-    if count() == 1:
-        return
-    import torch
-
-    with _exchanged(tensors) as flat:
-        torch.distributed.broadcast(flat, src=0)
+    if count() > 1:
+        with _connected() as distributed, _in_one(tensors) as values:
+            distributed.broadcast(values, src=0)
 
 
 @contextmanager
-def _exchanged(tensors: Sequence[Tensor]) -> Generator[Tensor]:
-    """Yield the values of tensors as one, and write it back into them at the end."""
+def _in_one(tensors: Sequence[Tensor]) -> Generator[Tensor]:
+    """Yield the values of tensors one after the other, [values of all], and write them back at the end."""
     import torch
 
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    with _reporting_lost_ranks():
-        yield flat
-    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.detach().copy_(values.view_as(tensor))
+    values = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    yield values
+    first = 0
+    for tensor in tensors:
+        tensor.detach().copy_(values[first : first + tensor.numel()].view_as(tensor))
+        first += tensor.numel()
 
 
 def from_main(make: Callable[[], _Value]) -> _Value:
@@ -120,13 +116,10 @@ def from_main(make: Callable[[], _Value]) -> _Value:
     """
     if count() == 1:
         return make()
-    import torch
-
-    values = [make() if is_main() else None]
-    with _reporting_lost_ranks():
-        torch.distributed.broadcast_object_list(values, src=0, group=_messages())
-    received: Any = values[0]
-    return received
+    made: list[Any] = [make() if is_main() else None]
+    with _connected() as distributed:
+        distributed.broadcast_object_list(made, src=0, group=_messages())
+    return made[0]
 
 
 def merge(own: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
@@ -137,11 +130,9 @@ def merge(own: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
     """
     if count() == 1:
         return dict(own)
-    import torch
-
     parts: list[Any] = [None] * count()
-    with _reporting_lost_ranks():
-        torch.distributed.all_gather_object(parts, dict(own), group=_messages())
+    with _connected() as distributed:
+        distributed.all_gather_object(parts, dict(own), group=_messages())
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -156,30 +147,31 @@ def anywhere(condition: bool) -> bool:
     import torch
 
     flag = torch.tensor(int(condition))
-    with _reporting_lost_ranks():
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=_messages())
+    with _connected() as distributed:
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=_messages())
     return bool(flag)
 
 
 @cache
 def _messages() -> Any:
-    """Return the group of ranks that exchanges what is no tensor, without waiting for a GPU."""
-    import torch
-
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    """Return the group in which ranks exchange what is no tensor, without waiting for a GPU."""
+    with _connected() as distributed:
+        return distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager
-def _reporting_lost_ranks() -> Generator[None]:
-    """Turn the loss of a connection inside a `with` block into one sentence.
+def _connected() -> Generator[Any]:
+    """Yield `torch.distributed`, and turn the loss of a connection inside a `with` block into one sentence.
 
     Raises:
         EsdLoraError: With what can be known of it here.
     """
+    import torch.distributed
+
     try:
-        yield
+        yield torch.distributed
     except RuntimeError as error:  # what torch's backends raise, whatever happened
-        reason = " ".join(str(error).split())[:200]
+        reason = re.sub(r"^\[\S+\] ", "", shortened(str(error))).split(". ")[0]  # without the line of C++
         raise EsdLoraError(
             f"another of the {count()} ranks has ended, so this one ends too ({reason}). The cause is what that rank said last;"
             " one that said nothing was killed, for lack of memory perhaps."

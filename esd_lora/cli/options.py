@@ -135,6 +135,8 @@ class Commands(click.Group):
             # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
             # a quiet one; benchmarks/sample_evaluation.py compares.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        if not is_main():
+            os.environ.setdefault("TQDM_DISABLE", "1")
         with reporting_faults(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
             warnings.filterwarnings("ignore", category=FutureWarning)
