@@ -54,6 +54,8 @@ class PredictionCache:
         self.hits = self.misses = 0
         """Predictions that were found, and that had to be made."""
         self._aside = False
+        if not is_main():
+            return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with suppress(_DamagedError), self._opened():

@@ -65,7 +65,7 @@ def train(
     allow_code: Collection[str] = (),
     teacher_cache: str | Path | None = None,
 ) -> Eraser:
-    """Train the eraser that a recipe describes.
+    """Train the eraser that a recipe describes; several ranks (`ranks`) train it together, and all return it.
 
     Args:
         recipe: From `load_recipe`.
@@ -77,8 +77,8 @@ def train(
         dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`; what suits the device unless
             given. The LoRA itself is always float32 or better.
         track: Experiment trackers of accelerate to report to: `tensorboard`, `wandb`, `trackio`.
-        on_step: Called after every optimiser step with a `StepReport`, before log, previews and checkpoint are written; a
-            watcher that returns True ends the training.
+        on_step: Called after every optimiser step with a `StepReport`, in every rank, before log, previews and checkpoint are
+            written; a watcher that returns True ends the training.
         progress: Whether to show a progress bar.
         allow_code: Every `module:attribute` that may be imported, where the recipe names one as objective or optimiser; the
             recipe alone, which may be a stranger's, runs no code.

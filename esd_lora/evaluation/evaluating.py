@@ -74,7 +74,7 @@ def evaluate(
     progress: bool = True,
     allow_code: Collection[str] = (),
 ) -> Report:
-    """Measure erasers on a base.
+    """Measure erasers on a base; several ranks (`ranks`) paint together, the main one scores, and all return the report.
 
     Args:
         base: A base name, directory or Hub id, or a loaded base.

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from esd_lora.prediction_cache import FILE_NAME
 from esd_lora.ranks import count, rank
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
+from esd_lora.train_state import Checkpoint
 from esd_lora.training import train
 from esd_lora.watching import StepReport
 from rank_processes import run_ranks
@@ -195,6 +198,69 @@ def test_cache_of_predictions_is_filled_once_and_found_by_all(tiny_dir: Path, tm
         for path, pair in made.pairs.items():
             torch.testing.assert_close(pair.up, same.pairs[path].up, rtol=0, atol=1e-5)
     assert (cache / FILE_NAME).stat().st_size == size
+
+
+_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from esd_lora.bases.loading import load_base
+from esd_lora.cli.options import reporting_faults
+from esd_lora.ranks import rank
+from esd_lora.recipe_files import load_recipe
+from esd_lora.training import train
+
+def end(report):
+    if report.state.step == 3 and rank() == 1:
+        os.kill(*{"killed": (os.getpid(), signal.SIGKILL), "interrupted": (os.getppid(), signal.SIGINT)}[sys.argv[1]])
+
+recipe = load_recipe(sys.argv[2])
+with reporting_faults():
+    train(recipe, base=load_base(recipe.base, device="cpu"), out=Path(sys.argv[3]), on_step=[end])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["killed", "interrupted"])
+def test_torchrun_ends_with_a_rank_and_leaves_a_checkpoint(tiny_dir: Path, tmp_path: Path, way: str) -> None:
+    script, file, out = tmp_path / "script.py", tmp_path / "recipe.yaml", tmp_path / "out"
+    script.write_text(_SCRIPT, encoding="utf-8")
+    recipe = tiny_recipe(tiny_dir, steps=100_000, refresh_every=100_000, checkpoint_every=2 if way == "killed" else 0)
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, (script, way, file, out))]
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode != 0
+    assert ("Signal 9 (SIGKILL) received" if way == "killed" else "KeyboardInterrupt") in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "train_log.jsonl"]
+    assert Checkpoint.read(out, dump_recipe(recipe)).content["step"] >= (2 if way == "killed" else 3)
+
+
+_LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", _LAUNCHERS.values(), ids=_LAUNCHERS)
+def test_launchers_train_and_evaluate(tiny_dir: Path, tmp_path: Path, launcher: list[str]) -> None:
+    file, suite = tmp_path / "recipe.yaml", tmp_path / "suite.yaml"
+    recipe = tiny_recipe(tiny_dir, checkpoint_every=2, preview_every=2)
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    suite.write_text(SUITE, encoding="utf-8")
+    one = trained(1, tiny_dir, recipe, tmp_path / "one")
+    out, measured = tmp_path / "out", tmp_path / "measured"
+    for arguments in (
+        ["train", file, "--track", "tensorboard", "--kohya", "-o", out],
+        ["evaluate", out, "--base", tiny_dir, "--suite", suite, "--attach", "-o", measured],
+    ):
+        command = [sys.executable, "-m", *launcher, "esd_lora", *map(str, arguments), "--device", "cpu"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    assert_equal(one, Eraser.load(out))
+    assert Eraser.load(out).header.evaluation
+    assert (out / "previews/step_00002.png").exists()
+    assert len(list((out / "kohya").iterdir())) == 1
+    assert list((out / "tracking").rglob("events.*"))
+    assert (measured / "report.html").exists()
 
 
 def _generate(base: Path, eraser: Path, out: Path) -> int:
