@@ -71,7 +71,7 @@ class Teacher:
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
         self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
         self.evaluations = 0
-        """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
+        """Number of latents through the denoiser without gradients so far, on all ranks; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
         self._network = network_key(base.own_weights(), base.model.config) if cache else b""
 

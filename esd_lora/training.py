@@ -282,7 +282,7 @@ def run_steps(
                 x_t, t, lesson, target = batch.share()
                 if not len(t):  # fewer points than ranks
                     continue
-                with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step, *[rank()] * (rank() > 0))):
+                with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step + rank() * spec.most_steps)):
                     prediction = base.predict(x_t, t, teacher.condition(lesson))
                 error = (prediction - target).square().flatten(1).mean(1)
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)

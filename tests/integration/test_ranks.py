@@ -44,8 +44,8 @@ steps: 2
 """
 
 
-def train_on(base: Path, recipe: Recipe, out: Path, **options: Any) -> None:
-    train(recipe, base=load_base(base, device="cpu"), out=out, progress=False, **options)
+def train_on(base: Path, recipe: Recipe, out: Path, dtype: str = "float32", **options: Any) -> None:
+    train(recipe, base=load_base(base, device="cpu", dtype=dtype), out=out, progress=False, **options)
 
 
 def trained(number: int, base: Path, recipe: Recipe, out: Path, **options: Any) -> Eraser:
@@ -112,6 +112,13 @@ def test_fewer_latents_than_ranks(tiny_dir: Path, tmp_path: Path) -> None:
     """The paper's loop: one trajectory, one point; the guided pair is shared, and one rank has nothing to train on."""
     recipe = tiny_recipe(tiny_dir, "paper", preserve=[])
     assert_equal(*(trained(n, tiny_dir, recipe, tmp_path / f"{n}") for n in (1, 3)))
+
+
+def test_rank_without_latents_takes_the_same_scaled_steps(tiny_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_dir, "paper", preserve=[])
+    eraser = trained(3, tiny_dir, recipe, tmp_path / "out", dtype="float16")
+    assert all(pair.up.isfinite().all() for pair in eraser.pairs.values())
+    assert any(pair.up.any() for pair in eraser.pairs.values())
 
 
 def test_what_is_measured_is_measured_once(tiny_dir: Path, tmp_path: Path) -> None:
