@@ -19,7 +19,7 @@ _FORKS.set_forkserver_preload(
         *("esd_lora.training", "esd_lora.sampling", "esd_lora.evaluation.evaluating", "esd_lora.cli"),
     ]
 )
-LONGEST = 120
+LONGEST = 600
 """Seconds after which ranks count as hung."""
 
 

@@ -92,6 +92,7 @@ def train(
     esd-lora train --concept "a cat" -o no-cat
     esd-lora train emoji-twemoji -s train.steps=300 -o no-twemoji
     esd-lora train sdxl/fast concepts/van-gogh -o no-van-gogh
+    torchrun --nproc_per_node 2 -m esd_lora train --concept "a cat" -o no-cat    # shared by two devices
     """
     _require_concept(concepts, recipes, anchor, erase_from)
     names = given(base=base or None, base_config=base_config or None, scope=scope or None)
