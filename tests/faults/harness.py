@@ -159,7 +159,7 @@ def set_up(folder: Path) -> Places:
 
 
 def keep_locks_apart() -> None:
-    """Give tqdm, before its first bar, a lock that a fork copies: its own is shared, and who is killed holding it hangs all others."""
+    """Give tqdm, before its first bar, a lock that a fork copies: who dies holding a shared one hangs the others."""
     from tqdm.std import tqdm
 
     tqdm.set_lock(threading.RLock())
