@@ -27,6 +27,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.header import Calibration, Reading
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import HeldOut
+from esd_lora.ranks import from_main
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
@@ -138,7 +139,9 @@ def prepare_rate(teacher: Teacher) -> tuple[Points, Probe]:
     generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed) + 1)
     lesson = torch.tensor(tried, device=teacher.base.model.device)
     points = teacher.fill(lesson, generator, _short(teacher.spec)).taught.points
-    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, teacher.condition(points.lesson)))
+    condition = teacher.condition(points.lesson)
+    # On all points in every rank: what layers make of them is measured.
+    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, condition, shared=False))
     return points, Probe(teacher, HeldOut([teacher.lessons[i][:3] for i in tried], []))
 
 
@@ -201,7 +204,7 @@ class Probe:
         drift = ((guided - of_base)[n:].square().sum((1, 2)) / effect[n:]).sqrt()
         worst = residual.sort(descending=True).values[: max(1, len(residual) // 4)]
         moved = (null - self._null)[:n].square().sum() / (self._prompted - self._null)[:n].square().sum().clamp_min(1e-12)
-        return Reading(
+        reading = Reading(
             step=step,
             residual=float(residual.mean()),
             residual_worst=float(worst.mean()),
@@ -209,6 +212,7 @@ class Probe:
             drift_worst=float(drift.max()) if len(drift) else 0.0,
             null_drift=float(moved.sqrt()),
         )
+        return from_main(lambda: reading)  # what ranks decide on is the same to the last bit
 
 
 def steer(state: TrainState, reading: Reading, recipe: Recipe) -> bool:

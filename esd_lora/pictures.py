@@ -125,6 +125,19 @@ def pictures_at_once(base: Base, batch: int = _BATCH) -> int:
     return max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
 
 
+def even_batches(count: int, most: int) -> list[range]:
+    """Return the batches in which things are painted that several ranks may share: about equal, and from half of `most` up.
+
+    They do not depend on the number of ranks, for a picture's last bit may depend on how many are painted beside it.
+
+    Args:
+        count: Number of things.
+        most: Largest number in a batch.
+    """
+    parts = max(1, count // -(-most // 2))
+    return [range(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
+
 def _embeds_kwargs(base: Base, condition: Condition) -> dict[str, Tensor | None]:
     """Return what the pipeline's call takes instead of N prompts and N negative ones, the halves of `condition`."""
     kwargs: dict[str, Tensor | None] = {"negative_prompt": None}

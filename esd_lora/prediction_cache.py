@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.ranks import from_main, is_main
 
 FILE_NAME = "predictions.sqlite"
 MOST_BYTES = 16 * 2**30
@@ -53,6 +54,8 @@ class PredictionCache:
         self.hits = self.misses = 0
         """Predictions that were found, and that had to be made."""
         self._aside = False
+        if not is_main():
+            return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with suppress(_DamagedError), self._opened():
@@ -67,14 +70,15 @@ class PredictionCache:
             key: From `prediction_key`.
             make: Makes it.
         """
-        content = self._in_database(lambda database: self._read(database, key))
+        # All ranks make the prediction, or none.
+        content = from_main(lambda: self._in_database(lambda database: self._read(database, key)))
         if content is not None:
             self.hits += 1
             return load(content)["prediction"]
         self.misses += 1
         prediction = make()
         written = save({"prediction": prediction.detach().cpu().contiguous()})
-        if len(written) <= self.most:
+        if is_main() and len(written) <= self.most:
             self._in_database(lambda database: self._write(database, key, written))
         return prediction
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from PIL.Image import Image
@@ -16,7 +19,8 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.files import reserve_directory, write_files
 from esd_lora.gating import Gate
-from esd_lora.pictures import grid, paint, png
+from esd_lora.pictures import even_batches, grid, paint, pictures_at_once, png
+from esd_lora.ranks import is_main, merge, share
 
 COMPARISON, STRENGTHS, GATES = "comparison.png", "strengths.png", "gates.json"
 """What `write_pictures` leaves beside the pictures."""
@@ -65,7 +69,7 @@ def sweep(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> dict[float, list[Image]]:
-    """Generate the same pictures at several strengths of the whole stack.
+    """Generate the same pictures at several strengths of the whole stack; ranks, if there are several, share the batches.
 
     Args:
         base: As in `generate`.
@@ -90,18 +94,23 @@ def sweep(
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
-    pictures: dict[float, list[Image]] = {strength: [Image()] * len(cases) for strength in strengths}
+    batches: list[tuple[tuple[float, ...], float, list[int]]] = []
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
-        texts, numbers = zip(*(cases[i] for i in places), strict=True)
+        parts = [[places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base))]
+        batches += [(opening, strength, part) for strength in dict.fromkeys(strengths) for part in parts]
+    painted: dict[tuple[float, int], Image] = {}
+    for opening, turns in groupby(share(batches), itemgetter(0)):
         on = [(e, s.after(Strength(factor))) for e, s, factor in zip(members, member_strengths, opening, strict=True) if factor]
         with applied(base, [e for e, _ in on], [s for _, s in on]) as fused:
-            for strength, column in pictures.items():
+            for strength, parts in groupby(turns, itemgetter(1)):
                 fused.set_strength(strength)
-                painted = paint(base, texts, numbers, steps=steps, guidance=guidance)
-                for place, picture in zip(places, painted, strict=True):
-                    column[place] = picture
-    return pictures
+                for _, _, part in parts:
+                    texts, numbers = zip(*(cases[i] for i in part), strict=True)
+                    images = paint(base, texts, numbers, steps=steps, guidance=guidance)
+                    painted |= {(strength, place): image for place, image in zip(part, images, strict=True)}
+    painted = merge(painted)
+    return {strength: [painted[strength, place] for place in range(len(cases))] for strength in strengths}
 
 
 def write_pictures(
@@ -145,7 +154,7 @@ def write_pictures(
     names = [f"{i:03d}_seed{seed}.png" for i in range(len(prompts)) for seed in seeds]
     wanted = [1.0, *strengths, *([0.0] if compare else [])]
     read = [base.source or base.id if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
-    with reserve_directory(out, force, read):
+    with reserve_directory(out, force, read) if is_main() else nullcontext():
         pictures = sweep(
             base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
         )
@@ -160,5 +169,6 @@ def write_pictures(
         sheets = [out / name for name in files]
         if gate:
             files[GATES] = json.dumps(gate.record(prompts), indent=1, ensure_ascii=False).encode()
-        write_files(out, files, replaces=(COMPARISON, STRENGTHS, GATES))
+        if is_main():
+            write_files(out, files, replaces=(COMPARISON, STRENGTHS, GATES))
     return sheets

@@ -19,6 +19,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
 from esd_lora.prediction_cache import PredictionCache, network_key, prediction_key
+from esd_lora.ranks import gather, share
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
 from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, pick, walk
@@ -70,7 +71,7 @@ class Teacher:
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
         self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
         self.evaluations = 0
-        """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
+        """Number of latents through the denoiser without gradients so far, on all ranks; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
         self._network = network_key(base.own_weights(), base.model.config) if cache else b""
 
@@ -220,22 +221,34 @@ class Teacher:
         """Return the condition of prompts that occur in the lessons, for which no text encoder is needed any more."""
         return pick(self._conditions, torch.tensor([self._numbers[p] for p in prompts], device=self._prompt.device))
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, *, shared: bool = True) -> Tensor:
         """Return the prediction of the denoiser as it stands, without gradients, and count it.
 
         No more latents are sent at once than a guided walk sends. What the teacher predicted in an earlier training, if there
         is a cache, is neither made nor counted.
+
+        Args:
+            x_t: [N, ...].
+            t: [N].
+            condition: Of N prompts.
+            shared: Whether each rank, if there are several, makes its share of the rows; else each makes all of them.
         """
         if self._cache and self._teaches:
             key = prediction_key(self._network, {"x_t": x_t, "t": t, **condition})
-            return self._cache.find(key, lambda: self._predict(x_t, t, condition)).to(x_t.device)
-        return self._predict(x_t, t, condition)
+            return self._cache.find(key, lambda: self._predict(x_t, t, condition, shared)).to(x_t.device)
+        return self._predict(x_t, t, condition, shared)
 
-    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition, shared: bool) -> Tensor:
         self.evaluations += len(x_t)
+        if not shared:
+            return self._predict_rows(x_t, t, condition)
+        own = {name: share(value) for name, value in condition.items()}
+        return gather(self._predict_rows(share(x_t), share(t), own), len(x_t))
+
+    def _predict_rows(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with torch.inference_mode():
             parts = [self.base.predict(x_t[rows], t[rows], pick(condition, rows)) for rows in self._batches(len(x_t))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat([x_t[:0], *parts])
 
     def _batches(self, count: int) -> list[slice]:
         size = 2 * self.spec.walk_batch

@@ -19,6 +19,7 @@ from torch import Tensor
 from esd_lora.erasers.eraser import CHECKPOINT_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import write_atomically
+from esd_lora.ranks import add_up, count
 
 _COUNTERS = ("step", "seconds", "student_samples", "erasure", "best_erasure", "stale_probes", "stopped")
 _MEASURED = ("lr", "etas", "preserve_weights", "cooling", "readings", "measured", "anchored")
@@ -96,13 +97,16 @@ class TrainState:
         return self.read_losses().get(self.step, float("nan"))
 
     def update(self, loss: Tensor, samples: int, lr: float) -> None:
-        """Take one optimiser step on the gradients at hand.
+        """Take one optimiser step on the gradients at hand, those of all ranks together.
 
         Args:
-            loss: Of this step, a scalar.
-            samples: Number of latents that went through the student.
+            loss: Of this step, a scalar; this rank's part of it.
+            samples: Number of latents that went through the student, on all ranks.
             lr: Learning rate of this step.
         """
+        if count() > 1:
+            self.scaler.scale(loss)  # which begins its work, in a rank that had nothing to predict as well
+            add_up([loss, *(self._gradient(parameter) for parameter in self.parameters)])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
@@ -111,6 +115,13 @@ class TrainState:
         self.unread[self.step] = loss
         self.student_samples += samples
         self.count_time()
+
+    @staticmethod
+    def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+        """Return the gradient of a parameter, zeros where a rank has none."""
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def count_time(self) -> None:
         """Set how much time the training took so far."""

@@ -40,6 +40,7 @@ from esd_lora.lessons import HeldOut, Lesson, find_neighbours, first_eta, hold_o
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
 from esd_lora.prediction_cache import PredictionCache
+from esd_lora.ranks import anywhere, copy_from_main, from_main, is_main, rank
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
@@ -64,7 +65,7 @@ def train(
     allow_code: Collection[str] = (),
     teacher_cache: str | Path | None = None,
 ) -> Eraser:
-    """Train the eraser that a recipe describes.
+    """Train the eraser that a recipe describes; several ranks (`ranks`) train it together, and all return it.
 
     Args:
         recipe: From `load_recipe`.
@@ -76,8 +77,8 @@ def train(
         dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`; what suits the device unless
             given. The LoRA itself is always float32 or better.
         track: Experiment trackers of accelerate to report to: `tensorboard`, `wandb`, `trackio`.
-        on_step: Called after every optimiser step with a `StepReport`, before log, previews and checkpoint are written; a
-            watcher that returns True ends the training.
+        on_step: Called after every optimiser step with a `StepReport`, in every rank, before log, previews and checkpoint are
+            written; a watcher that returns True ends the training.
         progress: Whether to show a progress bar.
         allow_code: Every `module:attribute` that may be imported, where the recipe names one as objective or optimiser; the
             recipe alone, which may be a stranger's, runs no code.
@@ -91,7 +92,8 @@ def train(
         KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
     """
     require_allowed(recipe, allow_code)
-    spec, out = recipe.train, Path(out) if out is not None else None
+    spec, out = recipe.train, Path(out) if out is not None and is_main() else None
+    track, progress = track if is_main() else (), progress and is_main()
     with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
         checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
         loaded_here = base is None
@@ -117,9 +119,10 @@ def train(
             state = start(teacher, parameters, pairs, probe, allow_code)
             state.started = started
             state.count_time()
-            if checkpoint:
+            if checkpoint := from_main(lambda: checkpoint):
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
+            copy_from_main(parameters)
             watchers = watchers_for(teacher, state, out, track, progress, on_step, recipe, solved)
             run_steps(teacher, state, watchers, probe, guard)
             if progress and recipe.probed:
@@ -274,13 +277,17 @@ def run_steps(
             total, samples = torch.zeros((), device=base.model.device), 0
             weight = torch.where(preserves, state.preserve_weight, 1.0)
             weight[teacher.null_lesson] = state.preserve_weights[0][1]  # where it moves, guidance takes the erasure back
-            for x_t, t, lesson, target in batches:
-                with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step)):
+            for batch in batches:
+                samples += len(batch.t)
+                x_t, t, lesson, target = batch.share()
+                if not len(t):  # fewer points than ranks
+                    continue
+                with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step + rank() * spec.most_steps)):
                     prediction = base.predict(x_t, t, teacher.condition(lesson))
                 error = (prediction - target).square().flatten(1).mean(1)
                 loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
-                total, samples = total + loss.detach(), samples + len(t)
+                total = total + loss.detach()
             state.update(total, samples, learning_rate(spec, step, state.lr, state.cooling))
             if guard:
                 guard.hold()
@@ -289,7 +296,7 @@ def run_steps(
                 require_finite(state, base)
                 if steer(state, probe.read(state.step), teacher.recipe):
                     teacher.push(state.eta, buffers.values())
-            interrupted = interruption.requested
+            interrupted = anywhere(interruption.requested)
             for watch in watchers:
                 last = interrupted or state.stopped or state.step == last_step(spec, state.cooling)
                 if watch(StepReport(state, teacher, interrupted, last)):

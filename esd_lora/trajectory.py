@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from esd_lora.ranks import share
+
 Condition = dict[str, Tensor]
 """What a denoiser reads beside `x_t` and `t`: named tensors whose first dimension is the prompt."""
 
@@ -137,6 +139,10 @@ class Points(NamedTuple):
     def join(cls, parts: Sequence[Points]) -> Points:
         """Return all points of several groups as one."""
         return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def share(self) -> Points:
+        """Return the points of this rank, all of them in a process of its own."""
+        return Points(*(share(tensor) for tensor in self))
 
     def split(self, size: int) -> list[Points]:
         """Return the points in groups of `size`."""

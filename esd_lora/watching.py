@@ -27,6 +27,7 @@ from esd_lora.erasers.header import Solved
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.files import reporting_write_errors, write_atomically
 from esd_lora.pictures import grid, paint, png, sample_files
+from esd_lora.ranks import anywhere, from_main
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import probe_seed
@@ -175,7 +176,8 @@ class ErasureProbe:
             teacher.evaluations = evaluations
         now = teacher.predict(points.x_t, points.t, teacher.condition(points.lesson))
         way = points.target - start
-        return ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+        share = ((now - start) * way).sum().item() / max(way.square().sum().item(), 1e-12)
+        return from_main(lambda: share)
 
     def _measuring_points(self, teacher: Teacher) -> tuple[Points, Tensor]:
         if self._erased is None or self._start is None:
@@ -186,6 +188,11 @@ class ErasureProbe:
             with teacher.adapter_disabled():
                 self._start = teacher.predict(self._erased.x_t, self._erased.t, teacher.condition(self._erased.lesson))
         return self._erased, self._start
+
+
+def stop_together(report: StepReport) -> bool:
+    """End the training on every rank if a watcher ends it on one."""
+    return anywhere(report.state.stopped)
 
 
 class JsonLog:
@@ -316,7 +323,8 @@ class Tracking:
                 self.accelerator.log({"loss": losses[step], **values}, step=step)
             self._unsent.clear()
         if report.last:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # `end_training` would part the ranks as well
+                tracker.finish()
 
 
 def watchers_for(
@@ -334,7 +342,7 @@ def watchers_for(
     Args:
         teacher: Knows the recipe.
         state: Where the training begins.
-        out: The run directory, if there is one.
+        out: The run directory, if there is one and this is the rank that writes.
         track: Names of experiment trackers.
         progress: Whether to show a progress bar.
         on_step: The user's.
@@ -345,7 +353,7 @@ def watchers_for(
     watchers: list[Watcher] = []
     if spec.probe_every and not recipe.probed:
         watchers.append(ErasureProbe())
-    watchers += [*on_step, check_losses]  # those that may end the training first, so that all others know
+    watchers += [*on_step, check_losses, stop_together]  # those that may end the training first, so that all others know
     if track:
         watchers.append(Tracking(track, recipe, out))
     if progress:

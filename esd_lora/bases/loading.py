@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from esd_lora import ranks
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
 from esd_lora.bases.single_file import open_single_file
@@ -87,7 +89,7 @@ def load_base(
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of a name; `auto` is the best one that accelerate finds.
+    """Return the device of a name; `auto` is the best one that accelerate finds. Several ranks join each other here.
 
     Raises:
         EsdLoraError: If it is unknown or not there.
@@ -95,6 +97,8 @@ def choose_device(device: str) -> torch.device:
     known = ("auto", "cpu", "cuda", "mps")
     if device.partition(":")[0] not in known:
         raise EsdLoraError(f"unknown device {device!r}{did_you_mean(device, known)}. Known: {', '.join(known)}.")
+    if ranks.count() > 1:
+        return _join_ranks(device)
     if device == "auto":
         from accelerate import PartialState
 
@@ -103,6 +107,32 @@ def choose_device(device: str) -> torch.device:
     if not available.get(device.partition(":")[0], lambda: True)():
         raise EsdLoraError(f"device {device!r} is not available here. Use --device auto or cpu.")
     return torch.device(device)
+
+
+def _join_ranks(device: str) -> torch.device:
+    """Join the other ranks, and return the device of this one: a GPU of its own, or the CPU where there are none.
+
+    Raises:
+        EsdLoraError: If ranks cannot have that device, or there are fewer than ranks, or no rank answers.
+    """
+    from accelerate import PartialState
+
+    if ":" in device or device == "mps":
+        raise EsdLoraError(f"device {device!r} is one, and {ranks.count()} ranks were started. Use --device auto, cuda or cpu.")
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    on_cpu = device == "cpu" or kind is None or kind.type == "mps"  # over which no ranks talk
+    if device == "cuda" and on_cpu:
+        raise EsdLoraError("device 'cuda' is not available here. Use --device auto or cpu.")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and here > torch.accelerator.device_count():
+        raise EsdLoraError(
+            f"{here} ranks were started on a machine with {torch.accelerator.device_count()} devices. Start as many ranks, or"
+            " use --device cpu."
+        )
+    try:
+        return PartialState(cpu=on_cpu, timeout=ranks.PATIENCE).device or torch.device("cpu")
+    except (RuntimeError, ValueError) as error:
+        raise EsdLoraError(f"the {ranks.count()} ranks cannot join each other: {' '.join(str(error).split())[:300]}") from error
 
 
 def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:

@@ -25,6 +25,7 @@ from esd_lora.cli.options import (
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
 from esd_lora.negative_guidance import with_negative_guidance
+from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
 
@@ -91,6 +92,7 @@ def train(
     esd-lora train --concept "a cat" -o no-cat
     esd-lora train emoji-twemoji -s train.steps=300 -o no-twemoji
     esd-lora train sdxl/fast concepts/van-gogh -o no-van-gogh
+    torchrun --nproc_per_node 2 -m esd_lora train --concept "a cat" -o no-cat    # shared by two devices
     """
     _require_concept(concepts, recipes, anchor, erase_from)
     names = given(base=base or None, base_config=base_config or None, scope=scope or None)
@@ -112,7 +114,7 @@ def train(
         eraser = run(recipe, out=out, allow_code=allow_code, teacher_cache=teacher_cache, **options)
     except KeyboardInterrupt:
         raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
-    if kohya:
+    if kohya and is_main():
         say(f"kohya LoRA: {_export_kohya(eraser, out)}")
     say(f"{_summary(eraser)}: {out}")
 

@@ -23,6 +23,7 @@ from esd_lora.cli.options import (
 )
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
+from esd_lora.ranks import is_main
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -99,6 +100,8 @@ def evaluate(
             _estimate(model, loaded, out, options)
             return
         report = evaluating.evaluate(model, loaded, out, **options)
+    if not is_main():
+        return
     if attach:
         write_into(paths[0], report, None if loaded.sensitive else out)
     _show(report, out)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.ranks import count, is_main, rank
 from esd_lora.registry import require_code_names
 from esd_lora.wording import is_text, printable
 from esd_lora.yaml_files import parse_yaml
@@ -38,10 +39,17 @@ _REFUSED = {
 def say(*lines: str, err: bool = False) -> None:
     """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
 
+    Of several ranks the main one prints.
+
     Args:
         lines: Each on its own; names, prompts and headers of strangers may be part of them.
         err: Whether to print on standard error.
     """
+    if is_main():
+        _echo(lines, err)
+
+
+def _echo(lines: Sequence[str], err: bool) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     for line in lines:
         click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
@@ -64,7 +72,8 @@ def reporting_faults() -> Generator[None]:
 def _fail(message: str) -> NoReturn:
     """Print an error and exit; only its own further lines, which are indented, stay lines."""
     first, *others = message.split("\n  ")
-    say(f"error: {first}", *(f"  {line}" for line in others), err=True)
+    where = f" (rank {rank()})" if count() > 1 else ""  # each says what ended it
+    _echo([f"error{where}: {first}", *(f"  {line}" for line in others)], err=True)
     sys.exit(1)
 
 
@@ -105,6 +114,10 @@ def _check_directory() -> None:
         raise EsdLoraError("the working directory is gone. Change into one that exists.") from error
 
 
+SHARED = ("train", "generate", "evaluate")
+"""Commands that several ranks may run together."""
+
+
 class Commands(click.Group):
     """Turns the faults a user can cause into one sentence and exit code 1."""
 
@@ -122,6 +135,8 @@ class Commands(click.Group):
             # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
             # a quiet one; benchmarks/sample_evaluation.py compares.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        if not is_main():
+            os.environ.setdefault("TQDM_DISABLE", "1")
         with reporting_faults(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -132,6 +147,11 @@ class Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+        if count() > 1 and args[0] in self.commands and args[0] not in SHARED:
+            raise EsdLoraError(
+                f"{args[0]} is the work of one process, and {count()} were started; {', '.join(SHARED)} share theirs. Start it"
+                " without torchrun or accelerate launch."
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -230,7 +250,17 @@ def device_options(command: _Command) -> _Command:
 
 
 force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only print what it would take: work, time, memory, files.")
+
+
+def _in_one_process(_ctx: click.Context, _param: click.Parameter, dry_run: bool) -> bool:
+    if dry_run and count() > 1:
+        raise EsdLoraError("--dry-run counts and times one process. Start it without torchrun or accelerate launch.")
+    return dry_run
+
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, callback=_in_one_process, help="Only print what it would take: work, time, memory, files."
+)
 
 
 def allow_code_option(command: _Command) -> _Command:

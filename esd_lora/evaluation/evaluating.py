@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from esd_lora.files import (
     work_folder,
     write_atomically,
 )
+from esd_lora.ranks import from_main, is_main
 from esd_lora.wording import printable
 
 _FILES = ("evaluation.json", "cases.jsonl", "images.jsonl", "summary.json", "table.md", "stack.png", "report.html")
@@ -73,7 +74,7 @@ def evaluate(
     progress: bool = True,
     allow_code: Collection[str] = (),
 ) -> Report:
-    """Measure erasers on a base.
+    """Measure erasers on a base; several ranks (`ranks`) paint together, the main one scores, and all return the report.
 
     Args:
         base: A base name, directory or Hub id, or a loaded base.
@@ -114,14 +115,17 @@ def evaluate(
         allow_code=allow_code,
     )
     plan, variants, out = job.plan, job.variants, Path(out)
-    with _begun(out, job.record, plan.cases, force) as folder:
+    progress = progress and is_main()
+    with _begun(out, job.record, plan.cases, force) if is_main() else nullcontext(out) as folder:
         paint_missing(folder, variants, plan.cases, progress=progress)
         pictures = {
             v.name: {case.id: painted_file(folder, v.name, case.id) for case in plan.cases if case.role in v.roles}
             for v in variants
         }
         alone = job.members if stack else ()
-        report = _score_and_write(folder, job.suite, plan, job.record, pictures, job.conditions, progress, alone, allow_code)
+        report = from_main(
+            lambda: _score_and_write(folder, job.suite, plan, job.record, pictures, job.conditions, progress, alone, allow_code)
+        )
     return _passed(report, job.conditions)
 
 
@@ -167,8 +171,8 @@ def score_pictures(
     conditions = [read_condition(text, list(matched)) for text in fail_if]
     hashes = {name: _hash_all(files.values()) for name, files in matched.items()}
     record = suite_record(suite, plan, concepts, limit) | {"pictures": hashes}
-    with _begun(out, record, plan.cases, force) as folder:
-        report = _score_and_write(folder, suite, plan, record, matched, conditions, progress, (), allow_code)
+    with _begun(out, record, plan.cases, force) if is_main() else nullcontext(out) as folder:
+        report = from_main(lambda: _score_and_write(folder, suite, plan, record, matched, conditions, progress, (), allow_code))
     return _passed(report, conditions)
 
 

@@ -30,7 +30,8 @@ from esd_lora.evaluation.report.report import Distance
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
 from esd_lora.files import hash_file, reporting_write_errors, write_atomically
-from esd_lora.pictures import open_picture, png
+from esd_lora.pictures import even_batches, open_picture, png
+from esd_lora.ranks import count, from_main, is_main, merge, share
 from esd_lora.wording import printable
 
 _BATCH = 32  # pictures between two writes to the disk
@@ -42,24 +43,37 @@ Scores = dict[tuple[str, str], dict[str, Score]]
 
 
 def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Case], *, progress: bool = True) -> None:
-    """Paint what is not there yet; each picture appears whole or not at all."""
-    missing: list[tuple[Variant, list[Case]]] = []
+    """Paint what is not there yet; each picture appears whole or not at all. Ranks, if there are several, share the batches."""
+    missing: list[list[Case]] = []
     for variant in variants:
         own = [case for case in cases if case.role in variant.roles]
-        missing.append((variant, [case for case in own if not painted_file(folder, variant.name, case.id).exists()]))
-    total = sum(len(todo) for _, todo in missing)
+        missing.append([case for case in own if not painted_file(folder, variant.name, case.id).exists()])
+    missing = from_main(lambda: missing)
+    total = sum(map(len, missing))
     with tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar:
-        for variant, todo in missing:
+        for variant, todo in zip(variants, missing, strict=True):
             if not todo:
                 continue
             bar.set_postfix_str(printable(variant.name))
-            with reporting_write_errors(folder):
-                painted_file(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
-                for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
-                    for case, image in zip(batch, paint(batch), strict=True):
-                        write_atomically(painted_file(folder, variant.name, case.id), png(image))
-                    bar.update(len(batch))
+                batches = [[todo[i] for i in part] for part in even_batches(len(todo), _BATCH)]
+                for first in range(0, len(batches), count()):
+                    painted: dict[str, bytes] = {}
+                    for batch in share(batches[first : first + count()]):
+                        painted |= {case.id: png(image) for case, image in zip(batch, paint(batch), strict=True)}
+                    painted = merge(painted)
+                    if is_main():
+                        write_painted(folder, variant.name, painted)
+                    bar.update(len(painted))
+
+
+def write_painted(folder: Path, variant: str, pictures: Mapping[str, bytes]) -> None:
+    """Write pictures of a variant, by case, into an evaluation's directory."""
+    for case, picture in pictures.items():
+        file = painted_file(folder, variant, case)
+        with reporting_write_errors(folder):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, picture)
 
 
 def score_missing(

@@ -168,7 +168,7 @@ def test_interrupted_run_goes_on(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(base, suite, whole, erasers=[cat_dir])
-    monkeypatch.setattr(scoring, "_BATCH", 2)
+    monkeypatch.setattr(scoring, "_BATCH", 4)  # so pairs are painted
     paint, painted = base.pipe.__class__.__call__, 0
 
     def counted(pipe: Any, *args: Any, **kwargs: Any) -> Any:
