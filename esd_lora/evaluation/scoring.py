@@ -11,11 +11,13 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from esd_lora.bases.loading import quiet_libraries
@@ -42,13 +44,20 @@ Scores = dict[tuple[str, str], dict[str, Score]]
 
 
 def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Case], *, progress: bool = True) -> None:
-    """Paint what is not there yet; each picture appears whole or not at all."""
+    """Paint what is not there yet; each picture appears whole or not at all.
+
+    A thread compresses and writes one batch while the next is painted. Whatever stops the painting, what is painted is written.
+    """
     missing: list[tuple[Variant, list[Case]]] = []
     for variant in variants:
         own = [case for case in cases if case.role in variant.roles]
         missing.append((variant, [case for case in own if not painted_file(folder, variant.name, case.id).exists()]))
     total = sum(len(todo) for _, todo in missing)
-    with tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar:
+    with (
+        tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="writing") as writer,
+    ):
+        writing: Future[None] | None = None
         for variant, todo in missing:
             if not todo:
                 continue
@@ -57,9 +66,18 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
                 painted_file(folder, variant.name, "").parent.mkdir(parents=True, exist_ok=True)
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
                 for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
-                    for case, image in zip(batch, paint(batch), strict=True):
-                        write_atomically(painted_file(folder, variant.name, case.id), png(image))
+                    images = paint(batch)
+                    if writing:
+                        writing.result()  # so that no more than two batches are held, and a full disk stops the painting
+                    writing = writer.submit(_write_painted, folder, variant.name, batch, images)
                     bar.update(len(batch))
+        if writing:
+            writing.result()
+
+
+def _write_painted(folder: Path, variant: str, cases: Sequence[Case], images: Sequence[Image]) -> None:
+    for case, image in zip(cases, images, strict=True):
+        write_atomically(painted_file(folder, variant, case.id), png(image))
 
 
 def score_missing(
