@@ -9,8 +9,8 @@
 Ways take turns, in the other order each round, in one process; a ratio is the median of those within a round. `emoji` is the
 built-in base: 64 pictures, 12 steps. `sd15` is a Stable Diffusion 1.5 of random weights in float32 that paints 256 x 256 pixels
 in 2 steps, which takes minutes a round on two cores. CPU seconds count all threads, and say what other work on the machine
-hides. After the rounds come shares of esd-lora's time by what it does, and how many pictures differ from the bare loop's, and by
-how much at most: a batch of another size adds floating-point numbers in another order.
+hides. After the rounds come shares of esd-lora's time by what it does, and how many pictures differ from the bare loop's, and
+by how much at most: a batch of another size adds floating-point numbers in another order.
 """
 
 from __future__ import annotations
