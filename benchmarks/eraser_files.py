@@ -1,16 +1,16 @@
 """Work on eraser files at the size of published models: seconds and memory, each beside an alternative where there is one.
 
-    python benchmarks/eraser_files.py [--only merge,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
+    python benchmarks/eraser_files.py [--only merge,copying,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
 
 Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
 into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file, and
 with `cp` and `sync`, since a merged file is on the disk before it has its name: the ratio is to the latter, the median of those
-within a round. CPU seconds of a merge and of `cp` and `sync` say what other work on the machine hides. `files` does everything
-else that is done with eraser files. `fusing` finds the closed form of ten erasers of cross-attention on SD 1.5, and of ten of
-keys and values on SDXL, beside the package's keep list: what the base itself takes, denoising and encoding text, is told apart,
-and latents are of 256 x 256 pixels, because of larger ones no more rows count. `sampling` asks a U-Net of SD 1.5's size for
-predictions with ten erasers on: fused into one stack, as one adapter of ten times the rank, and as ten adapters under
-diffusers' `set_adapters`, each in turn with the bare base in the same process.
+within a round. CPU seconds of a merge and of `cp` and `sync` say what other work on the machine hides. `copying` is the copy
+within a merge alone. `files` does everything else that is done with eraser files. `fusing` finds the closed form of ten erasers
+of cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list: what the base itself takes,
+denoising and encoding text, is told apart, and latents are of 256 x 256 pixels, because of larger ones no more rows count.
+`sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as one adapter of ten times
+the rank, and as ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the same process.
 
 Memory is what a step needs at its peak beyond what the process held before it (VmHWM of a fresh process).
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import shutil
@@ -186,6 +187,35 @@ def profile_merge(eraser: Path, source: Path, out: Path) -> dict[str, float]:
     return {**spent, "all else": whole - sum(spent.values())}
 
 
+def copying_steps(folder: Path, rounds: int) -> dict[str, float]:
+    """CPU seconds of having the kernel copy all tensors, by where its turns begin.
+
+    The file is read anew first, from front to back; one whose pages came in otherwise may be held in pieces too small to matter.
+    """
+    from esd_lora.erasers.tensor_files import read_header
+    from esd_lora.weights.streaming import _TURN
+
+    source, out = folder / "sd15.safetensors", folder / "copy.safetensors"
+    start, size = read_header(source).start, source.stat().st_size
+    with source.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        hashlib.file_digest(file, "sha256")
+    seconds: dict[str, list[float]] = {"with the tensors": [], "at multiples of 8 MiB": []}
+    for i in trange(rounds, desc="copying"):
+        for where in sorted(seconds, reverse=bool(i % 2)):
+            out.unlink(missing_ok=True)
+            os.sync()
+            with source.open("rb") as old, out.open("wb") as new:
+                new.truncate(size)
+                begun, at = time.process_time(), start
+                while at < size:
+                    turn = _TURN - at % _TURN if where != "with the tensors" else _TURN
+                    at += os.copy_file_range(old.fileno(), new.fileno(), min(turn, size - at), at, at)
+                seconds[where].append(time.process_time() - begun)
+    out.unlink()
+    return {where: statistics.median(values) for where, values in seconds.items()}
+
+
 def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
     """Everything else, on erasers of all layers."""
     import warnings
@@ -338,7 +368,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="merge,files,fusing,sampling")
+    parser.add_argument("--only", default="merge,copying,files,fusing,sampling")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -355,6 +385,7 @@ def main() -> None:
         else:
             steps = {
                 "merge": lambda: merge_steps(name, options.out, options.rounds),
+                "copying": lambda: copying_steps(options.out, options.rounds),
                 "files": lambda: file_steps(name, options.out),
                 "fusing": lambda: fusing_steps(name, options.out),
                 "sampling": lambda: sampling_steps(options.out, options.rounds),
@@ -365,14 +396,15 @@ def main() -> None:
     def stage(name: str) -> Any:
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--out", str(options.out), "--stage", name]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(output.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "fusing", "sampling") else None
+        kinds = ("merge", "copying", "files", "fusing", "sampling")
+        return json.loads(output.splitlines()[-1]) if name.split(":")[0] in kinds else None
 
     wanted = options.only.split(",")
     print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")
     for model in FAMILY:
         if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
             stage(f"write:{model}")
-        if set(wanted) & {"merge", "files", "fusing"} and not (options.out / f"{model}.safetensors").is_file():
+        if set(wanted) & {"merge", "copying", "files", "fusing"} and not (options.out / f"{model}.safetensors").is_file():
             stage(f"checkpoint:{model}")
     if "merge" in wanted:
         if not (options.out / "unet.safetensors").is_file():
@@ -398,6 +430,10 @@ def main() -> None:
                 )
                 shares.append(f"| {name} | {scope} | {' | '.join(f'{spent:.2f}' for spent in row['profile'].values())} |")
         print(f"\n| CPU s | scope | {' | '.join([*PARTS, 'all else'])} |\n{'|---' * (len(PARTS) + 3)}|", *shares, "", sep="\n")
+    if "copying" in wanted:
+        for where, spent in stage("copying:").items():
+            print(f"copied by the kernel in {spent:.2f} CPU s where its turns begin {where}")
+        print(flush=True)
     if "files" in wanted:
         tables = {model: stage(f"files:{model}") for model in FAMILY}
         print("| all layers, rank 4 | " + " | ".join(f"{m} s | {m} peak MB" for m in tables) + " |\n" + "|---" * 5 + "|")
