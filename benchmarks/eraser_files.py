@@ -190,7 +190,7 @@ def profile_merge(eraser: Path, source: Path, out: Path) -> dict[str, float]:
 def copying_steps(folder: Path, rounds: int) -> dict[str, float]:
     """CPU seconds of having the kernel copy all tensors, by where its turns begin.
 
-    The file is read anew first, from front to back; one whose pages came in otherwise may be held in pieces too small to matter.
+    The file is read anew first, from front to back; if its pages came in otherwise, their pieces may be too small to matter.
     """
     from esd_lora.erasers.tensor_files import read_header
     from esd_lora.weights.streaming import _TURN
