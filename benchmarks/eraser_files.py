@@ -1,16 +1,16 @@
 """Work on eraser files at the size of published models: seconds and memory, each beside an alternative where there is one.
 
-    python benchmarks/eraser_files.py [--only merge,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
+    python benchmarks/eraser_files.py [--only merge,copying,files,fusing,sampling] [--rounds 7] [--out out/eraser_files]
 
 Weights are random, layers and shapes those of Stable Diffusion 1.5 and SDXL, so nothing is said about erasure. `merge` merges
 into a float32 U-Net of SD 1.5 in one file (3.4 GB) and into whole float16 checkpoints, in turn with `cp` of the same file, and
-with `cp` and `sync`, since a merged file is on the disk before it has its name: the ratio is to the latter, between medians of
-the same run. `files` does everything else that is done with eraser files. `fusing` finds the closed form of ten erasers of
-cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list: what the base itself takes,
+with `cp` and `sync`, since a merged file is on the disk before it has its name: the ratio is to the latter, the median of those
+within a round. CPU seconds of a merge and of `cp` and `sync` say what other work on the machine hides. `copying` is the copy
+within a merge alone. `files` does everything else that is done with eraser files. `fusing` finds the closed form of ten erasers
+of cross-attention on SD 1.5, and of ten of keys and values on SDXL, beside the package's keep list: what the base itself takes,
 denoising and encoding text, is told apart, and latents are of 256 x 256 pixels, because of larger ones no more rows count.
-`sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as
-one adapter of ten times the rank, and as ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the
-same process.
+`sampling` asks a U-Net of SD 1.5's size for predictions with ten erasers on: fused into one stack, as one adapter of ten times
+the rank, and as ten adapters under diffusers' `set_adapters`, each in turn with the bare base in the same process.
 
 Memory is what a step needs at its peak beyond what the process held before it (VmHWM of a fresh process).
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tqdm import tqdm, trange
@@ -39,6 +42,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 FAMILY = {"sd15": "sd", "sdxl": "sdxl"}
 ERASERS, RANK = 10, 4
 PAIRS = 8  # of predictions a round
+PARTS = (
+    "hashing the base",
+    "copying untouched",
+    "reading touched",
+    "adding and rounding",
+    "looking for NaN",
+    "writing touched",
+    "waiting for the disk",
+)
+"""What a merge does."""
 
 
 def field(name: str) -> int:
@@ -108,12 +121,14 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     for scope in ("xattn", "full"):
         eraser = folder / f"{model}-{scope}-0"
         times: dict[str, list[float]] = {"cp": [], "cp and sync": [], "merge": []}
+        work: dict[str, list[float]] = {what: [] for what in times}
         memory = 0.0
         for i in trange(rounds, desc=f"{name} {scope}"):
             for what in sorted(times, reverse=bool(i % 2)):
                 for file in (out, copy):
                     file.unlink(missing_ok=True)
                 os.sync()
+                before = sum(os.times()[:4])
                 if what.startswith("cp"):
                     started = time.perf_counter()
                     subprocess.run(["cp", source, copy], check=True)
@@ -124,13 +139,81 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
                     step = measured(lambda eraser=eraser: merge([eraser], source, out, progress=False))
                     times[what].append(step["seconds"])
                     memory = max(memory, step["memory"])
+                work[what].append(sum(os.times()[:4]) - before)
         proof = measured(lambda eraser=eraser: verify(out, source, [eraser]))
         middle = {what: statistics.median(values) for what, values in times.items()}
-        found[scope] = {**middle, "ratio": middle["merge"] / middle["cp and sync"], "memory": memory, "verify": proof}
+        ratios = [ours / theirs for ours, theirs in zip(times["merge"], times["cp and sync"], strict=True)]
+        found[scope] = {**middle, "ratio": statistics.median(ratios), "memory": memory, "verify": proof}
+        found[scope]["work"] = {what: statistics.median(values) for what, values in work.items()}
         found[scope]["ranges"] = {what: [min(values), max(values)] for what, values in times.items()}
+        out.unlink()
+        found[scope]["profile"] = profile_merge(eraser, source, out)
     for file in (out, copy):
         file.unlink(missing_ok=True)
     return found
+
+
+def profile_merge(eraser: Path, source: Path, out: Path) -> dict[str, float]:
+    """CPU seconds of one merge by what it does, threads added up."""
+    from unittest.mock import patch
+
+    from esd_lora import files
+    from esd_lora.weights import merging, streaming
+
+    lock, spent = Lock(), dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                with lock:
+                    spent[part] += time.thread_time() - started
+
+        return patch.object(owner, name, call)
+
+    places = (merging, streaming, streaming, streaming, streaming, streaming, files)
+    names = ("hash_weight", "_copy", "_read", "_add", "all_finite", "_write", "sync")
+    with ExitStack() as stack:
+        for part, owner, name in zip(PARTS, places, names, strict=True):
+            stack.enter_context(timed(part, owner, name))
+        before = time.process_time()
+        merging.merge([eraser], source, out, progress=False)
+        whole = time.process_time() - before
+    spent["adding and rounding"] -= sum(spent[part] for part in ("reading touched", "looking for NaN", "writing touched"))
+    return {**spent, "all else": whole - sum(spent.values())}
+
+
+def copying_steps(folder: Path, rounds: int) -> dict[str, float]:
+    """CPU seconds of having the kernel copy all tensors, by where its turns begin.
+
+    The file is read anew first, from front to back; if its pages came in otherwise, their pieces may be too small to matter.
+    """
+    from esd_lora.erasers.tensor_files import read_header
+    from esd_lora.weights.streaming import _TURN
+
+    source, out = folder / "sd15.safetensors", folder / "copy.safetensors"
+    start, size = read_header(source).start, source.stat().st_size
+    with source.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        hashlib.file_digest(file, "sha256")
+    seconds: dict[str, list[float]] = {"with the tensors": [], "at multiples of 8 MiB": []}
+    for i in trange(rounds, desc="copying"):
+        for where in sorted(seconds, reverse=bool(i % 2)):
+            out.unlink(missing_ok=True)
+            os.sync()
+            with source.open("rb") as old, out.open("wb") as new:
+                new.truncate(size)
+                begun, at = time.process_time(), start
+                while at < size:
+                    turn = _TURN - at % _TURN if where != "with the tensors" else _TURN
+                    at += os.copy_file_range(old.fileno(), new.fileno(), min(turn, size - at), at, at)
+                seconds[where].append(time.process_time() - begun)
+    out.unlink()
+    return {where: statistics.median(values) for where, values in seconds.items()}
 
 
 def file_steps(model: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -285,7 +368,7 @@ def sampling_steps(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="merge,files,fusing,sampling")
+    parser.add_argument("--only", default="merge,copying,files,fusing,sampling")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -302,6 +385,7 @@ def main() -> None:
         else:
             steps = {
                 "merge": lambda: merge_steps(name, options.out, options.rounds),
+                "copying": lambda: copying_steps(options.out, options.rounds),
                 "files": lambda: file_steps(name, options.out),
                 "fusing": lambda: fusing_steps(name, options.out),
                 "sampling": lambda: sampling_steps(options.out, options.rounds),
@@ -312,14 +396,15 @@ def main() -> None:
     def stage(name: str) -> Any:
         command = [sys.executable, __file__, "--rounds", str(options.rounds), "--out", str(options.out), "--stage", name]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(output.splitlines()[-1]) if name.split(":")[0] in ("merge", "files", "fusing", "sampling") else None
+        kinds = ("merge", "copying", "files", "fusing", "sampling")
+        return json.loads(output.splitlines()[-1]) if name.split(":")[0] in kinds else None
 
     wanted = options.only.split(",")
     print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")
     for model in FAMILY:
         if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
             stage(f"write:{model}")
-        if set(wanted) & {"merge", "files", "fusing"} and not (options.out / f"{model}.safetensors").is_file():
+        if set(wanted) & {"merge", "copying", "files", "fusing"} and not (options.out / f"{model}.safetensors").is_file():
             stage(f"checkpoint:{model}")
     if "merge" in wanted:
         if not (options.out / "unet.safetensors").is_file():
@@ -327,9 +412,11 @@ def main() -> None:
         print(f"medians of {options.rounds}, and the whole range\n")
         columns = ("merge", "cp", "cp and sync")
         head = (
-            "| checkpoint | GB | scope | merge s | cp s | cp and sync s | merge / that | peak MB | verify s | verify peak MB |"
+            "| checkpoint | GB | scope | merge s | cp s | cp and sync s | merge / that | CPU s, merge | CPU s, cp and sync |"
+            " peak MB | verify s | verify peak MB |"
         )
-        print(f"{head}\n{'|---' * 10}|")
+        print(f"{head}\n{'|---' * 12}|")
+        shares: list[str] = []
         for name in ("unet", "sd15", "sdxl"):
             found = stage(f"merge:{name}")
             for scope in ("xattn", "full"):
@@ -337,10 +424,16 @@ def main() -> None:
                 seconds = {what: f"{row[what]:.1f} ({low:.1f} to {high:.1f})" for what, (low, high) in row["ranges"].items()}
                 print(
                     f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {' | '.join(seconds[what] for what in columns)} |"
-                    f" {row['ratio']:.2f} | {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
+                    f" {row['ratio']:.2f} | {row['work']['merge']:.2f} | {row['work']['cp and sync']:.2f} |"
+                    f" {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
                     flush=True,
                 )
-        print()
+                shares.append(f"| {name} | {scope} | {' | '.join(f'{spent:.2f}' for spent in row['profile'].values())} |")
+        print(f"\n| CPU s | scope | {' | '.join([*PARTS, 'all else'])} |\n{'|---' * (len(PARTS) + 3)}|", *shares, "", sep="\n")
+    if "copying" in wanted:
+        for where, spent in stage("copying:").items():
+            print(f"copied by the kernel in {spent:.2f} CPU s where its turns begin {where}")
+        print(flush=True)
     if "files" in wanted:
         tables = {model: stage(f"files:{model}") for model in FAMILY}
         print("| all layers, rank 4 | " + " | ".join(f"{m} s | {m} peak MB" for m in tables) + " |\n" + "|---" * 5 + "|")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from textwrap import wrap
@@ -27,6 +28,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_PIXELS = 2**26
 """Pixels of the largest picture that is opened; a photograph of 60 megapixels is smaller."""
 _BATCH = 32
+_DECODED = 2**20
+"""Most pixels that the VAE decodes at once, 4 pictures of 512 x 512. Stable Diffusion's takes 3.1 kB a pixel in float32."""
 
 
 def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -94,7 +97,8 @@ def paint(
         guidance: Classifier-free guidance scale; the base's default unless given.
         negative_prompt: Takes the place of the empty prompt in guidance.
         encode: Returns the condition of prompts where the base's text encoders are gone.
-        batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents.
+        batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have
+            more than `_DECODED` pixels together, they are denoised together and decoded one by one.
         desc: Label of a progress bar; without one there is none.
     """
     pictures: list[Image.Image] = []
@@ -108,15 +112,29 @@ def paint(
             text["negative_prompt"] = [negative_prompt] * len(part)
         if encode:
             text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
-        pictures += base.pipe(
-            **text,
-            **native,
-            **base.family.call_kwargs(base.pipe),
-            num_inference_steps=steps or base.steps,
-            guidance_scale=base.guidance if guidance is None else guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
-        ).images
+        with _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
+            pictures += base.pipe(
+                **text,
+                **native,
+                **base.family.call_kwargs(base.pipe),
+                num_inference_steps=steps or base.steps,
+                guidance_scale=base.guidance if guidance is None else guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
+            ).images
     return pictures
+
+
+@contextmanager
+def _bounded_decoding(vae: Any, pixels: int) -> Generator[None]:
+    """Have a VAE decode one picture at a time inside a `with` block, if all at once have too many pixels."""
+    if pixels <= _DECODED or vae.use_slicing:
+        yield
+        return
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.disable_slicing()
 
 
 def pictures_at_once(base: Base, batch: int = _BATCH) -> int:

@@ -11,11 +11,13 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from esd_lora.bases.loading import quiet_libraries
@@ -43,14 +45,21 @@ Scores = dict[tuple[str, str], dict[str, Score]]
 
 
 def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Case], *, progress: bool = True) -> None:
-    """Paint what is not there yet; each picture appears whole or not at all. Ranks, if there are several, share the batches."""
+    """Paint what is not there yet; each picture appears whole or not at all. Ranks, if there are several, share the batches.
+
+    A thread compresses and writes one batch while the next is painted. Whatever stops the painting, what is painted is written.
+    """
     missing: list[list[Case]] = []
     for variant in variants:
         own = [case for case in cases if case.role in variant.roles]
         missing.append([case for case in own if not painted_file(folder, variant.name, case.id).exists()])
     missing = from_main(lambda: missing)
     total = sum(map(len, missing))
-    with tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar:
+    with (
+        tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="writing") as writer,
+    ):
+        writing: Future[None] | None = None
         for variant, todo in zip(variants, missing, strict=True):
             if not todo:
                 continue
@@ -58,22 +67,26 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
             with variant.on() as paint, quiet_libraries():  # they warn of every prompt that is cut off
                 batches = [[todo[i] for i in part] for part in even_batches(len(todo), _BATCH)]
                 for first in range(0, len(batches), count()):
-                    painted: dict[str, bytes] = {}
+                    painted: dict[str, Image] = {}
                     for batch in share(batches[first : first + count()]):
-                        painted |= {case.id: png(image) for case, image in zip(batch, paint(batch), strict=True)}
+                        painted |= {case.id: image for case, image in zip(batch, paint(batch), strict=True)}
                     painted = merge(painted)
+                    if writing:
+                        writing.result()  # so that no more than two batches are held, and a full disk stops the painting
                     if is_main():
-                        write_painted(folder, variant.name, painted)
+                        writing = writer.submit(_write_painted, folder, variant.name, painted)
                     bar.update(len(painted))
+        if writing:
+            writing.result()
 
 
-def write_painted(folder: Path, variant: str, pictures: Mapping[str, bytes]) -> None:
+def _write_painted(folder: Path, variant: str, pictures: Mapping[str, Image]) -> None:
     """Write pictures of a variant, by case, into an evaluation's directory."""
     for case, picture in pictures.items():
         file = painted_file(folder, variant, case)
         with reporting_write_errors(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, picture)
+        write_atomically(file, png(picture))
 
 
 def score_missing(

@@ -25,9 +25,10 @@ MERGED_KEY = "esd_lora_merged"
 """Metadata of a merged file: a JSON list of what was merged into it, the latest last."""
 _PIECE = 2**20  # bytes; four times as many made copying four times as slow, once they fell out of the cache
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # two file systems, or one that cannot
-_PAGE = 4096  # bytes
-_TURN = 8 * 2**20  # bytes that the kernel copies before another thread may write
+_FOLIO = 128 * 2**10  # bytes that Linux reads ahead, and keeps and copies as one
+_TURN = 8 * 2**20  # bytes, of folios, that the kernel copies before another thread may write
 _RUN = 64 * 2**20  # bytes of untouched tensors that one thread copies in a go
+_FLUSHED = 256 * 2**20  # bytes after which the disk may begin, while further ones are written
 
 
 class Bar(Protocol):
@@ -55,8 +56,8 @@ def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Ma
     """
     metadata = {**file.header.metadata, MERGED_KEY: json.dumps([*merged_before(file.header), provenance])}
     text = json.dumps({"__metadata__": metadata, **file.header.tensors}, separators=(",", ":")).encode()
-    # Tensors keep their place within pages, so that the kernel copies page by page.
-    text += b" " * ((file.header.start - 8 - len(text)) % _PAGE)
+    # Tensors keep their place within what the kernel copies as one; elsewhere within it, copying took half as long again.
+    text += b" " * ((file.header.start - 8 - len(text)) % _FOLIO)
     start = 8 + len(text)
     with target.open("wb") as sink:
         sink.write(struct.pack("<Q", len(text)) + text)
@@ -64,8 +65,10 @@ def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Ma
 
     # One thread writes at a time: two that wait for each other in the kernel took twice as long, while one computes anyway.
     turn = Lock()
+    unflushed = 0
 
     def write(part: tuple[str, int, int]) -> None:
+        nonlocal unflushed
         name, begin, end = part
         with file.path.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as sink:
             source.seek(file.header.start + begin)
@@ -74,6 +77,12 @@ def write_merged(file: StoredFile, stacked: Eraser, target: Path, provenance: Ma
                 _add(file, name, stacked, source, sink, turn)
             else:
                 _copy(source, sink, end - begin, turn)
+            with turn:
+                unflushed += end - begin
+                due = unflushed >= _FLUSHED
+                unflushed = 0 if due else unflushed
+            if due:  # the others go on meanwhile, and less is left for the end
+                os.fsync(sink.fileno())
         bar.update(end - begin)
 
     # Pieces are too small to be shared out further by torch.
@@ -119,7 +128,7 @@ def _copy(source: BinaryIO, sink: BinaryIO, length: int, turn: Lock) -> None:
     while length and hasattr(os, "copy_file_range"):
         try:
             with turn:
-                count = os.copy_file_range(source.fileno(), sink.fileno(), min(length, _TURN))
+                count = os.copy_file_range(source.fileno(), sink.fileno(), min(length, _TURN - source.tell() % _TURN))
         except OSError as error:
             if error.errno in _NOT_BY_KERNEL:
                 break

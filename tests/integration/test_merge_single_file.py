@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ import original_checkpoints
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.stacking import Strength, stack
+from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.weights import merging
 from esd_lora.weights import streaming as merged_file
@@ -255,6 +258,49 @@ def test_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Monke
     out = tmp_path / "new" / "merged.safetensors"
     assert "No space left on device" in refusal(eraser, file, out)
     assert not list(out.parent.iterdir())
+
+
+def test_disk_that_refuses_while_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread hears that asks the disk for what is written so far, whoever called hears."""
+    file, _, eraser = write_checkpoint("sd", tmp_path)
+
+    really = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+        really(descriptor)
+
+    monkeypatch.setattr(merged_file, "_FLUSHED", 2**16)
+    monkeypatch.setattr(merged_file.os, "fsync", refusing)
+    out = tmp_path / "new" / "merged.safetensors"
+    assert "Input/output error" in refusal(eraser, file, out)
+    assert not list(out.parent.iterdir())
+
+
+def test_however_it_is_cut_and_copied_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, turns, flushes and the kernel's way of copying leave the bytes of one that reads and writes them in turn."""
+    file, _, eraser = write_checkpoint("sd", tmp_path, torch.float16)
+    few = Eraser({module: eraser.pairs[module] for module in list(eraser.pairs)[:3]}, eraser.header)
+    expected = merge([few], file, tmp_path / "kernel.safetensors", progress=False).read_bytes()
+    for name, size in (("_TURN", 2**12), ("_RUN", 10_000), ("_FLUSHED", 1), ("_PIECE", 2**10)):
+        monkeypatch.setattr(merged_file, name, size)
+    assert merge([few], file, tmp_path / "cut.safetensors", progress=False).read_bytes() == expected
+
+    def no_copy(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(merged_file.os, "copy_file_range", no_copy, raising=False)
+    assert merge([few], file, tmp_path / "plain.safetensors", progress=False).read_bytes() == expected
+
+
+@pytest.mark.filterwarnings("ignore:eraser of .* was trained on other weights")
+def test_tensors_keep_their_place_within_what_the_kernel_copies_as_one(tmp_path: Path) -> None:
+    file, _, eraser = write_checkpoint("sd", tmp_path)
+    once = merge([eraser], file, tmp_path / "once.safetensors", progress=False)
+    twice = merge([eraser], once, tmp_path / "twice.safetensors", weights=[-1], progress=False)
+    starts = [read_header(path).start for path in (file, once, twice)]
+    assert starts == [starts[0], starts[0] + merged_file._FOLIO, starts[0] + merged_file._FOLIO]
 
 
 KILLED = """
