@@ -72,7 +72,7 @@ class Teacher:
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
-        self._network = network_key(base.own_weights(), base.model.config) if cache else b""
+        self._network = network_key(base.own_weights(), {**base.model.config, "held in": base.held_in}) if cache else b""
 
     def targets(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Tensor:
         """Return what the student should predict at noisy latents, [N, ...].

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
@@ -42,6 +43,8 @@ class Base:
     """Classifier-free guidance scale of a picture by default."""
     destination: torch.device | None = None
     """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
+    quantized: str | None = None
+    """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
 
     @property
     def model(self) -> Any:
@@ -52,6 +55,11 @@ class Base:
     def device(self) -> torch.device:
         """Where prompts are encoded, and where the denoiser is, or will be once they are."""
         return self.destination or self.model.device
+
+    @property
+    def held_in(self) -> str:
+        """Name of what the denoiser's weights are held in: `float32`, `bfloat16`, `int8` and so on."""
+        return self.quantized or str(self.model.dtype).removeprefix("torch.")
 
     @property
     def prediction_type(self) -> str:
@@ -150,7 +158,7 @@ class Base:
         for name in (self.family.denoiser, *encoders):
             component = getattr(self.pipe, name)
             for path, weight in component.named_parameters() if component is not None else ():
-                if "lora_" not in path and not all_finite(weight.detach()):
+                if "lora_" not in path and not all_finite(dequantized(weight).detach()):
                     module = path.rpartition(".")[0].removesuffix(".base_layer")
                     return f"{name}.{module} holds NaN or infinity; fetch the base again"
         return None
@@ -175,21 +183,36 @@ class Base:
                 " (pipe.unload_lora_weights()), or merge it into a base of its own (esd-lora merge)."
             )
 
+    def require_whole(self, purpose: str) -> None:
+        """Refuse a quantized denoiser.
+
+        Args:
+            purpose: What cannot be done with one.
+
+        Raises:
+            EsdLoraError: With what to load instead.
+        """
+        if self.quantized:
+            raise EsdLoraError(
+                f"base {self.id!r} is loaded in {self.quantized}, and {purpose} needs its weights as they are. Load it in"
+                " bfloat16 or float32 (--dtype)."
+            )
+
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Yield path and base weight of every module that `modules` names."""
+        """Yield path and base weight of every module that `modules` names; of a quantized one what it stands for."""
         layers = dict(self.model.named_modules())
         for path in modules:
             layer = layers.get(path)
             layer = getattr(layer, "base_layer", layer)
             if layer is None:
                 raise EsdLoraError(f"base {self.id!r} has no layer {path}: the eraser was made for another model.")
-            yield path, layer.weight
+            yield path, dequantized(layer.weight)
 
     def own_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and value of every weight of the denoiser, without those of adapters."""
         for name, value in self.model.state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), value
+                yield name.replace(".base_layer", ""), dequantized(value)
 
     def check(self, eraser: Eraser) -> None:
         """Refuse an eraser of another family, prediction type or layer shape; warn when the base's weights differ.
@@ -209,8 +232,8 @@ class Base:
     def hashes(self, modules: Mapping[str, Any]) -> dict[str, str]:
         """Return `eraser.hash_weight` of the weight of every module that `modules` names, by path.
 
-        Loading in bfloat16 drops bits that the hash is of, so there the weights are looked up where they were read from.
+        Loading in bfloat16 or less drops bits that the hash is of, so there the weights are looked up where they were read from.
         """
-        if self.model.dtype == torch.bfloat16 and self.source is not None:
+        if (self.model.dtype == torch.bfloat16 or self.quantized) and self.source is not None:
             return {path: hash_weight(weight) for path, weight in open_stored(self.source).weights(modules)}
         return {path: hash_weight(weight) for path, weight in self.weights(modules)}

@@ -11,6 +11,7 @@ import torch
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
+from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
 from esd_lora.bases.single_file import open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts
 from esd_lora.erasers.hub_answers import checked_answers
@@ -37,7 +38,8 @@ def load_base(
             (`owner/name`, `owner/name@revision`).
         device: `auto` takes the GPU if there is one; or `cpu`, `cuda`, `mps`.
         dtype: Dtype of the frozen weights, or its name; by default float32 on the CPU, and on a GPU bfloat16, or float16 where
-            bfloat16 is not supported.
+            bfloat16 is not supported. `int8` and `nf4` quantize the denoiser, on the CPU or on the way to the device, and leave
+            the rest in the default.
         config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
         vae: Whether to load the VAE; only pictures need it.
         text_first: Whether to place the text encoders alone; the rest follows when `Base.free_text_encoders` drops them. So a
@@ -49,7 +51,10 @@ def load_base(
     """
     name, commit = str(base), None
     place = choose_device(device)
-    dtype = choose_dtype(place, dtype)
+    quantized = dtype if isinstance(dtype, str) and dtype in QUANTIZED else None
+    if quantized:
+        require_library(quantized)
+    dtype = choose_dtype(place, None if quantized else dtype)
     source = base_files(name) if name in BUILT_IN else Path(name)
     in_one_file = not source.is_dir() and (source.is_file() or source.suffix.lower() in (".safetensors", *PICKLES))
     if config is not None and not in_one_file:
@@ -79,11 +84,14 @@ def load_base(
     for part, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
+            if quantized and part == family.denoiser:
+                quantize(component, family, quantized)
             if part.startswith("text_encoder") or not text_first:
                 component.to(place)
     steps, guidance = family.default_sampling(pipe)
     sampling = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=place if text_first else None)
+    waits = place if text_first else None
+    return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=waits, quantized=quantized)
 
 
 def choose_device(device: str) -> torch.device:
@@ -115,7 +123,8 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None and dtype not in known:
-        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, known)}. Known: {', '.join(known)}.")
+        names = (*known, *QUANTIZED)
+        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, names)}. Known: {', '.join(names)}.")
     if dtype is not None:
         return known[dtype]
     if device.type == "cpu":

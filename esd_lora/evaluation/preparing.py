@@ -99,6 +99,7 @@ def prepare_evaluation(
         except NotRun as reason:
             plan.not_run[baseline_name(kind)] = str(reason)
     if suite.attacks:
+        base.require_whole("attacking")
         targets = [case for case in plan.cases if case.role == "target"]
         victim = Victim(base, variants[1], removed, targets, *sampler, erasers=members, weights=strengths)
         variants += _attacked(suite, victim, allow_code)

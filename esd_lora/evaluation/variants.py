@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
+from esd_lora.bases.quantizing import dequantized
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.privacy import without_folders
 from esd_lora.erasers.stacking import Strength
@@ -113,7 +114,7 @@ def base_record(base: Base) -> dict[str, Any]:
         "id": without_folders(base.id),
         "revision": base.revision,
         "weights": hashes,
-        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "dtype": base.held_in,
     }
 
 
@@ -122,5 +123,5 @@ def _hash_weights(part: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in part.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(dequantized(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
