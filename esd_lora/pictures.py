@@ -108,14 +108,15 @@ def paint(
             text["negative_prompt"] = [negative_prompt] * len(part)
         if encode:
             text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
-        pictures += base.pipe(
-            **text,
-            **native,
-            **base.family.call_kwargs(base.pipe),
-            num_inference_steps=steps or base.steps,
-            guidance_scale=base.guidance if guidance is None else guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
-        ).images
+        with base.vae_in_place():
+            pictures += base.pipe(
+                **text,
+                **native,
+                **base.family.call_kwargs(base.pipe),
+                num_inference_steps=steps or base.steps,
+                guidance_scale=base.guidance if guidance is None else guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
+            ).images
     return pictures
 
 

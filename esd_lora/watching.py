@@ -60,6 +60,8 @@ _READ_EVERY = 10  # steps
 _RISE = 0.01  # of erasure, between two probes: less is a plateau
 _PROBED = 8  # trajectories
 _PREVIEWED = 4  # erased prompts, and as many preserved ones
+MOST_SHOWN = 2 * _PREVIEWED
+"""Pictures of one model in a preview."""
 
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
 

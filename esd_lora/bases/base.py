@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
-from esd_lora.trajectory import Condition, Encode, concatenate, pick
+from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
-_ENCODED_AT_ONCE = 16  # prompts; bounds memory, changes no result
+MOST_TEXT = 2**28
+"""Bytes of encoded prompts that stay on a card; beside T5 a prompt takes megabytes."""
+ENCODED_AT_ONCE = 16
+"""Prompts that are encoded at a time; bounds memory, changes no result."""
 
 
 @dataclass
@@ -121,10 +125,11 @@ class Base:
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
-        parts = [encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)]
+        parts = [encode(self.pipe, prompts[i : i + ENCODED_AT_ONCE]) for i in range(0, len(prompts), ENCODED_AT_ONCE)]
         dtype = self.model.dtype  # text encoders may have another
         condition = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in concatenate(*parts).items()
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in concatenate(*parts).items()
         }
         for value in condition.values():
             if value.is_floating_point() and not all_finite(value):
@@ -135,6 +140,8 @@ class Base:
     def remembering(self, guidance: float = 1.0) -> Encode:
         """Return a function that encodes as `encode` does, and no prompt twice.
 
+        What it remembers takes no room on a card, and what it returns is on the CPU where it would take more than `MOST_TEXT`.
+
         Args:
             guidance: As for `encode`.
         """
@@ -143,8 +150,11 @@ class Base:
         def encode(prompts: Sequence[str]) -> Condition:
             if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
                 encoded = self.encode(new, guidance)
+                encoded = move(encoded, torch.device("cpu"))
                 known.update({prompt: pick(encoded, slice(i, i + 1)) for i, prompt in enumerate(new)})
-            return concatenate(*(known[prompt] for prompt in prompts))
+            condition = concatenate(*(known[prompt] for prompt in prompts))
+            large = sum(value.nbytes for value in condition.values()) > MOST_TEXT
+            return condition if large else move(condition, self.device)
 
         return encode
 
@@ -166,10 +176,28 @@ class Base:
     def free_text_encoders(self) -> None:
         """Drop the text encoders, once every prompt is encoded, and place a denoiser that waited for that."""
         for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            if hasattr(getattr(self.pipe, name), "_hf_hook"):
+                from accelerate.hooks import remove_hook_from_module
+
+                remove_hook_from_module(getattr(self.pipe, name))  # which holds it in a circle
             setattr(self.pipe, name, None)
         if self.destination is not None:
-            self.pipe.to(self.destination)
+            self.model.to(self.destination)
             self.destination = None
+
+    @contextmanager
+    def vae_in_place(self) -> Generator[None]:
+        """Have the VAE beside the denoiser for the length of a `with` block; where it was elsewhere, it goes back."""
+        vae = self.pipe.vae
+        before = None if vae is None else vae.device
+        if vae is None or before == self.model.device:
+            yield
+            return
+        vae.to(self.model.device)
+        try:
+            yield
+        finally:
+            vae.to(before)
 
     def require_bare(self) -> None:
         """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
+
+_ENCODING = 1.2
+"""Times the size of text encoders is taken while they encode."""
 
 
 def load_base(
@@ -42,8 +46,9 @@ def load_base(
             the rest in the default.
         config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
         vae: Whether to load the VAE; only pictures need it.
-        text_first: Whether to place the text encoders alone; the rest follows when `Base.free_text_encoders` drops them. So a
-            device needs memory for the larger of the two, not for both (Flux: 24 GB beside 10 in bfloat16).
+        text_first: Whether to place the text encoders alone; the denoiser follows when `Base.free_text_encoders` drops them, and
+            the VAE for as long as pictures are painted. So a device needs memory for the larger of the two, not for both
+            (Flux: 24 GB beside 10 in bfloat16).
 
     Raises:
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
@@ -86,12 +91,33 @@ def load_base(
             component.requires_grad_(False).eval()
             if quantized and part == family.denoiser:
                 quantize(component, family, quantized)
-            if part.startswith("text_encoder") or not text_first:
+            if not text_first:
                 component.to(place)
+    if text_first:
+        place_text_encoders(pipe, place)
     steps, guidance = family.default_sampling(pipe)
     sampling = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
     waits = place if text_first else None
     return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=waits, quantized=quantized)
+
+
+def place_text_encoders(pipe: Any, place: torch.device) -> None:
+    """Place a pipeline's text encoders: together, or each when it is called, where a card has no room for all (accelerate)."""
+    from accelerate import cpu_offload_with_hook
+
+    parts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    size = sum(weight.nbytes for part in parts for weight in part.parameters())
+    hook = None
+    for part in parts:
+        if len(parts) > 1 and _ENCODING * size > _free(place):
+            _, hook = cpu_offload_with_hook(part, place, hook)
+        else:
+            part.to(place)
+
+
+def _free(place: torch.device) -> float:
+    """Return the bytes that are free on a card; elsewhere nothing is known to be scarce."""
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else math.inf
 
 
 def choose_device(device: str) -> torch.device:
