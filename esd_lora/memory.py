@@ -1,8 +1,8 @@
 """How much memory some work with tensors takes, counted as they come and go: on the meta device, without taking any.
 
 Tensors on the meta device have shapes and lifetimes and no values, so a forward and a backward pass there, recomputed
-activations and optimiser states included, allocate and free what they would anywhere else. What kernels take inside (workspaces)
-and what an allocator loses between blocks is not seen.
+activations included, make and drop what they would anywhere else. What kernels take inside (workspaces) and what an allocator
+loses between blocks is not seen.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ def counting() -> Generator[LiveBytes]:
 
     Attention counts as fused kernels do it, which every device has; the meta device would make the whole matrix of scores.
     """
-    # Exchanged where models look it up: neither a mode nor a kernel of the meta device is asked when activations are recomputed.
-    functional, attend = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+    # Exchanged where models look it up: a mode for functions is not asked when activations are recomputed.
+    functional: Any = torch.nn.functional
+    attend, fused = functional.scaled_dot_product_attention, cast(Any, _Attention).apply
 
-    def attend_fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _Attention.apply(query, key, value) if query.is_meta else attend(query, key, value, *args, **kwargs)
+    def attend_fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return fused(query, key, value) if query.is_meta else attend(query, key, value, *args, **kwargs)
 
     functional.scaled_dot_product_attention = attend_fused
     try:
@@ -42,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages of tensors that are made while the mode is on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.live = 0
         """Bytes that are there now."""
         self.peak = 0
@@ -73,7 +74,8 @@ class LiveBytes(TorchDispatchMode):
 
 def _address(tensor: Tensor) -> int:
     """Return what tells a storage from others while it is there; those of the meta device have no data pointer."""
-    return tensor.untyped_storage()._cdata
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
 
 
 class _Attention(torch.autograd.Function):
@@ -86,6 +88,6 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

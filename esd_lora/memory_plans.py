@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from esd_lora.adapter import add_adapter
 from esd_lora.bases.base import ENCODED_AT_ONCE, MOST_TEXT, Base
+from esd_lora.bases.loading import choose_device, choose_dtype
+from esd_lora.bases.outlines import outline_base
 from esd_lora.bases.quantizing import QUANTIZED, quantized_layers
 from esd_lora.errors import EsdLoraError
 from esd_lora.memory import counting
@@ -55,7 +57,9 @@ class Setting(NamedTuple):
 
     def describe(self) -> str:
         """Return the setting in words."""
-        return f"{self.dtype}, {'' if self.gradient_checkpointing else 'no '}gradient checkpointing, walk_batch {self.walk_batch}"
+        return (
+            f"{self.dtype}, {'' if self.gradient_checkpointing else 'no '}gradient checkpointing, walk_batch {self.walk_batch}"
+        )
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the setting, but for the dtype, which is no part of one."""
@@ -71,14 +75,60 @@ class MemoryPlan(NamedTuple):
     """Bytes of tensors at most, by phase: `text` or `IN_TURN`, `closed form`, `walk`, `step`, `painting`, as far as there are
     any."""
 
+    def describe(self) -> str:
+        """Return the setting and what it takes in words."""
+        largest = max(self.phases, key=lambda name: self.phases[name])
+        return f"{self.setting.describe()}: {self.needed / GIB:.1f} GiB planned, most for {largest}"
+
     @property
     def needed(self) -> int:
         """Bytes that the card must have."""
         return with_allowances(max(self.phases.values()))
 
 
+def read_size(text: str) -> int:
+    """Return the bytes of a card's size as people say it, in gibibytes: `12GB`, `12`, `11.5 GiB`.
+
+    Raises:
+        EsdLoraError: If it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise EsdLoraError(f"card size {text!r}: expected gigabytes, such as 12GB.")
+    return round(float(match[1]) * GIB)
+
+
+def free_memory(device: str = "auto") -> int:
+    """Return the bytes that are free on a device.
+
+    Raises:
+        EsdLoraError: If it is no CUDA card, whose memory is its own.
+    """
+    place = choose_device(device)
+    if place.type != "cuda":
+        raise EsdLoraError(f"device {place} is no card with memory of its own: say what to fit, such as --fit 12GB.")
+    return torch.cuda.mem_get_info(place)[0]
+
+
+def fit_recipe(recipe: Recipe, room: int, dtype: str | None = None) -> tuple[Recipe, MemoryPlan]:
+    """Return a recipe with the setting that fits a card, for the base that it names, and what is planned of it.
+
+    Args:
+        recipe: What to train; its base is not loaded, only its configurations are read.
+        room: Bytes of the card.
+        dtype: That the denoiser is held in; chosen unless given.
+
+    Raises:
+        EsdLoraError: As `fit` does, or if there is no such base.
+    """
+    whole = dtype if dtype is not None and dtype not in QUANTIZED else "bfloat16"
+    base = outline_base(recipe.base, config=recipe.base_config, dtype=choose_dtype(torch.device("cpu"), whole))
+    plan = fit(base, recipe, room, (dtype,) if dtype else (whole, *QUANTIZED))
+    return plan.setting.applied(recipe), plan
+
+
 def with_allowances(size: int) -> int:
-    """Return the bytes that a card must have for tensors of some bytes: CUDA takes some itself, and the allocator loses some."""
+    """Return the bytes that a card must have for tensors of some bytes: CUDA takes some, and the allocator loses some."""
     return round(_CONTEXT + _LOST * size)
 
 
@@ -100,10 +150,9 @@ def fit(base: Base, recipe: Recipe, room: int, dtypes: Sequence[str] = ("bfloat1
             return plan
     if plan is None:
         raise EsdLoraError("there is no dtype to plan for: give one of float32, bfloat16, float16, int8, nf4.")
-    phase = max(plan.phases, key=lambda name: plan.phases[name])
     raise EsdLoraError(
-        f"base {base.id!r} does not fit {room / GIB:.1f} GiB: with {plan.setting.describe()} it takes {plan.needed / GIB:.1f} GiB,"
-        f" most in the phase '{phase}'. Take a larger card, or a lower train.resolution."
+        f"base {base.id!r} does not fit {room / GIB:.1f} GiB: with {plan.describe()}. Take a larger card, or a lower"
+        " train.resolution."
     )
 
 
@@ -127,7 +176,11 @@ def plans(base: Base, recipe: Recipe, dtypes: Sequence[str], room: float = math.
     parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, 0)
     try:
         trained = sum(map(_size, parameters))
-        step, walk, painting = cache(partial(_step, base, spec)), cache(partial(_walk, base, spec)), cache(partial(_paint, base))
+        step, walk, painting = (
+            cache(partial(_step, base, spec)),
+            cache(partial(_walk, base, spec)),
+            cache(partial(_paint, base)),
+        )
         for dtype in dtypes:
             held = _denoiser(base, dtype) + trained + _texts(base)
             points = _points(base, recipe)
@@ -189,10 +242,10 @@ def _text_phases(base: Base) -> tuple[int, int]:
     with torch.no_grad(), counting() as count:
         outputs: list[object] = []
         for encoder, weight in zip(encoders, weights, strict=True):
-            # CLIP reads so many places, and its second last layer is asked for; T5 and Gemma read as many as they are given.
-            places = getattr(encoder.config, "max_position_embeddings", math.inf)
-            ids = torch.zeros(ENCODED_AT_ONCE, min(longest, places), dtype=torch.long, device="meta")
-            outputs.append(encoder(input_ids=ids, output_hidden_states=places < longest or places == tokens))
+            places = min(longest, getattr(encoder.config, "max_position_embeddings", longest))
+            ids = torch.zeros(ENCODED_AT_ONCE, places, dtype=torch.long, device="meta")
+            # Of CLIP pipelines ask for the last layer but one.
+            outputs.append(encoder(input_ids=ids, output_hidden_states=type(encoder).__name__.startswith("CLIP")))
             alone.append(weight + count.peak)
     return sum(weights) + count.peak + _texts(base), max(alone) + _texts(base)
 

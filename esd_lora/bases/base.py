@@ -260,7 +260,7 @@ class Base:
     def hashes(self, modules: Mapping[str, Any]) -> dict[str, str]:
         """Return `eraser.hash_weight` of the weight of every module that `modules` names, by path.
 
-        Loading in bfloat16 or less drops bits that the hash is of, so there the weights are looked up where they were read from.
+        Loading in bfloat16 or less drops bits that the hash is of, so there weights are looked up where they were read from.
         """
         if (self.model.dtype == torch.bfloat16 or self.quantized) and self.source is not None:
             return {path: hash_weight(weight) for path, weight in open_stored(self.source).weights(modules)}

@@ -46,8 +46,8 @@ def load_base(
             the rest in the default.
         config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
         vae: Whether to load the VAE; only pictures need it.
-        text_first: Whether to place the text encoders alone; the denoiser follows when `Base.free_text_encoders` drops them, and
-            the VAE for as long as pictures are painted. So a device needs memory for the larger of the two, not for both
+        text_first: Whether to place the text encoders alone; the denoiser follows when `Base.free_text_encoders` drops them,
+            and the VAE for as long as pictures are painted. So a device needs memory for the larger of the two, not for both
             (Flux: 24 GB beside 10 in bfloat16).
 
     Raises:

@@ -120,8 +120,5 @@ def _build(parts: _Parts, name: str, dtype: torch.dtype) -> Base:
 def _outline(library: str, kind: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     made: Any = model_class(library, kind)
     with torch.device("meta"):
-        if library == "diffusers":
-            model = made.from_config(dict(config))
-        else:
-            model = made(made.config_class(**config))
+        model = made.from_config(dict(config)) if library == "diffusers" else made(made.config_class(**config))
     return nn.Module.to(model, dtype).requires_grad_(False).eval()

@@ -1,8 +1,8 @@
 """A frozen denoiser in eight or four bits, for cards that cannot hold it in sixteen.
 
-Quantized are the linear layers inside the denoiser's blocks, where nearly all of its weights are. What stands around the blocks,
-convolutions and norms keep their dtype, and so do the layers that read text: the closed form solves those, and solves them as
-exactly as on the whole base. Adapters lie beside quantized weights and are float32 as always.
+Quantized are the linear layers inside the denoiser's blocks, where nearly all of its weights are. What stands around the
+blocks, convolutions and norms keep their dtype, and so do the layers that read text: the closed form solves those, and solves
+them as exactly as on the whole base. Adapters lie beside quantized weights and are float32 as always.
 
 - `int8` (torchao): each row rounded to 255 steps of its own, weights alone. On any device.
 - `nf4` (bitsandbytes): groups of 64 weights on 16 levels that a normal distribution fills evenly, their scales quantized once
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -63,9 +64,7 @@ def quantize(model: nn.Module, family: ModelFamily, kind: str) -> None:
 def dequantized(weight: Tensor) -> Tensor:
     """Return a weight as an ordinary tensor: what a quantized one stands for, any other as it is."""
     if state := getattr(weight, "quant_state", None):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state)
+        return import_module("bitsandbytes.functional").dequantize_4bit(weight.data, state)
     return weight.dequantize() if type(weight).__name__ == "Int8Tensor" else weight
 
 
@@ -96,9 +95,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _in_int8(layer: nn.Linear) -> nn.Linear:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+    torchao = import_module("torchao.quantization")
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
     with torch.device("meta"):
         frozen = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None)
     frozen.weight, frozen.bias = layer.weight, layer.bias
@@ -106,13 +104,10 @@ def _in_int8(layer: nn.Linear) -> nn.Linear:
 
 
 def _in_nf4(layer: nn.Linear) -> nn.Linear:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    bitsandbytes, sizes = import_module("bitsandbytes.nn"), (layer.in_features, layer.out_features, layer.bias is not None)
     with torch.device("meta"):
-        frozen = Linear4bit(
-            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype, quant_type="nf4"
-        )
-    frozen.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=frozen)
+        frozen = bitsandbytes.Linear4bit(*sizes, compute_dtype=layer.weight.dtype, quant_type="nf4")
+    frozen.weight = bitsandbytes.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=frozen)
     frozen.bias = layer.bias
     frozen.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes for inference alone, which rounds the scales once more
     return frozen.train(layer.training)
