@@ -36,7 +36,8 @@ def generate(
     """Generate one picture for each prompt and seed, prompts first: `[p0 s0, p0 s1, ..., p1 s0, ...]`.
 
     Args:
-        base: A base name, directory or Hub id, or a loaded base.
+        base: A base name, directory or Hub id, or a loaded base; of one that was loaded with `text_first`, the text encoders
+            leave once the prompts are encoded.
         prompts: What to paint.
         erasers: Erasers or their paths, applied together as one exact stack.
         weights: Strength of each eraser, 1 by default.
@@ -85,11 +86,12 @@ def sweep(
     Raises:
         EsdLoraError: As `generate` does.
     """
-    base = base if isinstance(base, Base) else load_base(base)
+    base = base if isinstance(base, Base) else load_base(base, text_first=True)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
+    encode = base.encode_last(prompts)
     pictures: dict[float, list[Image]] = {strength: [Image()] * len(cases) for strength in strengths}
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
@@ -98,7 +100,7 @@ def sweep(
         with applied(base, [e for e, _ in on], [s for _, s in on]) as fused:
             for strength, column in pictures.items():
                 fused.set_strength(strength)
-                painted = paint(base, texts, numbers, steps=steps, guidance=guidance)
+                painted = paint(base, texts, numbers, steps=steps, guidance=guidance, encode=encode)
                 for place, picture in zip(places, painted, strict=True):
                     column[place] = picture
     return pictures

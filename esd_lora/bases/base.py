@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +184,22 @@ class Base:
         if self.destination is not None:
             self.model.to(self.destination)
             self.destination = None
+
+    def encode_last(self, prompts: Iterable[str]) -> Encode | None:
+        """Encode the last prompts that a base is loaded for and drop its text encoders, if its denoiser waits for that.
+
+        Args:
+            prompts: Beside the empty one, which guidance needs.
+
+        Returns:
+            A function from these prompts to their condition; `None` where nothing waits, and the text encoders stay.
+        """
+        if self.destination is None:
+            return None
+        encode = self.remembering()
+        encode([*dict.fromkeys(prompts), ""])
+        self.free_text_encoders()
+        return encode
 
     @contextmanager
     def vae_in_place(self) -> Generator[None]:

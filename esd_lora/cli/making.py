@@ -239,7 +239,7 @@ def generate(
     gate = gate or gate_threshold is not None
     _check_erasers(erasers, strengths, gate)
     members = [load_eraser(path) for path, *_ in erasers]
-    loaded = load_base(base, device=device, dtype=dtype, config=base_config)
+    loaded = load_base(base, device=device, dtype=dtype, config=base_config, text_first=not dry_run)
     pictures = len(prompts) * count
     if dry_run:
         rows = len({1.0, *(strengths or ()), *((0.0,) if compare else ())})
