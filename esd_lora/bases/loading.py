@@ -107,12 +107,14 @@ def place_text_encoders(pipe: Any, place: torch.device) -> None:
 
     parts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     size = sum(weight.nbytes for part in parts for weight in part.parameters())
-    hook = None
-    for part in parts:
-        if len(parts) > 1 and _ENCODING * size > _free(place):
-            _, hook = cpu_offload_with_hook(part, place, hook)
-        else:
+    if len(parts) < 2 or _ENCODING * size <= _free(place):
+        for part in parts:
             part.to(place)
+        return
+    hook: Any = None
+    for part in parts:
+        _, hook = cpu_offload_with_hook(part, place, hook)  # which sends the one before it back to the CPU
+    parts[0]._hf_hook.prev_module_hook = hook
 
 
 def _free(place: torch.device) -> float:
