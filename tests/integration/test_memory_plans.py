@@ -130,6 +130,7 @@ def test_a_training_takes_the_setting_that_fits(tiny_dir: Path, tmp_path: Path) 
     args = ["train", "fast", "--concept", "a cat", "--base", str(tiny_dir), "--anchor", "a dog", "-s", "frames=[]"]
     args += ["-s", "train.steps=1", "-s", "train.lr=0.001", "-s", "train.preserve_weight=1", "-s", "eta=0"]
     args += ["-s", "closed_form=null", "-s", "train.preserve_trajectories=1", "-s", "train.trajectories=1"]
+    args += ["-s", "train.preview_every=0", "-s", "preserve=[a hat]", "-s", "train.trajectory_steps=2"]
     result = CliRunner().invoke(main, [*args, "--fit", "6GB", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "fit: bfloat16, no gradient checkpointing, walk_batch 32: 0." in result.stdout
