@@ -65,9 +65,9 @@ def memory(key: str) -> int:
 def random_base() -> Base:
     """Return SD 1.5 with random weights in float32; the text encoder's are read from nowhere, so prompts mean nothing."""
     from real_size import fill
+    from transformers import CLIPTokenizer
 
     from esd_lora.bases.single_file import unpacked_config
-    from transformers import CLIPTokenizer
 
     base = outline_published("SD 1.5", torch.float32)
     for part in ("unet", "text_encoder"):

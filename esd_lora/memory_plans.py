@@ -49,11 +49,11 @@ class Setting(NamedTuple):
     """What a training may change to take less memory."""
 
     dtype: str
-    """Of the frozen denoiser: `float32`, `bfloat16`, `float16`, `int8`, `nf4`."""
+    """What the frozen denoiser is held in: `float32`, `bfloat16`, `float16`, `int8`, `nf4`."""
     gradient_checkpointing: bool
-    """As in `TrainSpec`: the same results in a third more time."""
+    """Field of `TrainSpec`: the same results in a third more time."""
     walk_batch: int
-    """As in `TrainSpec`: the same results, up to rounding, in more time."""
+    """Field of `TrainSpec`: the same results, up to rounding, in more time."""
 
     def describe(self) -> str:
         """Return the setting in words."""
