@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,12 +176,12 @@ class Base:
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders, once every prompt is encoded, and place a denoiser that waited for that."""
+        in_turn = False
         for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
-            if hasattr(getattr(self.pipe, name), "_hf_hook"):
-                from accelerate.hooks import remove_hook_from_module
-
-                remove_hook_from_module(getattr(self.pipe, name))  # which holds it in a circle
+            in_turn |= hasattr(getattr(self.pipe, name), "_hf_hook")
             setattr(self.pipe, name, None)
+        if in_turn:
+            gc.collect()  # the hooks that had them come in turn hold them in a circle
         if self.destination is not None:
             self.model.to(self.destination)
             self.destination = None
