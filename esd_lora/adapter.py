@@ -48,13 +48,20 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base.model.add_adapter(config, ADAPTER)
+        _add(base, config)
     base.model.eval()  # the new layers too: dropout is for training steps alone
     parameters = [p for p in base.model.parameters() if p.requires_grad]
     for parameter in parameters:
         # Masters are at least float32: bf16 ones would round small updates away.
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
+
+
+def _add(base: Base, config: Any) -> None:
+    with warnings.catch_warnings():
+        # peft says of int8 layers that they cannot be merged, which nobody here tries.
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
+        base.model.add_adapter(config, ADAPTER)
 
 
 def adapter_ranks(base: Base) -> dict[str, int]:
@@ -93,7 +100,7 @@ def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Par
 
     ranks = {f"^{re.escape(path)}$": pair.rank for path, pair in pairs.items()}
     config = LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks, alpha_pattern=dict(ranks))
-    base.model.add_adapter(config, ADAPTER)
+    _add(base, config)
     base.model.eval()
     parameters: list[torch.nn.Parameter] = []
     layers: dict[str, Any] = dict(base.model.named_modules())
@@ -145,6 +152,25 @@ def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
     return pairs
 
 
+class AttachedStack:
+    """A stack beside the weights of a quantized base, to which nothing can be added: a LoRA, whose strength is its scale."""
+
+    def __init__(self, base: Base, stacked: Eraser):
+        self._base = base
+        load_adapter(base, stacked.pairs)
+        layers: dict[str, Any] = dict(base.model.named_modules())
+        self._layers = [layers[path] for path in stacked.pairs]
+
+    def set_strength(self, strength: float) -> None:
+        """Apply the stack at a strength on top of its members' own; 0 is the base itself."""
+        for layer in self._layers:
+            layer.scaling[ADAPTER] = strength
+
+    def remove(self) -> None:
+        """Take the stack off again."""
+        self._base.model.unload_lora()
+
+
 class AppliedStack:
     """A stack added to a base's weights: it costs nothing at inference, and its strength can still be changed.
 
@@ -180,12 +206,18 @@ class AppliedStack:
                 stacklevel=2,
             )
 
+    def remove(self) -> None:
+        """Take the stack off again."""
+        self.set_strength(0.0)
+
 
 @contextmanager
 def applied(
     base: Base, erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None = None
-) -> Generator[AppliedStack]:
+) -> Generator[AppliedStack | AttachedStack]:
     """Add erasers to the base's weights, as one exact stack, for the length of a `with` block.
+
+    They are added beside the weights, not to them, where the base is quantized.
 
     Yields:
         The stack, whose strength may be changed on the way.
@@ -201,9 +233,9 @@ def applied(
     base.require_bare()
     stacked = stack(erasers, weights)
     base.check(stacked)
-    stack_on_base = AppliedStack(base, stacked)
+    stack_on_base = AttachedStack(base, stacked) if base.quantized else AppliedStack(base, stacked)
     try:
         stack_on_base.set_strength(1.0)
         yield stack_on_base
     finally:
-        stack_on_base.set_strength(0.0)
+        stack_on_base.remove()

@@ -91,7 +91,7 @@ def solve_text(
         if free is not None:
             change, down = change @ free.T, down @ free.T
         for path, weight in base.weights(readers):
-            up, strength, turn = torch.linalg.svd(in_float64(weight.detach()) @ narrow, full_matrices=False)
+            up, strength, turn = torch.linalg.svd(in_float64(weight.detach().cpu()) @ narrow, full_matrices=False)
             rank = min(readers[path], len(strength))
             spread = strength[:rank].sqrt()
             updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())

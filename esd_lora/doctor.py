@@ -57,8 +57,11 @@ class Finding(NamedTuple):
         return {"name": self.name, "ok": self.ok, "state": self.state, "remedy": self.remedy or None}
 
 
-def examine() -> Iterator[Finding]:
+def examine(card: int | None = None) -> Iterator[Finding]:
     """Yield one finding after the other, quick ones first.
+
+    Args:
+        card: Bytes of a card to plan trainings for, beside those that are there.
 
     The rest of the examination does not depend on how one of its parts ends, but for torch, without which there is nothing to
     compute with.
@@ -70,6 +73,7 @@ def examine() -> Iterator[Finding]:
     yield _memory()
     yield from _hub()
     yield from _devices()
+    yield from _trainings(card)
 
 
 def _packages() -> Iterator[Finding]:
@@ -205,6 +209,26 @@ def _devices() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         yield Finding("mps", "there is one")
         yield _speed(torch.device("mps"))
+
+
+def _trainings(card: int | None) -> Iterator[Finding]:
+    """Plan how published models train on every card, by their presets; see `memory_plans`."""
+    import torch
+
+    from esd_lora.bases.outlines import PUBLISHED, outline_published
+    from esd_lora.memory_plans import fit
+    from esd_lora.recipe_files import load_recipe
+
+    rooms = {f"cuda:{number}": torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
+    rooms |= {f"a card of {card / _GIB:g} GB": card} if card else {}
+    for model in PUBLISHED if rooms else ():
+        base = outline_published(model)
+        recipe = load_recipe(base.family.preset, concepts=["what is to go"])
+        for name, room in rooms.items():
+            try:
+                yield Finding(f"{model} on {name}", fit(base, recipe, room).describe())
+            except EsdLoraError as error:
+                yield Finding(f"{model} on {name}", str(error))
 
 
 def _speed(device: Any) -> Finding:

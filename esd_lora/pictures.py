@@ -112,7 +112,7 @@ def paint(
             text["negative_prompt"] = [negative_prompt] * len(part)
         if encode:
             text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
-        with _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
+        with base.vae_in_place(), _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
             pictures += base.pipe(
                 **text,
                 **native,

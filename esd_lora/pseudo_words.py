@@ -40,7 +40,8 @@ class PseudoWords:
             if isinstance(module, nn.Embedding) and module.weight is encoder.get_input_embeddings().weight
         ]
         self._counts: dict[nn.Embedding, Counter[int]] = {table: Counter() for table in tables}
-        self._spread = {table: (table.weight.float().mean(0), table.weight.float().std(0)) for table in tables}
+        weights = {table: table.weight.cpu().float() for table in tables}  # T5's would take half a gigabyte of a card
+        self._spread = {table: (weight.mean(0), weight.std(0)) for table, weight in weights.items()}
         with ExitStack() as hooks:
             for table in tables:
                 hooks.callback(table.register_forward_pre_hook(self._count).remove)

@@ -40,7 +40,8 @@ def generate(
     """Generate one picture for each prompt and seed, prompts first: `[p0 s0, p0 s1, ..., p1 s0, ...]`.
 
     Args:
-        base: A base name, directory or Hub id, or a loaded base.
+        base: A base name, directory or Hub id, or a loaded base; of one that was loaded with `text_first`, the text encoders
+            leave once the prompts are encoded.
         prompts: What to paint.
         erasers: Erasers or their paths, applied together as one exact stack.
         weights: Strength of each eraser, 1 by default.
@@ -89,11 +90,12 @@ def sweep(
     Raises:
         EsdLoraError: As `generate` does.
     """
-    base = base if isinstance(base, Base) else load_base(base)
+    base = base if isinstance(base, Base) else load_base(base, text_first=True)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
+    encode = base.encode_last(prompts)
     batches: list[tuple[tuple[float, ...], float, list[int]]] = []
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
@@ -107,7 +109,7 @@ def sweep(
                 fused.set_strength(strength)
                 for _, _, part in parts:
                     texts, numbers = zip(*(cases[i] for i in part), strict=True)
-                    images = paint(base, texts, numbers, steps=steps, guidance=guidance)
+                    images = paint(base, texts, numbers, steps=steps, guidance=guidance, encode=encode)
                     painted |= {(strength, place): image for place, image in zip(part, images, strict=True)}
     painted = merge(painted)
     return {strength: [painted[strength, place] for place in range(len(cases))] for strength in strengths}

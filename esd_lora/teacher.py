@@ -22,7 +22,7 @@ from esd_lora.prediction_cache import PredictionCache, network_key, prediction_k
 from esd_lora.ranks import gather, share
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
-from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, pick, walk
+from esd_lora.trajectory import Condition, Encode, NoisySample, Points, TrajectoryBuffer, move, pick, walk
 
 NULL = 0
 """Number of the empty prompt."""
@@ -73,7 +73,7 @@ class Teacher:
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far, on all ranks; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
-        self._network = network_key(base.own_weights(), base.model.config) if cache else b""
+        self._network = network_key(base.own_weights(), {**base.model.config, "held in": base.held_in}) if cache else b""
 
     def targets(self, lesson: Tensor, sample: NoisySample, *, walked_by_base: bool) -> Tensor:
         """Return what the student should predict at noisy latents, [N, ...].
@@ -100,7 +100,7 @@ class Teacher:
 
         def predict(row: Tensor, prompt: Tensor) -> Tensor:
             with self.adapter_disabled():
-                return self.predict(sample.x_t[row], sample.t[row], pick(self._conditions, prompt))
+                return self.predict(sample.x_t[row], sample.t[row], self._condition(prompt))
 
         return Predictions(*predict_each_once(torch.stack([null, concept, anchor], 1), known, predict, sample.x_t).unbind(1))
 
@@ -168,7 +168,7 @@ class Teacher:
                 self.base.family.scheduler(self.base.pipe, spec.trajectory_steps, shape, device),
                 noise,
                 condition,
-                pick(self._conditions, torch.full((count,), NULL, device=device)),
+                self._condition(torch.full((count,), NULL, device=device)),
                 guidance=spec.guidance,
                 stop=stop,
             )
@@ -215,11 +215,16 @@ class Teacher:
 
     def condition(self, lesson: Tensor) -> Condition:
         """Return what the student reads in each of `lesson` [N]."""
-        return pick(self._conditions, self._prompt[lesson])
+        return self._condition(self._prompt[lesson])
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts that occur in the lessons, for which no text encoder is needed any more."""
-        return pick(self._conditions, torch.tensor([self._numbers[p] for p in prompts], device=self._prompt.device))
+        return self._condition(torch.tensor([self._numbers[p] for p in prompts], device=self._prompt.device))
+
+    def _condition(self, numbers: Tensor) -> Condition:
+        """Return the condition of prompts by their numbers [N], where the denoiser is."""
+        home = self._conditions["prompt_embeds"].device  # the CPU where all of them take much room
+        return move(pick(self._conditions, numbers.to(home)), numbers.device)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, *, shared: bool = True) -> Tensor:
         """Return the prediction of the denoiser as it stands, without gradients, and count it.

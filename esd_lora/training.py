@@ -74,8 +74,8 @@ def train(
         force: Replace an eraser that is already in `out`, once the new one is done.
         base: A base that is loaded already, instead of `recipe.base`; it leaves as it came, without an adapter.
         device: Where to train, unless `base` is given: `auto`, `cpu`, `cuda`, `mps`.
-        dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`; what suits the device unless
-            given. The LoRA itself is always float32 or better.
+        dtype: Of the frozen base, unless `base` is given: `float32`, `bfloat16`, `float16`, or `int8`, `nf4` for its denoiser
+            (`bases.quantizing`); what suits the device unless given. The LoRA itself is always float32 or better.
         track: Experiment trackers of accelerate to report to: `tensorboard`, `wandb`, `trackio`.
         on_step: Called after every optimiser step with a `StepReport`, in every rank, before log, previews and checkpoint are
             written; a watcher that returns True ends the training.

@@ -66,6 +66,11 @@ def concatenate(*conditions: Condition) -> Condition:
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
+def move(condition: Condition, device: torch.device) -> Condition:
+    """Return a condition on a device."""
+    return {name: value.to(device) for name, value in condition.items()}
+
+
 def latents_per_batch(shape: Sequence[int]) -> int:
     """Return how many latents of a shape (channels, height, width) go through the denoiser at once.
 

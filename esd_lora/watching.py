@@ -61,6 +61,8 @@ _READ_EVERY = 10  # steps
 _RISE = 0.01  # of erasure, between two probes: less is a plateau
 _PROBED = 8  # trajectories
 _PREVIEWED = 4  # erased prompts, and as many preserved ones
+MOST_SHOWN = 2 * _PREVIEWED
+"""Pictures of one model in a preview."""
 
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
@@ -89,7 +91,7 @@ class Interruption:
 def describe_start(teacher: Teacher, solved: Solved | None) -> None:
     """Print a line about the base, one of what is guarded, and one of how far the closed form got, if there was any."""
     base = teacher.base
-    place = f"on {base.model.device} in {base.model.dtype}"
+    place = f"on {base.model.device} in {base.held_in}"
     tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
     if guarded := teacher.recipe.guarded:
         tqdm.write(printable(f"guarded: {', '.join(map(repr, guarded))}"), file=sys.stderr)

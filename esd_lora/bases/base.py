@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
-from esd_lora.trajectory import Condition, Encode, concatenate, pick
+from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
-_ENCODED_AT_ONCE = 16  # prompts; bounds memory, changes no result
+MOST_TEXT = 2**28
+"""Bytes of encoded prompts that stay on a card; beside T5 a prompt takes megabytes."""
+ENCODED_AT_ONCE = 16
+"""Prompts that are encoded at a time; bounds memory, changes no result."""
 
 
 @dataclass
@@ -42,6 +48,8 @@ class Base:
     """Classifier-free guidance scale of a picture by default."""
     destination: torch.device | None = None
     """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
+    quantized: str | None = None
+    """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
 
     @property
     def model(self) -> Any:
@@ -52,6 +60,11 @@ class Base:
     def device(self) -> torch.device:
         """Where prompts are encoded, and where the denoiser is, or will be once they are."""
         return self.destination or self.model.device
+
+    @property
+    def held_in(self) -> str:
+        """Name of what the denoiser's weights are held in: `float32`, `bfloat16`, `int8` and so on."""
+        return self.quantized or str(self.model.dtype).removeprefix("torch.")
 
     @property
     def prediction_type(self) -> str:
@@ -113,10 +126,11 @@ class Base:
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
-        parts = [encode(self.pipe, prompts[i : i + _ENCODED_AT_ONCE]) for i in range(0, len(prompts), _ENCODED_AT_ONCE)]
+        parts = [encode(self.pipe, prompts[i : i + ENCODED_AT_ONCE]) for i in range(0, len(prompts), ENCODED_AT_ONCE)]
         dtype = self.model.dtype  # text encoders may have another
         condition = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in concatenate(*parts).items()
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in concatenate(*parts).items()
         }
         for value in condition.values():
             if value.is_floating_point() and not all_finite(value):
@@ -127,6 +141,8 @@ class Base:
     def remembering(self, guidance: float = 1.0) -> Encode:
         """Return a function that encodes as `encode` does, and no prompt twice.
 
+        What it remembers takes no room on a card, and what it returns is on the CPU where it would take more than `MOST_TEXT`.
+
         Args:
             guidance: As for `encode`.
         """
@@ -135,8 +151,11 @@ class Base:
         def encode(prompts: Sequence[str]) -> Condition:
             if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
                 encoded = self.encode(new, guidance)
+                encoded = move(encoded, torch.device("cpu"))
                 known.update({prompt: pick(encoded, slice(i, i + 1)) for i, prompt in enumerate(new)})
-            return concatenate(*(known[prompt] for prompt in prompts))
+            condition = concatenate(*(known[prompt] for prompt in prompts))
+            large = sum(value.nbytes for value in condition.values()) > MOST_TEXT
+            return condition if large else move(condition, self.device)
 
         return encode
 
@@ -150,18 +169,52 @@ class Base:
         for name in (self.family.denoiser, *encoders):
             component = getattr(self.pipe, name)
             for path, weight in component.named_parameters() if component is not None else ():
-                if "lora_" not in path and not all_finite(weight.detach()):
+                if "lora_" not in path and not all_finite(dequantized(weight).detach()):
                     module = path.rpartition(".")[0].removesuffix(".base_layer")
                     return f"{name}.{module} holds NaN or infinity; fetch the base again"
         return None
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders, once every prompt is encoded, and place a denoiser that waited for that."""
+        in_turn = False
         for name in [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            in_turn |= hasattr(getattr(self.pipe, name), "_hf_hook")
             setattr(self.pipe, name, None)
+        if in_turn:
+            gc.collect()  # the hooks that had them come in turn hold them in a circle
         if self.destination is not None:
-            self.pipe.to(self.destination)
+            self.model.to(self.destination)
             self.destination = None
+
+    def encode_last(self, prompts: Iterable[str]) -> Encode | None:
+        """Encode the last prompts that a base is loaded for and drop its text encoders, if its denoiser waits for that.
+
+        Args:
+            prompts: Beside the empty one, which guidance needs.
+
+        Returns:
+            A function from these prompts to their condition; `None` where nothing waits, and the text encoders stay.
+        """
+        if self.destination is None:
+            return None
+        encode = self.remembering()
+        encode([*dict.fromkeys(prompts), ""])
+        self.free_text_encoders()
+        return encode
+
+    @contextmanager
+    def vae_in_place(self) -> Generator[None]:
+        """Have the VAE beside the denoiser for the length of a `with` block; where it was elsewhere, it goes back."""
+        vae = self.pipe.vae
+        before = None if vae is None else vae.device
+        if vae is None or before == self.model.device:
+            yield
+            return
+        vae.to(self.model.device)
+        try:
+            yield
+        finally:
+            vae.to(before)
 
     def require_bare(self) -> None:
         """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.
@@ -175,21 +228,36 @@ class Base:
                 " (pipe.unload_lora_weights()), or merge it into a base of its own (esd-lora merge)."
             )
 
+    def require_whole(self, purpose: str) -> None:
+        """Refuse a quantized denoiser.
+
+        Args:
+            purpose: What cannot be done with one.
+
+        Raises:
+            EsdLoraError: With what to load instead.
+        """
+        if self.quantized:
+            raise EsdLoraError(
+                f"base {self.id!r} is loaded in {self.quantized}, and {purpose} needs its weights as they are. Load it in"
+                " bfloat16 or float32 (--dtype)."
+            )
+
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Yield path and base weight of every module that `modules` names."""
+        """Yield path and base weight of every module that `modules` names; of a quantized one what it stands for."""
         layers = dict(self.model.named_modules())
         for path in modules:
             layer = layers.get(path)
             layer = getattr(layer, "base_layer", layer)
             if layer is None:
                 raise EsdLoraError(f"base {self.id!r} has no layer {path}: the eraser was made for another model.")
-            yield path, layer.weight
+            yield path, dequantized(layer.weight)
 
     def own_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and value of every weight of the denoiser, without those of adapters."""
         for name, value in self.model.state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), value
+                yield name.replace(".base_layer", ""), dequantized(value)
 
     def check(self, eraser: Eraser) -> None:
         """Refuse an eraser of another family, prediction type or layer shape; warn when the base's weights differ.
@@ -209,8 +277,8 @@ class Base:
     def hashes(self, modules: Mapping[str, Any]) -> dict[str, str]:
         """Return `eraser.hash_weight` of the weight of every module that `modules` names, by path.
 
-        Loading in bfloat16 drops bits that the hash is of, so there the weights are looked up where they were read from.
+        Loading in bfloat16 or less drops bits that the hash is of, so there weights are looked up where they were read from.
         """
-        if self.model.dtype == torch.bfloat16 and self.source is not None:
+        if (self.model.dtype == torch.bfloat16 or self.quantized) and self.source is not None:
             return {path: hash_weight(weight) for path, weight in open_stored(self.source).weights(modules)}
         return {path: hash_weight(weight) for path, weight in self.weights(modules)}

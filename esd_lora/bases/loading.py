@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from esd_lora import ranks
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
+from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
 from esd_lora.bases.single_file import open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts
 from esd_lora.erasers.hub_answers import checked_answers
@@ -21,6 +23,9 @@ from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
+
+_ENCODING = 1.2
+"""Times the size of text encoders is taken while they encode."""
 
 
 def load_base(
@@ -39,11 +44,13 @@ def load_base(
             (`owner/name`, `owner/name@revision`).
         device: `auto` takes the GPU if there is one; or `cpu`, `cuda`, `mps`.
         dtype: Dtype of the frozen weights, or its name; by default float32 on the CPU, and on a GPU bfloat16, or float16 where
-            bfloat16 is not supported.
+            bfloat16 is not supported. `int8` and `nf4` quantize the denoiser, on the CPU or on the way to the device, and leave
+            the rest in the default.
         config: For a single file, a diffusers directory of the same architecture; SD 1.x, 2.x and SDXL need none.
         vae: Whether to load the VAE; only pictures need it.
-        text_first: Whether to place the text encoders alone; the rest follows when `Base.free_text_encoders` drops them. So a
-            device needs memory for the larger of the two, not for both (Flux: 24 GB beside 10 in bfloat16).
+        text_first: Whether to place the text encoders alone; the denoiser follows when `Base.free_text_encoders` drops them,
+            and the VAE for as long as pictures are painted. So a device needs memory for the larger of the two, not for both
+            (Flux: 24 GB beside 10 in bfloat16).
 
     Raises:
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
@@ -51,7 +58,10 @@ def load_base(
     """
     name, commit = str(base), None
     place = choose_device(device)
-    dtype = choose_dtype(place, dtype)
+    quantized = dtype if isinstance(dtype, str) and dtype in QUANTIZED else None
+    if quantized:
+        require_library(quantized)
+    dtype = choose_dtype(place, None if quantized else dtype)
     source = base_files(name) if name in BUILT_IN else Path(name)
     in_one_file = not source.is_dir() and (source.is_file() or source.suffix.lower() in (".safetensors", *PICKLES))
     if config is not None and not in_one_file:
@@ -81,11 +91,37 @@ def load_base(
     for part, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-            if part.startswith("text_encoder") or not text_first:
+            if quantized and part == family.denoiser:
+                quantize(component, family, quantized)
+            if not text_first:
                 component.to(place)
+    if text_first:
+        place_text_encoders(pipe, place)
     steps, guidance = family.default_sampling(pipe)
     sampling = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
-    return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=place if text_first else None)
+    waits = place if text_first else None
+    return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=waits, quantized=quantized)
+
+
+def place_text_encoders(pipe: Any, place: torch.device) -> None:
+    """Place a pipeline's text encoders: together, or each when it is called, where a card has no room for all (accelerate)."""
+    from accelerate import cpu_offload_with_hook
+
+    parts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    size = sum(weight.nbytes for part in parts for weight in part.parameters())
+    if len(parts) < 2 or _ENCODING * size <= _free(place):
+        for part in parts:
+            part.to(place)
+        return
+    hook: Any = None
+    for part in parts:
+        _, hook = cpu_offload_with_hook(part, place, hook)  # which sends the one before it back to the CPU
+    parts[0]._hf_hook.prev_module_hook = hook
+
+
+def _free(place: torch.device) -> float:
+    """Return the bytes that are free on a card; elsewhere nothing is known to be scarce."""
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else math.inf
 
 
 def choose_device(device: str) -> torch.device:
@@ -145,7 +181,8 @@ def choose_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None and dtype not in known:
-        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, known)}. Known: {', '.join(known)}.")
+        names = (*known, *QUANTIZED)
+        raise EsdLoraError(f"unknown dtype {dtype!r}{did_you_mean(dtype, names)}. Known: {', '.join(names)}.")
     if dtype is not None:
         return known[dtype]
     if device.type == "cpu":

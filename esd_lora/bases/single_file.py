@@ -147,7 +147,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
             library, name = component_class
             prefixes = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
             if not any(key.startswith(prefixes) for key in shapes):
-                component = _model_class(library, name)
+                component = model_class(library, name)
                 with bounded_models((folder / part).glob("*.safetensors"), folder):
                     apart[part] = component.from_pretrained(
                         folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -170,7 +170,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
     return pipe
 
 
-def _model_class(library: str, name: str) -> Any:
+def model_class(library: str, name: str) -> Any:
     """Return a class of models that an index names.
 
     Raises:
@@ -185,10 +185,10 @@ def _model_class(library: str, name: str) -> Any:
         "transformers": (transformers, transformers.PreTrainedModel),
     }
     module, parent = known.get(library, (None, None))
-    model_class = getattr(module, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, parent)):
+    named = getattr(module, name, None)
+    if not (isinstance(named, type) and issubclass(named, parent)):
         raise EsdLoraError(f"the model_index.json names {library}.{name}, which is no class of models of that library.")
-    return model_class
+    return named
 
 
 def _configure_scheduler(pipe: Any, checkpoint: CheckpointKind, prediction_type: str, *, zero_snr: bool) -> None:
@@ -219,7 +219,7 @@ def measure_prediction_type(pipe: Any) -> str:
 
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Configurations and vocabulary of checkpoints in one file: `sd1`, `sd2`, `sdxl`."""
+"""Configurations of published models and CLIP's vocabulary; of checkpoints in one file `sd1`, `sd2` and `sdxl` are all."""
 
 
 @contextmanager

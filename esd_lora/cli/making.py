@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 @click.option("--teacher-cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep what the base predicts for others.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @click.option("--kohya", is_flag=True, help="Also write kohya/NAME.safetensors there, for A1111, Forge and ComfyUI.")
+@click.option(
+    "--fit", is_flag=False, flag_value="card", metavar="[SIZE]", help="Choose what fits the card at hand, or one of SIZE: 12GB."
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
 @dry_run_option
 @force_option
@@ -80,6 +83,7 @@ def train(
     teacher_cache: Path | None,
     out: Path,
     kohya: bool,
+    fit: str | None,
     resume: bool,
     dry_run: bool,
     force: bool,
@@ -104,6 +108,8 @@ def train(
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
     refuse_inputs(out, () if resume else recipes)
+    if fit:
+        recipe, dtype = _fitted(recipe, fit, device, dtype)
     if dry_run:
         _rehearse(recipe, out, device, dtype, allow_code)
         return
@@ -135,6 +141,15 @@ def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_c
     base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
     say(*estimate_training(recipe, base, allow_code=allow_code).lines())
     say(f"would be written into {out}, as far as the recipe asks for it: {', '.join(RUN_FILES)}")
+
+
+def _fitted(recipe: Recipe, size: str, device: str, dtype: str | None) -> tuple[Recipe, str]:
+    """Return the recipe and the dtype that fit a card, and print them."""
+    from esd_lora.memory_plans import fit_recipe, free_memory, read_size
+
+    recipe, plan = fit_recipe(recipe, free_memory(device) if size == "card" else read_size(size), dtype)
+    say(f"fit: {plan.describe()}")
+    return recipe, plan.setting.dtype
 
 
 def _guard(guard: tuple[str, ...]) -> int | tuple[str, ...] | None:
@@ -226,7 +241,7 @@ def generate(
     gate = gate or gate_threshold is not None
     _check_erasers(erasers, strengths, gate)
     members = [load_eraser(path) for path, *_ in erasers]
-    loaded = load_base(base, device=device, dtype=dtype, config=base_config)
+    loaded = load_base(base, device=device, dtype=dtype, config=base_config, text_first=not dry_run)
     pictures = len(prompts) * count
     if dry_run:
         rows = len({1.0, *(strengths or ()), *((0.0,) if compare else ())})

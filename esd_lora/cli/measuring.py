@@ -93,7 +93,8 @@ def evaluate(
     if base is None:
         report = evaluating.score_pictures(str(pictures), loaded, out, **options)
     else:
-        model = load_base(base, device=device, dtype=dtype, config=base_config)
+        painted_alone = not (dry_run or against or loaded.attacks)
+        model = load_base(base, device=device, dtype=dtype, config=base_config, text_first=painted_alone)
         options |= {"erasers": paths, "weights": weights, "stack": stack}
         options["against"] = [kind.strip() for kind in against.split(",")] if against else []
         if dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
@@ -53,6 +54,10 @@ def _echo(lines: Sequence[str], err: bool) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     for line in lines:
         click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+_OTHERS_LOGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Where torchao, which others import as soon as it is installed, tells of kernels that are not there."""
 
 
 @contextmanager
@@ -141,6 +146,8 @@ class Commands(click.Group):
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            for name in _OTHERS_LOGS:
+                logging.getLogger(name).setLevel(logging.ERROR)
             _check_directory()
             return super().invoke(ctx)
 
@@ -244,7 +251,7 @@ def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
 
 def device_options(command: _Command) -> _Command:
     """Add `--device` and `--dtype`."""
-    dtype = "Type of the frozen base: float32, bfloat16, float16; default: what suits the device."
+    dtype = "Type of the frozen base: float32, bfloat16, float16, int8, nf4; default: what suits the device."
     command = click.option("--dtype", help=dtype)(command)
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")(command)
 

@@ -70,8 +70,9 @@ def prepare_evaluation(
     suite.require_allowed(allow_code)
     members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
+    painted_alone = not (against or suite.attacks)  # nothing else needs the text encoders once all prompts are encoded
     if suite.needs_text_encoder and removed and not isinstance(base, Base):
-        base = load_base(base)
+        base = load_base(base, text_first=painted_alone)
     near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
     plan = plan_cases(suite, removed, limit, near)
     if stack and len(members) < 2:
@@ -86,24 +87,27 @@ def prepare_evaluation(
         )
     conditions = [read_condition(text, names) for text in fail_if]
     strengths = strengths_of(members, weights)
-    base = base if isinstance(base, Base) else load_base(base)
+    base = base if isinstance(base, Base) else load_base(base, text_first=painted_alone)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
-    variants = [bare(base, *sampler)]
+    origin = base_record(base)  # text encoders and all
+    encode = base.encode_last(case.prompt for case in plan.cases) if painted_alone else None
+    variants = [bare(base, *sampler, encode)]
     if members:
-        variants.append(erased(base, members, strengths, *sampler))
+        variants.append(erased(base, members, strengths, *sampler, encode=encode))
     if stack:
-        variants += members_erased(base, members, strengths, *sampler)
+        variants += members_erased(base, members, strengths, *sampler, encode)
     for kind in against:
         try:
             variants.append(baseline(kind, base, removed, *sampler))
         except NotRun as reason:
             plan.not_run[baseline_name(kind)] = str(reason)
     if suite.attacks:
+        base.require_whole("attacking")
         targets = [case for case in plan.cases if case.role == "target"]
         victim = Victim(base, variants[1], removed, targets, *sampler, erasers=members, weights=strengths)
         variants += _attacked(suite, victim, allow_code)
     record = suite_record(suite, plan, [concept.name for concept in removed], limit) | {
-        "base": base_record(base),
+        "base": origin,
         "variants": {variant.name: variant.record for variant in variants},
         "sampler": {"scheduler": type(base.pipe.scheduler).__name__, "steps": sampler[0], "guidance": sampler[1]},
         "latents": base.latent_shape(),

@@ -12,12 +12,14 @@ from PIL.Image import Image
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
+from esd_lora.bases.quantizing import dequantized
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.privacy import without_folders
 from esd_lora.erasers.stacking import Strength
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.evaluation.cases import ROLES, Case, Role
 from esd_lora.pictures import paint
+from esd_lora.trajectory import Encode
 from esd_lora.wording import slug
 
 Painter = Callable[[Sequence[Case]], list[Image]]
@@ -59,9 +61,16 @@ def make_painter(base: Base, steps: int, guidance: float, **options: Any) -> Pai
     return paint_cases
 
 
-def bare(base: Base, steps: int, guidance: float) -> Variant:
-    """Return the base as it is."""
-    return Variant("base", {}, lambda: nullcontext(make_painter(base, steps, guidance)))
+def bare(base: Base, steps: int, guidance: float, encode: Encode | None = None) -> Variant:
+    """Return the base as it is.
+
+    Args:
+        base: From `load_base`.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        encode: As in `pictures.paint`.
+    """
+    return Variant("base", {}, lambda: nullcontext(make_painter(base, steps, guidance, encode=encode)))
 
 
 def erased(
@@ -71,6 +80,7 @@ def erased(
     steps: int,
     guidance: float,
     name: str = "erased",
+    encode: Encode | None = None,
 ) -> Variant:
     """Return the base with erasers on, as one stack."""
     members = [
@@ -81,18 +91,23 @@ def erased(
     @contextmanager
     def on() -> Generator[Painter]:
         with applied(base, erasers, weights):
-            yield make_painter(base, steps, guidance)
+            yield make_painter(base, steps, guidance, encode=encode)
 
     return Variant(name, {"erasers": members}, on)
 
 
 def members_erased(
-    base: Base, members: Sequence[Eraser], weights: Sequence[Strength], steps: int, guidance: float
+    base: Base,
+    members: Sequence[Eraser],
+    weights: Sequence[Strength],
+    steps: int,
+    guidance: float,
+    encode: Encode | None = None,
 ) -> list[Variant]:
     """Return the base with every member of a stack alone, then with the first two, the first three, and so on, but not all."""
     parts = {alone_name(member, i + 1): slice(i, i + 1) for i, member in enumerate(members)}
     parts |= {first_name(count): slice(count) for count in range(2, len(members))}
-    return [erased(base, members[part], weights[part], steps, guidance, name) for name, part in parts.items()]
+    return [erased(base, members[part], weights[part], steps, guidance, name, encode) for name, part in parts.items()]
 
 
 def alone_name(member: Eraser, number: int) -> str:
@@ -113,7 +128,7 @@ def base_record(base: Base) -> dict[str, Any]:
         "id": without_folders(base.id),
         "revision": base.revision,
         "weights": hashes,
-        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "dtype": base.held_in,
     }
 
 
@@ -122,5 +137,5 @@ def _hash_weights(part: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in part.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(dequantized(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

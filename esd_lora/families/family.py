@@ -108,6 +108,13 @@ class ModelFamily(ABC):
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
+        """Return the shape of one prompt's part of every tensor that `encode` returns, from the configurations alone.
+
+        Nothing where a family does not say: then no memory is planned for its models.
+        """
+        return {}
+
     def text_read_by(self, module: str) -> str | None:
         """Return the name of the tensor of a condition that a layer itself reads, whatever `x_t` and `t` are, if it does."""
         for name, rule in (("prompt_embeds", self.text_layers), ("pooled_prompt_embeds", self.pooled_layers)):

@@ -62,6 +62,13 @@ class Flux(ModelFamily):
         text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
+        tokens, config = self.call_kwargs(pipe)["max_sequence_length"], pipe.transformer.config
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         n, channels, height, width = x_t.shape
         text = condition["prompt_embeds"]

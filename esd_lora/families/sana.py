@@ -41,6 +41,13 @@ class Sana(ModelFamily):
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return concatenate(*(_encode_prompt(pipe, prompt, instructed=True) for prompt in prompts))
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
+        tokens = signature(pipe.__call__).parameters["max_sequence_length"].default
+        return {
+            "prompt_embeds": (tokens, pipe.transformer.config.caption_channels),
+            "prompt_attention_mask": (tokens,),
+        }
+
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         flow = pipe.transformer(
             x_t,

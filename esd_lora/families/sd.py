@@ -48,6 +48,9 @@ class StableDiffusion(ModelFamily):
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)[0]}
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
+        return {"prompt_embeds": (pipe.text_encoder.config.max_position_embeddings, pipe.unet.config.cross_attention_dim)}
+
     def added_conditions(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:  # noqa: ARG002
         """Return the U-Net's conditions beside text and time."""
         return None

