@@ -11,7 +11,6 @@ What CUDA's context takes and its allocator loses is an allowance (`memory_plans
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
+from tables import add_publish, show
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -45,15 +45,17 @@ SETTINGS = {
 """Two steps on 256 x 256 pixels, with numbers: on random weights there is nothing to measure."""
 
 
-def print_table() -> None:
+def print_table(publish: bool) -> None:
     """Print a row for each model and card: the setting, and the planned GiB of every phase."""
-    print("| model | card | setting | " + " | ".join(PHASES) + " | planned |\n" + "|---" * (4 + len(PHASES)) + "|")
+    rows: list[list[str]] = []
     for model, size in CARDS:
         base = outline_published(model)
         plan = fit(base, load_recipe(base.family.preset, concepts=["a cat"]), size * GIB)
         phases = {name.partition(",")[0]: bytes_ / GIB for name, bytes_ in plan.phases.items()}
         cells = [model, f"{size} GB", plan.setting.describe(), *(f"{phases[name]:.1f}" for name in PHASES)]
-        print(f"| {' | '.join(cells)} | {plan.needed / GIB:.1f} |", flush=True)
+        rows.append([*cells, f"{plan.needed / GIB:.1f}"])
+    note = "The family's preset; GiB of tensors in each phase, and of the card with allowances."
+    show("memory-plan", ["model", "card", "setting", *PHASES, "planned"], rows, note, publish=publish)
 
 
 def memory(key: str) -> int:
@@ -78,11 +80,11 @@ def random_base() -> Base:
     return base
 
 
-def check() -> None:
+def check(publish: bool) -> None:
     """Print what two steps were planned to take beside the loaded base, and what they took."""
     from esd_lora.training import train
 
-    print("| gradient checkpointing | weights and step planned, GiB | taken | planned / taken |\n|---|---|---|---|")
+    rows: list[list[str]] = []
     before = memory("VmRSS")
     base = random_base()
     base.pipe.text_encoder.requires_grad_(False)
@@ -96,12 +98,15 @@ def check() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the most begins anew
         train(recipe, base=base, progress=False)
         taken = memory("VmHWM") - before
-        print(f"| {checkpointing} | {planned / GIB:.2f} | {taken / GIB:.2f} | {planned / taken:.2f} |", flush=True)
+        rows.append([str(checkpointing), f"{planned / GIB:.2f}", f"{taken / GIB:.2f}", f"{planned / taken:.2f}"])
+    head = ["gradient checkpointing", "planned, GiB", "taken, GiB", "ratio"]
+    show("memory-plan-check", head, rows, "SD 1.5, random weights, 256 x 256 pixels.", publish=publish)
 
 
-def judge_int8() -> None:
+def judge_int8(publish: bool) -> None:
     """Print how far the built-in base in int8 is from itself, and what erasers made beside it leave on the whole base."""
-    from esd_lora.evaluation.evaluating import evaluate
+    from counting import SHOTS, Yardstick
+
     from esd_lora.training import train
 
     whole, quantized = load_base("emoji"), load_base("emoji", dtype="int8")
@@ -109,17 +114,19 @@ def judge_int8() -> None:
     t, prompts = torch.arange(10, 1000, 990 // 64)[:64], [*whole.keep[:63], ""]
     with torch.no_grad():
         exact, near = (base.predict(x_t, t, base.encode(prompts)) for base in (whole, quantized))
-    print(f"predictions in int8 are off by {float((near - exact).norm() / exact.norm()):.2%} of their size, 64 latents\n")
-    print("| preset | scope | made in | left | kept |\n|---|---|---|---|---|")
+    error = float((near - exact).norm() / exact.norm())
+    yardstick, rows = Yardstick(whole, Path("out/memory_plan")), list[list[str]]()
     fixed = {"train.steps": 60, "train.preview_every": 0}
     for preset, scope, settings in (("instant", "xattn", {"train.preview_every": 0}), ("fast", "noxattn", fixed)):
         recipe = load_recipe(preset, settings, concepts=[{"name": "a cat", "anchor": "a dog"}], scope=scope)
         for dtype in ("float32", "int8"):
             eraser = train(recipe, dtype=dtype, progress=False)
-            out = Path("out/memory_plan") / f"{preset}-{dtype}"
-            numbers = evaluate(whole, "emoji-object", out, erasers=[eraser], force=True, progress=False).variants["erased"]
-            left, kept = (numbers[role]["accuracy"].value for role in ("target", "keep"))
-            print(f"| {preset} | {scope} | {dtype} | {left:.1%} | {kept:.1%} |", flush=True)
+            measured = yardstick.measure([eraser], {"cat"}, set())
+            shares = [f"{measured[name]:.1%}" for name in ("object_left", "kept", "kept_unlisted", "kept_bare")]
+            rows.append([f"`{preset}`", f"`{scope}`", dtype, *shares])
+    head = ["preset", "scope", "made in", "left", "kept", "kept, in no list", "kept, no style named"]
+    note = f"Cats, {SHOTS} pictures; predictions in int8 are off by {error:.2%} of their size, over 64 latents."
+    show("int8", head, rows, note, publish=publish)
 
 
 def main() -> None:
@@ -127,9 +134,9 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true")
     what.add_argument("--int8", action="store_true")
+    add_publish(parser)
     options = parser.parse_args()
-    print(f"{datetime.date.today()}\n")
-    (check if options.check else judge_int8 if options.int8 else print_table)()
+    (check if options.check else judge_int8 if options.int8 else print_table)(options.publish)
 
 
 if __name__ == "__main__":

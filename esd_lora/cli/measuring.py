@@ -101,11 +101,10 @@ def evaluate(
             _estimate(model, loaded, out, options)
             return
         report = evaluating.evaluate(model, loaded, out, **options)
-    if not is_main():
-        return
-    if attach:
-        write_into(paths[0], report, None if loaded.sensitive else out)
-    _show(report, out)
+    if is_main():
+        if attach:
+            write_into(paths[0], report, None if loaded.sensitive else out)
+        _show(report, out)
 
 
 def _show(report: Report, out: Path) -> None:

@@ -181,7 +181,9 @@ def test_merging_dry(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> N
     assert f"would be written: {out}" in result.stdout
     estimate = estimate_merging(members, tiny_dir, out)
     merge(members, tiny_dir, out)
-    assert sum(file.stat().st_size for file in out.rglob("*")) == pytest.approx(estimate.size, abs=16_000)  # the metadata
+    assert sum(file.stat().st_size for file in out.rglob("*")) == pytest.approx(
+        estimate.size, abs=3 * 2**17
+    )  # headers of three files, each in its place
 
 
 def test_merging_dry_refuses_what_does_not_fit(tiny_dir: Path, members: list[Eraser], tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_moments_are_the_same_in_one_group_and_in_many(
 
 
 def test_layers_too_wide_are_summed_and_named(base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "_WIDEST", 100)
+    monkeypatch.setattr(closed_form, "WIDEST", 100)
     with pytest.warns(UserWarning, match="wider than"):
         fused = fuse(members, base, keep=KEEP, **QUICK)
     plain = deltas(stack(members))

@@ -60,6 +60,7 @@ def test_published_models_fit_their_cards(model: str, size: int, dtype: str) -> 
     assert (IN_TURN in plan.phases) == (model == "SD 3.5 medium")
 
 
+@pytest.mark.slow
 def test_flux_fits_24_gigabytes_in_int8_and_12_not_at_all_in_bfloat16() -> None:
     base = outline_published("Flux.1 dev")
     recipe = published_recipe(base)
@@ -146,6 +147,7 @@ def test_no_card_to_fit() -> None:
         free_memory()
 
 
+@pytest.mark.slow
 def test_the_doctor_plans_for_a_card() -> None:
     states = {finding.name: finding for finding in examine(6 * GIB) if " on a card of 6 GB" in finding.name}
     assert [name.removesuffix(" on a card of 6 GB") for name in states] == list(PUBLISHED)
