@@ -55,7 +55,10 @@ def circumstances() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     threads = os.environ.get("OMP_NUM_THREADS")
-    given = [argument for argument in sys.argv[1:] if argument != "--publish"]
+    given = list(sys.argv[1:])
+    if "--out" in given:  # where runs are kept is nobody else's business
+        del given[(place := given.index("--out")) : place + 2]
+    given = [argument for argument in given if argument != "--publish"]
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *given]
     return {
         "command": " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), shlex.join(words)]),
