@@ -29,7 +29,6 @@ LANES = (
 ALONE = (
     "start_up.py",
     "hot_loop.py",
-    "hot_loop.py --compile",
     "estimates.py --only instant,fast,thorough,paper,pictures,evaluation,fusing,harmonising",
 )
 PLACES = {"erasing.py": "erasing", "estimates.py": "estimates"}
