@@ -30,9 +30,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
+from timing import timed
 from tqdm import tqdm, trange
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
@@ -155,31 +155,15 @@ def merge_steps(name: str, folder: Path, rounds: int) -> dict[str, Any]:
 
 def profile_merge(eraser: Path, source: Path, out: Path) -> dict[str, float]:
     """CPU seconds of one merge by what it does, threads added up."""
-    from unittest.mock import patch
-
     from esd_lora import files
     from esd_lora.weights import merging, streaming
 
-    lock, spent = Lock(), dict.fromkeys(PARTS, 0.0)
-
-    def timed(part: str, owner: Any, name: str) -> Any:
-        real = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.thread_time()
-            try:
-                return real(*args, **kwargs)
-            finally:
-                with lock:
-                    spent[part] += time.thread_time() - started
-
-        return patch.object(owner, name, call)
-
+    spent = dict.fromkeys(PARTS, 0.0)
     places = (merging, streaming, streaming, streaming, streaming, streaming, files)
     names = ("hash_weight", "_copy", "_read", "_add", "all_finite", "_write", "sync")
     with ExitStack() as stack:
         for part, owner, name in zip(PARTS, places, names, strict=True):
-            stack.enter_context(timed(part, owner, name))
+            stack.enter_context(timed(spent, part, owner, name, time.thread_time))
         before = time.process_time()
         merging.merge([eraser], source, out, progress=False)
         whole = time.process_time() - before
@@ -280,22 +264,12 @@ def fusing_steps(model: str, folder: Path) -> dict[str, Any]:
         text = base.family.reads_text
         members = [Eraser({m: p for m, p in e.pairs.items() if text(m)}, e.header) for e in members]
     spent = {"predict": 0.0, "encode": 0.0, "add": 0.0}
-
-    def timed(owner: Any, name: str) -> Any:
-        real = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return real(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - started
-
-        return patch.object(owner, name, call)
-
     evaluations: list[int] = []
     small = patch.object(Base, "latent_shape", lambda _: (4, 32, 32))
-    with timed(Base, "predict"), timed(Base, "encode"), timed(Moment, "add"), small:
+    with ExitStack() as stack:
+        for owner, name in ((Base, "predict"), (Base, "encode"), (Moment, "add")):
+            stack.enter_context(timed(spent, name, owner, name))
+        stack.enter_context(small)
         found = measured(lambda: evaluations.append(fuse(members, base).header.fusions[-1].evaluations))
     found |= {"denoising": spent["predict"] - spent["add"], "encoding": spent["encode"], "evaluations": evaluations[0]}
     return {**found, "own": found["seconds"] - found["denoising"] - found["encoding"], "layers": len(members[0].pairs)}

@@ -22,12 +22,9 @@ import shutil
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 import torch
+from timing import timed
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -85,25 +83,13 @@ def paint_ours(base: Base, cases: list[Case], folder: Path) -> None:
 
 def shares(base: Base, cases: list[Case], folder: Path) -> dict[str, float]:
     """Return what part of esd-lora's time each kind of work takes; writing runs beside the others."""
-    spent: Counter[str] = Counter()
-
-    def timed(owner: Any, name: str, label: str) -> Any:
-        real = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return real(*args, **kwargs)
-            finally:
-                spent[label] += time.perf_counter() - started
-
-        return patch.object(owner, name, call)
+    spent = dict.fromkeys(("encoding text", "denoising", "decoding", "writing, beside"), 0.0)
 
     with ExitStack() as stack:
-        stack.enter_context(timed(base.pipe, "encode_prompt", "encoding text"))
-        stack.enter_context(timed(base.model, "forward", "denoising"))
-        stack.enter_context(timed(base.pipe.vae, "decode", "decoding"))
-        stack.enter_context(timed(scoring, "_write_painted", "writing, beside"))
+        stack.enter_context(timed(spent, "encoding text", base.pipe, "encode_prompt"))
+        stack.enter_context(timed(spent, "denoising", base.model, "forward"))
+        stack.enter_context(timed(spent, "decoding", base.pipe.vae, "decode"))
+        stack.enter_context(timed(spent, "writing, beside", scoring, "_write_painted"))
         started = time.perf_counter()
         paint_ours(base, cases, folder)
         whole = time.perf_counter() - started

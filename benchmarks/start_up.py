@@ -2,69 +2,67 @@
 
     python benchmarks/start_up.py [--rounds 3]
 
-Each runs in a process of its own. *First sign* is the first output on a pseudo-terminal, as a person would see it; *done* is
+Each runs in a process of its own. *First sign* is the first output on a pseudo-terminal, as a person would see it; *reached* is
 the output that is named in `COMMANDS`, or the end. Medians; the first round, in which files come from the disk, counts too.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import pty
 import re
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from tables import add_publish, show
 
 CLI = [sys.executable, "-m", "esd_lora"]
-COMMANDS: dict[str, tuple[list[str], str | None, float]] = {
-    "--help": (["--help"], None, 0.25),
-    "recipes check": (["recipes", "check", "emoji-twemoji"], None, 0.6),
-    "inspect": (["inspect", "{eraser}"], None, 2.5),
-    "train, its bar": (["train", "paper", "--concept", "a cat", "-s", "train.steps=3", "-o", "{out}"], r"step/s", 4),
-    "train, its first step": (
-        ["train", "paper", "--concept", "a cat", "-s", "train.steps=3", "-o", "{out}"],
-        r"\b1/3\b",
-        8,
-    ),
-    "generate": (["generate", "a cat", "-o", "{out}"], None, 8),
+END = "the end"
+TRAIN = ["train", "paper", "--concept", "a cat", "-s", "train.steps=3", "-o", "{out}"]
+COMMANDS: dict[str, tuple[list[str], dict[str, tuple[str, float]]]] = {
+    "--help": (["--help"], {END: ("", 0.25)}),
+    "recipes check": (["recipes", "check", "emoji-twemoji"], {END: ("", 0.6)}),
+    "inspect": (["inspect", "{eraser}"], {END: ("", 2.5)}),
+    "train": (TRAIN, {"its bar": (r"\b0/3\b", 4), "its first step": (r"\b1/3\b", 8)}),
+    "generate": (["generate", "a cat", "-o", "{out}"], {END: ("", 8)}),
 }
-"""Name to the arguments, the output that is waited for (`None`: the end), and the most seconds that are wanted."""
+"""Name to the arguments, and what is waited for: a pattern of the output, and the most seconds that are wanted."""
 
 
-class Times(NamedTuple):
-    """Seconds from the start of a command."""
+def run(arguments: list[str], patterns: dict[str, str]) -> dict[str, float]:
+    """Return the seconds until a command's first sign, until its output has each pattern, and until its end.
 
-    sign: float
-    done: float
-
-
-def run(arguments: list[str], until: str | None) -> Times:
-    """Return when a command says something, and when it says what is waited for, on a pseudo-terminal."""
+    Raises:
+        SystemExit: If it fails, or ends without one of them.
+    """
     controller, terminal = pty.openpty()
-    started = time.perf_counter()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # a bar is as wide as its terminal
+    started, text, seconds = time.perf_counter(), "", dict[str, float]()
     process = subprocess.Popen([*CLI, *arguments], stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL)
     os.close(terminal)
-    text, sign, done = "", 0.0, 0.0
     while True:
         try:
-            part = os.read(controller, 4096).decode(errors="replace")
-        except OSError:  # a pseudo-terminal whose other end is closed
+            part = os.read(controller, 4096)
+        except OSError:  # the other end is closed
             break
-        text += part
-        sign = sign or time.perf_counter() - started
-        if until and not done and re.search(until, text):
-            done = time.perf_counter() - started
-    if process.wait() != 0:
-        raise SystemExit(f"{arguments} failed:\n{text}")
+        text += part.decode(errors="replace")
+        now = time.perf_counter() - started
+        seconds.setdefault("first sign", now)
+        for name, pattern in patterns.items():
+            if name not in seconds and re.search(pattern, text):
+                seconds[name] = now
     os.close(controller)
-    return Times(sign, done or time.perf_counter() - started)
+    if process.wait() or not patterns.keys() <= seconds.keys():
+        raise SystemExit(f"{arguments} failed, or never said {', '.join(patterns.values())}:\n{text}")
+    return {**seconds, END: time.perf_counter() - started}
 
 
 def main() -> None:
@@ -76,19 +74,18 @@ def main() -> None:
         folder = Path(place)
         eraser = folder / "eraser"
         subprocess.run([*CLI, "train", "instant", "--concept", "a cat", "-o", eraser], check=True, capture_output=True)
-        times: dict[str, list[Times]] = {name: [] for name in COMMANDS}
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in COMMANDS}
         for number in range(options.rounds):
-            for name, (arguments, until, _) in COMMANDS.items():
-                out = folder / f"{number}-{len(times[name])}-{name.replace(' ', '-').replace(',', '')}"
-                words = [word.format(eraser=eraser, out=out) for word in arguments]
-                times[name].append(run(words, until))
+            for name, (arguments, awaited) in COMMANDS.items():
+                words = [word.format(eraser=eraser, out=folder / f"{name}-{number}") for word in arguments]
+                patterns = {event: pattern for event, (pattern, _) in awaited.items() if event != END}
+                times[name].append(run(words, patterns))
     rows: list[list[str]] = []
-    for name, each in times.items():
-        sign, done = (statistics.median(values) for values in zip(*each, strict=True))
-        rows.append(
-            [f"`{name}`" if name in ("--help", "inspect") else name, f"{sign:.2f}", f"{done:.2f}", f"{COMMANDS[name][2]:g}"]
-        )
-    show("start-up", ["command", "first sign, s", "done, s", "at most"], rows, publish=options.publish)
+    for name, (_, awaited) in COMMANDS.items():
+        for event, (_, most) in awaited.items():
+            sign, reached = (statistics.median(each[key] for each in times[name]) for key in ("first sign", event))
+            rows.append([f"`{name}`", f"{sign:.2f}", event, f"{reached:.2f}", f"{most:g}"])
+    show("start-up", ["command", "first sign, s", "until", "s", "at most"], rows, publish=options.publish)
 
 
 if __name__ == "__main__":

@@ -244,16 +244,14 @@ class Teacher:
         return self._predict(x_t, t, condition, shared)
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition, shared: bool) -> Tensor:
-        self.evaluations += len(x_t)
-        if not shared:
-            return self._predict_rows(x_t, t, condition)
-        own = {name: share(value) for name, value in condition.items()}
-        return gather(self._predict_rows(share(x_t), share(t), own), len(x_t))
-
-    def _predict_rows(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        total = len(x_t)
+        self.evaluations += total
+        if shared:
+            x_t, t, condition = share(x_t), share(t), {name: share(value) for name, value in condition.items()}
         with torch.inference_mode():
             parts = [self.base.predict(x_t[rows], t[rows], pick(condition, rows)) for rows in self._batches(len(x_t))]
-        return parts[0] if len(parts) == 1 else torch.cat([x_t[:0], *parts])
+        prediction = parts[0] if len(parts) == 1 else torch.cat([x_t[:0], *parts])  # none in a rank without rows
+        return gather(prediction, total) if shared else prediction
 
     def _batches(self, count: int) -> list[slice]:
         size = 2 * self.spec.walk_batch

@@ -17,7 +17,7 @@ import torch
 from esd_lora.adapter import add_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
-from esd_lora.erasers.stacking import Strength, stack
+from esd_lora.erasers.stacking import Strength, check_cut, stack
 from esd_lora.estimates.estimate import Estimate, Pace, Work, clock, peak_memory, time_text
 from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
 from esd_lora.fusing.closed_form import WIDEST, batches_of_layers, objective, solve
@@ -38,26 +38,32 @@ def estimate_fusing(
     *,
     weights: Sequence[float | Strength] | None = None,
     keep: Sequence[str] | None = None,
+    rank: int | None = None,
     spec: FuseSpec | str | Path = "fuse",
     **fields: Any,
 ) -> Estimate:
-    """Return what `fuse` takes; its arguments are the same.
+    """Return what `fuse` takes; its arguments are the same, but for `energy`, which only makes the eraser smaller.
 
     Raises:
         EsdLoraError: As `fuse` does where the erasers and the base do not fit each other.
     """
-    spec = load_fuse_spec(spec, **{name: value for name, value in fields.items() if name in FuseSpec.model_fields})
+    check_cut(rank, None)
+    spec = load_fuse_spec(spec, **fields)
     members = gather_members(erasers, base, weights, keep)
     groups = [PromptGroup(prompts, spec.trajectories) for prompts in members.prompts]
     if walked := min(spec.keep_trajectories, len(members.kept)) if spec.lam else 0:
         groups.append(PromptGroup(members.kept, walked))
-    pairs = {m: pair for m, pair in stack(members.erasers).pairs.items() if pair.down[0].numel() <= WIDEST}
+    summed = stack(members.erasers).pairs
+    pairs = {module: pair for module, pair in summed.items() if pair.down[0].numel() <= WIDEST}
     batches = list(batches_of_layers({module: pair.down[0].numel() for module, pair in pairs.items()}))
+    denoising = [batch for batch in batches if not all(map(base.family.reads_text, batch))]
     work = _count_fusing(base, groups, batches, spec)
     count = len(members.erasers)
     around = sum(_time_solving(base, pairs[m], count) * n for m, n in _by_width(pairs).items())
-    pace = Pace(time_text(base), _time_recording(base, batches[0], groups[-1], spec) if work.evaluations else 0.0)
-    eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in pairs.values())
+    pace = Pace(time_text(base), _time_recording(base, denoising[0], groups[-1], spec) if denoising else 0.0)
+    eraser = sum(
+        4 * min(rank or pair.rank, pair.rank) * (pair.down[0].numel() + pair.up[:, 0].numel()) for pair in summed.values()
+    )
     return Estimate(work, work, pace, around, peak_memory(base), eraser)
 
 

@@ -141,11 +141,11 @@ def _measure_training(base: Base, teacher: Teacher, parameters: Sequence[torch.n
         evaluation = clock(base, lambda: base.predict(*walked), len(walked[0]))
     student = 0.0
     if spec.steps:
-        student = time_step(base, spec, parameters, latents(spec.batch_size + spec.preserve_batch + spec.null_batch))
+        student = _time_step(base, spec, parameters, latents(spec.batch_size + spec.preserve_batch + spec.null_batch))
     return Pace(text, evaluation, student, measure_painting(base, shown).picture if shown else 0.0)
 
 
-def time_step(
+def _time_step(
     base: Base, spec: TrainSpec, parameters: Sequence[torch.nn.Parameter], points: tuple[Tensor, Tensor, Condition]
 ) -> float:
     """Return how long an optimiser step takes for each latent; the parameters are left as they were."""

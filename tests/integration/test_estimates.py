@@ -142,7 +142,9 @@ def members(base: Base) -> list[Eraser]:
     return [train(recipe, base=base, progress=False) for recipe in recipes]
 
 
-@pytest.mark.parametrize("fields", [{"keep": KEPT}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"])
+@pytest.mark.parametrize(
+    "fields", [{"keep": KEPT, "rank": 3}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"]
+)
 def test_fusing(base: Base, members: list[Eraser], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_form, "_BYTES_AT_ONCE", 2**16)  # so that there is more than one pass
     estimate = estimate_fusing(members, base, **fields)

@@ -72,15 +72,17 @@ def test_flux_fits_24_gigabytes_in_int8_and_12_not_at_all_in_bfloat16() -> None:
 def test_settings_from_the_recipe_s_own_to_the_smallest(tiny_dir: Path) -> None:
     base = outline_base(str(tiny_dir), dtype=torch.float32)
     recipe = tiny_recipe(tiny_dir, scope="noxattn", walk_batch=8, trajectories=8, preview_every=2)
-    found = list(plans(base, recipe, ("float32", "int8")))
-    assert [plan.setting for plan in found] == [
+    planned = list(plans(base, recipe, ("float32", "int8")))
+    assert [plan.setting for plan in planned] == [
         Setting(dtype, *rest) for dtype in ("float32", "int8") for rest in ((False, 8), (True, 8), (True, 1))
     ]
-    kept, recomputed, alone = found[:3]
+    kept, recomputed, alone = planned[:3]
     assert recomputed.phases["step"] < kept.phases["step"]
     assert alone.phases["walk"] < recomputed.phases["walk"]
     assert alone.phases["painting"] < recomputed.phases["painting"]
-    assert found[3].phases["closed form" if recipe.closed_form else "walk"] < kept.phases["walk"] + base.model.num_parameters()
+    assert (
+        planned[3].phases["closed form" if recipe.closed_form else "walk"] < kept.phases["walk"] + base.model.num_parameters()
+    )
     assert not hasattr(base.model, "peft_config"), "the outline is as it came"
 
 
