@@ -18,7 +18,6 @@ Memory is what a step needs at its peak beyond what the process held before it (
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tables import add_publish, show
 from timing import timed
 from tqdm import tqdm, trange
 
@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--only", default="merge,copying,files,fusing,sampling")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/eraser_files"))
+    add_publish(parser)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -374,7 +375,6 @@ def main() -> None:
         return json.loads(output.splitlines()[-1]) if name.split(":")[0] in kinds else None
 
     wanted = options.only.split(",")
-    print(f"{datetime.date.today()}; random weights, {os.cpu_count()} CPU cores\n")
     for model in FAMILY:
         if not (options.out / f"{model}-xattn-{ERASERS - 1}").is_dir():
             stage(f"write:{model}")
@@ -383,27 +383,24 @@ def main() -> None:
     if "merge" in wanted:
         if not (options.out / "unet.safetensors").is_file():
             stage("write:unet")
-        print(f"medians of {options.rounds}, and the whole range\n")
         columns = ("merge", "cp", "cp and sync")
-        head = (
-            "| checkpoint | GB | scope | merge s | cp s | cp and sync s | merge / that | CPU s, merge | CPU s, cp and sync |"
-            " peak MB | verify s | verify peak MB |"
-        )
-        print(f"{head}\n{'|---' * 12}|")
-        shares: list[str] = []
+        head = ["checkpoint", "GB", "scope", "merge s", "cp s", "cp and sync s", "merge / that", "CPU s, merge"]
+        head += ["CPU s, cp and sync", "peak MB", "verify s", "verify peak MB"]
+        merges: list[list[str]] = []
+        shares: list[list[str]] = []
         for name in ("unet", "sd15", "sdxl"):
             found = stage(f"merge:{name}")
             for scope in ("xattn", "full"):
                 row, proof = found[scope], found[scope]["verify"]
                 seconds = {what: f"{row[what]:.1f} ({low:.1f} to {high:.1f})" for what, (low, high) in row["ranges"].items()}
-                print(
-                    f"| {name} | {found['size'] / 1e9:.1f} | {scope} | {' | '.join(seconds[what] for what in columns)} |"
-                    f" {row['ratio']:.2f} | {row['work']['merge']:.2f} | {row['work']['cp and sync']:.2f} |"
-                    f" {row['memory'] / 1e6:.0f} | {proof['seconds']:.1f} | {proof['memory'] / 1e6:.0f} |",
-                    flush=True,
-                )
-                shares.append(f"| {name} | {scope} | {' | '.join(f'{spent:.2f}' for spent in row['profile'].values())} |")
-        print(f"\n| CPU s | scope | {' | '.join([*PARTS, 'all else'])} |\n{'|---' * (len(PARTS) + 3)}|", *shares, "", sep="\n")
+                work = [f"{row['work'][what]:.2f}" for what in ("merge", "cp and sync")]
+                costs = [f"{row['memory'] / 1e6:.0f}", f"{proof['seconds']:.1f}", f"{proof['memory'] / 1e6:.0f}"]
+                whole = [seconds[what] for what in columns]
+                merges.append([name, f"{found['size'] / 1e9:.1f}", scope, *whole, f"{row['ratio']:.2f}", *work, *costs])
+                shares.append([name, scope, *(f"{spent:.2f}" for spent in row["profile"].values())])
+        note = f"Random weights; medians of {options.rounds}, and the whole range."
+        show("merging", head, merges, note, publish=options.publish)
+        show("merging-shares", ["CPU s", "scope", *PARTS, "all else"], shares, publish=options.publish)
     if "copying" in wanted:
         for where, spent in stage("copying:").items():
             print(f"copied by the kernel in {spent:.2f} CPU s where its turns begin {where}")

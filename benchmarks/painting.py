@@ -16,7 +16,6 @@ by how much at most: a batch of another size adds floating-point numbers in anot
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import shutil
 import statistics
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 import torch
+from tables import add_publish, show
 from timing import timed
 
 from esd_lora.bases.base import Base
@@ -103,7 +103,8 @@ def differences(cases: list[Case], ours: Path, theirs: Path) -> str:
     return f"{sum(map(bool, apart))} of {len(apart)} differ, by {max(apart)} of 255 at most"
 
 
-def measure(name: str, folder: Path, rounds: int) -> None:
+def measure(name: str, folder: Path, rounds: int) -> tuple[list[list[str]], str]:
+    """Return the rows of a base, and a line on batches, shares of the time, and pixels."""
     base = load(name, folder)
     cases = pair_cases()[: PICTURES[name]]
     batch = pictures_at_once(base)
@@ -124,15 +125,16 @@ def measure(name: str, folder: Path, rounds: int) -> None:
             ways[way](places[way])
             seconds[way].append(time.perf_counter() - started)
             work[way].append(time.process_time() - before)
+    rows: list[list[str]] = []
     for way, times in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(times, seconds["esd-lora"], strict=True)]
         cells = [name, way, f"{len(cases) / statistics.median(times):.3g}", f"{statistics.median(work[way]) / len(cases):.3g}"]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        print("| " + " | ".join(cells) + " |", flush=True)
+        rows.append(cells)
     apart = differences(cases, places["esd-lora"], places["bare loop"])
     shutil.rmtree(places["esd-lora"])
     parts = ", ".join(f"{label} {share:.1%}" for label, share in shares(base, cases, places["esd-lora"]).items())
-    print(f"\n{name}, {len(cases)} pictures, batches of {batch}: {parts}; beside the bare loop's {apart}\n")
+    return rows, f"{name}, {len(cases)} pictures, batches of {batch}: {parts}; beside the bare loop's {apart}."
 
 
 def main() -> None:
@@ -140,15 +142,17 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PICTURES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/painting"))
+    add_publish(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{datetime.date.today()}; {torch.get_num_threads()} threads on {os.cpu_count()} CPU cores, {options.rounds} rounds\n"
-    )
-    print("| base | way | pictures a second | CPU s a picture | esd-lora is faster by |")
-    print("|---" * 5 + "|", flush=True)
+    table: list[list[str]] = []
+    notes = [f"{torch.get_num_threads()} threads, {options.rounds} rounds."]
     for name in options.only.split(","):
-        measure(name, options.out, options.rounds)
+        rows, note = measure(name, options.out, options.rounds)
+        table += rows
+        notes.append(note)
+    head = ["base", "way", "pictures a second", "CPU s a picture", "esd-lora is faster by"]
+    show(f"painting-{options.only.replace(',', '-')}", head, table, " ".join(notes), publish=options.publish)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import importlib
 import json
 import os
@@ -34,6 +33,7 @@ import torch
 import yaml
 from counting import Yardstick, spread
 from safetensors.torch import load_file
+from tables import add_publish, show
 
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import base_files, domain
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="cat,rocket,pizza")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_publish(parser)
     options = parser.parse_args()
     if options.child:
         child(options)
@@ -346,10 +347,9 @@ def main() -> None:
         mean = {key: sum(cell[key] for cell in cells) / len(cells) for key in ("seconds", "latents", "memory", "size")}
         costs = [f"{mean['seconds']:.1f}", f"{mean['latents']:.0f}", f"{mean['memory']:.2f}", f"{mean['size'] / 1000:.0f}"]
         table.append([label, *shown, *costs])
-    print(f"\n{datetime.date.today()}; {options.concepts}; seeds {options.seeds}; one thread; mean (worst)\n")
     head = ["erased by", *MEASURES.values(), "CPU s", "latents", "GiB", "kB"]
-    for line in [head, ["---"] * len(head), *table]:
-        print(f"| {' | '.join(line)} |")
+    note = f"{options.concepts}; training seeds {options.seeds}; each in a process and on one thread of its own; mean (worst)."
+    show("peers", head, table, note, publish=options.publish)
 
 
 def anchor_of(out: Path, name: str, seed: int) -> str:

@@ -11,7 +11,6 @@ same and keep the same in every row of a recipe.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 import torch
-from counting import Yardstick, spread
+from counting import SHOTS, Yardstick, spread
+from tables import add_publish, show
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="rocket,cat")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    add_publish(parser)
     options = parser.parse_args()
     rows: list[list[str]] = []
     for name in options.recipes.split(","):
@@ -86,10 +87,9 @@ def main() -> None:
                 for m in MEASURES
             ]
             rows.append([name, change, *shown, f"{sum(cell['steps'] for cell in cells) / len(cells):.0f}"])
-    print(f"\n{datetime.date.today()}; {options.concepts}; seeds {options.seeds}; mean (worst)\n")
     head = ["recipe", "base", "left", "kept", "kept, in no list", "kept, no style named", "steps"]
-    for row in [head, ["---"] * len(head), *rows]:
-        print(f"| {' | '.join(row)} |")
+    note = f"{options.concepts}; training seeds {options.seeds}; {SHOTS} pictures of what is erased; mean (worst)."
+    show("perturbing", head, rows, note, publish=options.publish)
 
 
 if __name__ == "__main__":

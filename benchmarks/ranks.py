@@ -10,7 +10,6 @@ what the clock would show if nothing else ran on the machine. `--batch 2` double
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -20,6 +19,8 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
+
+from tables import add_publish, show
 
 from esd_lora import ranks
 from esd_lora.adapter import add_adapter
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    add_publish(parser)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
@@ -78,23 +80,23 @@ def main() -> None:
         return
     batch = sum(getattr(read_recipe(options).train, name) for name in BATCHES)
     load = os.getloadavg()[0]
-    print(
-        f"{datetime.date.today()}; {options.recipe}, {options.steps} steps of {batch} latents, {os.cpu_count()} cores,", end=""
-    )
-    print(f" load {load:.1f} before; medians of {options.rounds}\n")
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for _ in range(options.rounds):
         for count, results in runs.items():
             results.append(measure(count))
-    print(
-        "| ranks | latents | s before the first step | s | latents a second | CPU s, slowest rank |\n|---|---|---|---|---|---|"
-    )
+    head = ["ranks", "latents", "s before the first step", "s", "latents a second", "CPU s, slowest rank"]
+    rows: list[list[str]] = []
     middle = {n: {key: median(run[key] for run in results) for key in results[0]} for n, results in runs.items()}
     for count, m in middle.items():
-        pace = f"{m['seconds']:.1f} | {m['latents'] / m['seconds']:.1f} | {m['cpu']:.1f}"
-        print(f"| {count} | {m['latents']:,.0f} | {m['before']:.1f} | {pace} |")
+        pace = [f"{m['seconds']:.1f}", f"{m['latents'] / m['seconds']:.1f}", f"{m['cpu']:.1f}"]
+        rows.append([str(count), f"{m['latents']:,.0f}", f"{m['before']:.1f}", *pace])
     one, two = middle[1], middle[2]
-    print(f"\nby the clock {one['seconds'] / two['seconds']:.2f} x, by CPU time {one['cpu'] / two['cpu']:.2f} x")
+    note = (
+        f"`{options.recipe}`, {options.steps} steps of {batch} latents; load {load:.1f} before; medians of {options.rounds}."
+        f" Two ranks are {one['seconds'] / two['seconds']:.2f} times as fast by the clock, {one['cpu'] / two['cpu']:.2f} times by"
+        " CPU time."
+    )
+    show("ranks", head, rows, note, publish=options.publish)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ is the most memory that the process had meanwhile, without what it had before (L
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
 import torch
+from tables import add_publish, show
 from torch import nn
 
 SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -160,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join([*SINGLE, *OTHERS]))
     parser.add_argument("--out", type=Path, default=Path("out/real_size"))
+    add_publish(parser)
     parser.add_argument("--stage", choices=["write", "measure"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -170,11 +171,9 @@ def main() -> None:
     if options.stage == "measure":
         print(json.dumps(measure(names[0], options.out)))
         return
-    print(f"{datetime.date.today()}; random weights, bfloat16, 256 x 256 pixels, batch 2 + 2, gradient checkpointing\n")
     heads = ["model", "family, prediction", "parameters", "layers, trained, in diffusers", "read s", "instant s"]
     heads += ["instant, GiB beside the base", "step s", "peak GiB", "eraser MB"]
-    print("| " + " | ".join(heads) + " |")
-    print("|---" * 10 + "|")
+    rows: list[list[str]] = []
     for name in names:
         command = [sys.executable, __file__, "--only", name, "--out", str(options.out), "--stage"]
         subprocess.run([*command, "write"], check=True)
@@ -185,7 +184,10 @@ def main() -> None:
         cells += [f"{measured[key]:.1f}" for key in ("read", "instant", "beside", "step", "peak")] + [
             f"{measured['size'] / 1e6:.1f}"
         ]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print(f"{name}: {measured}", flush=True)
+        rows.append(cells)
+    note = "Random weights, bfloat16, 256 x 256 pixels, batch 2 + 2, gradient checkpointing."
+    show("real-size", heads, rows, note, publish=options.publish)
 
 
 if __name__ == "__main__":

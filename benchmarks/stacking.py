@@ -17,7 +17,6 @@ is not made again; `--train-only` stops after the members, and `--part 0/2` does
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from counting import object_of, style_of
+from tables import add_publish, show
 
 from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--part", default="0/1", help="which of several processes this is")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of pictures of the largest stack of the first seed")
+    add_publish(parser)
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
     seeds, methods = [int(seed) for seed in options.seeds.split(",")], options.methods.split(",")
@@ -257,12 +258,8 @@ def main() -> None:
                 cache.write_text(json.dumps({**found, "seconds": seconds, "kB": size / 1000}))
                 print(group, method, seed, found, f"{seconds:.0f} s", flush=True)
             rows.setdefault((group, method), []).append(json.loads(cache.read_text()))
-    print(f"\n{datetime.date.today()}; training and picture seeds {options.seeds}; shares over all, and of how many pictures\n")
-    print(
-        "| members | method | left | leak (sure) | kept, listed | kept, in no list | kept, bare | drift | s | kB |\n"
-        + "|---" * 10
-        + "|"
-    )
+    head = ["members", "method", "left", "leak (sure)", "kept, listed", "kept, in no list", "kept, bare", "drift", "s", "kB"]
+    table: list[list[str]] = []
     for (group, method), found in rows.items():
         share = {
             key: (sum(row[key][0] for row in found), sum(row[key][1] for row in found))
@@ -270,10 +267,10 @@ def main() -> None:
         }
         mean = {key: sum(row[key] for row in found) / len(found) for key in ("drift", "seconds", "kB")}
         left, leak, sure, listed, unlisted, bare = (f"{hits / of:.1%} (of {of})" for hits, of in share.values())
-        print(
-            f"| {group} | {method} | {left} | {leak.split(' ')[0]} ({sure.split(' ')[0]}) | {listed} | {unlisted} | {bare} |"
-            f" {mean['drift']:.1f} | {mean['seconds']:.0f} | {mean['kB']:.0f} |"
-        )
+        shares = [left, f"{leak.split(' ')[0]} ({sure.split(' ')[0]})", listed, unlisted, bare]
+        table.append([group, method, *shares, f"{mean['drift']:.1f}", f"{mean['seconds']:.0f}", f"{mean['kB']:.0f}"])
+    note = f"Training and picture seeds {options.seeds}; shares over all, and of how many pictures."
+    show("stacking-alone" if options.no_avoid else "stacking", head, table, note, publish=options.publish)
     if options.sheet:
         group = list(groups)[-1 - options.mixed]
         members = [Eraser.load(made(name, options.recipe, base, seeds[0], options.out, avoid)) for name in groups[group]]
