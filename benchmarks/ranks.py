@@ -91,10 +91,10 @@ def main() -> None:
         pace = [f"{m['seconds']:.1f}", f"{m['latents'] / m['seconds']:.1f}", f"{m['cpu']:.1f}"]
         rows.append([str(count), f"{m['latents']:,.0f}", f"{m['before']:.1f}", *pace])
     one, two = middle[1], middle[2]
+    clock, cpu = (one[key] / two[key] for key in ("seconds", "cpu"))
     note = (
         f"`{options.recipe}`, {options.steps} steps of {batch} latents; load {load:.1f} before; medians of {options.rounds}."
-        f" Two ranks are {one['seconds'] / two['seconds']:.2f} times as fast by the clock, {one['cpu'] / two['cpu']:.2f} times by"
-        " CPU time."
+        f" Two ranks are {clock:.2f} times as fast by the clock, {cpu:.2f} times by CPU time."
     )
     show("ranks", head, rows, note, publish=options.publish)
 
