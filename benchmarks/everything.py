@@ -3,8 +3,9 @@
     python benchmarks/everything.py [--out out/benchmark] [--only start_up,erasing]
 
 What counts pictures runs in two lanes of one thread each; what counts seconds comes after that, alone. Runs in `--out` are not
-repeated. Tables that take hours or gigabytes of random weights have commands of their own with `--publish`, and are not run
-here: `calibration.py`, `stacking.py`, `peers.py`, `perturbing.py`, `eraser_files.py`, `real_size.py`, `painting.py --only sd15`.
+repeated. Tables that take hours or gigabytes of random weights have commands of their own with `--publish` and are not run
+here: `calibration.py`, `stacking.py`, `peers.py`, `perturbing.py`, `eraser_files.py`, `real_size.py`,
+`painting.py --only sd15`.
 """
 
 from __future__ import annotations
