@@ -172,7 +172,7 @@ def _laid(layers: Sequence[Document]) -> Document:
 
 
 def load_recipe(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Recipe | Sequence[str | Path],
     overrides: Mapping[str, Any] | None = None,
     /,
     *,
@@ -183,7 +183,7 @@ def load_recipe(
 
     Args:
         source: A built-in name (`"fast"`, `"sd/van-gogh"`) or the path of a YAML file; or several, each over those before
-            it: `["sdxl/fast", "concepts/van-gogh"]`.
+            it: `["sdxl/fast", "concepts/van-gogh"]`; or a recipe that is loaded.
         overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
         allow_code: Every `module:attribute` that it may name as objective or optimiser: code of your own, which runs when it is
             trained with the same `allow_code`.

@@ -1,0 +1,188 @@
+"""Engines: who works on the jobs of a fleet. One interface, whatever the workers are.
+
+An engine takes jobs from the left of a queue as its workers become free and yields what came of them, in the order in which
+they end; jobs may be put into the queue meanwhile. A worker that is killed, runs out of memory or takes too long costs its own
+job alone, which comes back as `lost`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from esd_lora.errors import EsdLoraError
+from esd_lora.fleet.jobs import Job, Plan
+from esd_lora.fleet.working import Outcome, Worker
+
+_EARLY_ENDS = 3
+"""How often in a row a worker may end before it has loaded the base."""
+
+
+class Lost(NamedTuple):
+    """A job whose worker ended without an outcome."""
+
+    job: Job
+    reason: str
+
+
+class Engine(Protocol):
+    """Works on jobs."""
+
+    def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
+        """Yield what came of each job, until the queue is empty and no worker is busy.
+
+        Args:
+            jobs: Taken from the left; whoever iterates may add to it.
+            begun: Called with a job before a worker gets it.
+
+        Raises:
+            EsdLoraError: If workers cannot begin, because of the base for example.
+        """
+        ...
+
+
+class LocalEngine:
+    """Processes on this machine.
+
+    Args:
+        plan: What all jobs have in common.
+        out: The fleet's folder.
+        workers: Number of processes, each with a base of its own in memory.
+        timeout: Seconds after which a worker is ended, its job lost; none unless given.
+    """
+
+    def __init__(self, plan: Plan, out: Path, *, workers: int = 1, timeout: float | None = None):
+        self.plan, self.out, self.workers, self.timeout = plan, out, workers, timeout
+
+    def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
+        """Work as `Engine.run` says."""
+        workers: list[_Process] = []
+        early_ends = 0
+        try:
+            while jobs or any(worker.job for worker in workers):
+                busy = sum(worker.job is not None for worker in workers)
+                while len(workers) < min(self.workers, busy + len(jobs)):
+                    workers.append(_Process(self.plan, self.out))
+                for worker in workers:
+                    if worker.ready and worker.job is None and jobs:
+                        begun(job := jobs.popleft())
+                        worker.give(job, self.timeout)
+                for worker in _awaited(workers):
+                    message = worker.receive()
+                    if isinstance(message, Outcome):
+                        worker.job = None
+                        yield message
+                    elif message is None:
+                        worker.ready, early_ends = True, 0
+                    else:
+                        workers.remove(worker)
+                        if worker.job is not None:
+                            yield Lost(worker.job, message.reason)
+                        elif not worker.ready and (early_ends := early_ends + 1) == _EARLY_ENDS:
+                            raise EsdLoraError(f"no worker can begin: {message.reason}")
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+class _Ended(NamedTuple):
+    """A worker is no more."""
+
+    reason: str
+
+
+class _Process:
+    """A worker's process, and what it works on.
+
+    Each has a pipe of its own: what a process holds when it is killed is nobody else's.
+    """
+
+    def __init__(self, plan: Plan, out: Path):
+        context = get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, plan, out), daemon=True)
+        self.process.start()
+        other.close()
+        self.ready = False
+        """Whether it has loaded the base."""
+        self.job: Job | None = None
+        self.deadline: float | None = None
+
+    def give(self, job: Job, timeout: float | None) -> None:
+        """Hand it a job."""
+        self.job, self.deadline = job, time.monotonic() + timeout if timeout else None
+        with suppress(OSError):  # if it has ended, `receive` says so
+            self.connection.send(job)
+
+    def receive(self) -> Outcome | _Ended | None:
+        """Return what it has to say: an outcome, its end, or nothing but that it is ready.
+
+        Raises:
+            EsdLoraError: If it cannot load the base: no other could.
+        """
+        with suppress(EOFError, OSError):
+            if self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, str):
+                    raise EsdLoraError(message)
+                return message
+        late = self.process.is_alive() and self.deadline is not None
+        self.kill()
+        return _Ended("it took longer than the time limit" if late else _cause_of(self.process.exitcode))
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _awaited(workers: Sequence[_Process]) -> list[_Process]:
+    """Wait, and return the workers that have something to say, have ended, or are out of time."""
+    now = time.monotonic()
+    left = [worker.deadline - now for worker in workers if worker.job and worker.deadline]
+    places = {place: worker for worker in workers for place in (worker.connection, worker.process.sentinel)}
+    heard = {id(places[place]) for place in wait(list(places), max(0.0, min(left)) if left else None)}
+    now = time.monotonic()
+    late = {id(worker) for worker in workers if worker.job and worker.deadline and worker.deadline <= now}
+    return [worker for worker in workers if id(worker) in heard | late]
+
+
+def _cause_of(exitcode: int | None) -> str:
+    """Return how a process ended, in words."""
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return f"its worker was ended by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+    return f"its worker ended with exit code {exitcode}"
+
+
+def _serve(connection: Connection, plan: Plan, out: Path) -> None:
+    """Work in a process of its own until the driver ends it, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    try:
+        worker = Worker(plan, out)
+    except EsdLoraError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    with suppress(EOFError):
+        while True:
+            connection.send(worker.work(connection.recv()))
+
+
+def _end_with_driver() -> None:
+    """Wait for the driver's end, and end with it: nobody else may work on the same request then."""
+    driver = parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
