@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="How many, each with the base loaded."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a worker.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a worker; an equal share unless given.")
 @click.option("--address", help="Ray cluster; a local one is begun unless given.")
 @click.option("--gpus", type=float, default=0.0, help="GPUs of a worker on Ray, 0.5 for two on one.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds after which a worker is ended.")
@@ -98,7 +99,7 @@ def _settings(options: dict[str, Any]) -> Any:
         not_enough_if=options["not_enough_if"],
         device=options["device"],
         dtype=options["dtype"],
-        threads=options["threads"],
+        threads=options["threads"] or max(1, (os.cpu_count() or 1) // options["workers"]),
     )
 
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,8 +24,20 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.working import Outcome, Worker
 
-_EARLY_ENDS = 3
+EARLY_ENDS = 3
 """How often in a row a worker may end before it has loaded the base."""
+
+
+class Works(Protocol):
+    """Works on one job after the other: `Worker`."""
+
+    def work(self, job: Job) -> Outcome:
+        """Return what came of a job."""
+        ...
+
+
+MakeWorker = Callable[[Plan, Path], Works]
+"""From the plan and the fleet's folder to what works there, in a process of its own."""
 
 
 class Lost(NamedTuple):
@@ -58,10 +71,20 @@ class LocalEngine:
         out: The fleet's folder.
         workers: Number of processes, each with a base of its own in memory.
         timeout: Seconds after which a worker is ended, its job lost; none unless given.
+        make_worker: Makes what works on jobs, in its process.
     """
 
-    def __init__(self, plan: Plan, out: Path, *, workers: int = 1, timeout: float | None = None):
-        self.plan, self.out, self.workers, self.timeout = plan, out, workers, timeout
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        *,
+        workers: int = 1,
+        timeout: float | None = None,
+        make_worker: MakeWorker = Worker,
+    ):
+        self.workers, self.timeout = workers, timeout
+        self._begin = partial(_Process, make_worker, plan, out)
 
     def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
         """Work as `Engine.run` says."""
@@ -71,7 +94,7 @@ class LocalEngine:
             while jobs or any(worker.job for worker in workers):
                 busy = sum(worker.job is not None for worker in workers)
                 while len(workers) < min(self.workers, busy + len(jobs)):
-                    workers.append(_Process(self.plan, self.out))
+                    workers.append(self._begin())
                 for worker in workers:
                     if worker.ready and worker.job is None and jobs:
                         begun(job := jobs.popleft())
@@ -87,7 +110,7 @@ class LocalEngine:
                         workers.remove(worker)
                         if worker.job is not None:
                             yield Lost(worker.job, message.reason)
-                        elif not worker.ready and (early_ends := early_ends + 1) == _EARLY_ENDS:
+                        elif not worker.ready and (early_ends := early_ends + 1) == EARLY_ENDS:
                             raise EsdLoraError(f"no worker can begin: {message.reason}")
         finally:
             for worker in workers:
@@ -106,10 +129,10 @@ class _Process:
     Each has a pipe of its own: what a process holds when it is killed is nobody else's.
     """
 
-    def __init__(self, plan: Plan, out: Path):
+    def __init__(self, make_worker: MakeWorker, plan: Plan, out: Path):
         context = get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, plan, out), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, make_worker, plan, out), daemon=True)
         self.process.start()
         other.close()
         self.ready = False
@@ -165,12 +188,12 @@ def _cause_of(exitcode: int | None) -> str:
     return f"its worker ended with exit code {exitcode}"
 
 
-def _serve(connection: Connection, plan: Plan, out: Path) -> None:
+def _serve(connection: Connection, make_worker: MakeWorker, plan: Plan, out: Path) -> None:
     """Work in a process of its own until the driver ends it, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
-        worker = Worker(plan, out)
+        worker = make_worker(plan, out)
     except EsdLoraError as error:
         connection.send(str(error))
         return

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from esd_lora import __version__
 from esd_lora.built_in import BUILT_IN, keep_prompts, read_prompts
+from esd_lora.closed_form import plain_prompts
 from esd_lora.erasers.header import EraserHeader
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file, hash_folder
@@ -96,7 +97,7 @@ class Plan(NamedTuple):
             words = preset.neighbours.vocabulary
             prompts += read_prompts(words) if isinstance(words, str) else words
         active = [request for request in requests if request.status in ACTIVE]
-        names = dict.fromkeys(name for request in active for name in names_of(request))
+        names = dict.fromkeys(name for request in active for name in request.names)
         avoid = tuple(name for name in names if any(mentions(prompt, [name]) for prompt in prompts))
         return cls(settings, preset, second, avoid, base_digest(settings.base))
 
@@ -127,13 +128,14 @@ class Plan(NamedTuple):
         Raises:
             EsdLoraError: With every fault of the recipe.
         """
-        names, avoid = names_of(request), self.avoided_by(request)
-        concept: dict[str, Any] = {"name": request.concept, "synonyms": request.synonyms, "anchor": request.anchor}
+        names, avoid = request.names, self.avoided_by(request)
+        anchor = "" if request.anchor == "none" else request.anchor
+        concept: dict[str, Any] = {"name": request.concept, "synonyms": request.synonyms, "anchor": anchor}
         fields: dict[str, Any] = {"avoid": avoid, "guard": request.keep}
         if request.kind == "style":
             templates = [template.format(name=name) for name in names for template in STYLE_PROMPTS]
             concept["prompts"] = [{"prompt": template, "anchor": "{x}"} for template in templates]
-            concept["fill"] = style_subjects(self.settings.base, (*names, *avoid))
+            concept["fill"] = style_subjects(self.settings.base, names)
             fields["objective"] = "contrast"
         else:
             concept["prompts"] = names
@@ -142,17 +144,12 @@ class Plan(NamedTuple):
 
     def avoided_by(self, request: Request) -> tuple[str, ...]:
         """Return the names of others that are neither preserved nor take the place of what a request erases."""
-        return tuple(name for name in self.avoid if name not in names_of(request))
-
-
-def names_of(request: Request) -> tuple[str, ...]:
-    """Return the names of what a request erases, the concept's own first."""
-    return (request.concept, *request.synonyms)
+        return tuple(name for name in self.avoid if name not in request.names)
 
 
 def style_subjects(base: str, without: Sequence[str]) -> list[str]:
-    """Return what to draw in a style: prompts that a base keeps, none of which names one of `without`."""
-    prompts = [prompt for prompt in keep_prompts(base) if not mentions(prompt, without)]
+    """Return what to draw in a style: things that a base keeps, none of which names one of `without`."""
+    prompts = [prompt for prompt in plain_prompts(keep_prompts(base)) if not mentions(prompt, without)]
     return prompts[:: -(-len(prompts) // STYLE_SUBJECTS)]
 
 

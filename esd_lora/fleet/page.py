@@ -12,7 +12,6 @@ from typing import Any
 from jinja2 import Environment
 
 from esd_lora.files import write_atomically
-from esd_lora.fleet.jobs import names_of
 from esd_lora.fleet.request import Request
 from esd_lora.fleet.status import ERASERS, Status, folder_of
 from esd_lora.wording import mask_of, printable_lines
@@ -90,7 +89,7 @@ class Page:
         place = f"{ERASERS}/{request.id}"
         done = status.state == "done"
         shown = done and request.kind != "unsafe" and (folder / "samples" / "1_erased.png").is_file()
-        words = mask_of(names_of(request)) if request.private else str
+        words = mask_of(request.names) if request.private else str
         figures = {name: f"{status.figures[name]:.1%}" for name in ("left", "kept") if name in status.figures}
         return {
             "id": request.id,
