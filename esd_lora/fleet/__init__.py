@@ -1,0 +1,1 @@
+"""Many requests: the list of what is to be erased, and what became of each."""
