@@ -62,10 +62,10 @@ def fleet(requests: Path, out: Path, dry_run: bool, hourly: float | None, attemp
     esd-lora fleet requests.csv --base sdxl -o fleet --engine ray --address auto --workers 64 --gpus 0.5
     """
     from esd_lora.fleet.jobs import Plan
-    from esd_lora.fleet.registry import load_requests
+    from esd_lora.fleet.requests import read_requests
     from esd_lora.fleet.running import Choice, Shard, run_fleet
 
-    listed = load_requests(requests)
+    listed = read_requests(requests)
     plan = Plan.of(listed, _settings(options))
     choice = Choice(options["only"], Shard.read(options["shard"]), options["limit"], options["retry_failed"])
     if dry_run:

@@ -20,10 +20,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from tqdm.auto import tqdm
+
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.working import Outcome, Worker
 
+_PATIENCE = 5.0  # seconds
 EARLY_ENDS = 3
 """How often in a row a worker may end before it has loaded the base."""
 
@@ -114,7 +117,7 @@ class LocalEngine:
                             raise EsdLoraError(f"no worker can begin: {message.reason}")
         finally:
             for worker in workers:
-                worker.kill()
+                worker.end()
 
 
 class _Ended(NamedTuple):
@@ -162,6 +165,13 @@ class _Process:
         self.kill()
         return _Ended("it took longer than the time limit" if late else _cause_of(self.process.exitcode))
 
+    def end(self) -> None:
+        """Let it end by itself if it has nothing to do, and end it otherwise."""
+        if self.ready and self.job is None:
+            self.connection.close()
+            self.process.join(_PATIENCE)
+        self.kill()
+
     def kill(self) -> None:
         """End it, whatever it does."""
         self.process.kill()
@@ -191,6 +201,7 @@ def _cause_of(exitcode: int | None) -> str:
 def _serve(connection: Connection, make_worker: MakeWorker, plan: Plan, out: Path) -> None:
     """Work in a process of its own until the driver ends it, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    tqdm.set_lock(threading.RLock())  # the lock among processes, which nobody needs here, is left behind by one that is killed
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
         worker = make_worker(plan, out)

@@ -43,7 +43,7 @@ def test_a_style_is_erased_from_what_the_base_keeps() -> None:
     (concept,) = recipe.concepts
     lessons = concept.lessons()
     assert recipe.objective == "contrast"
-    assert ("a dog in twemoji style", "a dog") in [(prompt, anchor) for _, prompt, anchor in lessons]
+    assert ("a frog in twemoji style", "a frog") in [(prompt, anchor) for _, prompt, anchor in lessons]
     assert not any("twemoji" in anchor or anchor == "" for _, _, anchor in lessons)
 
 
@@ -55,8 +55,8 @@ def test_no_anchor_is_the_empty_prompt_and_settings_of_a_request_win() -> None:
 
 
 def test_a_fault_of_a_recipe_is_the_requests_own() -> None:
-    cat = request(1, "a cat", settings={"train.steps": 0, "closed_form": None})
-    with pytest.raises(EsdLoraError, match="nothing would change"):
+    cat = request(1, "a cat", settings={"train.probe_every": 0})
+    with pytest.raises(EsdLoraError, match="set train.probe_every"):
         plan_of([cat]).job(cat)
 
 
@@ -85,12 +85,12 @@ def test_a_key_tells_what_matters_from_what_does_not() -> None:
         plan_of([cat], dtype="bfloat16").job(cat).key,
         plan_of([cat], second=("thorough",), not_enough_if=("erased.accuracy>0.05",)).job(cat).key,
         plan_of([cat]).job(request(1, "a cat", keep=("a dog",))).key,
-        plan_of([cat]).job(request(1, "a cat", settings={"train.seed": 1})).key,
+        plan_of([cat]).job(request(1, "a cat", settings={"train.seed": 2})).key,
     ]
     assert len({key, *others}) == 1 + len(others)
 
 
-@pytest.mark.parametrize(("avoid", "stale"), [((), False), (("a fox",), False), (("a dog",), True), (("dogs",), True)])
+@pytest.mark.parametrize(("avoid", "stale"), [((), False), (("a fox",), False), (("a dog",), True)])
 def test_an_eraser_is_stale_once_its_anchor_is_to_go(avoid: tuple[str, ...], stale: bool) -> None:
     concept = ErasedConcept(name="a cat", pairs=(("a cat", "a dog"), ("a photo of a cat", "a photo of a dog")), eta=0.0)
     header = EraserHeader.model_construct(concepts=(concept,))

@@ -57,12 +57,12 @@ def test_what_is_refused_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_recipe_with_faults_is_refused_before_any_work(tmp_path: Path) -> None:
-    bad = request(4, settings={"train.steps": 0, "closed_form": None})
+    bad = request(4, settings={"train.probe_every": 0})
     engine = ScriptedEngine()
     statuses = run_fleet([*LISTED, bad], PLAN, tmp_path, engine, progress=False)
     assert "r4" not in engine.worked_on
     assert statuses["r4"].state == "refused"
-    assert "nothing would change" in statuses["r4"].reason
+    assert "set train.probe_every" in statuses["r4"].reason
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
