@@ -75,6 +75,8 @@ class Plan(NamedTuple):
     """The recipe of them all; its concept is of no request."""
     second: Recipe | None
     """That of a second try."""
+    preserved: tuple[str, ...]
+    """Prompts that every request keeps, but for those that name it."""
     avoid: tuple[str, ...]
     """Names of what is to be erased that a prompt to preserve could hold."""
     digest: str
@@ -92,14 +94,14 @@ class Plan(NamedTuple):
             fields["base_config"] = settings.base_config
         preset = load_recipe(settings.recipe, settings.overrides, **fields)
         second = load_recipe(settings.second, settings.overrides, **fields) if settings.second else None
-        prompts = keep_prompts(settings.base) if preset.preserve == "default" else preset.preserve
+        prompts = preserved = keep_prompts(settings.base) if preset.preserve == "default" else preset.preserve
         if preset.neighbours:
             words = preset.neighbours.vocabulary
             prompts += read_prompts(words) if isinstance(words, str) else words
         active = [request for request in requests if request.status in ACTIVE]
         names = dict.fromkeys(name for request in active for name in request.names)
         avoid = tuple(name for name in names if any(mentions(prompt, [name]) for prompt in prompts))
-        return cls(settings, preset, second, avoid, base_digest(settings.base))
+        return cls(settings, preset, second, preserved, avoid, base_digest(settings.base))
 
     def job(self, request: Request) -> Job:
         """Return the job of a request.

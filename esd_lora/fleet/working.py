@@ -21,7 +21,6 @@ from esd_lora.fleet.status import LOGS, folder_of
 from esd_lora.recipe import Recipe
 
 if TYPE_CHECKING:
-    from esd_lora.bases.base import Base
     from esd_lora.evaluation.report.report import Report
 
 MEASURED = "evaluation"
@@ -54,12 +53,14 @@ class Worker:
         import torch
 
         from esd_lora.bases.loading import load_base
+        from esd_lora.fleet.remembering import RememberingBase
 
         settings = plan.settings
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.plan, self.out = plan, out
-        self.base: Base = load_base(settings.base, device=settings.device, dtype=settings.dtype, config=settings.base_config)
+        base = load_base(settings.base, device=settings.device, dtype=settings.dtype, config=settings.base_config)
+        self.base = RememberingBase.of(base, plan.preserved)
 
     def work(self, job: Job) -> Outcome:
         """Return what came of a job; everything that it prints stands in its log."""

@@ -56,7 +56,7 @@ def test_no_anchor_is_the_empty_prompt_and_settings_of_a_request_win() -> None:
 
 def test_a_fault_of_a_recipe_is_the_requests_own() -> None:
     cat = request(1, "a cat", settings={"train.probe_every": 0})
-    with pytest.raises(EsdLoraError, match="set train.probe_every"):
+    with pytest.raises(EsdLoraError, match=r"set train\.probe_every"):
         plan_of([cat]).job(cat)
 
 
