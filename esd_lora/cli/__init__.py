@@ -7,6 +7,7 @@ import click
 from esd_lora import __version__
 from esd_lora.cli.doctor import doctor
 from esd_lora.cli.files import diff, export, extract, import_, inspect, merge
+from esd_lora.cli.fleet import requests
 from esd_lora.cli.making import demo, generate, train
 from esd_lora.cli.measuring import evaluate
 from esd_lora.cli.options import Commands
@@ -23,6 +24,6 @@ def main() -> None:
 
 for command in (
     *(train, generate, stack, merge, evaluate, inspect, diff, export, import_, extract),
-    *(push, pull, search, catalog, recipes, demo, doctor),
+    *(push, pull, search, catalog, recipes, requests, demo, doctor),
 ):
     main.add_command(command)

@@ -191,10 +191,8 @@ def _checked(row: _Row) -> tuple[Request | None, list[str]]:
     settings = {name: value for name, value in row.values.items() if name not in COLUMNS}
     faults = {name: fault for name, value in settings.items() if (fault := setting_fault(name, value))}
     sentences = [f"{name}: {fault}" for name, fault in faults.items()]
-    own = {name: value for name, value in row.values.items() if name in COLUMNS}
-    good = {name: value for name, value in settings.items() if name not in faults}
     try:
-        return Request(**own, settings=good, line=row.line), sentences
+        return Request.of_record({name: value for name, value in row.values.items() if name not in faults}, row.line), sentences
     except ValidationError as error:
         return None, [*map(_sentence, faults_of(error)), *sentences]
 
