@@ -7,7 +7,7 @@ written anew after each change.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -82,7 +82,7 @@ class Registry:
         return tuple(sorted(late, key=lambda request: (request.due, request.id)))
 
     def add(self, requests: Iterable[Request], file: str | Path | None = None) -> tuple[Request, ...]:
-        """Add requests, all or none, warn of overlapping names, and return those that are new.
+        """Add requests, all or none, warn where names overlap with those of others, and return those that are new.
 
         A request that is there already, as it was added or as it stands, is left as it is.
 
@@ -94,20 +94,26 @@ class Registry:
             EsdLoraError: With every fault at once: a request of the same id that says something else, and `contradictions`
                 among all that there are. Or as `open` does, or if the log cannot be written.
         """
+        new: dict[str, Request] = {}
+
+        def given(request: Request) -> str:
+            return f"{file}:{request.line}" if file is not None and request.line else f"request {request.id}"
+
+        def where(request: Request) -> str:
+            return given(request) if request.id in new else self._place(request)
+
         refuse_inputs(self.view, [] if file is None else [file])
         with self._held():
             if self.view.exists() and not self._log.number:
                 raise EsdLoraError(f"{self.view} is there and shows no registry, for there is no {LOG}. Give another folder.")
-            new: dict[str, Request] = {}
             there = {request.id.casefold(): request for request in self.requests()}
             sentences: list[str] = []
-            where = self._places(new, file)
             for request in requests:
-                other = there.setdefault(request.id.casefold(), request)
-                if other is request:
-                    new[request.id] = request
+                other = there.get(request.id.casefold())
+                if other is None:
+                    there[request.id.casefold()] = new[request.id] = request
                 elif fault := self._difference(other, request):
-                    sentences.append(f"{where(request)}: {fault}")
+                    sentences.append(f"{given(request)}: {fault}")
             everyone = [*self.requests(), *new.values()]
             _refuse([*sentences, *contradictions(everyone, where)])
             warn_of_overlaps(everyone, where, new)
@@ -214,22 +220,16 @@ class Registry:
         )
         return f"{request.id} says something else than in the registry: {differ}. Decide on that one, or give this another id"
 
-    def _places(self, new: Collection[str] = (), file: str | Path | None = None) -> Callable[[Request], str]:
-        """Return a function that returns the place of a request: in the log, or, of new ones, in their file."""
-
-        def place(request: Request) -> str:
-            if request.id in self._requests and request.id not in new:
-                return f"{self._log.file}:{self._requests[request.id].line}"
-            return f"{file}:{request.line}" if file is not None and request.line else f"request {request.id}"
-
-        return place
+    def _place(self, request: Request) -> str:
+        """Return where in the log a request was added."""
+        return f"{self._log.file}:{self._requests[request.id].line}"
 
     def _check(self, changed: Iterable[Request]) -> None:
         """Refuse requests that contradict others once they have changed, and warn of those that overlap."""
         ids = {request.id: request for request in changed}
         everyone = [ids.get(request.id, request) for request in self.requests()]
-        _refuse(contradictions(everyone, self._places()))
-        warn_of_overlaps(everyone, self._places(), ids)
+        _refuse(contradictions(everyone, self._place))
+        warn_of_overlaps(everyone, self._place, ids)
 
     @contextmanager
     def _held(self) -> Generator[None]:

@@ -278,20 +278,18 @@ def overlapping(requests: Iterable[Request]) -> tuple[tuple[Request, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def warn_of_overlaps(
-    requests: Iterable[Request], where: Callable[[Request], str], among: Collection[str] | None = None
-) -> None:
+def warn_of_overlaps(requests: Iterable[Request], where: Callable[[Request], str], new: Collection[str] | None = None) -> None:
     """Warn of each group of `overlapping` requests, those refused and withdrawn aside.
 
     Args:
         requests: All that there are.
         where: Returns the place of one: `file:line`.
-        among: Ids, one of which a group must hold; any unless given.
+        new: Ids; only of groups in which these meet others, as of those within a list its reader has warned.
     """
     live = [request for request in requests if request.status not in ("refused", "withdrawn")]
     sentences: list[str] = []
     for group in overlapping(live):
-        if among is None or any(request.id in among for request in group):
+        if new is None or len({request.id in new for request in group}) == 2:
             times = Counter(key for request in group for key in set(map(name_key, request.names)))
             shared = ", ".join(repr(key) for key, number in times.items() if number > 1)
             places = ", ".join(f"{request.id} ({where(request)})" for request in group)
