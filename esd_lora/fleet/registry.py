@@ -105,7 +105,7 @@ class Registry:
         refuse_inputs(self.view, [] if file is None else [file])
         with self._held():
             if self.view.exists() and not self._log.number:
-                raise EsdLoraError(f"{self.view} is there and shows no registry, for there is no {LOG}. Give another folder.")
+                raise EsdLoraError(f"{self.view} is there, and no event of a {LOG} behind it. Move it, or give another folder.")
             there = {request.id.casefold(): request for request in self.requests()}
             sentences: list[str] = []
             for request in requests:

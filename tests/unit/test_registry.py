@@ -347,7 +347,7 @@ def test_view_is_never_what_is_read(folder: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     shutil.copy(view, mine / "requests.csv")
-    with pytest.raises(EsdLoraError, match=r"requests\.csv is there and shows no registry"):
+    with pytest.raises(EsdLoraError, match=r"requests\.csv is there, and no event of a registry\.jsonl behind it"):
         Registry.open(mine, new=True).add([CAT])
     assert [path.name for path in mine.iterdir()] == ["requests.csv"]
 
