@@ -172,6 +172,8 @@ class EventLog:
             except OSError:
                 with suppress(OSError):
                     opened.truncate(self._size)
+                    if not self._size:
+                        self.file.unlink()
                 raise
         if not self._size:
             sync(self.file.parent)

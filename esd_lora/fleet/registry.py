@@ -238,7 +238,10 @@ class Registry:
             self._catch_up()
             yield
             if self._log.number:
-                write_requests(self.requests(), self.view)
+                try:
+                    write_requests(self.requests(), self.view)
+                except EsdLoraError as error:  # what happened is in the log all the same
+                    warnings.warn(f"{self.view} shows no longer what {self._log.file} says: {error}", stacklevel=4)
 
     def _catch_up(self) -> None:
         """Let the events happen that were added to the log since it was read."""

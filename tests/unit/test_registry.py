@@ -319,25 +319,38 @@ def test_log_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Registry.open(folder)
 
 
-@pytest.mark.parametrize("failing", ["fsync", "write"])
-def test_system_that_refuses_leaves_the_log_as_it_was(failing: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_that_refuses_leaves_the_log_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "registry.jsonl").read_bytes()
-    registry = Registry.open(folder)
+    registry, new = Registry.open(folder), Registry.open(tmp_path / "new", new=True)
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patched:
-
-        def refuse(*_: object) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        if failing == "fsync":
-            patched.setattr(os, "fsync", refuse)
-        else:
-            shutil.rmtree(folder)
-            folder.write_text("in the way")
-        with pytest.raises(EsdLoraError, match=r"cannot be (written|read)"):
+        patched.setattr(os, "fsync", refuse)
+        with pytest.raises(EsdLoraError, match="cannot be written: No space left"):
             registry.withdraw("no-dog")
-    if failing == "fsync":
-        assert (folder / "registry.jsonl").read_bytes() == before
-        assert registry.withdraw("no-dog").status == "withdrawn"
+        with pytest.raises(EsdLoraError, match="cannot be written: No space left"):
+            new.add([CAT])
+    assert (folder / "registry.jsonl").read_bytes() == before
+    assert list((tmp_path / "new").iterdir()) == []
+    assert registry.withdraw("no-dog").status == "withdrawn"
+    assert new.add([CAT]) == (CAT,)
+
+
+def test_log_that_cannot_be_read(folder: Path) -> None:
+    (folder / "registry.jsonl").unlink()
+    (folder / "registry.jsonl").mkdir()
+    with pytest.raises(EsdLoraError, match=r"registry\.jsonl cannot be read: Is a directory"):
+        Registry.open(folder, new=True)
+
+
+def test_change_counts_though_it_cannot_be_shown(folder: Path) -> None:
+    (folder / "requests.csv").unlink()
+    (folder / "requests.csv").mkdir()
+    with pytest.warns(UserWarning, match=r"requests\.csv shows no longer what .*registry\.jsonl says: output"):
+        assert Registry.open(folder).withdraw("no-dog").status == "withdrawn"
+    assert states(folder)["no-dog"] == "withdrawn"
 
 
 def test_view_is_never_what_is_read(folder: Path, tmp_path: Path) -> None:
