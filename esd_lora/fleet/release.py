@@ -39,6 +39,7 @@ from esd_lora.fleet.records import (
     same_content,
     write_manifest,
 )
+from esd_lora.fleet.registry import Registry
 from esd_lora.fleet.request import Request
 from esd_lora.fleet.running import MakeEngine, run_fleet
 from esd_lora.fleet.status import Status, folder_of
@@ -67,6 +68,7 @@ def release(
     gates: Sequence[str] = (),
     partial: bool = False,
     signed_by: str | None = None,
+    registry: Registry | None = None,
     attempts: int = 3,
     progress: bool = True,
 ) -> Record:
@@ -81,6 +83,7 @@ def release(
         gates: Conditions on what all erasers leave and keep together, as `evaluate --fail-if` takes them, for every suite.
         partial: Whether to go on without requests that failed or were refused.
         signed_by: GnuPG's name of the key that signs the manifest; not signed unless given.
+        registry: Where the requests come from, to note that they are done.
         attempts: As for `run_fleet`.
         progress: Whether to show progress bars.
 
@@ -100,6 +103,8 @@ def release(
         record = run.write(figures, held, signed_by)
     if refused := [gate for gate, holds in record.gates.items() if holds]:
         raise EsdLoraError(f"not released: {'; '.join(refused)}. The numbers are in {out / MEASURED}.")
+    if registry:
+        registry.set_status((member.id for member in members), "done", f"release {record.number}")
     return record
 
 

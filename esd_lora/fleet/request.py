@@ -1,13 +1,13 @@
 """The request: one thing that somebody wants erased, as a frozen, checked document.
 
-No field asks who sent it; `reference` may point to where that is kept. Overrides of the recipe are checked field by field,
-before any recipe is loaded.
+No field asks who sent it; `reference` may point to where that is kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
@@ -77,9 +77,12 @@ def _day(value: object) -> object:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    if faults := [f"{name}: {fault}" for name, value in values.items() if (fault := setting_fault(name, value))]:
-        raise ValueError("; ".join(faults))
-    return json.loads(json.dumps(values))
+    if hidden := [name for name in values if name in COLUMNS]:
+        raise ValueError(f"{hidden[0]} is a field of the request, expected those of a recipe")
+    try:
+        return json.loads(json.dumps(values, allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError) as error:  # half a character among them
+        raise ValueError("expected numbers, text, lists and mappings alone") from error
 
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), BeforeValidator(_text)]
@@ -122,7 +125,8 @@ class Request(BaseModel):
     private: bool = False
     """Whether what is published names its id alone."""
     settings: Annotated[dict[str, Any], AfterValidator(_settings)] = {}
-    """Overrides of the recipe by dotted name, `{"train.steps": 200}`, to plain values, as JSON holds them."""
+    """Overrides of the recipe by dotted name, `{"train.steps": 200}`, to plain values, as JSON holds them. `read_requests`
+    checks them, and so does loading a recipe with them."""
     line: int = Field(default=0, ge=0, exclude=True)
     """Line of the file in which it stands, 0 where unknown; no part of what it says."""
 
@@ -141,6 +145,16 @@ class Request(BaseModel):
         """Return what it says as a line of JSON holds it: name of a column to a plain value, without what is empty."""
         values = self.model_dump(mode="json", exclude={"settings"})
         return {name: value for name, value in values.items() if value not in (None, "", [])} | self.settings
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], line: int = 0) -> Request:
+        """Return the request that a record is of; what is no column is an override of the recipe.
+
+        Raises:
+            ValidationError: If it is none.
+        """
+        own = {name: value for name, value in record.items() if name in COLUMNS}
+        return cls(**own, settings={name: value for name, value in record.items() if name not in COLUMNS}, line=line)
 
     def _content(self) -> str:
         return json.dumps(self.record(), sort_keys=True)
@@ -180,9 +194,9 @@ def setting_fault(name: str, value: object) -> str | None:
         return f"unknown field of a recipe{did_you_mean(name, setting_names())}"
     try:
         _setting(name).validate_python(value)
-        json.dumps(value, allow_nan=False)
+        _settings({name: value})
     except ValidationError as error:
         return f"{faults_of(error)[0].message}, found {shortened(repr(value))}"
-    except (TypeError, ValueError):
-        return f"expected numbers, text, lists and mappings alone, found {shortened(repr(value))}"
+    except ValueError as error:
+        return f"{error}, found {shortened(repr(value))}"
     return None

@@ -191,10 +191,8 @@ def _checked(row: _Row) -> tuple[Request | None, list[str]]:
     settings = {name: value for name, value in row.values.items() if name not in COLUMNS}
     faults = {name: fault for name, value in settings.items() if (fault := setting_fault(name, value))}
     sentences = [f"{name}: {fault}" for name, fault in faults.items()]
-    own = {name: value for name, value in row.values.items() if name in COLUMNS}
-    good = {name: value for name, value in settings.items() if name not in faults}
     try:
-        return Request(**own, settings=good, line=row.line), sentences
+        return Request.of_record({name: value for name, value in row.values.items() if name not in faults}, row.line), sentences
     except ValidationError as error:
         return None, [*map(_sentence, faults_of(error)), *sentences]
 
@@ -280,20 +278,18 @@ def overlapping(requests: Iterable[Request]) -> tuple[tuple[Request, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def warn_of_overlaps(
-    requests: Iterable[Request], where: Callable[[Request], str], among: Collection[str] | None = None
-) -> None:
+def warn_of_overlaps(requests: Iterable[Request], where: Callable[[Request], str], new: Collection[str] | None = None) -> None:
     """Warn of each group of `overlapping` requests, those refused and withdrawn aside.
 
     Args:
         requests: All that there are.
         where: Returns the place of one: `file:line`.
-        among: Ids, one of which a group must hold; any unless given.
+        new: Ids; only of groups in which these meet others, as of those within a list its reader has warned.
     """
     live = [request for request in requests if request.status not in ("refused", "withdrawn")]
     sentences: list[str] = []
     for group in overlapping(live):
-        if among is None or any(request.id in among for request in group):
+        if new is None or len({request.id in new for request in group}) == 2:
             times = Counter(key for request in group for key in set(map(name_key, request.names)))
             shared = ", ".join(repr(key) for key, number in times.items() if number > 1)
             places = ", ".join(f"{request.id} ({where(request)})" for request in group)

@@ -171,6 +171,14 @@ LIGHT = {
     "stack --help": "run('stack', '--help')",
     "recipes list": "run('recipes', 'list')",
     "recipes check": "run('recipes', 'check', 'fast', 'paper')",
+    "requests": """
+import pathlib, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "list.csv")
+    file.write_text("id,concept,kind,train.steps\\nno-cat,cat,object,20\\n")
+    run('requests', 'add', str(file), '-r', folder)
+    run('requests', 'list', '-r', folder)
+""",
 }
 
 

@@ -14,6 +14,8 @@ import click
 
 from esd_lora.cli.options import HeavyCommand, base_option, device_options, dry_run_option, overrides, say
 from esd_lora.errors import EsdLoraError
+from esd_lora.fleet.registry import Registry
+from esd_lora.fleet.requests import read_requests
 
 if TYPE_CHECKING:
     from esd_lora.fleet.jobs import Plan, Settings
@@ -126,7 +128,7 @@ def release(
     listed, plan = _plan(requests, options)
     how: dict[str, Any] = {"steps": steps, "gates": gates, "partial": partial, "signed_by": signed_by, "attempts": attempts}
     with _interruptible(out):
-        record = run(listed, plan, out, _engine(options), **how)
+        record = run(listed, plan, out, _engine(options), registry=_registry(requests), **how)
     say(f"release {record.number}, {len(record.requests)} requests erased: {out / PUBLISHED / CARD_NAME}")
 
 
@@ -140,12 +142,17 @@ def _interruptible(out: Path) -> Generator[None]:
 
 
 def _plan(requests: Path, options: dict[str, Any]) -> tuple[tuple[Request, ...], Plan]:
-    """Return the requests of a file, and what their jobs have in common."""
+    """Return the requests of a file or a registry, and what their jobs have in common."""
     from esd_lora.fleet.jobs import Plan
-    from esd_lora.fleet.requests import read_requests
 
-    listed = read_requests(requests)
+    registry = _registry(requests)
+    listed = registry.requests() if registry else read_requests(requests)
     return listed, Plan.of(listed, _settings(options))
+
+
+def _registry(requests: Path) -> Registry | None:
+    """Return the registry of a folder; of a file there is none."""
+    return Registry.open(requests, who="esd-lora release") if requests.is_dir() else None
 
 
 def _settings(options: dict[str, Any]) -> Settings:
