@@ -7,6 +7,8 @@ pages of memory where its files hold the dtype that is used; on a card each has 
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from esd_lora.fleet.engines import EARLY_ENDS, Lost, MakeWorker
 from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.status import folder_of
 from esd_lora.fleet.working import Outcome, Worker
+
+_PATIENCE = 10.0  # seconds
 
 
 class _Task(NamedTuple):
@@ -63,10 +67,7 @@ class RayEngine:
         self.out, self.workers, self.timeout = out.resolve(), workers, timeout
         self._ray: Any = ray
         if not ray.is_initialized():
-            try:
-                ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise EsdLoraError(f"no Ray cluster at {address!r}: {shortened(str(error))}. Check --address.") from error
+            _connect(ray, address)
         self._class = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(make_worker)
         self._plan = ray.put(plan)
 
@@ -126,6 +127,22 @@ class RayEngine:
         """
         if outcome.state == "done" and not (folder_of(self.out, outcome.job.request.id) / WEIGHTS_NAME).is_file():
             raise EsdLoraError(f"a worker's results are not in {self.out} here. Give a folder on storage that all nodes share.")
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Join a cluster, or begin a local one.
+
+    Raises:
+        EsdLoraError: If there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), _PATIENCE).close()  # Ray itself asks for minutes
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EsdLoraError(f"no Ray cluster at {address!r}: {shortened(str(error))}. Check --address.") from error
 
 
 def _cause_of(error: Exception) -> str:
