@@ -12,7 +12,7 @@ import click
 
 from esd_lora.cli.options import say
 from esd_lora.errors import EsdLoraError
-from esd_lora.fleet.registry import Registry
+from esd_lora.fleet.registry import Decision, Registry
 from esd_lora.fleet.request import Request, Status
 from esd_lora.fleet.requests import read_requests
 
@@ -62,7 +62,7 @@ def requests_list(registry: Path, statuses: tuple[str, ...], as_json: bool) -> N
 @click.option("--synonym", "synonyms", metavar="TEXT", multiple=True, help="In the place of its synonyms; repeatable.")
 @who_option
 def requests_decide(
-    id: str, registry: Path, decision: str | None, reason: str, synonyms: tuple[str, ...], who: str, **names: Any
+    id: str, registry: Path, decision: Decision | None, reason: str, synonyms: tuple[str, ...], who: str, **names: Any
 ) -> None:
     """Decide on an ambiguous or open request: what exactly is meant, or that it is refused."""
     if decision is None:

@@ -69,7 +69,7 @@ class EventLog:
     def __init__(self, file: Path):
         self.file = file
         self.number = 0
-        """Of the last event."""
+        """The last event's."""
         self.torn = False
         """Whether the beginning of a line stood after it."""
         self._size, self._ended = 0, True  # in bytes; whether the last event has its line break

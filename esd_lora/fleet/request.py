@@ -69,11 +69,11 @@ def _id(value: str) -> str:
 
 
 def _day(value: object) -> object:
-    if isinstance(value, str):
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
-            raise ValueError("expected a day such as 2026-11-30")
-        return date.fromisoformat(value)
-    return value
+    if value is None or isinstance(value, date):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        raise ValueError("expected a day such as 2026-11-30")  # a number would be seconds since 1970
+    return date.fromisoformat(value)
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,6 @@ class Request(BaseModel):
     Two requests are equal when they say the same, wherever they stand.
     """
 
-    # The docstrings below the fields are what the table in docs/requests.md says.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: Annotated[str, AfterValidator(_id)]

@@ -35,8 +35,6 @@ _ENOUGH = 100
 _CHOICES = {"kind": get_args(Kind), "basis": get_args(Basis), "status": get_args(Status)}
 _STANDING = ("open", "done")
 """States in which what a request erases and keeps holds."""
-
-
 _Faults: TypeAlias = list[tuple[int, str]]
 """The line of each, and a sentence without its full stop."""
 

@@ -150,6 +150,7 @@ def test_faults_of_recipe_overrides(tmp_path: Path) -> None:
         ('{"id": "a", "concept": "c", "kind": "object", "line": 3}', "line: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "base": "x"}', "base: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "concepts.name": "x"}', "concepts.name: unknown column"),
+        ('{"id": "a", "concept": "c", "kind": "object", "due": 0}', "due: expected a day such as 2026-11-30, found 0"),
         ('{"id": "a", "concept": "c", "kind": "object", "private": "perhaps"}', "private: Input should be a valid boolean"),
         ('{"id": "a", "concept": "c", "kind": "object", "eta": 1e999}', "eta: Input should be a finite number, or 'auto'"),
         ('{"id": "a", "concept": "c", "kind": "object", "preserve": ["\\ud800"]}', "preserve: "),
