@@ -55,7 +55,7 @@ def estimate_fleet(
     least, most = (loading + each / workers for each in (least, most))
     lines.append(f"in all: {_span(least, most)} s by {workers} workers, beside what a second recipe would add")
     if hourly is not None:
-        lines.append(f"price: {_span(*(workers * each / 3600 * hourly for each in (least, most)), '.2f')}")
+        lines.append(f"price: {_span(workers * least / 3600 * hourly, workers * most / 3600 * hourly, '.2f')}")
     return lines
 
 

@@ -143,6 +143,11 @@ class _Process:
         self.job: Job | None = None
         self.deadline: float | None = None
 
+    @property
+    def is_late(self) -> bool:
+        """Whether its job takes longer than it may."""
+        return self.job is not None and self.deadline is not None and self.deadline <= time.monotonic()
+
     def give(self, job: Job, timeout: float | None) -> None:
         """Hand it a job."""
         self.job, self.deadline = job, time.monotonic() + timeout if timeout else None
@@ -183,11 +188,9 @@ def _awaited(workers: Sequence[_Process]) -> list[_Process]:
     """Wait, and return the workers that have something to say, have ended, or are out of time."""
     now = time.monotonic()
     left = [worker.deadline - now for worker in workers if worker.job and worker.deadline]
-    places = {place: worker for worker in workers for place in (worker.connection, worker.process.sentinel)}
-    heard = {id(places[place]) for place in wait(list(places), max(0.0, min(left)) if left else None)}
-    now = time.monotonic()
-    late = {id(worker) for worker in workers if worker.job and worker.deadline and worker.deadline <= now}
-    return [worker for worker in workers if id(worker) in heard | late]
+    waited = [place for worker in workers for place in (worker.connection, worker.process.sentinel)]
+    heard = wait(waited, max(0.0, min(left)) if left else None)
+    return [worker for worker in workers if worker.connection in heard or worker.process.sentinel in heard or worker.is_late]
 
 
 def _cause_of(exitcode: int | None) -> str:

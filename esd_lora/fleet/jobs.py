@@ -64,7 +64,7 @@ class Job(NamedTuple):
     suite: str
     """Name or path; empty where nothing measures it."""
     key: str
-    """Of everything that the result depends on: where it is the same, the result is there already."""
+    """Hash of everything that the result depends on: where it is the same, the result is there already."""
 
 
 class Plan(NamedTuple):
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     avoid: tuple[str, ...]
     """Names of what is to be erased that a prompt to preserve could hold."""
     digest: str
-    """Of the base, from `base_digest`."""
+    """What `base_digest` says of the base."""
 
     @classmethod
     def of(cls, requests: Sequence[Request], settings: Settings) -> Plan:

@@ -68,7 +68,7 @@ class RayEngine:
         self._ray: Any = ray
         if not ray.is_initialized():
             _connect(ray, address)
-        self._class = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(make_worker)
+        self._class: Any = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(make_worker)
         self._plan = ray.put(plan)
 
     def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:

@@ -32,7 +32,7 @@ class Entry(BaseModel):
     name: str
     """The concept; of a private one its id."""
     key: str
-    """Of its eraser: see `jobs.Job`."""
+    """Key of its eraser's job: see `jobs.Job`."""
     figures: dict[str, float]
     """What was measured with its eraser alone."""
 
@@ -45,10 +45,10 @@ class Record(BaseModel):
     number: int
     created: str
     version: str
-    """Of this package."""
+    """Version of this package."""
     base: str
     digest: str
-    """Of the base."""
+    """What `jobs.base_digest` says of the base."""
     requests: dict[str, Entry]
     figures: dict[str, dict[str, float]]
     """Kind of request to what was measured with all erasers together: see `working.figures_of`."""

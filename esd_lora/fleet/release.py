@@ -146,7 +146,7 @@ class _Run:
         keys = sorted((member.id, statuses[member.id].key, member.private) for member in members)
         text = json.dumps([__version__, plan.digest, keys, steps])
         self.content = hashlib.sha256(text.encode()).hexdigest()
-        """Of everything that the stack depends on."""
+        """Hash of everything that the stack depends on."""
 
     @property
     def base(self) -> Base:

@@ -27,7 +27,7 @@ class Status(BaseModel):
 
     id: str
     key: str
-    """Of the job (`jobs.Job`): base, recipe, suite, version."""
+    """Key of the job (`jobs.Job`): base, recipe, suite, version."""
     state: State
     """`refused` is what a person has to mend, `failed` what broke as often as it was tried."""
     attempts: int = 0
