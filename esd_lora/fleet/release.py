@@ -158,7 +158,7 @@ class _Run:
 
     def erase(self) -> None:
         """Fuse or harmonise the members into one eraser."""
-        if self._done("eraser", self.content):
+        if self._stands("eraser", self.content, self.published / ERASER):
             return
         members = [Eraser.load(folder_of(self.out / FLEET, member.id)) for member in self.members]
         if self.steps:
@@ -170,10 +170,10 @@ class _Run:
 
     def merge(self) -> None:
         """Merge that eraser into the base."""
-        if self._done("model", self.content):
-            return
         base = self.plan.settings.base
         model = self.published / (f"{MODEL}.safetensors" if Path(base).is_file() else MODEL)
+        if self._stands("model", self.content, model):
+            return
         merge([self.published / ERASER], base, model, force=True, progress=self.progress)
         self._note("model", self.content)
 
@@ -185,18 +185,18 @@ class _Run:
             own = [member for member in self.members if member.kind == kind]
             if not (suite := suite_for(own[0], self.plan.settings)):
                 continue
-            report = self._measured(kind, suite, own)
+            report = self._measured(kind, suite)
             figures[kind] = figures_of(report)
             held |= {gate: True for gate in gates if shortfalls(report, (gate,))}
         return figures, held
 
-    def _measured(self, kind: str, suite: str, own: Sequence[Request]) -> Report:
-        """Return the report on the requests of one kind, all erasers on."""
+    def _measured(self, kind: str, suite: str) -> Report:
+        """Return the report of a kind's suite, all erasers on; no request of another kind counts as lost there."""
         place = self.out / MEASURED / kind
         key = json.dumps([self.content, suite, dict(self.plan.settings.suite_settings), self.plan.settings.limit])
-        if not self._done(f"measured {kind}", key):
+        if not self._stands(f"measured {kind}", key, place):
             whole = Eraser.load(self.published / ERASER)
-            concepts = tuple(ErasedConcept(name=m.concept, synonyms=m.synonyms, pairs=(), eta=None) for m in own)
+            concepts = tuple(ErasedConcept(name=m.concept, synonyms=m.synonyms, pairs=(), eta=None) for m in self.members)
             named = Eraser(whole.pairs, whole.header.model_copy(update={"concepts": concepts}))
             loaded = load_suite(suite, self.plan.settings.suite_settings)
             limit = self.plan.settings.limit
@@ -246,9 +246,8 @@ class _Run:
         file = self.out / _STEPS_NAME
         return json.loads(read_bounded(file, LARGEST_RECORD)) if file.is_file() else {}
 
-    def _done(self, step: str, key: str) -> bool:
+    def _stands(self, step: str, key: str, place: Path) -> bool:
         """Return whether a step's result is there, made from the same."""
-        place = {"eraser": self.published / ERASER, "model": self.published}.get(step, self.out)
         return self._steps().get(step) == key and place.exists()
 
     def _note(self, step: str, key: str) -> None:

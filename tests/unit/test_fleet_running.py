@@ -135,6 +135,6 @@ def test_the_page_tells_where_everything_stands_and_names_nobody_private(tmp_pat
     assert "&lt;script&gt;cat" in page
     assert "<script>" not in page
     assert "Quill" not in page
-    assert page.count('class="late"') == 1
+    assert page.count('class="short late"') == 1
     assert "5.0% (5.0%)" in page
     assert json.loads((tmp_path / EVENTS_NAME).read_text().splitlines()[0])["state"] == "refused"
