@@ -123,7 +123,7 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
     killed = Counter[str]()
     fleet = start(listed, stormy, 2)
     while killed["workers"] < number or not killed["driver"]:
-        time.sleep(chance.uniform(0.5, 4.0))
+        time.sleep(chance.uniform(3, 10))
         if fleet.poll() is not None:
             raise SystemExit(f"the fleet ended after {killed['workers']} kills: give more --requests")
         if killed["workers"] == number // 2 and not killed["driver"]:
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/fleet"))
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--killed-requests", type=int, default=100)
+    parser.add_argument("--killed-requests", type=int, default=300)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", default="throughput,kills")
     add_publish(parser)

@@ -27,7 +27,7 @@ from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.working import Outcome, Worker
 
 _PATIENCE = 5.0  # seconds
-EARLY_ENDS = 3
+EARLY_ENDS = 5
 """How often in a row a worker may end before it has loaded the base."""
 
 
