@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
 from esd_lora.recipe import Recipe
-from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, read_yaml
+from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, model_in, read_yaml
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
@@ -172,7 +173,7 @@ def _laid(layers: Sequence[Document]) -> Document:
 
 
 def load_recipe(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Recipe | Sequence[str | Path],
     overrides: Mapping[str, Any] | None = None,
     /,
     *,
@@ -183,7 +184,7 @@ def load_recipe(
 
     Args:
         source: A built-in name (`"fast"`, `"sd/van-gogh"`) or the path of a YAML file; or several, each over those before
-            it: `["sdxl/fast", "concepts/van-gogh"]`.
+            it: `["sdxl/fast", "concepts/van-gogh"]`; or a recipe that is loaded.
         overrides: Dotted keys to values, over what the file says: `{"train.steps": 200}`.
         allow_code: Every `module:attribute` that it may name as objective or optimiser: code of your own, which runs when it is
             trained with the same `allow_code`.
@@ -240,6 +241,21 @@ def _checked(
     if model is Recipe and method in ("fuse", "harmonise"):
         raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")
     return checked(model, document, overrides, fields, kind="recipe", source=where, hint=hint, allow_code=allow_code)
+
+
+@cache
+def recipe_fields() -> dict[str, FieldInfo]:
+    """Return every field of a recipe that holds a value of its own, by its dotted name: `train.steps`."""
+
+    def fields(model: type[BaseModel], above: str) -> Iterator[tuple[str, FieldInfo]]:
+        for name, field in model.model_fields.items():
+            inner = model_in(field.annotation)
+            if inner is None:
+                yield above + name, field
+            else:
+                yield from fields(inner, f"{above}{name}.")
+
+    return dict(fields(Recipe, ""))
 
 
 def dump_recipe(recipe: BaseModel) -> str:

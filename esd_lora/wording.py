@@ -21,6 +21,11 @@ def without_article(name: str) -> str:
     return re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.IGNORECASE)
 
 
+def name_key(name: str) -> str:
+    """Return what all ways to write a name have in common: without article, and whatever its case, width and spaces."""
+    return without_article(" ".join(unicodedata.normalize("NFKC", name).split())).casefold()
+
+
 def frames_of(prompts: Sequence[str]) -> dict[str, int]:
     """Return what stands around a prompt in longer ones of the same list, with `{}` in its place, in order, and how often.
 

@@ -211,33 +211,55 @@ def checked(
         above = laid_over(above, nested)
     above = laid_over(above, fields)
 
-    def sentence(fault: ErrorDetails, measurable: Collection[Place]) -> str:
-        place = _place(fault)
+    def sentence(fault: Fault) -> str:
+        place, where = fault.place, document.where(fault.place) or source
         name = shortened(".".join(map(str, place)))
-        if fault["type"] == "missing":
-            return f"{document.where(place) or source}: {name}: missing{hint(place)}"
-        where = document.where(place) or source
+        if fault.type == "missing":
+            return f"{where}: {name}: missing{hint(place)}"
         if _overridden(place, above):
             where = "given" if place[0] in fields else "--set"
-        if fault["type"] == "extra_forbidden":
+        if fault.type == "extra_forbidden":
             return f"{where}: {name}: unknown key{did_you_mean(str(place[-1]), _fields(model, place[:-1]))}"
-        message = fault["msg"].removeprefix("Value error, ").removesuffix(".")
-        message += ", or 'auto'" if place in measurable else ""
         if not place:  # of several fields together
-            return f"{where}: {message}"
-        return f"{where}: {name}: {message}, found {shortened(repr(fault['input']))}"
+            return f"{where}: {fault.message}"
+        return f"{where}: {name}: {fault.message}, found {shortened(repr(fault.value))}"
 
     try:
         return model.model_validate(laid_over(document.values, above), context={_ALLOW_CODE: allow_code})
     except ValidationError as error:
-        # A number or a word: pydantic finds two faults where neither fits, which are one.
-        errors = error.errors()[: 4 * _MAX_FAULTS]
-        others = {_place(fault) for fault in errors if fault["msg"] != _WORD}
-        measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD} & others
-        real = [fault for fault in errors if fault["msg"] != _WORD or _place(fault) not in others]
-        faults = list(dict.fromkeys(sentence(fault, measurable) for fault in real))
-        faults[_MAX_FAULTS:] = [f"and more than {_MAX_FAULTS} others"] if len(faults) > _MAX_FAULTS else []
-        raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(faults)) from error
+        sentences = list(dict.fromkeys(map(sentence, faults_of(error))))
+        raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(listed(sentences))) from error
+
+
+class Fault(NamedTuple):
+    """What is wrong with one value of a document."""
+
+    place: Place
+    type: str
+    """Pydantic's name of it: `"missing"`."""
+    message: str
+    value: object
+
+
+def faults_of(error: ValidationError) -> list[Fault]:
+    """Return what is wrong with a document, as far as a reader wants to know."""
+    errors = error.errors()[: 4 * _MAX_FAULTS]
+    # A number or a word: pydantic finds two faults where neither fits, which are one.
+    others = {_place(fault) for fault in errors if fault["msg"] != _WORD}
+    measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD} & others
+
+    def fault_of(details: ErrorDetails) -> Fault:
+        place = _place(details)
+        message = details["msg"].removeprefix("Value error, ").removesuffix(".")
+        return Fault(place, details["type"], message + (", or 'auto'" if place in measurable else ""), details["input"])
+
+    return [fault_of(details) for details in errors if details["msg"] != _WORD or _place(details) not in others]
+
+
+def listed(sentences: list[str]) -> list[str]:
+    """Return as many sentences as are read, the last of which says where there are more."""
+    more = [f"and more than {_MAX_FAULTS} others"] if len(sentences) > _MAX_FAULTS else []
+    return sentences[:_MAX_FAULTS] + more
 
 
 def _place(fault: ErrorDetails) -> Place:
@@ -268,15 +290,15 @@ def _fields(model: type[BaseModel], place: Place) -> list[str]:
     """Return the names of the fields at a place in a document."""
     for part in place:
         if isinstance(part, str):
-            inner = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+            inner = model_in(model.model_fields[part].annotation) if part in model.model_fields else None
             if inner is None:
                 return []
             model = inner
     return list(model.model_fields)
 
 
-def _model_in(annotation: object) -> type[BaseModel] | None:
+def model_in(annotation: object) -> type[BaseModel] | None:
     """Return the model that a field's type holds: `tuple[Concept, ...]` holds `Concept`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+    return next((model for part in get_args(annotation) if (model := model_in(part))), None)

@@ -43,6 +43,9 @@ REFUSALS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EMFILE)
 SLOW = ("train", "evaluate")
 PUSH = "push"
 """The verb that writes elsewhere: it is stopped at its requests."""
+LOG = "registry.jsonl"
+REGISTRY = "requests"
+"""What adds to what is there, and replaces nothing."""
 GROWING = ("train_log.jsonl", "checkpoint.pt", "previews")
 """What a training leaves on its way, and takes away or goes on with."""
 
@@ -136,7 +139,7 @@ def set_up(folder: Path) -> Places:
     from original_checkpoints import save_checkpoint
     from tiny import save_tiny, tiny_pipeline, tiny_recipe
 
-    for module in ("training", "formats.importing", "weights.extracting"):
+    for module in ("training", "formats.importing", "weights.extracting", "fleet.event_log"):
         __import__(f"esd_lora.{module}")
         sys.modules[f"esd_lora.{module}"].datetime = Frozen  # type: ignore[attr-defined]
     for module in ("train_state", "training"):
@@ -500,6 +503,49 @@ def kill_pushes(
     return dict(counts), failures
 
 
+def stop_registries(folder: Path, stride: int) -> tuple[dict[str, int], list[str]]:
+    """Kill and refuse changes of a registry at every `stride`-th write, read what is left, and make them again.
+
+    Returns:
+        Counts, and what went wrong.
+    """
+    registry, saved, file = folder / "registry", folder / "saved", folder / "list.csv"
+    folder.mkdir()
+    file.write_text("id,concept,kind\nno-cat,a cat,object\nno-dog,a dog,object\n")
+    counts, failures = Counter[str](), list[str]()
+    for verb, command in {
+        "add": ["requests", "add", file, "-r", registry],
+        "withdraw": ["requests", "withdraw", "no-cat", "-r", registry],
+    }.items():
+        old = contents(registry)
+        if old:
+            shutil.copytree(registry, saved)
+        events, new = run(command, watch=registry).events, contents(registry)
+        numbers = range(1, events + 1, stride)
+        trials = {f"{verb}, killed at write {number}": killing(number, registry) for number in numbers}
+        for number in numbers:
+            code = REFUSALS[number % len(REFUSALS)]
+            trials[f"{verb}, write {number}: {errno.errorcode[code]}"] = refusing(number, registry, code)
+        for size in (10, 300, 500, 800):
+            trials[f"{verb}, files of {size} bytes at most"] = limiting(resource.RLIMIT_FSIZE, size)
+        for what, hook in trials.items():
+            shutil.rmtree(registry)
+            if old:
+                shutil.copytree(saved, registry)
+            result = run(command, hook, registry)
+            counts["kills"] += result.code == -signal.SIGKILL
+            counts["refusals"] += result.code == 1
+            if result.code == 1 and (contents(registry) != old or litter(registry) or "Traceback" in result.text):
+                failures.append(f"{what}: not refused in a sentence, or not without a trace: {result.text[-400:]}")
+            left = run(["requests", "list", "-r", registry])
+            if left.code and (old or "there is no registry" not in left.text):
+                failures.append(f"{what}: the registry cannot be read: {left.text[-400:]}")
+            again = run(command)
+            if again.code or contents(registry) != new or litter(registry):
+                failures.append(f"{what}, done again: not what an unbroken run leaves: {again.text[-400:]}")
+    return dict(counts), failures
+
+
 def at_request(number: int, *, after: bool) -> Callable[[], None]:
     """Return a hook that has the process killed before or after its request to the Hub of a number, from 1."""
 
@@ -568,7 +614,7 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
     failures: list[str] = []
     with hub_with(places, folder / "hub"):
         strides = dict(strides)
-        pushes = strides.pop(PUSH, None)
+        pushes, registries = strides.pop(PUSH, None), strides.pop(REGISTRY, 0)
         for number, (name, stride) in enumerate(strides.items()):
             trials = Trials(name, places, folder / f"verb-{number}")
             if stride:
@@ -582,13 +628,16 @@ def report(folder: Path, strides: Mapping[str, int], *, randomly: int, pairs: in
         if pushes is not None:
             counts[PUSH], lost = kill_pushes(places, folder / "pushes", pushes, randomly, random.Random(0))
             failures += lost
+        if registries:
+            counts[REGISTRY], lost = stop_registries(folder / "registries", registries)
+            failures += lost
     return {"counts": counts, "failures": failures}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--verbs", nargs="*", default=[*VERBS, PUSH])
+    parser.add_argument("--verbs", nargs="*", default=[*VERBS, PUSH, REGISTRY])
     parser.add_argument("--stride", type=int, default=1, help="0 leaves these trials out")
     parser.add_argument("--slow-stride", type=int, help="of verbs that take a second, where it is another")
     parser.add_argument("--randomly", type=int, default=10)

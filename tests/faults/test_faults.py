@@ -47,15 +47,19 @@ def test_a_process_killed_in_a_lock_does_not_hang_the_next() -> None:
 
 def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
     verbs = ["stack", "merge a file", "export for peft", "recipes copy"]
-    report = trials(tmp_path / "report.json", "--verbs", *verbs, "push", "--stride", 5, "--randomly", 1, "--pairs", 3)
+    report = trials(
+        tmp_path / "report.json", "--verbs", *verbs, "push", "requests", "--stride", 5, "--randomly", 1, "--pairs", 3
+    )
     assert report["failures"] == []
-    assert list(report["counts"]) == [*verbs, "push"]
+    assert list(report["counts"]) == [*verbs, "push", "requests"]
     for verb in verbs:
         counts = report["counts"][verb]
         assert counts["kills"]
         assert counts["refusals"]
         assert counts["pairs"] == 3
     assert report["counts"]["push"]["kills"]
+    assert report["counts"]["requests"]["kills"]
+    assert report["counts"]["requests"]["refusals"]
 
 
 @pytest.mark.slow
@@ -66,7 +70,7 @@ def test_every_verb_stopped_at_every_write(tmp_path: Path) -> None:
         options = ("--stride", 1, "--slow-stride", 3, "--randomly", 10, "--pairs", PAIRS)
         return trials(tmp_path / f"{verbs[0]}.json", "--verbs", *verbs, *options)
 
-    verbs = [*harness.VERBS, harness.PUSH]
+    verbs = [*harness.VERBS, harness.PUSH, harness.REGISTRY]
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(part, [[verb for verb in verbs if (verb in lengthy) == first] for first in (True, False)]))
     assert [failure for report in reports for failure in report["failures"]] == []

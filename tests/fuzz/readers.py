@@ -40,6 +40,8 @@ from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.scoring import _resume
 from esd_lora.evaluation.suites.prompt_files import read_prompt_file
 from esd_lora.evaluation.suites.suite_files import load_suite, suite_names
+from esd_lora.fleet.registry import Registry
+from esd_lora.fleet.requests import read_requests
 from esd_lora.formats.importing import import_lora
 from esd_lora.formats.inspecting import inspect_file
 from esd_lora.pictures import open_picture, png, read_samples
@@ -353,6 +355,33 @@ TABLES = [
 ]
 
 
+REQUESTS = [
+    [
+        ["id", "concept", "synonyms", "kind", "keep", "due", "train.steps", "lora.ranks"],
+        ["a", "a cat", "kitten;tom", "object", "a dog", "2026-12-01", 200, "{xattn: 4}"],
+        ["b", "Van Gogh", "", "style", "", "", "auto", ""],
+    ],
+]
+REQUEST_LINES = [
+    [
+        {"id": "a", "concept": "a cat", "kind": "object", "synonyms": ["kitten"], "train.steps": 200, "due": "2026-12-01"},
+        {"id": "b", "concept": "tiger", "kind": "object", "synonyms": ["kitten"], "private": True, "lora.ranks": {"xattn": 4}},
+    ]
+]
+
+
+def registry_log(folder: Path) -> list[bytes]:
+    """Return the log of a registry in which every kind of thing happened."""
+    (folder / "list.jsonl").write_bytes(as_lines(REQUEST_LINES[0]))
+    registry = Registry.open(folder / "mine", new=True)
+    with warnings.catch_warnings(action="ignore"):
+        registry.add(read_requests(folder / "list.jsonl"))
+        registry.decide("a", "open", concept="a dog")
+        registry.set_status("a", "done")
+        registry.withdraw("b")
+    return [(folder / "mine" / "registry.jsonl").read_bytes()]
+
+
 def pictures(_: Path) -> list[bytes]:
     """Return PNGs with a prompt: plain, with a palette, with 16 bits, interlaced by no one."""
     contents: list[bytes] = []
@@ -562,6 +591,21 @@ READERS: dict[str, Reader] = {
         lambda folder: read_prompt_file(folder / "x.txt"),
         lambda _: [b"# mine\na cat\n\n  a dog \n", "\ufeffein Käfer\r\n猫\u2028x".encode()],
     ),
+    "requests": Reader(
+        "x.csv",
+        lambda folder: read_requests(folder / "x.csv"),
+        lambda _: [as_csv(table) for table in REQUESTS],
+        REQUESTS,
+        as_csv,
+    ),
+    "request lines": Reader(
+        "x.jsonl",
+        lambda folder: read_requests(folder / "x.jsonl"),
+        lambda _: [as_lines(document) for document in REQUEST_LINES],
+        REQUEST_LINES,
+        as_lines,
+    ),
+    "registry": Reader("registry.jsonl", lambda folder: Registry.open(folder).requests(), registry_log),
     "picture": Reader("1_erased.png", read_samples, pictures),
     "photo": Reader("x", lambda folder: open_picture(folder / "x"), photos),
     "scores": Reader(

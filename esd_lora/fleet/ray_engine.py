@@ -1,0 +1,151 @@
+"""Workers on a Ray cluster: actors that load the base once, on as many machines as there are.
+
+Ray Core places them, a fraction of a GPU each if asked for, notices what dies, and brings results back as they end. Every node
+needs this package, and sees the fleet's folder and the base under the same path. Workers of one node read a base from the same
+pages of memory where its files hold the dtype that is used; on a card each has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esd_lora.erasers.eraser import WEIGHTS_NAME
+from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.fleet.engines import EARLY_ENDS, Lost, MakeWorker
+from esd_lora.fleet.jobs import Job, Plan
+from esd_lora.fleet.status import folder_of
+from esd_lora.fleet.working import Outcome, Worker
+
+_PATIENCE = 10.0  # seconds
+
+
+class _Task(NamedTuple):
+    """What an actor is at: a job, or getting ready."""
+
+    actor: Any
+    job: Job | None
+    deadline: float | None
+
+
+class RayEngine:
+    """Actors on a Ray cluster.
+
+    Args:
+        plan: What all jobs have in common.
+        out: The fleet's folder, on storage that every node sees.
+        workers: Number of actors; those that the cluster has no room for wait.
+        timeout: Seconds after which a worker is ended, its job lost; none unless given.
+        address: Of the cluster, `auto` for the one that runs here; a local one is begun unless given.
+        gpus: GPUs of a worker; 0.5 puts two on one.
+        make_worker: Makes what works on jobs, on a node.
+
+    Raises:
+        EsdLoraError: If Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        *,
+        workers: int = 1,
+        timeout: float | None = None,
+        address: str | None = None,
+        gpus: float = 0.0,
+        make_worker: MakeWorker = Worker,
+    ):
+        try:
+            import ray
+        except ImportError as error:
+            raise EsdLoraError('--engine ray needs Ray, which is not installed: pip install "esd-lora[ray]".') from error
+        self.out, self.workers, self.timeout = out.resolve(), workers, timeout
+        self._ray: Any = ray
+        if not ray.is_initialized():
+            _connect(ray, address)
+        self._class: Any = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(make_worker)
+        self._plan = ray.put(plan)
+
+    def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
+        """Work as `Engine.run` says."""
+        ray = self._ray
+        tasks: dict[Any, _Task] = {}
+        idle: list[Any] = []
+        early_ends = 0
+        try:
+            while jobs or any(task.job for task in tasks.values()):
+                while len(tasks) + len(idle) < min(
+                    self.workers, len(jobs) + sum(task.job is not None for task in tasks.values())
+                ):
+                    actor = self._class.remote(self._plan, self.out)
+                    tasks[actor.__ray_ready__.remote()] = _Task(actor, None, None)
+                while idle and jobs:
+                    begun(job := jobs.popleft())
+                    actor = idle.pop()
+                    tasks[actor.work.remote(job)] = _Task(actor, job, time.monotonic() + self.timeout if self.timeout else None)
+                for reference in self._awaited(tasks):
+                    actor, job, _ = tasks.pop(reference)
+                    try:
+                        outcome = ray.get(reference, timeout=0)
+                    except ray.exceptions.RayError as error:
+                        late = isinstance(error, ray.exceptions.GetTimeoutError)
+                        ray.kill(actor)
+                        reason = "it took longer than the time limit" if late else f"its worker was lost: {_cause_of(error)}"
+                        if job is not None:
+                            yield Lost(job, reason)
+                        elif (early_ends := early_ends + 1) == EARLY_ENDS:
+                            raise EsdLoraError(f"no worker can begin: {_cause_of(error)}") from error
+                        continue
+                    idle.append(actor)
+                    early_ends = 0
+                    if job is not None:
+                        self._require_shared(outcome)
+                        yield outcome
+        finally:
+            for actor in [*idle, *(task.actor for task in tasks.values())]:
+                ray.kill(actor)
+
+    def _awaited(self, tasks: dict[Any, _Task]) -> list[Any]:
+        """Wait, and return the references of what has ended or is out of time."""
+        deadlines = [task.deadline for task in tasks.values() if task.deadline is not None]
+        left = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        ended, _ = self._ray.wait(list(tasks), num_returns=1, timeout=left)
+        now = time.monotonic()
+        late = [reference for reference, task in tasks.items() if task.deadline is not None and task.deadline <= now]
+        return ended or late
+
+    def _require_shared(self, outcome: Outcome) -> None:
+        """Refuse results that lie on another machine's own disk.
+
+        Raises:
+            EsdLoraError: With what the folder has to be.
+        """
+        if outcome.state == "done" and not (folder_of(self.out, outcome.job.request.id) / WEIGHTS_NAME).is_file():
+            raise EsdLoraError(f"a worker's results are not in {self.out} here. Give a folder on storage that all nodes share.")
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Join a cluster, or begin a local one.
+
+    Raises:
+        EsdLoraError: If there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), _PATIENCE).close()  # Ray itself asks for minutes
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EsdLoraError(f"no Ray cluster at {address!r}: {shortened(str(error))}. Check --address.") from error
+
+
+def _cause_of(error: Exception) -> str:
+    """Return the last line of what Ray says, which is the exception of a worker."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return shortened(lines[-1] if lines else type(error).__name__)
