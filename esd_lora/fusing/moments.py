@@ -1,8 +1,8 @@
 """Second moments of what the layers of a base read under given prompts, on short trajectories.
 
 `G = mean x x^T`, over every point of a trajectory and every pixel or token there, is all that a least-squares problem on a
-layer needs to know of the prompts. What is read under a group of prompts depends on that group alone, to the last bit: its
-noise is seeded by its name, and no other group shares its batches. So a group is taken off a sum as exactly as it was added.
+layer needs to know of the prompts. What is read under a group of prompts depends on these alone, to the last bit: they seed the
+noise, and no other group shares their batches. So a group is taken off a sum as exactly as it was added.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ class PromptGroup(NamedTuple):
     member: str | None = None
     """Key of the member whose prompts these are; `None` for what is kept."""
 
-    @property
-    def name(self) -> str:
-        """What its noise is seeded by."""
-        return self.member or self.prompts[0]
-
 
 def spread(count: int, most: int, generator: torch.Generator) -> Tensor:
     """Return up to `most` of `count` places, one drawn from each of as many equal parts; all of them if there are no more.
@@ -68,7 +63,7 @@ class Moment:
         """The sum of all members' second moments `G_i`, [inputs, inputs], float64."""
         self.kept = torch.zeros_like(self.members)
         """The sum of the second moments of all kept prompts, [inputs, inputs], float64."""
-        self.products: dict[tuple[str, str], Tensor] = {}
+        self.products: dict[tuple[str, str | None], Tensor] = {}
         """Path and key of member i to `down_i G_i`, [rank, inputs], float64, with the second moment of i's own prompts."""
         self._sum, self._sign = self.kept, 1
         self._updates: list[tuple[Tensor, Tensor]] = []
@@ -88,7 +83,7 @@ class Moment:
         self._updates = []
         for path, down in (downs or {}).items():
             factor = in_float64(down.flatten(1).to(self._sum.device))
-            product = self.products.setdefault((path, group.name), torch.zeros_like(factor))
+            product = self.products.setdefault((path, group.member), torch.zeros_like(factor))
             self._updates.append((factor, product))
 
     def add(self, x: Tensor, share: float) -> None:
@@ -120,7 +115,7 @@ class MomentCollector:
         members: The members by key, for `down_i G_i`.
         steps: Points of a trajectory.
         guidance: Classifier-free guidance of the trajectories; what is read there for the empty prompt does not count.
-        seed: Seed of the trajectories' noise, beside each group's name.
+        seed: Seed of the trajectories' noise, beside each group's prompts.
     """
 
     def __init__(self, base: Base, members: Mapping[str, Eraser], *, steps: int, guidance: float, seed: int):
@@ -139,8 +134,9 @@ class MomentCollector:
             moments: By name: `TEXT`, or the path of a layer.
             sign: 1 to add, -1 to take off.
         """
-        pairs = self.members[group.member].pairs if group.member in self.members else {}
-        seed = text_seed(self.seed, group.name)
+        member = self.members.get(group.member or "")
+        pairs = member.pairs if member else {}
+        seed = text_seed(self.seed, *group.prompts)
         for moment in moments.values():
             moment.begin(group, seed, {path: pairs[path].down for path in moment.paths if path in pairs}, sign)
         if TEXT in moments:

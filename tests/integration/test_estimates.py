@@ -146,7 +146,7 @@ def members(base: Base) -> list[Eraser]:
     "fields", [{"keep": KEPT, "rank": 3}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"]
 )
 def test_fusing(base: Base, members: list[Eraser], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 2**17)  # so that there is more than one pass
+    monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 2**20)  # so that there is more than one pass
     estimate = estimate_fusing(members, base, **fields)
     encoded = encoded_texts(monkeypatch)
     fused = fuse(members, base, progress=False, **fields)
