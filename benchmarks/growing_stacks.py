@@ -49,6 +49,7 @@ def random_base(text: str) -> Any:
     from real_size import fill
 
     from esd_lora.bases.base import Base
+    from esd_lora.built_in import keep_prompts
     from esd_lora.families import FAMILIES
     from published_denoisers import build_component, denoiser, shipped_config
     from tiny import tiny_tokenizer
@@ -74,7 +75,7 @@ def random_base(text: str) -> Any:
         def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Any:  # noqa: ARG002
             return {"prompt_embeds": torch.stack([made_up_text(prompt) for prompt in prompts])}
 
-    return (MadeUp if encoder is None else Base)(pipe, family, "random")
+    return (MadeUp if encoder is None else Base)(pipe, family, "random", keep=keep_prompts("random"))
 
 
 def made_up_text(prompt: str) -> Any:
