@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from esd_lora.formats.importing import import_lora
     from esd_lora.formats.inspecting import diff, inspect_file
     from esd_lora.fusing.closed_form import fuse
+    from esd_lora.fusing.growing import add_members, remove_members
     from esd_lora.fusing.harmonising import harmonise
     from esd_lora.gating import Gate
     from esd_lora.recipe import Recipe
@@ -50,6 +51,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "evaluation.report.report",
     "Strength": "erasers.stacking",
+    "add_members": "fusing.growing",
     "attach": "evaluation.report.attaching",
     "catalog": "sharing.catalog",
     "compress": "erasers.stacking",
@@ -68,6 +70,7 @@ _HOMES = {
     "merge": "weights.merging",
     "pull": "sharing.pulling",
     "push": "sharing.pushing",
+    "remove_members": "fusing.growing",
     "score_pictures": "evaluation.evaluating",
     "search": "sharing.catalog",
     "stack": "erasers.stacking",
@@ -82,6 +85,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Strength",
+    "add_members",
     "attach",
     "catalog",
     "compress",
@@ -100,6 +104,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "remove_members",
     "score_pictures",
     "search",
     "stack",

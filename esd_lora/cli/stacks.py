@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,6 +59,9 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "
 @click.option("--rank", "--max-rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
 @click.option("--energy", type=float, help="Share of every layer's effect (in a sum: squared norm) to keep: 0.995.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of fusing and harmonising.")
+@click.option("--keep-state", is_flag=True, help="Keep beside the stack what --add and --remove need; its size is shown.")
+@click.option("--add", multiple=True, type=ERASER, help="Add an eraser to a stack that has a state; repeatable.")
+@click.option("--remove", multiple=True, metavar="NAME", help="Remove a member by a concept's name or its hash; repeatable.")
 @click.option("--report", is_flag=True, help="Report how the members interfere: a table, interference.json and .png.")
 @device_options
 @dry_run_option
@@ -73,6 +78,9 @@ def stack(
     rank: int | None,
     energy: float | None,
     seed: int | None,
+    keep_state: bool,
+    add: tuple[Weighted, ...],
+    remove: tuple[str, ...],
     report: bool,
     device: str,
     dtype: str | None,
@@ -87,9 +95,12 @@ def stack(
     esd-lora stack no-cat no-style:1,mid=0.5,up.1=0 --fuse sum -o no-both     # exact, weights by block
     esd-lora stack no-cat no-style -o stack.yaml                   # a document instead of a file
     esd-lora stack no-cat no-style --fuse sum --report --base emoji -o no-both
+    esd-lora stack no-cat no-style --base emoji --keep-state -o two     # so that it can grow and shrink:
+    esd-lora stack two --add no-hat --base emoji -o three
+    esd-lora stack three --remove "a cat" --base emoji -o others
     """
     from esd_lora.bases.loading import load_base
-    from esd_lora.erasers.manifests import load_eraser, write_manifest
+    from esd_lora.erasers.manifests import load_eraser
     from esd_lora.files import reserve_directory, reserve_file
 
     paths, strengths = unweighted(erasers)
@@ -97,21 +108,36 @@ def stack(
     settings = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep)
     ranks = given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
-    _check(how, base, settings, ranks, manifest=manifest, report=report)
-    reserve = (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep]))
-    with nullcontext() if dry_run else reserve:
-        members = [load_eraser(path) for path in paths]
+    change = given(add=add or None, remove=remove or None)
+    _check_change(change, erasers, how, base, settings, report=report, dry_run=dry_run)
+    _check(how, base, settings, ranks, manifest=manifest, report=report, keep_state=keep_state)
+    inputs = filter(None, [*paths, *(path for path, _, _ in add), base, keep])
+    reserve = (reserve_file if manifest else reserve_directory)(out, force, inputs)
+    with nullcontext() if dry_run else reserve, _state_beside(out, (keep_state or bool(change)) and not dry_run) as state:
+        members = [] if change else [load_eraser(path) for path in paths]
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
         if dry_run:
             _rehearse(members, strengths, loaded if how == "closed-form" else None, out, **given(rank=rank), **settings)
             return
-        if loaded and how == "closed-form":
-            stacked = _fuse(members, strengths, loaded, ranks, **settings)
+        if loaded and change:
+            stacked = _change(paths[0], loaded, ranks, state, **change)
+        elif loaded and how == "closed-form":
+            stacked = _fuse(members, strengths, loaded, ranks, state, **settings)
         else:
-            _warn_of_damage(len(members))
-            stacked = write_manifest(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
-        sheets = _report(members, strengths, loaded, stacked) if report else {}
-        _save(stacked, out, sheets, manifest=manifest)
+            stacked = _name(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
+        _save(stacked, out, _report(members, strengths, loaded, stacked) if report else {}, state, manifest=manifest)
+
+
+@contextmanager
+def _state_beside(out: Path, kept: bool) -> Generator[Path | None]:
+    """Yield a file beside the output for a stack's state, if one is to be kept; it is gone once the `with` block is done."""
+    from esd_lora.erasers.eraser import STATE_NAME
+
+    if not kept:
+        yield None
+        return
+    with TemporaryDirectory(dir=out.parent, prefix=".") as folder:
+        yield Path(folder) / STATE_NAME
 
 
 def _rehearse(
@@ -141,9 +167,18 @@ def _rehearse(
 
 
 def _check(
-    how: str, base: str | None, settings: Mapping[str, Any], ranks: Mapping[str, Any], *, manifest: bool, report: bool
+    how: str,
+    base: str | None,
+    settings: Mapping[str, Any],
+    ranks: Mapping[str, Any],
+    *,
+    manifest: bool,
+    report: bool,
+    keep_state: bool,
 ) -> None:
     """Refuse options that do not go together."""
+    if keep_state and (how != "closed-form" or "harmonise" in settings):
+        raise EsdLoraError("--keep-state goes with --fuse closed-form, on a --base: only there a stack is solved from sums.")
     if "harmonise" in settings and (wrong := {"lam", "energy"} & {*settings, *ranks}):
         raise EsdLoraError(f"--{min(wrong)} goes with the closed form, and --harmonise takes its place. Leave either out.")
     if how == "closed-form" and not base:
@@ -158,15 +193,42 @@ def _check(
         raise EsdLoraError("a manifest names its members as they are: to fuse or cut ranks, give a directory to write into.")
 
 
-def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], *, manifest: bool) -> None:
+def _check_change(
+    change: Mapping[str, Any],
+    stacks: Sequence[Weighted],
+    how: str,
+    base: str | None,
+    settings: Mapping[str, Any],
+    **others: bool,
+) -> None:
+    """Refuse what does not go with a change of a stack's members."""
+    if not change:
+        return
+    option = f"--{next(iter(change))}"
+    if len(change) > 1:
+        raise EsdLoraError("--add and --remove are two changes: make one, and the other of its result.")
+    if [(weight, blocks) for _, weight, blocks in stacks] != [(1, {})]:
+        raise EsdLoraError(f"{option} changes one stack, given by its directory, without a weight.")
+    if not base:
+        raise EsdLoraError(f"{option} needs --base: what changes is read there. Give the base that the stack was fused on.")
+    if how != "closed-form":
+        raise EsdLoraError(f"{option} fuses a stack into a directory: leave out --fuse sum, and give -o a directory.")
+    if wrong := [name.replace("_", "-") for name in (*settings, *(name for name, value in others.items() if value))]:
+        raise EsdLoraError(f"--{wrong[0]} does not go with {option}, which fuses as the stack was fused. Leave it out.")
+
+
+def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], state: Path | None, *, manifest: bool) -> None:
     """Write the stack's directory in the place of an earlier one, beside a manifest the report alone, and say so."""
-    from esd_lora.erasers.eraser import RUN_FILES
+    from esd_lora.erasers.eraser import RUN_FILES, STATE_NAME
     from esd_lora.files import write_atomically
     from esd_lora.formats.cards import save_with_card
     from esd_lora.fusing.interference import REPORT_FILES
 
     if not manifest:
-        save_with_card(stacked, out, sheets, replaces=[*RUN_FILES, *REPORT_FILES])
+        more = {**sheets, **({state.name: state} if state else {})}
+        save_with_card(stacked, out, more, replaces=[*RUN_FILES, *REPORT_FILES, STATE_NAME])
+        if state:
+            say(f"state for --add and --remove: {state.stat().st_size / 1e6:,.1f} MB in {state.name}")
     for name, content in sheets.items() if manifest else ():
         write_atomically(out.with_name(name), content)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
@@ -178,6 +240,7 @@ def _fuse(
     strengths: Sequence[Strength],
     base: Base,
     ranks: Mapping[str, Any],
+    state: Path | None,
     *,
     harmonise: int | None = None,
     keep: str = "default",
@@ -194,13 +257,40 @@ def _fuse(
         one = distil(members, base, weights=strengths, keep=prompts, steps=harmonise, **ranks, **given(seed=seed))
         dropped = one.header.distillations[-1].dropped
     else:
-        one = fuse(members, base, weights=strengths, keep=prompts, **ranks, **given(lam=lam, seed=seed))
+        one = fuse(members, base, weights=strengths, keep=prompts, state=state, **ranks, **given(lam=lam, seed=seed))
         dropped = one.header.fusions[-1].dropped
+    _say_how(one, dropped)
+    return one
+
+
+def _change(
+    stack: str,
+    base: Base,
+    ranks: Mapping[str, Any],
+    state: Path | None,
+    *,
+    add: Sequence[Weighted] = (),
+    remove: Sequence[str] = (),
+) -> Eraser:
+    """Add members to a stack or remove some, and print what was done."""
+    from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.fusing.growing import add_members, remove_members
+
+    paths, strengths = unweighted(add)
+    if remove:
+        changed = remove_members(stack, remove, base, state=state, **ranks)
+    else:
+        changed = add_members(stack, [load_eraser(path) for path in paths], base, weights=strengths, state=state, **ranks)
+    _say_how(changed, changed.header.fusions[-1].dropped)
+    return changed
+
+
+def _say_how(fused: Eraser, dropped: Sequence[str]) -> None:
+    """Print what is not kept, how it was made, and its ranks."""
     if dropped:
         say(f"not kept, because they name what is erased: {'; '.join(dropped)}")
-    reached = sorted({pair.rank for pair in one.pairs.values()})
-    say(*one.header.making(), f"ranks {reached[0]} to {reached[-1]}")
-    return one
+    reached = sorted({pair.rank for pair in fused.pairs.values()})
+    say(*fused.header.making(), f"ranks {reached[0]} to {reached[-1]}")
 
 
 def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base | None, stacked: Eraser) -> dict[str, bytes]:
@@ -210,6 +300,14 @@ def _report(members: Sequence[Eraser], strengths: Sequence[Strength], base: Base
     interference = measure_interference(members, strengths, base=base, whole=stacked if base else None)
     say(*interference.lines())
     return interference.files()
+
+
+def _name(manifest: Path, paths: Sequence[str], strengths: Sequence[Strength]) -> Eraser:
+    """Write the manifest of a sum."""
+    from esd_lora.erasers.manifests import write_manifest
+
+    _warn_of_damage(len(paths))
+    return write_manifest(manifest, paths, strengths)
 
 
 def _warn_of_damage(count: int) -> None:
@@ -227,6 +325,7 @@ def _add_up(members: Sequence[Eraser], strengths: Sequence[Strength], ranks: Map
     from esd_lora.erasers.stacking import compress
     from esd_lora.erasers.stacking import stack as add_up
 
+    _warn_of_damage(len(members))
     stacked = add_up(members, strengths)
     if ranks:
         stacked, errors, overall = compress(stacked, **ranks)

@@ -23,6 +23,8 @@ from esd_lora.files import write_files
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "stack.yaml"
+STATE_NAME = "stack.state.safetensors"
+"""What a fused stack may keep beside it: see `fusing.states`."""
 ERASER_FILES = (WEIGHTS_NAME, MANIFEST_NAME)
 """Files of which one makes a directory an eraser's, the first that is there."""
 SAMPLES = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, cast
@@ -14,7 +15,7 @@ from esd_lora.erasers.measured import Measured
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
-from esd_lora.wording import mentions
+from esd_lora.wording import mentions, whole_words, without_article
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
@@ -25,7 +26,7 @@ FORMAT = 4
 3 lets a stack say how it was fused, 4 a training what it solved and measured.
 """
 
-_MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
+_MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to it
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
 
 
@@ -48,6 +49,11 @@ class ErasedConcept(BaseModel):
     def named_in(self, text: str) -> bool:
         """Return whether a prompt names this concept, by name or synonym."""
         return mentions(text, (self.name, *self.synonyms))
+
+    def named_among(self, texts: Iterable[str]) -> list[str]:
+        """Return those of some prompts that name this concept."""
+        pattern = whole_words(map(without_article, (self.name, *self.synonyms)))
+        return [text for text in texts if pattern.search(text)]
 
     def describe(self) -> str:
         """Return its name, with its strength where that is not 1: `a cat (at strength 0.5, mid_block x 0)`."""

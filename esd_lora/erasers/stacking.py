@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -47,6 +47,10 @@ class Strength(NamedTuple):
         """Return the strength that applies `first` and then this one: `result.at(m) == first.at(m) * self.at(m)`."""
         blocks = dict.fromkeys(_path(block) for block in (*first.blocks, *self.blocks))
         return Strength(first.weight * self.weight, {b: first._factor(b) * self._factor(b) for b in blocks})
+
+
+IDENTITY = Strength()
+"""As trained."""
 
 
 def _path(block: str) -> str:
@@ -91,6 +95,47 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None 
             names a part of the model in which its eraser has no layer, or makes NaN or infinity of a layer.
     """
     strengths = strengths_of(erasers, weights)
+    check_members(erasers, strengths)
+    pairs = {module: stack_layer(module, erasers, strengths) for module in modules_of(erasers)}
+    return Eraser(pairs, stack_headers([eraser.header for eraser in erasers], strengths))
+
+
+def modules_of(erasers: Sequence[Eraser]) -> list[str]:
+    """Return the layers that any of some erasers changes."""
+    return list(dict.fromkeys(module for eraser in erasers for module in eraser.pairs))
+
+
+def outline(erasers: Sequence[Eraser]) -> Eraser:
+    """Return what a stack's layers and header are, each layer with the factors of the first member that has it.
+
+    Members may lie on disk: none of their numbers is read.
+
+    Args:
+        erasers: As for `stack`.
+
+    Raises:
+        EsdLoraError: As `stack` does.
+    """
+    strengths = [IDENTITY] * len(erasers)
+    check_members(erasers, strengths)
+    pairs: dict[str, LoraPair] = {}
+    for eraser in erasers:
+        for module, pair in eraser.pairs.items():
+            _check_shapes(module, {pair.shape, pairs.setdefault(module, pair).shape})
+    return Eraser(pairs, stack_headers([eraser.header for eraser in erasers], strengths))
+
+
+def check_members(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> None:
+    """Refuse members that do not stack, as `stack` does; warn where they were trained on different weights.
+
+    Args:
+        erasers: The members.
+        strengths: One for each.
+
+    Raises:
+        EsdLoraError: If there are none, they are of different kinds, or a strength names a part of the model in which its
+            eraser has no layer.
+    """
     if not erasers:
         raise EsdLoraError("no erasers: a stack has at least one.")
     for eraser, strength in zip(erasers, strengths, strict=True):
@@ -103,9 +148,6 @@ def stack(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None 
                 )
     for other in erasers[1:]:
         _check_alike(erasers[0], other)
-    modules = dict.fromkeys(module for eraser in erasers for module in eraser.pairs)
-    pairs = {module: _concatenated(module, erasers, strengths) for module in modules}
-    return Eraser(pairs, _header(erasers, strengths))
 
 
 def _check_alike(first: Eraser, second: Eraser) -> None:
@@ -122,23 +164,41 @@ def _check_alike(first: Eraser, second: Eraser) -> None:
         warnings.warn(
             f"{first.names} and {second.names} were trained on different weights ({a.base!r} and {b.base!r}): measure what the"
             " stack erases before you rely on it, or train one of them again on the other's base.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _concatenated(module: str, erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> LoraPair:
+def stack_layer(module: str, erasers: Sequence[Eraser], strengths: Sequence[Strength] | None = None) -> LoraPair:
+    """Return one layer of a stack: the factors of all members that have it, side by side.
+
+    Args:
+        module: Path of the layer.
+        erasers: The members.
+        strengths: One for each, 1 by default.
+
+    Raises:
+        EsdLoraError: If members have other shapes there, or a strength makes NaN or infinity of it.
+    """
+    strengths = strengths or [IDENTITY] * len(erasers)
     members = [(e.pairs[module], s.at(module)) for e, s in zip(erasers, strengths, strict=True) if module in e.pairs]
-    shapes = {pair.shape for pair, _ in members}
-    if len(shapes) > 1:
-        raise EsdLoraError(f"layer {module} has shapes {sorted(shapes)} in different members: they are not of one model.")
+    _check_shapes(module, {pair.shape for pair, _ in members})
     pairs = [pair.scaled(weight, f"layer {module}") for pair, weight in members]
     return LoraPair(torch.cat([pair.down for pair in pairs], dim=0), torch.cat([pair.up for pair in pairs], dim=1))
 
 
-def _header(erasers: Sequence[Eraser], strengths: Sequence[Strength]) -> EraserHeader:
-    """Return the first member's header with the concepts and recipes of all; no measured number survives a stack."""
-    headers = [eraser.header for eraser in erasers]
-    if len(headers) == 1 and strengths[0] == Strength():
+def _check_shapes(module: str, shapes: Collection[tuple[int, ...]]) -> None:
+    if len(shapes) > 1:
+        raise EsdLoraError(f"layer {module} has shapes {sorted(shapes)} in different members: they are not of one model.")
+
+
+def stack_headers(headers: Sequence[EraserHeader], strengths: Sequence[Strength]) -> EraserHeader:
+    """Return the first member's header with the concepts and recipes of all; no measured number survives a stack.
+
+    Args:
+        headers: The members'.
+        strengths: One for each.
+    """
+    if len(headers) == 1 and strengths[0] == IDENTITY:
         return headers[0]
     return headers[0].model_copy(
         update={

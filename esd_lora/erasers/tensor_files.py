@@ -9,7 +9,7 @@ import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import PICKLES
 
-_MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
+_MAX_HEADER = 90 * 2**20  # of a stack of thousands; with every tag of a training set in it one has 4 MB
 _MAX_TENSORS = 100_000  # of a file; Stable Diffusion XL has 2,515
 
 
@@ -168,6 +168,44 @@ def read_rows(source: BinaryIO, header: Header, name: str, rows: slice = slice(N
     if source.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
         raise OSError(f"{source.name} became shorter while it was read")
     return torch.frombuffer(buffer, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
+@contextmanager
+def writing_tensors(
+    file: Path, shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> Generator[Callable[[str, Tensor], None]]:
+    """Write a safetensors file one tensor at a time, in any order: they need not be in memory together.
+
+    Args:
+        file: Where to write; whoever calls sees that nobody reads it before it is whole.
+        shapes: Name to type and shape of every tensor, each of which is to be written once.
+        metadata: Strings that go along.
+
+    Yields:
+        A function that writes a tensor by its name.
+    """
+    kinds = {dtype: kind for kind, dtype in {**DTYPES, "U8": torch.uint8}.items()}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(shapes, key=lambda name: -shapes[name][0].itemsize):  # the widest first, so that all are aligned
+        dtype, shape = shapes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as target:
+        target.write(struct.pack("<Q", len(header)) + header)
+        start = target.tell()
+        target.truncate(start + end)
+
+        def write(name: str, tensor: Tensor) -> None:
+            dtype, shape = shapes[name]
+            assert tuple(tensor.shape) == tuple(shape), name
+            target.seek(start + entries[name]["data_offsets"][0])
+            # As bytes, for numpy has no bfloat16.
+            target.write(tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+        yield write
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -17,16 +17,18 @@ import torch
 from esd_lora.adapter import add_adapter, read_pairs
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
-from esd_lora.erasers.stacking import Strength, check_cut, stack
+from esd_lora.erasers.stacking import Strength, check_cut, outline
 from esd_lora.estimates.estimate import Estimate, Pace, Work, clock, peak_memory, time_text
 from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
-from esd_lora.fusing.closed_form import WIDEST, batches_of_layers, objective, solve
+from esd_lora.fusing.closed_form import WIDEST, objective, solve
 from esd_lora.fusing.harmonising import walked_prompts
-from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
+from esd_lora.fusing.moments import TEXT, Moment, MomentCollector, PromptGroup
 from esd_lora.fusing.prompts import Members, gather_members
+from esd_lora.fusing.reading import batches_of_moments, groups_of
+from esd_lora.fusing.states import LayerProblem
 from esd_lora.recipe import LoraSpec
 from esd_lora.recipe_files import load_fuse_spec, load_harmonise_spec
-from esd_lora.trajectory import latents_per_batch, pick
+from esd_lora.trajectory import in_float64, latents_per_batch, pick
 
 _SOLVED = 2048
 """Inputs of the widest layer that is solved to time it; the time of wider ones grows with their cube."""
@@ -50,68 +52,64 @@ def estimate_fusing(
     check_cut(rank, None)
     spec = load_fuse_spec(spec, **fields)
     members = gather_members(erasers, base, weights, keep)
-    groups = [PromptGroup(prompts, spec.trajectories) for prompts in members.prompts]
-    if walked := min(spec.keep_trajectories, len(members.kept)) if spec.lam else 0:
-        groups.append(PromptGroup(members.kept, walked))
-    summed = stack(members.erasers).pairs
-    pairs = {module: pair for module, pair in summed.items() if pair.down[0].numel() <= WIDEST}
-    batches = list(batches_of_layers({module: pair.down[0].numel() for module, pair in pairs.items()}))
-    denoising = [batch for batch in batches if not all(map(base.family.reads_text, batch))]
-    work = _count_fusing(base, groups, batches, spec)
-    count = len(members.erasers)
-    around = sum(_time_solving(base, pairs[m], count) * n for m, n in _by_width(pairs).items())
-    pace = Pace(time_text(base), _time_recording(base, denoising[0], groups[-1], spec) if denoising else 0.0)
-    eraser = sum(
-        4 * min(rank or pair.rank, pair.rank) * (pair.down[0].numel() + pair.up[:, 0].numel()) for pair in summed.values()
-    )
-    return Estimate(work, work, pace, around, peak_memory(base), eraser)
+    groups = groups_of(members, spec)
+    widths = {path: pair.down[0].numel() for path, pair in outline(members.erasers).pairs.items()}
+    batches = list(batches_of_moments({path: width for path, width in widths.items() if width <= WIDEST}, base.family))
+    denoising = [paths for batch in batches if (paths := [name for name in batch if name != TEXT])]
+    texts = sum(len(group.prompts) for group in groups) if any(TEXT in batch for batch in batches) else 0
+    walks = sum(group.trajectories for group in groups) * len(denoising)
+    work = Work(texts + walks + bool(walks), walks * spec.steps * (1 + (spec.guidance != 1)))  # and the empty prompt
+    layers, count = dict(base.model.named_modules()), len(members.erasers)
+    ranks = {path: sum(e.pairs[path].rank for e in members.erasers if path in e.pairs) for path in widths}
+    solved = [path for batch in batches for readers in batch.values() for path in readers]
+    one = {widths[path]: path for path in solved}
+    times = {width: _time_solving(layers[path].weight, ranks[path], count) for width, path in one.items()}
+    around = sum(times[widths[path]] for path in solved)
+    pace = Pace(time_text(base), _time_walking(base, denoising[0], groups, spec) if denoising else 0.0)
+    sizes = (min(rank or ranks[path], ranks[path]) * (widths[path] + len(layers[path].weight)) for path in widths)
+    return Estimate(work, work, pace, around, peak_memory(base), 4 * sum(sizes))
 
 
-def _count_fusing(base: Base, groups: Sequence[PromptGroup], batches: Sequence[Sequence[str]], spec: FuseSpec) -> Work:
-    """Return the texts and the evaluations of `MomentCollector`, which walks once and goes over the points again."""
-    trajectories, guided = sum(group.trajectories for group in groups), 1 + (spec.guidance != 1)
-    denoising = sum(any(not base.family.reads_text(module) for module in batch) for batch in batches)
-    texts = 0
-    if any(base.family.reads_text(module) for batch in batches for module in batch):
-        texts += sum(len(group.prompts) for group in groups)
-    if denoising:
-        texts += trajectories + len(groups)  # the empty prompt for each
-    return Work(texts, trajectories * spec.steps * (guided + denoising - 1) if denoising else 0)
+def _time_solving(weight: torch.Tensor, rank: int, count: int) -> float:
+    """Return how long the closed form of one layer takes, by solving one of random second moments.
 
-
-def _by_width(pairs: dict[str, LoraPair]) -> dict[str, int]:
-    """Return one layer of each number of inputs, with the number of layers that have it."""
-    widths = Counter(pair.down[0].numel() for pair in pairs.values())
-    one = {pair.down[0].numel(): module for module, pair in pairs.items()}
-    return {one[width]: number for width, number in widths.items()}
-
-
-def _time_solving(base: Base, pair: LoraPair, count: int) -> float:
-    """Return how long the closed form of one layer takes, by solving one of random second moments."""
-    inputs = pair.down[0].numel()
-    width, rank = min(inputs, _SOLVED), pair.rank
-    layer = torch.nn.Linear(width, pair.up.shape[0], device=base.model.device, dtype=torch.float32)
-    narrow = LoraPair(pair.down.flatten(1)[:, :width].float(), pair.up.flatten(1).float())
-    parts = torch.arange(rank).tensor_split(count)
-    moment = Moment(layer, {i: narrow.down[rows] for i, rows in enumerate(parts)})
-    for i in range(count):
-        moment.add(torch.randn(8, 128, width, device=base.model.device), 1.0)
-        moment.close(PromptGroup([], 1, member=i))
+    Args:
+        weight: The base's weight there.
+        rank: Of all members together.
+        count: Number of members.
+    """
+    inputs = weight[0].numel()
+    width = min(inputs, _SOLVED)
+    layer = torch.nn.Linear(width, len(weight), device=weight.device, dtype=torch.float32)
+    pair = LoraPair(torch.randn(rank, width), torch.randn(len(weight), rank))
+    moment = Moment(layer)
+    moment.begin(PromptGroup(("",), 1, "members"), 0)
+    moment.add(torch.randn(8, 128, width, device=weight.device), float(count))
     started = time.monotonic()
-    solved = solve(moment, narrow, count, 1.0, 0.1)
-    for update in (solved, narrow, None):
-        objective(moment, narrow, update)
+    down_g = in_float64(pair.down).to(moment.members.device) @ moment.members / count
+    problem = LayerProblem(
+        "", pair, down_g, [len(rows) for rows in torch.arange(rank).tensor_split(count)], "", moment, count, 1
+    )
+    objective(problem, 1.0, [solve(problem, 1.0, 0.1), pair, None])
     return (time.monotonic() - started) * (inputs / width) ** 3
 
 
+def _time_walking(base: Base, batch: Sequence[str], groups: Sequence[PromptGroup], spec: FuseSpec) -> float:
+    """Return how long an evaluation takes while inputs are recorded: a member's trajectories walk together, kept ones alone."""
+    walked = Counter(group.trajectories for group in groups)
+    one = {group.trajectories: group for group in groups if group.trajectories}
+    each = {number: _time_recording(base, batch, group, spec) for number, group in one.items()}
+    return sum(each[number] * number * walked[number] for number in each) / sum(number * walked[number] for number in each)
+
+
 def _time_recording(base: Base, batch: Sequence[str], group: PromptGroup, spec: FuseSpec) -> float:
-    """Return how long an evaluation takes while the inputs of a batch of layers are recorded."""
+    """Return how long an evaluation takes on trajectories of one group."""
     layers = dict(base.model.named_modules())
-    few = PromptGroup(group.prompts, min(group.trajectories, latents_per_batch(base.latent_shape())))
-    moments = {module: Moment(layers[module], {}) for module in batch if not base.family.reads_text(module)}
+    few = group._replace(trajectories=min(group.trajectories, latents_per_batch(base.latent_shape())), member=None)
+    moments = {path: Moment(layers[path]) for path in batch}
 
     def record() -> None:
-        MomentCollector(base, [few], steps=2, guidance=spec.guidance, seed=spec.seed).collect(0, moments)
+        MomentCollector(base, {}, steps=2, guidance=spec.guidance, seed=spec.seed).collect(few, moments)
 
     seconds = clock(base, record, 1)
     texts = (few.trajectories + 1) * time_text(base)

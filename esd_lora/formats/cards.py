@@ -62,14 +62,14 @@ class Publication(NamedTuple):
 
 
 def save_with_card(
-    eraser: Eraser, directory: str | Path, more: Mapping[str, bytes] | None = None, replaces: Collection[str] = ()
+    eraser: Eraser, directory: str | Path, more: Mapping[str, bytes | Path] | None = None, replaces: Collection[str] = ()
 ) -> Path:
     """Write an eraser's directory for people, its model card included, and return it; the files appear together or not at all.
 
     Args:
         eraser: The eraser.
         directory: Made when missing. Files of other names in it are left alone.
-        more: Further files, by name.
+        more: Further files, by name: their content, or a file that is copied.
         replaces: Names of files of an earlier eraser that are not there afterwards, unless they are written.
     """
     card = {CARD_NAME: render_card(eraser).encode()}

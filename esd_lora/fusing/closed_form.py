@@ -14,36 +14,42 @@ is
 and as `dW_i = up_i @ down_i`, it is still the stack, with `down_i G_i M` in the place of `down_i`. UCE (Gandikota et al., WACV
 2024, arXiv:2308.14761) and MACE (Lu et al., CVPR 2024, arXiv:2403.06135) solve it for keys and values of cross-attention; here
 it is solved for every layer an eraser may change, from what the layers read on short trajectories of the base.
+
+All of `G_i` and `G_keep` that is needed are sums, so a stack whose sums are kept can have one member more or less for what that
+member takes alone (`growing`).
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.header import Fusion
-from esd_lora.erasers.stacking import Strength, check_cut, stack, truncated
+from esd_lora.erasers.stacking import Strength, check_cut, outline, stack_layer, truncated
 from esd_lora.fuse_specs import FuseSpec
-from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup
-from esd_lora.fusing.prompts import gather_members
+from esd_lora.fusing.moments import MomentCollector
+from esd_lora.fusing.prompts import Members, gather_members
+from esd_lora.fusing.reading import LayerProblem, read_problems
+from esd_lora.fusing.states import FusionState, writing_state
 from esd_lora.guarding import Guard
 from esd_lora.recipe_files import load_fuse_spec
 from esd_lora.trajectory import in_float64
 
-_BYTES_AT_ONCE = 2**30
-"""Bytes of second moments gathered at once; further layers have another pass over the same points."""
 _RIDGE = 1e-3
 """Ridge on members' second moments, in units of the mean square of an input: only numbers need it."""
+_DIGITS = 9
+"""Digits of the objective in a header."""
 WIDEST = 12_000
-"""Inputs of the widest layer that is fused: its second moments take 1.2 GB, and twice that more while they are solved."""
+"""Inputs of the widest layer that is fused: its sums take 2.3 GB, and as much again while they are solved."""
 
 
 def fuse(
@@ -54,6 +60,7 @@ def fuse(
     keep: Sequence[str] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    state: str | Path | None = None,
     spec: FuseSpec | str | Path = "fuse",
     progress: bool = True,
     **fields: Any,
@@ -74,87 +81,101 @@ def fuse(
             is kept too; what names a member's concept is left out, and recorded.
         rank: Highest rank of a layer; what is cut off is measured where the layer reads.
         energy: Share of every layer's effect there to keep, up to 1; .9 to .99 where harmonising follows.
+        state: File to keep all sums and members in, for `growing.add_members` and `remove_members`; none unless given.
         spec: How to fuse: loaded, a built-in name, or a YAML file.
         progress: Whether to show progress bars.
         **fields: Fields of `FuseSpec`, over those of `spec`: `lam=0.03`.
 
     Raises:
-        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, or `rank`,
-            `energy` or a field is out of range.
+        EsdLoraError: If the erasers do not fit each other or the base, every weight is 0, no prompt to keep is left, `rank`,
+            `energy` or a field is out of range, or the state cannot be written.
     """
     started, spec = time.monotonic(), load_fuse_spec(spec, **fields)
     check_cut(rank, energy)
     members = gather_members(erasers, base, weights, keep)
-    count = len(members.erasers)
-    groups = [PromptGroup(prompts, spec.trajectories, member=i) for i, prompts in enumerate(members.prompts)]
-    walked = min(spec.keep_trajectories, len(members.kept)) if spec.lam else 0
-    if walked:
-        groups.append(PromptGroup(members.kept, walked, weight=spec.lam * count))
-    collector = MomentCollector(base, groups, steps=spec.steps, guidance=spec.guidance, seed=spec.seed)
-    summed = stack(members.erasers)
-    pairs = dict(summed.pairs)
-    wide = [module for module, pair in pairs.items() if pair.down[0].numel() > WIDEST]
+    return fuse_members(members, base, spec, rank, energy, state=state, started=started, progress=progress)
+
+
+def fuse_members(
+    members: Members,
+    base: Base,
+    spec: FuseSpec,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    known: FusionState | None = None,
+    state: str | Path | None = None,
+    started: float,
+    progress: bool = True,
+) -> Eraser:
+    """Fuse members that were gathered; the arguments beside these are those of `fuse`.
+
+    Args:
+        members: The members with their prompts.
+        base: The loaded base.
+        spec: How to fuse.
+        rank: Highest rank of a layer.
+        energy: Share of every layer's effect to keep.
+        known: What was read for a stack of most of these members, so that only what changed is.
+        state: File to keep all sums and members in.
+        started: When the work began, by `time.monotonic`.
+        progress: Whether to show progress bars.
+    """
+    whole = outline(members.erasers)
+    widths = {path: pair.down[0].numel() for path, pair in whole.pairs.items()}
+    wide = [path for path, width in widths.items() if width > WIDEST]
     if wide:
         warnings.warn(
             f"{len(wide)} layers are wider than {WIDEST} inputs ({wide[0]}, ...), which takes too much memory to fuse: their"
             " updates are added up.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    guard = Guard(base, summed.header.guard, base.encode)
-    layers = dict(base.model.named_modules())
-    left_fused = left_summed = left_unchanged = 0.0
-    batches = list(batches_of_layers({module: pair.down[0].numel() for module, pair in pairs.items() if module not in wide}))
-    with tqdm(total=len(batches) * len(groups), desc="fusing", unit="pass", disable=not progress) as bar:
-        for batch in batches:
-            moments: dict[str, Moment] = {}
-            for module in batch:
-                downs = {i: e.pairs[module].down for i, e in enumerate(members.erasers) if module in e.pairs}
-                moments[module] = Moment(layers[module], downs)
-            for number in range(len(groups)):
-                collector.collect(number, moments)
-                bar.update()
-            for module in batch:
-                moment, plain = moments.pop(module), pairs[module]
-                solved = solve(moment, plain, count, spec.lam, spec.mu, rank, energy)
-                pairs |= guard.guarded({module: solved})
-                left_fused += objective(moment, plain, pairs[module])
-                left_summed += objective(moment, plain, plain)
-                left_unchanged += objective(moment, plain)
+    named = dict(zip(members.keys(), members.erasers, strict=True))
+    collector = MomentCollector(base, named, steps=spec.steps, guidance=spec.guidance, seed=spec.seed)
+    guard = Guard(base, whole.header.guard, base.encode)
+    pairs = {path: stack_layer(path, members.erasers) if path in wide else whole.pairs[path] for path in widths}
+    left = torch.zeros(3, dtype=torch.float64)
+    narrow = {path: width for path, width in widths.items() if path not in wide}
+    problems = read_problems(members, base, collector, spec, narrow, known, progress=progress)
+    with writing_state(state, members, base, spec, rank, energy, wide) if state else nullcontext() as keep:
+        for problem in problems:
+            solved = solve(problem, spec.lam, spec.mu, rank, energy)
+            pairs |= guard.guarded({problem.path: solved})
+            left += objective(problem, spec.lam, [pairs[problem.path], problem.pair, None])
+            if keep:
+                keep(problem)
+    fused, summed, unchanged = left.tolist()
     record = Fusion(
         **spec.model_dump(exclude={"method"}),
         **{**members.record(), **({} if spec.lam else {"kept": 0})},
-        kept_walked=walked,
+        kept_walked=min(spec.keep_trajectories, len(members.kept)) if spec.lam else 0,
         rank=rank,
         energy=energy,
         summed=tuple(wide),
         evaluations=collector.evaluations,
         seconds=time.monotonic() - started,
-        objective=left_fused / left_unchanged if left_unchanged else None,
-        objective_summed=left_summed / left_unchanged if left_unchanged else None,
+        objective=round(fused / unchanged, _DIGITS) if unchanged else None,
+        objective_summed=round(summed / unchanged, _DIGITS) if unchanged else None,
     )
-    return Eraser(pairs, summed.header.model_copy(update={"fusions": (*summed.header.fusions, record)}))
+    return Eraser(pairs, whole.header.model_copy(update={"fusions": (*whole.header.fusions, record)}))
 
 
-def solve(
-    moment: Moment, pair: LoraPair, count: int, lam: float, mu: float, rank: int | None = None, energy: float | None = None
-) -> LoraPair:
+def solve(problem: LayerProblem, lam: float, mu: float, rank: int | None = None, energy: float | None = None) -> LoraPair:
     """Solve one layer's closed form in float64: `down_i G_i M` for every member i, beside the stack's own `up`.
 
     Args:
-        moment: The layer's, with every member's `down_i G_i` and the sum of all second moments.
-        pair: The plain stack's.
-        count: N, the members, whether they have the layer or not.
+        problem: The layer's: every member's `down_i G_i`, and the sums of all second moments.
         lam: Weight of what is kept.
         mu: Isotropic part of what is kept, in units of the mean square of an input.
         rank: Highest rank of the result; what is cut off is measured where the layer reads, not as a matrix.
         energy: Share of that to keep.
     """
-    total = moment.total
-    m_inverse = in_float64(total.clone() if total.dtype == torch.float64 else total)  # sum_j G_j + lam N G_keep
+    pair, count = problem.pair, problem.count
+    m_inverse = problem.total(lam)
     square = float(m_inverse.diagonal().mean()) / (count * (1 + lam))
     ridge = _RIDGE * square  # on every member's moment, so that M exists, and one member with lam 0 comes back
     m_inverse.diagonal().add_(count * (ridge + lam * mu * square))
-    down_g = torch.cat([moment.products[i] + ridge * moment.downs[i] for i in sorted(moment.products)])
+    down_g = problem.down_g + ridge * in_float64(pair.down.flatten(1)).to(m_inverse.device)
     root = torch.linalg.cholesky(m_inverse)
     down = torch.cholesky_solve(down_g.T, root).T  # down_i G_i M: M is symmetric
     up = pair.up.flatten(1).double()
@@ -168,41 +189,31 @@ def solve(
     )
 
 
-def objective(moment: Moment, plain: LoraPair, update: LoraPair | None = None) -> float:
-    """Return what the closed form minimises, for one layer and `mu` 0.
+def objective(problem: LayerProblem, lam: float, updates: Sequence[LoraPair | None]) -> Tensor:
+    """Return what the closed form minimises, for one layer and `mu` 0, at several updates, [updates].
 
     Args:
-        moment: The layer's, with its kept prompts weighted by lam N.
-        plain: The plain stack's pair: the members' `up`, side by side.
-        update: The update to judge; no update at all unless given.
+        problem: The layer's.
+        lam: Weight of what is kept.
+        updates: The updates to judge; `None` for no update at all.
     """
-    ups = in_float64(plain.up.flatten(1).to(moment.total.device))
-    down_g = torch.cat([moment.products[i] for i in sorted(moment.products)])
-    value, first = 0.0, 0
-    for i in sorted(moment.products):  # tr(dW_i G_i dW_i^T) of each
-        own = ups[:, first : first + len(moment.downs[i])]
-        value += float((own.T @ own * (moment.products[i] @ moment.downs[i].T)).sum())
-        first += len(moment.downs[i])
-    if update is not None:
-        down, up = update.down.flatten(1).to(ups), update.up.flatten(1).to(ups)
-        value += float((up.T @ up * (down @ in_float64(moment.total) @ down.T)).sum())
-        value -= 2 * float((up.T @ ups * (down @ down_g.T)).sum())
-    return value
+    total = problem.total(lam)
+    downs, ups = (in_float64(factor.flatten(1)).to(total.device) for factor in problem.pair)
+    parts = zip(*(x.split(problem.ranks) for x in (downs, ups.T, problem.down_g)), strict=True)
+    alone = sum(float(((up @ up.T) * (down_g @ down.T)).sum()) for down, up, down_g in parts)  # tr(dW_i G_i dW_i^T) of each
+    ups, down_g = _narrowed(ups, problem.down_g)
+    values: list[float] = []
+    for update in updates:
+        value = alone
+        if update is not None:
+            down, up = (in_float64(factor.flatten(1)).to(total.device) for factor in update)
+            up, down = _narrowed(up, down)
+            value += float(((up.T @ up) * (down @ total @ down.T)).sum())
+            value -= 2 * float(((up.T @ ups) * (down @ down_g.T)).sum())
+        values.append(value)
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def batches_of_layers(widths: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield layers whose second moments fit into memory together.
-
-    Args:
-        widths: Layer to its number of inputs.
-    """
-    batch: list[str] = []
-    held = 0
-    for module, inputs in widths.items():
-        if batch and held + 8 * inputs**2 > _BYTES_AT_ONCE:
-            yield batch
-            batch, held = [], 0
-        batch.append(module)
-        held += 8 * inputs**2
-    if batch:
-        yield batch
+def _narrowed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product of a rank no higher than there are outputs, so that no product is larger than that."""
+    return (up, down) if down.shape[0] <= up.shape[0] else (torch.eye(len(up)).to(up), up @ down)

@@ -1,7 +1,8 @@
 """Second moments of what the layers of a base read under given prompts, on short trajectories.
 
 `G = mean x x^T`, over every point of a trajectory and every pixel or token there, is all that a least-squares problem on a
-layer needs to know of the prompts.
+layer needs to know of the prompts. What is read under a group of prompts depends on these alone, to the last bit: they seed the
+noise, and no other group shares their batches. So a group is taken off a sum as exactly as it was added.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esd_lora.bases.base import Base
+from esd_lora.bases.base import ENCODED_AT_ONCE, Base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.lessons import take_turns
-from esd_lora.seeds import step_generator
+from esd_lora.seeds import text_seed
 from esd_lora.trajectory import Condition, in_float64, latents_per_batch, pick, walk
 
 _ROWS = 128
 """Pixels or tokens of one latent that count; patches of a convolution overlap, so fewer of them."""
+TEXT = "prompt_embeds"
+"""Name of the one moment of all layers that read the text itself; other layers' moments have the layer's path."""
 
 
 class PromptGroup(NamedTuple):
-    """Prompts that have a second moment of their own, and how it counts."""
+    """Prompts that are read together: all of a member's, or one that is kept."""
 
-    prompts: Sequence[str]
+    prompts: tuple[str, ...]
     trajectories: int
-    """Number of trajectories, the prompts taking turns."""
-    weight: float = 1.0
-    """Weight of the second moment in the sum of all."""
-    member: int | None = None
-    """Number of the update that the prompts belong to, if they belong to one."""
+    """Number of trajectories, the prompts taking turns; at 0 only their text is read."""
+    member: str | None = None
+    """Key of the member whose prompts these are; `None` for what is kept."""
 
 
 def spread(count: int, most: int, generator: torch.Generator) -> Tensor:
@@ -47,28 +49,45 @@ def spread(count: int, most: int, generator: torch.Generator) -> Tensor:
 
 
 class Moment:
-    """Second moments of what one layer reads.
+    """Second moments of what layers read, summed over groups of prompts, and what members' updates make of their own.
 
     Args:
         layer: A linear or convolution; one output value of a convolution is made of an unfolded patch.
-        downs: The lower factors of updates of this layer, by number.
+        paths: Path of the layer, or of all layers that read the same.
     """
 
-    def __init__(self, layer: Any, downs: Mapping[int, Tensor]):
-        self.layer = layer
-        device, inputs = layer.weight.device, layer.weight[0].numel()
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        self.total = torch.zeros(inputs, inputs, device=device, dtype=dtype)
-        """The weighted sum of all groups' second moments, [inputs, inputs]."""
-        self.downs = {i: in_float64(down.flatten(1).to(device)) for i, down in downs.items()}
-        """Number to `down`, [rank, inputs]."""
-        self.products: dict[int, Tensor] = {}
-        """Number i to `down_i G_i`, [rank, inputs], with the second moment of i's own prompts."""
-        self._current: Tensor | None = None
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, layer: Any, paths: Sequence[str] = ()):
+        self.layer, self.paths = layer, paths
+        inputs = layer.weight[0].numel()
+        self.members = in_float64(layer.weight.new_zeros(inputs, inputs, dtype=torch.float32))
+        """The sum of all members' second moments `G_i`, [inputs, inputs], float64."""
+        self.kept = torch.zeros_like(self.members)
+        """The sum of the second moments of all kept prompts, [inputs, inputs], float64."""
+        self.products: dict[tuple[str, str | None], Tensor] = {}
+        """Path and key of member i to `down_i G_i`, [rank, inputs], float64, with the second moment of i's own prompts."""
+        self._sum, self._sign = self.kept, 1
+        self._updates: list[tuple[Tensor, Tensor]] = []
+        self._generator = torch.Generator()
+
+    def begin(self, group: PromptGroup, seed: int, downs: Mapping[str, Tensor] | None = None, sign: int = 1) -> None:
+        """Begin a group: what is added until the next one begins counts for it.
+
+        Args:
+            group: The group.
+            seed: Seed of the places that are read.
+            downs: Path to `down` of the group's member, in layers that it has.
+            sign: 1 to add the group, -1 to take off one that was added before.
+        """
+        self._sum, self._sign = (self.kept if group.member is None else self.members), sign
+        self._generator.manual_seed(seed)
+        self._updates = []
+        for path, down in (downs or {}).items():
+            factor = in_float64(down.flatten(1).to(self._sum.device))
+            product = self.products.setdefault((path, group.member), torch.zeros_like(factor))
+            self._updates.append((factor, product))
 
     def add(self, x: Tensor, share: float) -> None:
-        """Add a share of the current group's second moment: `x` [N, ...] as the layer gets it."""
+        """Add a share of the group's second moment: `x` [N, ...] as the layer gets it."""
         most = _ROWS
         if isinstance(self.layer, nn.Conv2d):
             kernel = self.layer
@@ -77,104 +96,88 @@ class Moment:
         elif x.dim() == 2:
             x = x[:, None]
         x = x[:, spread(x.shape[1], most, self._generator).to(x.device)]
-        rows = x.reshape(-1, x.shape[-1]).to(self.total)
-        if self._current is None:
-            self._current = torch.zeros_like(self.total)
-        self._current.addmm_(rows.T, rows, alpha=share / len(rows))
+        self.add_rows(x.reshape(-1, x.shape[-1]), share)
 
-    def close(self, group: PromptGroup, second: Tensor | None = None) -> None:
-        """End one group.
-
-        Args:
-            group: The group whose inputs were added.
-            second: Its second moment, [inputs, inputs], if that is known already; otherwise what was added since the last.
-        """
-        current = self._current if second is None else second.to(self.total)
-        assert current is not None, "nothing was added"
-        if group.member in self.downs:
-            self.products[group.member] = self.downs[group.member] @ in_float64(current)
-        self.total.add_(current, alpha=group.weight)
-        if self._current is not None:
-            self._current.zero_()
+    def add_rows(self, rows: Tensor, share: float) -> None:
+        """Add a share of the group's second moment: every row of [N, inputs]."""
+        rows = in_float64(rows).to(self._sum.device)
+        weight = self._sign * share / len(rows)
+        self._sum.addmm_(rows.T, rows, alpha=weight)
+        for down, product in self._updates:
+            product.addmm_(down @ rows.T, rows, alpha=weight)
 
 
 class MomentCollector:
-    """Collects second moments of layers while the base denoises under groups of prompts.
+    """Collects second moments while the base encodes groups of prompts and denoises under them.
 
     Args:
         base: The loaded base.
-        groups: The groups of prompts.
+        members: The members by key, for `down_i G_i`.
         steps: Points of a trajectory.
         guidance: Classifier-free guidance of the trajectories; what is read there for the empty prompt does not count.
-        seed: Seed of the noise.
+        seed: Seed of the trajectories' noise, beside each group's prompts.
     """
 
-    def __init__(self, base: Base, groups: Sequence[PromptGroup], *, steps: int, guidance: float, seed: int):
-        self.base, self.groups = base, groups
+    def __init__(self, base: Base, members: Mapping[str, Eraser], *, steps: int, guidance: float, seed: int):
+        self.base, self.members = base, members
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.evaluations = 0
         """Latents through the denoiser so far; a guided pair counts 2."""
-        self._points: dict[int, list[tuple[Tensor, Tensor, Condition]]] = {}
-        self._text_moments: dict[int, Tensor] = {}
+        self._empty: Condition | None = None
 
     @torch.no_grad()
-    def collect(self, number: int, moments: Mapping[str, Moment]) -> None:
-        """Add the inputs under one of the groups to the moments of layers, by module path."""
-        group = self.groups[number]
-        reads_text = {module for module in moments if self.base.family.reads_text(module)}
-        if reads_text and number not in self._text_moments:
-            self._text_moments[number] = self._text_moment(group.prompts)
-        denoising = {module: moment for module, moment in moments.items() if module not in reads_text}
-        if denoising and number in self._points:  # the trajectories of other layers
-            with self._recording(denoising, group, paired=False):
-                for point in self._points[number]:
-                    self._predict(*point)
-        elif denoising:
-            with self._recording(denoising, group, paired=self.guidance != 1):
-                self._points[number] = self._walk(number)
-        for module, moment in moments.items():
-            moment.close(group, self._text_moments[number] if module in reads_text else None)
+    def collect(self, group: PromptGroup, moments: Mapping[str, Moment], sign: int = 1) -> None:
+        """Add what is read under a group to moments, or take it off.
 
-    def _text_moment(self, prompts: Sequence[str]) -> Tensor:
-        """Return the second moment of all tokens of the encoded prompts: the same for every layer that reads them."""
-        parts: list[Tensor] = []
-        for batch in (prompts[i : i + 16] for i in range(0, len(prompts), 16)):
-            embeds = self.base.encode(batch)["prompt_embeds"]
-            rows = embeds.flatten(0, 1).to(torch.promote_types(embeds.dtype, torch.float32))
-            parts.append(rows.T @ rows / (len(rows) // len(batch) * len(prompts)))
-        return torch.stack(parts).sum(0)
+        Args:
+            group: The group.
+            moments: By name: `TEXT`, or the path of a layer.
+            sign: 1 to add, -1 to take off.
+        """
+        member = self.members.get(group.member or "")
+        pairs = member.pairs if member else {}
+        seed = text_seed(self.seed, *group.prompts)
+        for moment in moments.values():
+            moment.begin(group, seed, {path: pairs[path].down for path in moment.paths if path in pairs}, sign)
+        if TEXT in moments:
+            self._read_text(group, moments[TEXT])
+        denoising = {path: moment for path, moment in moments.items() if path != TEXT}
+        if denoising and group.trajectories:
+            with self._recording(denoising, group):
+                self._walk(group, torch.Generator().manual_seed(seed))
 
-    def _walk(self, number: int) -> list[tuple[Tensor, Tensor, Condition]]:
-        """Return the points of a group's trajectories, in batches."""
-        base, group = self.base, self.groups[number]
+    def _read_text(self, group: PromptGroup, moment: Moment) -> None:
+        """Add all tokens of the encoded prompts."""
+        for batch in (group.prompts[i : i + ENCODED_AT_ONCE] for i in range(0, len(group.prompts), ENCODED_AT_ONCE)):
+            moment.add_rows(self.base.encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
+
+    def _walk(self, group: PromptGroup, noise: torch.Generator) -> None:
+        """Denoise on a group's trajectories, in batches."""
+        base = self.base
         shape, device = base.latent_shape(), base.model.device
-        noise = step_generator(self.seed, number)
-        empty, prompts = base.encode([""]), take_turns(group.prompts, group.trajectories)
-        points: list[tuple[Tensor, Tensor, Condition]] = []
+        self._empty = self._empty or base.encode([""])
+        prompts = take_turns(group.prompts, group.trajectories)
         size = latents_per_batch(shape)
         for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-            condition = base.encode(batch)
-            null = pick(empty, torch.zeros(len(batch), dtype=torch.long, device=device))
+            null = pick(self._empty, torch.zeros(len(batch), dtype=torch.long, device=device))
             start = torch.randn(len(batch), *shape, generator=noise).to(device)
             scheduler = base.family.scheduler(base.pipe, self.steps, shape, device)
-            visited = walk(self._predict, scheduler, start, condition, null, guidance=self.guidance)
-            points += [(point.x_t, point.t, condition) for point in visited]
-        return points
+            walk(self._predict, scheduler, start, base.encode(batch), null, guidance=self.guidance)
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.evaluations += len(x_t)
         return self.base.predict(x_t, t, condition)
 
     @contextmanager
-    def _recording(self, moments: Mapping[str, Moment], group: PromptGroup, *, paired: bool) -> Generator[None]:
+    def _recording(self, moments: Mapping[str, Moment], group: PromptGroup) -> Generator[None]:
         """Add what the layers are called with to their moments, for the length of a `with` block.
 
         Args:
             moments: By module path.
-            group: The group that is denoised under.
-            paired: Whether the first half of every batch is the empty prompt's, which does not count.
+            group: The group that is denoised under. With guidance the first half of every batch is the empty prompt's, which
+                does not count.
         """
-        whole = group.trajectories * self.steps
+        whole, paired = group.trajectories * self.steps, self.guidance != 1
 
         def add(moment: Moment, x: Tensor) -> None:
             prompted = x[len(x) // 2 :] if paired else x

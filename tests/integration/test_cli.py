@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,43 @@ def test_stack_on_a_base_is_fused(tiny_dir: Path, tmp_path: Path, cat_dir: Path,
     good(*on_base, "--lam", 0.5, "--max-rank", 1, "--seed", 3, "-o", tmp_path / "chosen")
     (record,) = Eraser.load(tmp_path / "chosen").header.fusions
     assert (record.lam, record.rank, record.seed) == (0.5, 1, 3)
+
+
+def test_stack_grows_and_shrinks(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    keep, base = tmp_path / "keep.txt", ("--base", tiny_dir)
+    keep.write_text("a house\ntwo cats\na car at night\n", "utf-8")
+    one, two, rest, anew = (tmp_path / name for name in ("one", "two", "rest", "anew"))
+    output = good("stack", car_dir, *base, "--keep", keep, "--keep-state", "-o", one)
+    assert re.search(r"^state for --add and --remove: [\d.]+ MB in stack.state.safetensors$", output, re.MULTILINE)
+    output = good("stack", one, "--add", f"{cat_dir}:0.5", *base, "-o", two)
+    assert output.splitlines()[0] == "not kept, because they name what is erased: a car at night; two cats"
+    assert "fused from 2 erasers beside" in output
+    good("stack", car_dir, f"{cat_dir}:0.5", *base, "--keep", keep, "-o", anew)
+    assert "differ by 0.000%" in good("diff", two, anew)
+    assert "stack of a car: " in good("stack", two, "--remove", "a cat", *base, "-o", rest)
+    assert "differ by 0.000%" in good("diff", one, rest)
+    assert sorted(path.name for path in rest.iterdir()) == sorted(path.name for path in one.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    good("stack", car_dir, cat_dir, *base, "--keep", keep, "-o", one, "--force")
+    assert not (one / "stack.state.safetensors").exists(), "it would be another stack's"
+
+
+def test_faults_of_a_stack_that_changes(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:
+    out, base = tmp_path / "out", ("--base", tiny_dir)
+    for options, expected in (
+        ([cat_dir, "--keep-state"], "--keep-state goes with --fuse closed-form"),
+        ([cat_dir, "--keep-state", *base, "--harmonise"], "--keep-state goes with --fuse closed-form"),
+        ([cat_dir, "--add", car_dir], "--add needs --base"),
+        ([cat_dir, "--add", car_dir, *base], "no stack.state.safetensors"),
+        ([cat_dir, "--add", car_dir, "--remove", "a cat", *base], "are two changes"),
+        ([cat_dir, car_dir, "--remove", "a cat", *base], "--remove changes one stack"),
+        ([f"{cat_dir}:0.5", "--remove", "a cat", *base], "--remove changes one stack"),
+        ([cat_dir, "--remove", "a cat", *base, "--lam", 1], "--lam does not go with --remove"),
+        ([cat_dir, "--remove", "a cat", *base, "--dry-run"], "--dry-run does not go with --remove"),
+        ([cat_dir, "--remove", "a cat", *base, "--fuse", "sum"], "leave out --fuse sum"),
+    ):
+        assert expected in bad_sentence("stack", *options, "-o", out)
+    assert not out.exists()
 
 
 def test_stack_on_a_base_is_harmonised(tiny_dir: Path, tmp_path: Path, cat_dir: Path, car_dir: Path) -> None:

@@ -21,7 +21,7 @@ from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
 from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
 from esd_lora.estimates.training import estimate_training
 from esd_lora.evaluation.preparing import prepare_evaluation
-from esd_lora.fusing import closed_form
+from esd_lora.fusing import reading
 from esd_lora.fusing.closed_form import fuse
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.recipe_files import load_recipe
@@ -146,7 +146,7 @@ def members(base: Base) -> list[Eraser]:
     "fields", [{"keep": KEPT, "rank": 3}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"]
 )
 def test_fusing(base: Base, members: list[Eraser], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "_BYTES_AT_ONCE", 2**16)  # so that there is more than one pass
+    monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 2**20)  # so that there is more than one pass
     estimate = estimate_fusing(members, base, **fields)
     encoded = encoded_texts(monkeypatch)
     fused = fuse(members, base, progress=False, **fields)

@@ -16,6 +16,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.families import FAMILIES
 from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.growing import add_members, remove_members
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.lessons import plan
 from esd_lora.pictures import paint
@@ -26,6 +27,7 @@ from esd_lora.teacher import Teacher
 from esd_lora.training import train
 from esd_lora.watching import StepReport
 from esd_lora.weights.merging import merge
+from random_erasers import eraser_on
 from tiny import tiny_recipe
 from toys import TOYS, load_toy, make_toy, save_toy
 
@@ -249,6 +251,22 @@ def test_pseudo_words_take_the_place_of_the_rarest_token(base: Base) -> None:
             assert not any(torch.equal(a, b) for a, b in zip(first[name], changed[name], strict=True)), name
         assert first[name].isfinite().all()
     assert torch.equal(base.encode(prompts[:2])[embeds[0]], plain[embeds[0]])  # no hook is left
+
+
+def test_stack_grows_and_shrinks(base: Base, eraser_dir: Path, tmp_path: Path) -> None:
+    """As it would be fused anew, on layers of every kind that a family has."""
+    layers = base.family.modules(base.model, "xattn-kv")
+    kind = {"family": base.family.name, "prefix": base.family.denoiser, "prediction_type": base.prediction_type}
+    member, other = Eraser.load(eraser_dir), eraser_on(base.model, layers, "a hat", base_hashes=base.hashes(layers), **kind)
+    few = {"keep": ["a dog", "a cat, asleep", "a hat"], "trajectories": 1, "steps": 2, "progress": False}
+    both = fuse([member, other], base, state=tmp_path / "both", **few)
+    alone = fuse([member], base, state=tmp_path / "alone", **few)
+    grown = add_members(tmp_path / "alone", [other], base, progress=False)
+    shrunk = remove_members(tmp_path / "both", ["a hat"], base, progress=False)
+    for anew, changed in ((both, grown), (alone, shrunk)):
+        assert anew.pairs.keys() == changed.pairs.keys()
+        for path, pair in anew.pairs.items():
+            assert float((pair.delta() - changed.pairs[path].delta()).norm()) <= 1e-6 * float(pair.delta().norm()), path
 
 
 def test_stack_is_fused_and_harmonised(base: Base, eraser_dir: Path) -> None:

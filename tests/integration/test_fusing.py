@@ -19,11 +19,13 @@ from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.exporting import export
 from esd_lora.formats.importing import import_lora
-from esd_lora.fusing import closed_form, moments
+from esd_lora.fusing import closed_form, moments, reading
 from esd_lora.fusing.closed_form import fuse, solve
 from esd_lora.fusing.harmonising import harmonise
-from esd_lora.fusing.moments import Moment, MomentCollector, PromptGroup, spread
+from esd_lora.fusing.moments import TEXT, Moment, MomentCollector, PromptGroup, spread
 from esd_lora.fusing.prompts import gather_members
+from esd_lora.fusing.reading import groups_of
+from esd_lora.fusing.states import LayerProblem
 from esd_lora.recipe_files import load_fuse_spec
 from random_erasers import eraser_on
 
@@ -84,16 +86,18 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     members = [LoraPair(drawn(rank, *shape[1:]), drawn(shape[0], rank, *tail)) for rank in ranks]
     members[1] = LoraPair(torch.zeros_like(members[1].down), members[1].up)  # as if the layer were not in it
     inputs, keep = [read(2 + i) for i in range(3)], read(4)
-    moment = Moment(layer, {i: pair.down for i, pair in enumerate(members) if i != 1})
+    moment = Moment(layer)
     for i, x in enumerate(inputs):
+        moment.begin(PromptGroup(("",), 0, str(i)), 0, {"layer": members[i].down} if i != 1 else {})
         moment.add(x, 1.0)
-        moment.close(PromptGroup([], 0, member=i))
-    moment.add(keep[:1], 0.25)
-    moment.add(keep[1:], 0.75)
-    moment.close(PromptGroup([], 0, weight=lam * 3))
+    for sign in (1, 1, -1):  # what is taken off leaves no trace
+        moment.begin(PromptGroup(("",), 0), 0, sign=sign)
+        moment.add(keep[:1], 0.25)
+        moment.add(keep[1:], 0.75)
     there = [members[0], members[2]]
     pair = LoraPair(torch.cat([p.down for p in there]), torch.cat([p.up for p in there], 1))
-    solved = solve(moment, pair, 3, lam, mu).delta().flatten(1)
+    problem = problem_of(moment, pair, [1, 2], 3)
+    solved = solve(problem, lam, mu).delta().flatten(1)
     deltas, rows = [p.delta().flatten(1) for p in members], [patches(layer, x) for x in inputs]
     kept = patches(layer, keep)
     whole = sum(float(x.square().mean()) for x in rows) + 3 * lam * float(kept.square().mean())
@@ -107,10 +111,15 @@ def test_formula_is_the_least_squares_solution(kind: str, seed: int, lam: float,
     summed = sum(deltas, torch.zeros_like(deltas[0]))
     assert objective(solved) <= objective(summed) + 1e-9
     left, right, _ = brute_force(deltas, rows, kept, lam, 0, 0)  # the header's figure has no ridge in it
-    assert closed_form.objective(moment, pair) == pytest.approx(objective(torch.zeros_like(summed)))
-    assert closed_form.objective(moment, pair, pair) == pytest.approx(objective(summed))
     other = LoraPair(pair.down + 1, pair.up * 2)
-    assert closed_form.objective(moment, pair, other) == pytest.approx(objective(other.delta().flatten(1)))
+    many = LoraPair(torch.cat([other.down] * 3), torch.cat([other.up] * 3, 1) / 3)  # of a higher rank than there are outputs
+    values = closed_form.objective(problem, lam, [None, pair, other, many]).tolist()
+    updates = (torch.zeros_like(summed), summed, other.delta().flatten(1), many.delta().flatten(1))
+    assert values == pytest.approx([objective(update) for update in updates])
+
+
+def problem_of(moment: Moment, pair: LoraPair, ranks: list[int], count: int) -> LayerProblem:
+    return LayerProblem("layer", pair, torch.cat(list(moment.products.values())), ranks, "layer", moment, count, 1)
 
 
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
@@ -119,10 +128,11 @@ def test_truncation_loses_the_least_of_what_is_read(seed: int, rank: int) -> Non
     layer, generator = LAYERS["linear"], torch.Generator().manual_seed(seed)
     pair = LoraPair(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 5), (4, 5))))
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1, 1, 0.3, 0.1])
-    moment = Moment(layer, {0: pair.down})
+    moment = Moment(layer)
+    moment.begin(PromptGroup(("",), 0, "member"), 0, {"layer": pair.down})
     moment.add(x, 1.0)
-    moment.close(PromptGroup([], 0, member=0))
-    full, cut = solve(moment, pair, 1, 0, 0), solve(moment, pair, 1, 0, 0, rank=rank)
+    problem = problem_of(moment, pair, [5], 1)
+    full, cut = solve(problem, 0, 0), solve(problem, 0, 0, rank=rank)
     assert cut.rank == min(rank, 4) or cut.rank == rank
     square = float(x.square().mean())
     values, vectors = torch.linalg.eigh(x.T @ x / len(x) + closed_form._RIDGE * square * torch.eye(5))
@@ -163,8 +173,8 @@ def test_fewer_patches_count_than_pixels(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(moments, "_ROWS", 90)
     drawn: list[int] = []
     monkeypatch.setattr(moments, "spread", lambda count, most, generator: drawn.append(most) or spread(count, most, generator))
-    Moment(nn.Conv2d(2, 1, 3), {}).add(torch.randn(1, 2, 32, 32), 1.0)
-    Moment(nn.Linear(2, 1), {}).add(torch.randn(1, 1024, 2), 1.0)
+    Moment(nn.Conv2d(2, 1, 3)).add(torch.randn(1, 2, 32, 32), 1.0)
+    Moment(nn.Linear(2, 1)).add(torch.randn(1, 1024, 2), 1.0)
     assert drawn == [10, 90]
 
 
@@ -188,19 +198,18 @@ def test_second_moment_of_a_picture_is_of_its_whole_width(monkeypatch: pytest.Mo
     def second(rows: Tensor) -> Tensor:
         return torch.einsum("nti,ntj->ij", rows, rows) / (rows.shape[0] * rows.shape[1])
 
-    moment = Moment(nn.Linear(channels, 1), {})
-    for picture in x:
-        moment.add(picture[None], 1 / len(x))
-    moment.close(PromptGroup([], 0))
+    def read(moment: Moment, sign: int = 1) -> Moment:
+        moment.begin(PromptGroup(("",), 0), seed=3, sign=sign)
+        for picture in x:
+            moment.add(picture[None], 1 / len(x))
+        return moment
+
+    moment = read(Moment(nn.Linear(channels, 1)))
     exact = second(x)
-    at_a_distance, spread_out = (float((found - exact).norm() / exact.norm()) for found in (second(x[:, ::32]), moment.total))
+    at_a_distance, spread_out = (float((found - exact).norm() / exact.norm()) for found in (second(x[:, ::32]), moment.kept))
     assert at_a_distance > 0.15
     assert spread_out < 0.5 * at_a_distance
-    again = Moment(nn.Linear(channels, 1), {})
-    for picture in x:
-        again.add(picture[None], 1 / len(x))
-    again.close(PromptGroup([], 0))
-    assert torch.equal(again.total, moment.total)
+    assert float(read(moment, sign=-1).kept.abs().max()) < 1e-12, "the same places are read again"
 
 
 @pytest.fixture
@@ -222,14 +231,18 @@ def assert_same(one: Eraser, other: Eraser, tolerance: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
-def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> None:
+def test_moments_are_of_what_the_layers_read(base: Base, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against inputs collected while the same latents are denoised one by one."""
     modules = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_q", "mid_block.resnets.0.conv1"]
     layers = dict(base.model.named_modules())
-    moments = {module: Moment(layers[module], {}) for module in modules}
-    group = PromptGroup(["a dog", "a hat"], 3, weight=2.0)
-    collector = MomentCollector(base, [group], steps=2, guidance=guidance, seed=5)
-    collector.collect(0, moments)
+    moments = {module: Moment(layers[module], [module]) for module in modules}
+    calls: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    predict = Base.predict
+    monkeypatch.setattr(Base, "predict", lambda self, *call: calls.append(call) or predict(self, *call))
+    member = on(base, "full", "a dog")
+    collector = MomentCollector(base, {"dog": member}, steps=2, guidance=guidance, seed=5)
+    collector.collect(PromptGroup(("a dog", "a hat"), 3, "dog"), moments)
+    collector.collect(PromptGroup(("a house",), 0), moments)  # text alone, which these layers do not read
     assert collector.evaluations == 3 * 2 * (2 if guidance != 1 else 1)
 
     seen: dict[str, list[Tensor]] = {module: [] for module in modules}
@@ -239,25 +252,30 @@ def test_moments_are_of_what_the_layers_read(base: Base, guidance: float) -> Non
         )
         for module in modules
     ]
-    for x_t, t, condition in collector._points[0]:
-        for i in range(len(t)):
+    for x_t, t, condition in list(calls):
+        for i in range(len(t) // 2 if guidance != 1 else 0, len(t)):
             with torch.no_grad():
                 base.predict(x_t[i : i + 1], t[i : i + 1], {name: value[i : i + 1] for name, value in condition.items()})
     for hook in hooks:
         hook.remove()
     for module, rows in seen.items():
-        x = torch.cat(rows)
-        torch.testing.assert_close(moments[module].total, 2.0 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+        x = torch.cat(rows).double()
+        second = x.T @ x / len(x)
+        torch.testing.assert_close(moments[module].members, second, rtol=1e-4, atol=1e-4)
+        down = member.pairs[module].down.flatten(1).double()
+        torch.testing.assert_close(moments[module].products[module, "dog"], down @ second, rtol=1e-4, atol=1e-4)
+        assert not moments[module].kept.any()
 
 
 def test_text_layers_get_the_moment_of_what_they_are_called_with(base: Base) -> None:
     """Keys and values at once: collected while the denoiser runs, over more prompts than are encoded at once."""
     layers = dict(base.model.named_modules())
     modules = [f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in "kv"]
-    moments = {module: Moment(layers[module], {}) for module in modules}
-    prompts = [f"{number} dogs" for number in range(19)]
-    collector = MomentCollector(base, [PromptGroup(prompts, 3, weight=2.0)], steps=2, guidance=3.0, seed=5)
-    collector.collect(0, moments)
+    moment = Moment(layers[modules[0]], modules)
+    prompts = tuple(f"{number} dogs" for number in range(19))
+    member = on(base, "xattn-kv", "a dog")
+    collector = MomentCollector(base, {"dog": member}, steps=2, guidance=3.0, seed=5)
+    collector.collect(PromptGroup(prompts, 3, "dog"), {TEXT: moment})
     assert collector.evaluations == 0
 
     rows: list[Tensor] = []
@@ -265,20 +283,42 @@ def test_text_layers_get_the_moment_of_what_they_are_called_with(base: Base) -> 
     with torch.no_grad():
         base.predict(torch.randn(19, *base.latent_shape()), torch.full((19,), 500), base.encode(prompts))
     hook.remove()
-    (x,) = rows
-    for moment in moments.values():
-        torch.testing.assert_close(moment.total, 2.0 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+    x = torch.cat(rows).double()
+    second = x.T @ x / len(x)
+    torch.testing.assert_close(moment.members, second, rtol=1e-4, atol=1e-4)
+    for module in modules:
+        expected = member.pairs[module].down.double() @ second
+        torch.testing.assert_close(moment.products[module, "dog"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_read_under_a_group_does_not_depend_on_others(base: Base) -> None:
+    """To the last bit: beside other groups, after them, and for fewer layers."""
+    layers = dict(base.model.named_modules())
+    modules = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_q", "mid_block.resnets.0.conv1"]
+    groups = [PromptGroup(("a dog", "a hat"), 2, "dog"), PromptGroup(("a hat",), 1), PromptGroup(("a house",), 1)]
+
+    def read(group: PromptGroup, names: list[str], *before: PromptGroup) -> dict[str, Moment]:
+        collector = MomentCollector(base, {}, steps=2, guidance=3.0, seed=5)
+        moments = {name: Moment(layers[name], [name]) for name in names}
+        for other in before:
+            collector.collect(other, {name: Moment(layers[name]) for name in modules})
+        collector.collect(group, moments)
+        return moments
+
+    for group in groups:
+        alone, beside = read(group, modules[:1]), read(group, modules, *(other for other in groups if other != group))
+        for kind in ("members", "kept"):
+            assert torch.equal(getattr(alone[modules[0]], kind), getattr(beside[modules[0]], kind)), group
 
 
 def test_moments_are_the_same_in_one_group_and_in_many(
     base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fuse(members, base, keep=KEEP, **QUICK)
-    monkeypatch.setattr(closed_form, "_BYTES_AT_ONCE", 5 * 10**5)
+    monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 10**6)
     widths = [pair.down[0].numel() for pair in whole.pairs.values()]
-    assert 8 * sum(width**2 for width in widths) > 4 * 5 * 10**5
-    # Later groups ask for the prompts alone, in batches of another size: that rounds otherwise, 1 / _RIDGE times as much.
-    assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-6 / closed_form._RIDGE)
+    assert 16 * sum(width**2 for width in widths) > 4 * 10**6
+    assert_same(whole, fuse(members, base, keep=KEEP, **QUICK), 1e-12)
 
 
 def test_layers_too_wide_are_summed_and_named(base: Base, members: list[Eraser], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,16 +380,19 @@ def test_kept_prompts_weigh_lam_for_every_member(base: Base) -> None:
     members = [on(base, "xattn-kv", name, seed=i) for i, name in enumerate(["a cat", "a car", "a bee"])]
     fused = fuse(members, base, keep=KEEP, lam=lam, mu=mu, **QUICK)
     gathered = gather_members(members, base, None, KEEP)
-    groups = [PromptGroup(prompts, QUICK["trajectories"]) for prompts in gathered.prompts]
-    groups.append(PromptGroup(gathered.kept, min(QUICK["keep_trajectories"], len(gathered.kept))))
-    collector = MomentCollector(base, groups, steps=QUICK["steps"], guidance=load_fuse_spec().guidance, seed=0)
+    groups = groups_of(gathered, load_fuse_spec("fuse", **{k: v for k, v in QUICK.items() if k != "progress"}))
+    collector = MomentCollector(base, {}, steps=QUICK["steps"], guidance=load_fuse_spec().guidance, seed=0)
     layers = dict(base.model.named_modules())
     for module in list(members[0].pairs)[:4]:
+        moment, seconds = Moment(layers[module]), []
+        for group in groups[:3]:
+            seconds.append(Moment(layers[module]))
+            collector.collect(group, {TEXT: seconds[-1]})
+        for group in groups[3:]:
+            collector.collect(group, {TEXT: moment})
         roots = []  # of every group's second moment G: rows x with x^T x / len(x) = G
-        for number in range(len(groups)):
-            moment = Moment(layers[module], {})
-            collector.collect(number, {module: moment})
-            values, vectors = torch.linalg.eigh(moment.total.double())
+        for second in [*(each.members for each in seconds), moment.kept / len(gathered.kept)]:
+            values, vectors = torch.linalg.eigh(second)
             roots.append(len(values) ** 0.5 * values.clamp_min(0).sqrt()[:, None] * vectors.T)
         *inputs, kept = roots
         squares = [float(x.square().mean()) for x in roots]
@@ -387,7 +430,7 @@ def test_header_says_how_it_was_made(base: Base, members: list[Eraser], tmp_path
     (fusion,) = Eraser.load(fused.save(tmp_path / "fused")).header.fusions
     assert (fusion.lam, fusion.mu, fusion.steps, fusion.seed) == (0.2, 0.02, 2, 0)
     assert len(set(fusion.members)) == 4
-    assert fusion.evaluations == 2 * 2 * (4 * 2 + 3)
+    assert fusion.evaluations == 2 * 2 * (4 * 2 + 3)  # steps, guidance, members' trajectories and kept ones
     assert fusion.dropped == ()
     assert fused.header.distillations == ()
     assert fusion.objective is not None

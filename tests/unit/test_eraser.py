@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, hash_weight
 from esd_lora.erasers.header import FORMAT, HEADER_KEY, EraserHeader
+from esd_lora.erasers.tensor_files import read_tensors, writing_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.cards import render_card, save_with_card
 from esd_lora.formats.exporting import export
@@ -267,3 +268,21 @@ def test_hash_is_the_same_for_a_base_and_its_float16_variant() -> None:
     changed[3, 2] += 0.01
     assert hash_weight(changed) != hash_weight(weight)
     assert len(hash_weight(weight)) == 16
+
+
+def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
+    """In any order and of any types: as safetensors writes and reads them."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = {"half": torch.float16, "brain": torch.bfloat16, "single": torch.float32, "double": torch.float64}
+    tensors = {name: torch.randn(3, 5, generator=generator).to(dtype) for name, dtype in dtypes.items()}
+    tensors |= {"bytes": torch.arange(7, dtype=torch.uint8), "empty": torch.zeros(0, 4)}
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with writing_tensors(tmp_path / "file.safetensors", shapes, {"a": "b"}) as write:
+        for name in reversed(tensors):
+            write(name, tensors[name])
+    read, metadata = read_tensors(tmp_path / "file.safetensors")
+    assert metadata == {"a": "b"}
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
-from esd_lora.fusing.prompts import keep_list, own_prompts
+from esd_lora.fusing.prompts import choose_walked, keep_list, own_prompts
 from esd_lora.wording import frames_of
 from random_erasers import build_header
 
@@ -29,6 +29,33 @@ def test_frames_of_the_list_are_put_around_a_member() -> None:
     cat = member("cat", "a cat")
     kept, dropped = keep_list([cat], ["a dog", "a dog in a park", "an owl"])
     assert own_prompts(cat, kept, dropped) == ["a cat", "a cat in a park"]
+
+
+def test_who_else_is_in_the_stack_does_not_matter_to_a_member() -> None:
+    cat, car = member("cat", "a cat", "my cat"), member("car", "a car")
+    listed = ["a bus", "a bus in rain", "a car", "a car at night", "a dog", "a dog in a park", "two cats"]
+    alone, beside = keep_list([cat], listed), keep_list([cat, car], listed)
+    assert alone != beside
+    assert own_prompts(cat, *alone) == own_prompts(cat, *beside)
+
+
+@given(prompts=st.lists(st.text(min_size=1), min_size=1, unique=True), most=st.integers(1, 9))
+def test_one_kept_prompt_less_changes_one_that_is_walked(prompts: list[str], most: int) -> None:
+    whole, fewer = choose_walked(prompts, most), choose_walked(prompts[1:], most)
+    assert len(whole) == min(most, len(prompts))
+    assert choose_walked(prompts[::-1], most) == whole
+    assert whole - fewer <= {prompts[0]}
+    assert len(fewer - whole) == (prompts[0] in whole and len(prompts) > most)
+
+
+def test_concept_is_named_among_prompts_as_it_is_in_each() -> None:
+    concept = ErasedConcept(name="a cat", synonyms=("the moggy",), pairs=(), eta=None)
+    prompts = ["a cat", "two CATS", "catalogue", "a moggy's hat", "dog", ""]
+    assert (
+        concept.named_among(prompts)
+        == [prompt for prompt in prompts if concept.named_in(prompt)]
+        == [prompts[i] for i in (0, 1, 3)]
+    )
 
 
 def test_a_member_of_many_prompts_is_asked_on_those_alone() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.erasers.stacking import Strength, compress, stack
+from esd_lora.erasers.stacking import Strength, compress, outline, stack
 from esd_lora.errors import EsdLoraError
 from random_erasers import build_header, random_eraser
 
@@ -48,6 +48,20 @@ def test_what_is_not_known_is_not_held_against_a_member() -> None:
     for members in ([a, b], [b, a]):
         assert stack(members).header.prediction_type == "epsilon"
     assert stack([b, b]).header.prediction_type is None
+
+
+def test_outline_is_the_stack_without_its_numbers() -> None:
+    members = [
+        random_eraser({"conv": 1, "shortcut": 2}, "a cat"),
+        random_eraser({"mid.attn2.to_k": 3, "conv": 2}, "a hat", seed=1),
+    ]
+    whole, drawn = stack(members), outline(members)
+    assert drawn.header == whole.header
+    assert list(drawn.pairs) == list(whole.pairs)
+    assert all(pair.shape == whole.pairs[path].shape for path, pair in drawn.pairs.items())
+    other = Eraser({"conv": random_eraser({"shortcut": 1}, "a hat").pairs["shortcut"]}, members[0].header)
+    with pytest.raises(EsdLoraError, match="layer conv has shapes"):
+        outline([members[0], other])
 
 
 def test_layers_of_different_shapes() -> None:
