@@ -11,20 +11,21 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_lora import __version__
 from esd_lora.bases.loading import load_base
-from esd_lora.erasers.eraser import Eraser
+from esd_lora.erasers.eraser import STATE_NAME, Eraser
 from esd_lora.erasers.header import ErasedConcept, EraserHeader
 from esd_lora.erasers.privacy import without_folders
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.suites.suite_files import load_suite
-from esd_lora.files import lock_output, read_bounded, write_atomically
+from esd_lora.files import lock_output, read_bounded, replaced_file, write_atomically
 from esd_lora.fleet.jobs import ACTIVE, Plan, suite_for
 from esd_lora.fleet.records import (
     CARD_NAME,
@@ -45,8 +46,11 @@ from esd_lora.fleet.running import MakeEngine, run_fleet
 from esd_lora.fleet.status import Status, folder_of
 from esd_lora.fleet.working import figures_of, shortfalls
 from esd_lora.formats.cards import save_with_card
-from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.closed_form import fuse_members
 from esd_lora.fusing.harmonising import harmonise
+from esd_lora.fusing.prompts import gather_members
+from esd_lora.fusing.states import FusionState
+from esd_lora.recipe_files import load_fuse_spec
 from esd_lora.weights.merging import merge
 
 if TYPE_CHECKING:
@@ -164,7 +168,7 @@ class _Run:
         if self.steps:
             whole = harmonise(members, self.base, steps=self.steps, progress=self.progress)
         else:
-            whole = fuse(members, self.base, progress=self.progress)
+            whole = fuse_again(members, self.base, self.out / STATE_NAME, progress=self.progress)
         save_with_card(without_names(whole, self.members), self.published / ERASER)
         self._note("eraser", self.content)
 
@@ -253,6 +257,27 @@ class _Run:
     def _note(self, step: str, key: str) -> None:
         """Note that a step is done."""
         write_atomically(self.out / _STEPS_NAME, json.dumps(self._steps() | {step: key}, indent=1).encode())
+
+
+def fuse_again(erasers: Sequence[Eraser], base: Base, state: Path, *, progress: bool = True) -> Eraser:
+    """Return the fused stack of erasers, reading what has changed since the stack whose state a file holds; it is written anew.
+
+    Args:
+        erasers: All members.
+        base: The loaded base.
+        state: File with what was read for the stack before; everything is read where there is none, or it is of another base.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        EsdLoraError: As `fuse` does, or if the file is damaged.
+    """
+    started, spec = time.monotonic(), load_fuse_spec()
+    known = FusionState.load(state) if state.is_file() else None
+    if known and (known.record.held_in != base.held_in or known.spec != spec):
+        known = None
+    members = gather_members(erasers, base, None, None)
+    with replaced_file(state) as file:
+        return fuse_members(members, base, spec, known=known, state=file, started=started, progress=progress)
 
 
 def without_names(whole: Eraser, members: Sequence[Request]) -> Eraser:
