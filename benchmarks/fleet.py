@@ -121,7 +121,7 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
         raise SystemExit("the undisturbed fleet failed")
     chance = random.Random(1)
     killed = Counter[str]()
-    fleet = start(listed, stormy, 2)
+    fleet = begun(listed, stormy)
     while killed["workers"] < number or not killed["driver"]:
         time.sleep(chance.uniform(3, 10))
         if fleet.poll() is not None:
@@ -130,7 +130,7 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
             fleet.send_signal(signal.SIGKILL)
             fleet.wait()
             killed["driver"] += 1
-            fleet = start(listed, stormy, 2)
+            fleet = begun(listed, stormy)
             continue
         workers = [child for child in psutil.Process(fleet.pid).children() if "spawn_main" in " ".join(child.cmdline())]
         if workers:
@@ -144,6 +144,15 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
     head = ["requests", "workers killed", "drivers killed", "done exactly once", "same tensors as undisturbed"]
     note = "`instant`, two one-thread workers, kills at random times. Headers differ in dates and seconds."
     show("fleet-kills", head, rows, note, publish=publish)
+
+
+def begun(listed: Path, out: Path) -> subprocess.Popen[bytes]:
+    """Start a fleet of two workers, and wait until one has ended a job: a base that no worker can load ends a fleet."""
+    before = sum(1 for _ in read_events(out))
+    fleet = start(listed, out, 2)
+    while fleet.poll() is None and sum(1 for _ in read_events(out)) == before:
+        time.sleep(0.2)
+    return fleet
 
 
 def hash_of(out: Path, request: str) -> str:

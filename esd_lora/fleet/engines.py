@@ -27,8 +27,8 @@ from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.working import Outcome, Worker
 
 _PATIENCE = 5.0  # seconds
-EARLY_ENDS = 5
-"""How often in a row a worker may end before it has loaded the base."""
+EARLY_ENDS = 3
+"""How often workers may end before the first of them has loaded the base."""
 
 
 class Works(Protocol):
@@ -92,7 +92,7 @@ class LocalEngine:
     def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
         """Work as `Engine.run` says."""
         workers: list[_Process] = []
-        early_ends = 0
+        early_ends, able = 0, False
         try:
             while jobs or any(worker.job for worker in workers):
                 busy = sum(worker.job is not None for worker in workers)
@@ -108,12 +108,12 @@ class LocalEngine:
                         worker.job = None
                         yield message
                     elif message is None:
-                        worker.ready, early_ends = True, 0
+                        worker.ready = able = True
                     else:
                         workers.remove(worker)
                         if worker.job is not None:
                             yield Lost(worker.job, message.reason)
-                        elif not worker.ready and (early_ends := early_ends + 1) == EARLY_ENDS:
+                        elif not able and (early_ends := early_ends + 1) == EARLY_ENDS:
                             raise EsdLoraError(f"no worker can begin: {message.reason}")
         finally:
             for worker in workers:

@@ -35,6 +35,8 @@ class Page:
         self.out, self.statuses = out, statuses
         self.requests = [request for request in requests if request.id in statuses]
         self._begun, self._next = time.monotonic(), 0.0
+        self.late = 0
+        """Requests that were overdue when the page was written last."""
         self._done_before = sum(status.state == "done" for status in statuses.values())
 
     def write_now_and_then(self) -> None:
@@ -45,6 +47,7 @@ class Page:
     def write(self) -> None:
         """Write the page."""
         started = time.monotonic()
+        self.late = len(self.overdue())
         write_atomically(self.out / PAGE_NAME, self._render().encode("utf-8", "backslashreplace"))
         ended = time.monotonic()
         self._next = ended + max(_SOONEST, _SELDOM * (ended - started))
@@ -57,19 +60,21 @@ class Page:
         template = Environment(autoescape=True, finalize=_shown).from_string(
             Path(__file__).with_name("page.html").read_text("utf-8")
         )
-        overdue = {request.id for request in self.requests if self._is_overdue(request, now.date())}
         return template.render(
             written=now.isoformat(" ", "minutes").removesuffix("+00:00"),
             states={state: states[state] for state in ("done", "running", "queued", "failed", "refused")},
-            overdue=overdue,
+            overdue=self.overdue(),
             pace=f"{ended / hours:,.0f} an hour" if ended and hours else "",
             left=_duration(hours * waiting / ended) if ended and waiting else "",
             kinds=self._kinds(),
             rows=[self._row(request) for request in self.requests],
         )
 
-    def _is_overdue(self, request: Request, today: datetime.date) -> bool:
-        return request.due is not None and request.due < today and self.statuses[request.id].state != "done"
+    def overdue(self) -> set[str]:
+        """Return the ids of requests that were due before today and are not done."""
+        today = datetime.datetime.now(datetime.UTC).date()
+        late = (request for request in self.requests if request.due is not None and request.due < today)
+        return {request.id for request in late if self.statuses[request.id].state != "done"}
 
     def _kinds(self) -> list[dict[str, Any]]:
         """Return what was erased and kept, for each kind of request."""

@@ -76,7 +76,7 @@ class RayEngine:
         ray = self._ray
         tasks: dict[Any, _Task] = {}
         idle: list[Any] = []
-        early_ends = 0
+        early_ends, able = 0, False
         try:
             while jobs or any(task.job for task in tasks.values()):
                 while len(tasks) + len(idle) < min(
@@ -98,11 +98,11 @@ class RayEngine:
                         reason = "it took longer than the time limit" if late else f"its worker was lost: {_cause_of(error)}"
                         if job is not None:
                             yield Lost(job, reason)
-                        elif (early_ends := early_ends + 1) == EARLY_ENDS:
+                        elif not able and (early_ends := early_ends + 1) == EARLY_ENDS:
                             raise EsdLoraError(f"no worker can begin: {_cause_of(error)}") from error
                         continue
                     idle.append(actor)
-                    early_ends = 0
+                    able = True
                     if job is not None:
                         self._require_shared(outcome)
                         yield outcome

@@ -26,7 +26,7 @@ from esd_lora.fleet.engines import Engine, Lost
 from esd_lora.fleet.jobs import ACTIVE, Job, Plan, is_stale
 from esd_lora.fleet.page import Page
 from esd_lora.fleet.request import Request
-from esd_lora.fleet.status import Status, folder_of, read_status, write_status
+from esd_lora.fleet.status import State, Status, folder_of, read_status, write_status
 from esd_lora.fleet.working import Outcome
 
 EVENTS_NAME = "fleet.jsonl"
@@ -122,7 +122,7 @@ def run_fleet(
                 else:
                     states[status.state] += 1
                     bar.update()
-                    bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in states.items() if state != "queued"))
+                    bar.set_postfix_str(_summary(states, page))
                 page.write_now_and_then()
         page.write()
     return statuses
@@ -187,6 +187,12 @@ def _after(before: Status, outcome: Outcome | Lost, attempts: int) -> Status:
     figures = {name: round(value, 4) for name, value in (outcome.figures or {}).items()}
     state = "queued" if outcome.state == "failed" and before.attempts < attempts else outcome.state
     return before.with_state(state, figures=figures, **fields)
+
+
+def _summary(states: Counter[State], page: Page) -> str:
+    """Return what the bar says beside how many jobs have ended: `12 done, 1 failed, 2 overdue`."""
+    parts = [f"{count} {state}" for state, count in states.items() if state != "queued"]
+    return ", ".join([*parts, *([f"{page.late} overdue"] if page.late else [])])
 
 
 def _move(statuses: dict[str, Status], out: Path, status: Status) -> None:
