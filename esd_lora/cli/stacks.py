@@ -103,16 +103,14 @@ def stack(
     from esd_lora.erasers.manifests import load_eraser
     from esd_lora.files import reserve_directory, reserve_file
 
-    paths, strengths = unweighted(erasers)
+    paths, strengths = unweighted((*erasers, *add))
     manifest = out.suffix.lower() in (".yaml", ".yml")
-    settings = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep)
-    ranks = given(rank=rank, energy=energy)
+    settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     change = given(add=add or None, remove=remove or None)
-    _check_change(change, erasers, how, base, settings, report=report, dry_run=dry_run)
+    _check_change(change, erasers, how, base, {**settings, **given(report=report or None, dry_run=dry_run or None)})
     _check(how, base, settings, ranks, manifest=manifest, report=report, keep_state=keep_state)
-    inputs = filter(None, [*paths, *(path for path, _, _ in add), base, keep])
-    reserve = (reserve_file if manifest else reserve_directory)(out, force, inputs)
+    reserve = (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep]))
     with nullcontext() if dry_run else reserve, _state_beside(out, (keep_state or bool(change)) and not dry_run) as state:
         members = [] if change else [load_eraser(path) for path in paths]
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
@@ -194,14 +192,9 @@ def _check(
 
 
 def _check_change(
-    change: Mapping[str, Any],
-    stacks: Sequence[Weighted],
-    how: str,
-    base: str | None,
-    settings: Mapping[str, Any],
-    **others: bool,
+    change: Mapping[str, Any], stacks: Sequence[Weighted], how: str, base: str | None, others: Mapping[str, Any]
 ) -> None:
-    """Refuse what does not go with a change of a stack's members."""
+    """Refuse what does not go with a change of a stack's members, of which `others` are further options that were given."""
     if not change:
         return
     option = f"--{next(iter(change))}"
@@ -213,8 +206,10 @@ def _check_change(
         raise EsdLoraError(f"{option} needs --base: what changes is read there. Give the base that the stack was fused on.")
     if how != "closed-form":
         raise EsdLoraError(f"{option} fuses a stack into a directory: leave out --fuse sum, and give -o a directory.")
-    if wrong := [name.replace("_", "-") for name in (*settings, *(name for name, value in others.items() if value))]:
-        raise EsdLoraError(f"--{wrong[0]} does not go with {option}, which fuses as the stack was fused. Leave it out.")
+    for name in others:
+        raise EsdLoraError(
+            f"--{name.replace('_', '-')} does not go with {option}, which fuses as the stack was fused. Leave it out."
+        )
 
 
 def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], state: Path | None, *, manifest: bool) -> None:

@@ -26,7 +26,7 @@ FORMAT = 4
 3 lets a stack say how it was fused, 4 a training what it solved and measured.
 """
 
-_MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to it
+_MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
 
 
@@ -307,14 +307,21 @@ class EraserHeader(BaseModel):
         """Return the header as JSON, as it stands in a file.
 
         Raises:
-            EsdLoraError: If a number in it is NaN or infinity, which JSON has no words for: nobody could read the file.
+            EsdLoraError: If nobody could read the file: a number in it is NaN or infinity, for which JSON has no words, or it
+                is longer than a reader takes.
         """
         try:
             EraserHeader.model_validate(self.model_dump())  # which a copy with changes was not
         except ValidationError as error:
             where, message = _first_fault(error)
             raise EsdLoraError(f"{where} of the header cannot be written: {message}. Give finite strengths.") from error
-        return self.model_dump_json()
+        text = self.model_dump_json()
+        if len(text) > _MAX_TEXT:
+            raise EsdLoraError(
+                f"the header of {len(self.recipes):,} members would have {len(text):,} characters, more than the {_MAX_TEXT:,}"
+                " that are read. Stack fewer, or merge some into the base first."
+            )
+        return text
 
     def making(self) -> list[str]:
         """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import PICKLES
 
-_MAX_HEADER = 90 * 2**20  # of a stack of thousands; with every tag of a training set in it one has 4 MB
+_MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
 _MAX_TENSORS = 100_000  # of a file; Stable Diffusion XL has 2,515
 
 

@@ -46,7 +46,7 @@ from esd_lora.trajectory import in_float64
 
 _RIDGE = 1e-3
 """Ridge on members' second moments, in units of the mean square of an input: only numbers need it."""
-_DIGITS = 9
+_DIGITS = 6
 """Digits of the objective in a header."""
 WIDEST = 12_000
 """Inputs of the widest layer that is fused: its sums take 2.3 GB, and as much again while they are solved."""
@@ -122,6 +122,7 @@ def fuse_members(
         progress: Whether to show progress bars.
     """
     whole = outline(members.erasers)
+    whole.header.to_json()  # which refuses a stack that nobody could read, before the work is done
     widths = {path: pair.down[0].numel() for path, pair in whole.pairs.items()}
     wide = [path for path, width in widths.items() if width > WIDEST]
     if wide:

@@ -138,18 +138,18 @@ class FusionState:
             name: Name of the moment.
             moment: Gets its sums, and what members' updates make of their own.
         """
-        for kind, known in (("members", moment.members), ("kept", moment.kept)):
-            stored = self.tensors.get(f"{name}.{kind}")
-            if stored is None:
-                return False
-            if stored.shape != known.shape:
-                raise EsdLoraError(f"the state has sums of shape {list(stored.shape)} for {name}. Fuse the stack anew.")
-            known.copy_(stored)
-        for path in moment.paths:
-            if path in self.record.ranks:
-                rows = self.tensors[f"{path}.product"].to(moment.kept).split(self.record.ranks[path])
-                products = zip(self.members.keys(), rows, strict=True)
-                moment.products |= {(path, key): product for key, product in products if len(product)}
+        known = [path for path in moment.paths if path in self.record.ranks]
+        needed = [f"{name}.members", f"{name}.kept", *(f"{path}.product" for path in known)]
+        if not all(tensor in self.tensors for tensor in needed):
+            return False
+        for stored, mine in zip(needed, (moment.members, moment.kept), strict=False):
+            if self.tensors[stored].shape != mine.shape:
+                raise EsdLoraError(f"the state's {stored} does not fit the base. Fuse the stack anew.")
+            mine.copy_(self.tensors[stored])
+        for path in known:
+            rows = self.tensors[f"{path}.product"].to(moment.kept).split(self.record.ranks[path])
+            products = zip(self.members.keys(), rows, strict=True)
+            moment.products |= {(path, key): product for key, product in products if len(product)}
         return True
 
 

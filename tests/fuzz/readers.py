@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import yaml
 from hub_cases import hub_documents, lay_eraser, my_eraser, read_hub
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
+from torch import nn
 
 import original_checkpoints
 from esd_lora.bases.loading import load_base
@@ -30,6 +32,7 @@ from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import stack_layer
 from esd_lora.erasers.tensor_files import hash_tensors, read_tensors
 from esd_lora.evaluation.cases import ROLES, Case
 from esd_lora.evaluation.evaluating import _differences
@@ -40,12 +43,16 @@ from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.scoring import _resume
 from esd_lora.evaluation.suites.prompt_files import read_prompt_file
 from esd_lora.evaluation.suites.suite_files import load_suite, suite_names
+from esd_lora.families import FAMILIES
 from esd_lora.fleet.registry import Registry
 from esd_lora.fleet.requests import read_requests
 from esd_lora.formats.importing import import_lora
 from esd_lora.formats.inspecting import inspect_file
+from esd_lora.fusing.moments import TEXT, Moment
+from esd_lora.fusing.prompts import members_of
+from esd_lora.fusing.states import FusionState, LayerProblem, writing_state
 from esd_lora.pictures import open_picture, png, read_samples
-from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_names, recipe_text
+from esd_lora.recipe_files import dump_recipe, load_fuse_spec, load_recipe, recipe_names, recipe_text
 from random_erasers import random_eraser
 from tiny import save_tiny, tiny_pipeline, tiny_recipe
 
@@ -147,6 +154,30 @@ def lora_contents() -> list[bytes]:
     third = {f"base_model.model.{KEY}k.lora_{part}.weight": tensor for part, tensor in factors.items()}
     notes = {"ss_base_model_version": "sd_v1", "ss_v_parameterization": "True", "ss_sd_model_name": "x", "modelspec.title": "y"}
     return [save(first, notes), save(second, {"lora_adapter_metadata": json.dumps(scales)}), save(third), save(first | second)]
+
+
+@cache
+def state_contents() -> list[bytes]:
+    """Return the state of a stack of two, one layer added up."""
+    erasers = [random_eraser({"conv": rank, "mid.attn2.to_k": 1}, "a cat", dtype=torch.float32) for rank in (1, 2)]
+    members = members_of(zip("ab", erasers, strict=True), ["a dog"])
+    base: Any = SimpleNamespace(family=FAMILIES[0], held_in="float32")
+    pair = stack_layer(path := "mid.attn2.to_k", erasers)
+    assert base.family.reads_text(path)
+    problem = LayerProblem(path, pair, pair.down.double(), [1, 1], TEXT, Moment(nn.Linear(3, 4)), 2, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state"
+        with writing_state(file, members, base, load_fuse_spec(), None, None, ["conv"]) as keep:
+            keep(problem)
+        return [file.read_bytes()]
+
+
+def read_state(folder: Path) -> None:
+    """Load the state of a stack, and take from it what a layer is solved from."""
+    state = FusionState.load(folder / "x.safetensors")
+    for name in (TEXT, *state.record.ranks):
+        state.fill(name, Moment(nn.Linear(3, 4), [*state.record.ranks]))
+    assert all(eraser.state_dict() for _, eraser in state.hashed())
 
 
 def read_lora(folder: Path) -> None:
@@ -544,6 +575,7 @@ READERS: dict[str, Reader] = {
         [safetensors_document(content) for content in eraser_contents()],
         safetensors_file,
     ),
+    "state": Reader("x.safetensors", read_state, lambda _: state_contents()),
     "lora": Reader(
         "x.safetensors",
         read_lora,

@@ -286,3 +286,11 @@ def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
+
+
+def test_header_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eraser = random_eraser({"conv": 1}, "a cat")
+    monkeypatch.setattr("esd_lora.erasers.header._MAX_TEXT", len(eraser.header.to_json()) - 1)
+    with pytest.raises(EsdLoraError, match="the header of 1 members would have"):
+        eraser.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
