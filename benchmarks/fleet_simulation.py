@@ -64,29 +64,31 @@ def simulate(requests: int, cards: int, costs: Costs, seed: int = 0) -> Run:
     chance = random.Random(seed)
     nodes = -(-cards // 8)
     first = costs.base * nodes / costs.storage + costs.loading  # eight cards read their files through one node
-    free = [(first + chance.random(), card) for card in range(cards)]
-    heapq.heapify(free)
+    events = [(first + chance.random(), card, False) for card in range(cards)]
+    heapq.heapify(events)
     driver_free = storage_free = end = 0.0
     driver_busy = worked = 0.0
     storage_busy = costs.base * nodes / costs.storage
+    written = costs.result / costs.storage
     lost, left = 0, requests
-    while left:
-        now, card = heapq.heappop(free)
+    while events:
+        now, card, has_result = heapq.heappop(events)
+        if has_result:  # in the order in which results are ready, whoever began first
+            now = end = storage_free = max(now, storage_free) + written
+            storage_busy += written
+        if not left:
+            continue
         now = driver_free = max(now, driver_free) + costs.driver
         driver_busy += costs.driver
         seconds = chance.choice(costs.service)
         fails = chance.expovariate(costs.lost / 3600) if costs.lost else float("inf")
         if fails < seconds:
             lost += 1
-            heapq.heappush(free, (now + fails + costs.loading, card))
+            heapq.heappush(events, (now + fails + costs.loading, card, False))
             continue
-        written = costs.result / costs.storage
-        storage_free = max(now + seconds, storage_free) + written
-        storage_busy += written
         worked += seconds
         left -= 1
-        end = max(end, storage_free)
-        heapq.heappush(free, (storage_free, card))
+        heapq.heappush(events, (now + seconds, card, True))
     hours = end / 3600
     return Run(hours, requests * costs.fusing / 3600, worked / cards / end, driver_busy / end, storage_busy / end, lost)
 

@@ -17,8 +17,8 @@ from esd_lora.fleet.status import ERASERS, Status, folder_of
 from esd_lora.wording import mask_of, printable_lines
 
 PAGE_NAME = "fleet.html"
-_SELDOM = 50
-"""A page is written again after so many times what writing it took, so that it takes 2 % of the time at most."""
+_SELDOM = 200
+"""A page is written again after so many times what writing it took: half a percent of the time."""
 _SOONEST = 5.0  # seconds
 
 
