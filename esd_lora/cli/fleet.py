@@ -95,7 +95,7 @@ def fleet(requests: Path, out: Path, dry_run: bool, hourly: float | None, attemp
         return
     with _interruptible(out):
         statuses = run_fleet(listed, plan, out, _engine(options), choice=choice, attempts=attempts)
-    _show(statuses, out)
+    _show(statuses, out / f"{choice.shard}.html")
 
 
 @click.command(cls=HeavyCommand)
@@ -190,10 +190,10 @@ def _engine(options: dict[str, Any]) -> MakeEngine:
     return bound(LocalEngine, **shared)
 
 
-def _show(statuses: dict[str, Status], out: Path) -> None:
+def _show(statuses: dict[str, Status], page: Path) -> None:
     """Print how many requests stand how, and what a person has to look at."""
     states = Counter(status.state for status in statuses.values())
     for status in statuses.values():
         if status.state in ("failed", "refused"):
             say(f"{status.id} {status.state}: {status.reason}", err=True)
-    say(f"{', '.join(f'{count} {state}' for state, count in states.items()) or 'nothing to do'}: look at {out / 'fleet.html'}")
+    say(f"{', '.join(f'{count} {state}' for state, count in states.items()) or 'nothing to do'}: look at {page}")

@@ -16,23 +16,22 @@ from esd_lora.fleet.request import Request
 from esd_lora.fleet.status import ERASERS, Status, folder_of
 from esd_lora.wording import mask_of, printable_lines
 
-PAGE_NAME = "fleet.html"
 _SELDOM = 200
 """A page is written again after so many times what writing it took: half a percent of the time."""
 _SOONEST = 5.0  # seconds
 
 
 class Page:
-    """`fleet.html`, written again while a fleet runs.
+    """A page that is written again while a fleet runs.
 
     Args:
-        out: The fleet's folder.
+        file: Where it stands, in the fleet's folder.
         requests: Of whom it tells.
         statuses: Where they stand, by id; whoever runs the fleet changes it.
     """
 
-    def __init__(self, out: Path, requests: Sequence[Request], statuses: Mapping[str, Status]):
-        self.out, self.statuses = out, statuses
+    def __init__(self, file: Path, requests: Sequence[Request], statuses: Mapping[str, Status]):
+        self.file, self.out, self.statuses = file, file.parent, statuses
         self.requests = [request for request in requests if request.id in statuses]
         self._begun, self._next = time.monotonic(), 0.0
         self.late = 0
@@ -48,7 +47,7 @@ class Page:
         """Write the page."""
         started = time.monotonic()
         self.late = len(self.overdue())
-        write_atomically(self.out / PAGE_NAME, self._render().encode("utf-8", "backslashreplace"))
+        write_atomically(self.file, self._render().encode("utf-8", "backslashreplace"))
         ended = time.monotonic()
         self._next = ended + max(_SOONEST, _SELDOM * (ended - started))
 

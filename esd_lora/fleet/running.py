@@ -42,6 +42,10 @@ class Shard(NamedTuple):
     """From 0."""
     count: int
 
+    def __str__(self) -> str:
+        """Return the name of its page, which the whole list's does not share with those of parts."""
+        return "fleet" if self.count == 1 else f"fleet-{self.number}-of-{self.count}"
+
     def holds(self, request: str) -> bool:
         """Return whether a request is in this part, whatever else is in the list."""
         return zlib.crc32(request.encode()) % self.count == self.number
@@ -86,7 +90,7 @@ def run_fleet(
     Args:
         requests: All of the list; those to be erased (`ACTIVE`) are worked on, soonest due first.
         plan: Of the list, from `Plan.of`.
-        out: Folder: `erasers/ID/` for each request, `logs/`, `fleet.jsonl`, `fleet.html`.
+        out: Folder: `erasers/ID/` for each request, `logs/`, `fleet.jsonl`, `fleet.html` (`fleet-0-of-4.html` of a shard).
         make_engine: From plan and folder to what works on the jobs: `LocalEngine` with its workers.
         choice: Which requests, if not all.
         attempts: How often a job may be lost or fail before it is given up; what is refused is not tried again.
@@ -98,12 +102,12 @@ def run_fleet(
     out = Path(out)
     with reporting_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with lock_output(out / f"shard-{choice.shard.number}-of-{choice.shard.count}"):
+    with lock_output(out / str(choice.shard)):
         statuses, jobs = survey(requests, plan, out, choice)
         for status in statuses.values():
             if status != read_status(out, status.id):
                 write_status(out, status)
-        page = Page(out, requests, statuses)
+        page = Page(out / f"{choice.shard}.html", requests, statuses)
         states = Counter(status.state for status in statuses.values())
         queue = deque(jobs)
         with tqdm(total=len(jobs), desc="fleet", unit="request", disable=not progress) as bar:

@@ -92,6 +92,7 @@ def test_part_of_a_list(tmp_path: Path) -> None:
     assert run(tmp_path, choice=Choice(limit=1)).worked_on == ["r1"]
     shares = [run(tmp_path / "shards", choice=Choice(shard=Shard(number, 2))).worked_on for number in range(2)]
     assert sorted(name for share in shares for name in share) == ["r1", "r2", "r3"]
+    assert sorted(page.name for page in (tmp_path / "shards").glob("*.html")) == ["fleet-0-of-2.html", "fleet-1-of-2.html"]
     with pytest.raises(EsdLoraError, match="no such request"):
         run(tmp_path, choice=Choice(only=["r9"]))
 
