@@ -23,6 +23,7 @@ from esd_lora.fleet.status import folder_of
 from esd_lora.fleet.working import Outcome, Worker
 
 _PATIENCE = 10.0  # seconds
+_STORE = 2**28  # bytes of a local cluster's object store: what lies there is the plan
 
 
 class _Task(NamedTuple):
@@ -140,7 +141,8 @@ def _connect(ray: Any, address: str | None) -> None:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdecimal() and "/" not in host:
             socket.create_connection((host, int(port)), _PATIENCE).close()  # Ray itself asks for minutes
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        own = {"include_dashboard": False, "object_store_memory": _STORE} if address is None else {}
+        ray.init(address=address, log_to_driver=False, **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise EsdLoraError(f"no Ray cluster at {address!r}: {shortened(str(error))}. Check --address.") from error
 

@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
 ]
+_STORE = 100 * 2**20  # bytes, and a plan is all that lies there
 PLAN = plan_of([request(1)], threads=1)
 
 
@@ -36,8 +37,9 @@ def cluster() -> Generator[Any]:
     """A cluster of two nodes, each with room for two workers."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    node = {"num_cpus": 2, "object_store_memory": _STORE}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -92,7 +94,7 @@ def test_results_that_are_not_seen_are_named(tmp_path: Path) -> None:
 
 
 def test_a_node_that_is_lost_costs_its_jobs_one_attempt(cluster: Any, tmp_path: Path) -> None:
-    node = cluster.add_node(num_cpus=2, resources={"third": 1})
+    node = cluster.add_node(num_cpus=2, object_store_memory=_STORE)
     listed = [request(number) for number in range(12)]
     plan = plan_of(listed, threads=1)
 
