@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from esd_lora.bases.base import Base
+from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack_layer
 from esd_lora.families.family import ModelFamily
 from esd_lora.fuse_specs import FuseSpec
@@ -116,6 +117,8 @@ def _read_batch(
     moments = {name: Moment(layers[readers[0]], readers) for name, readers in batch.items()}
     old = {name: moment for name, moment in moments.items() if known and known.fill(name, moment)}
     new = {name: moment for name, moment in moments.items() if name not in old}
+    for moment in new.values():
+        _make_room(moment, collector.members)
     has, had = {*after}, {*before}
     for group in dict.fromkeys([*after, *before]):
         if group not in had:
@@ -126,3 +129,12 @@ def _read_batch(
             collector.collect(group, new)
         bar.update()
     return moments
+
+
+def _make_room(moment: Moment, members: Mapping[str, Eraser]) -> None:
+    """Lay members' `down_i G_i` side by side: of thousands, small pieces of their own would leave holes in memory."""
+    for path in moment.paths:
+        having = [(key, eraser.pairs[path].rank) for key, eraser in members.items() if path in eraser.pairs]
+        rows = moment.kept.new_zeros(sum(rank for _, rank in having), len(moment.kept))
+        pieces = rows.split([rank for _, rank in having])
+        moment.products |= {(path, key): piece for (key, _), piece in zip(having, pieces, strict=True)}
