@@ -100,9 +100,7 @@ def first_eta(recipe: Recipe) -> float:
 
 
 def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str, str]]]:
-    """Return what is erased of each concept, as `Concept.lessons` does, and names alone in the recipe's frames too.
-
-    That is a concept given by one prompt, or by its name and synonyms.
+    """Return what is erased of each concept, as `Concept.lessons` does, and in the recipe's frames where that is one prompt.
 
     Args:
         recipe: Its concepts and frames.
@@ -110,12 +108,10 @@ def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str,
     """
     listed = listed_prompts(recipe, keep)
     frames = frames_for(recipe, listed)[0] if recipe.frames else []
-    framed: list[list[tuple[str, str, str]]] = []
-    for concept in recipe.concepts:
-        pool = concept.lessons()
-        names_alone = len(pool) == 1 or {concept.name, *concept.synonyms} >= {prompt for _, prompt, _ in pool}
-        framed.append([*pool, *(in_frame(frame, texts) for frame in frames for texts in pool if names_alone)])
-    return framed
+    return [
+        [*pool, *(in_frame(frame, pool[0]) for frame in frames if len(pool) == 1)]
+        for pool in (concept.lessons() for concept in recipe.concepts)
+    ]
 
 
 def in_frame(frame: str, texts: tuple[str, str, str]) -> tuple[str, str, str]:

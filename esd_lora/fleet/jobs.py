@@ -120,8 +120,8 @@ class Plan(NamedTuple):
     def recipe(self, request: Request, *, second: bool = False) -> Recipe:
         """Return the recipe that erases what a request names.
 
-        An object, a person or a character is erased by its names, in frames where the recipe has them; a style by prompts that
-        ask for it, each anchored on itself without the style. What the request keeps is guarded.
+        An object, a person or a character is erased by its names, each a concept with frames where the recipe has them; a style
+        by prompts that ask for it, each anchored on itself without the style. What the request keeps is guarded.
 
         Args:
             request: Its own settings stand above all others.
@@ -132,17 +132,18 @@ class Plan(NamedTuple):
         """
         names, avoid = request.names, self.avoided_by(request)
         anchor = "" if request.anchor == "none" else request.anchor
-        concept: dict[str, Any] = {"name": request.concept, "synonyms": request.synonyms, "anchor": anchor}
         fields: dict[str, Any] = {"avoid": avoid, "guard": request.keep}
         if request.kind == "style":
             templates = [template.format(name=name) for name in names for template in STYLE_PROMPTS]
-            concept["prompts"] = [{"prompt": template, "anchor": "{x}"} for template in templates]
-            concept["fill"] = style_subjects(self.settings.base, names)
+            prompts = [{"prompt": template, "anchor": "{x}"} for template in templates]
+            fill = style_subjects(self.settings.base, names)
             fields["objective"] = "contrast"
-        else:
-            concept["prompts"] = names
+            fields["concepts"] = [{"name": names[0], "synonyms": names[1:], "prompts": prompts, "fill": fill}]
+        else:  # frames stand around a concept that is given by one prompt
+            others = {name: tuple(other for other in names if other != name) for name in names}
+            fields["concepts"] = [{"name": name, "synonyms": others[name], "anchor": anchor} for name in names]
         preset = self.second if second and self.second else self.preset
-        return load_recipe(preset, request.settings, concepts=[concept], **fields)
+        return load_recipe(preset, request.settings, **fields)
 
     def avoided_by(self, request: Request) -> tuple[str, ...]:
         """Return the names of others that are neither preserved nor take the place of what a request erases."""

@@ -292,6 +292,7 @@ def without_names(whole: Eraser, members: Sequence[Request]) -> Eraser:
         else concept
         for concept in whole.header.concepts
     ]
+    concepts = list({concept.name: concept for concept in concepts}.values())
     telling: dict[str, Any] = {"recipes": (), "solved": (), "calibrations": (), "evaluation": None, "preserve": ()}
     made = {
         field: tuple(step.model_copy(update={"dropped": ()}) for step in getattr(whole.header, field))

@@ -28,6 +28,7 @@ from esd_lora.fleet.page import Page
 from esd_lora.fleet.request import Request
 from esd_lora.fleet.status import State, Status, folder_of, read_status, write_status
 from esd_lora.fleet.working import Outcome
+from esd_lora.wording import printable
 
 EVENTS_NAME = "fleet.jsonl"
 """A line of JSON for every job that ended: when, which, how, at which attempt, after how many seconds."""
@@ -108,7 +109,7 @@ def run_fleet(
             if status != read_status(out, status.id):
                 write_status(out, status)
         page = Page(out / f"{choice.shard}.html", requests, statuses)
-        states = Counter(status.state for status in statuses.values())
+        states = Counter[State](status.state for status in statuses.values())
         queue = deque(jobs)
         with tqdm(total=len(jobs), desc="fleet", unit="request", disable=not progress) as bar:
 
@@ -126,7 +127,7 @@ def run_fleet(
                 else:
                     states[status.state] += 1
                     bar.update()
-                    bar.set_postfix_str(_summary(states, page))
+                    bar.set_postfix_str(printable(_summary(states, page)))
                 page.write_now_and_then()
         page.write()
     return statuses

@@ -112,7 +112,8 @@ class Worker:
             return None
         suite = load_suite(job.suite, settings.suite_settings)
         measured = folder / MEASURED
-        report = evaluate(self.base, suite, measured, erasers=[folder], limit=settings.limit, force=True, progress=False)
+        options = {"concepts": (job.request.concept,), "limit": settings.limit, "force": True, "progress": False}
+        report = evaluate(self.base, suite, measured, erasers=[folder], **options)
         if report.has_numbers:
             attach(folder, report, None if suite.sensitive else measured)
         return report

@@ -333,6 +333,6 @@ def test_documentation_lists_every_column_and_its_example_is_read(tmp_path: Path
     file = tmp_path / "requests.csv"
     file.write_text(re.sub("^    ", "", example, flags=re.MULTILINE), "utf-8")
     read = read_requests(file)
-    assert [(r.concept, r.kind) for r in read] == [("cat", "object"), ("pizza", "object"), ("twemoji", "style")]
+    assert [(r.concept, r.kind) for r in read] == [("a cat", "object"), ("a pizza", "object"), ("twemoji", "style")]
     for one in read:
         assert load_recipe("instant", one.settings, base="emoji", concepts=[one.concept])
