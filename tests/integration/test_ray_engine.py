@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
@@ -37,6 +39,8 @@ def cluster() -> Generator[Any]:
     """A cluster of two nodes, each with room for two workers."""
     from ray.cluster_utils import Cluster
 
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))  # workers find the stub where this process does
     node = {"num_cpus": 2, "object_store_memory": _STORE}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     cluster.add_node(**node)
@@ -44,6 +48,7 @@ def cluster() -> Generator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    patch.undo()
 
 
 def jobs(*concepts: str) -> deque[Job]:
