@@ -37,10 +37,10 @@ SYLLABLES = ("ba", "do", "fe", "gu", "ka", "li", "mo", "ne", "pu", "ra", "si", "
 
 def write_requests(file: Path, count: int) -> list[str]:
     """Write a list of objects, the built-in base's own first, the rest made-up names; return the ids."""
-    chance = random.Random(0)
+    generator = random.Random(0)
     names = [f"a {name}" for name in domain("emoji")["objects"]][:count]
     while len(names) < count:
-        name = f"a {''.join(chance.choices(SYLLABLES, k=4))}"
+        name = f"a {''.join(generator.choices(SYLLABLES, k=4))}"
         names += [name] if name not in names else []
     ids = [f"r{number:05d}" for number in range(count)]
     lines = [f"{one},{name},object" for one, name in zip(ids, names, strict=True)]
@@ -119,11 +119,11 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
     calm, stormy = out / "calm", out / "stormy"
     if start(listed, calm, 2).wait():
         raise SystemExit("the undisturbed fleet failed")
-    chance = random.Random(1)
+    generator = random.Random(1)
     killed = Counter[str]()
     fleet = begun(listed, stormy)
     while killed["workers"] < number or not killed["driver"]:
-        time.sleep(chance.uniform(3, 10))
+        time.sleep(generator.uniform(3, 10))
         if fleet.poll() is not None:
             raise SystemExit(f"the fleet ended after {killed['workers']} kills: give more --requests")
         if killed["workers"] == number // 2 and not killed["driver"]:
@@ -134,7 +134,7 @@ def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
             continue
         workers = [child for child in psutil.Process(fleet.pid).children() if "spawn_main" in " ".join(child.cmdline())]
         if workers:
-            chance.choice(workers).kill()
+            generator.choice(workers).kill()
             killed["workers"] += 1
     if fleet.wait():
         raise SystemExit("the disturbed fleet failed")

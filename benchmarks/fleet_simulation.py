@@ -25,11 +25,11 @@ class Costs(NamedTuple):
     """What things take, in seconds, bytes and bytes a second."""
 
     service: list[float]
-    """Of requests, as they were measured."""
+    """Seconds of requests, as they were measured."""
     driver: float
-    """Of the driver, for a request."""
+    """Seconds that the driver spends on a request."""
     loading: float
-    """Of a worker's base, once its files are there."""
+    """Seconds until a worker has loaded its base, once the files are there."""
     base: float
     """Bytes of the base's files."""
     result: float
@@ -39,7 +39,7 @@ class Costs(NamedTuple):
     lost: float
     """Share of workers that are lost in an hour, spot machines for example."""
     fusing: float
-    """Of one eraser in the stack."""
+    """Seconds of fusing for an eraser."""
 
 
 class Run(NamedTuple):
@@ -61,10 +61,10 @@ class Run(NamedTuple):
 
 def simulate(requests: int, cards: int, costs: Costs, seed: int = 0) -> Run:
     """Return what a fleet comes to: a queue, workers that draw from it, one driver, one storage."""
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     nodes = -(-cards // 8)
     first = costs.base * nodes / costs.storage + costs.loading  # eight cards read their files through one node
-    events = [(first + chance.random(), card, False) for card in range(cards)]
+    events = [(first + generator.random(), card, False) for card in range(cards)]
     heapq.heapify(events)
     driver_free = storage_free = end = 0.0
     driver_busy = worked = 0.0
@@ -80,8 +80,8 @@ def simulate(requests: int, cards: int, costs: Costs, seed: int = 0) -> Run:
             continue
         now = driver_free = max(now, driver_free) + costs.driver
         driver_busy += costs.driver
-        seconds = chance.choice(costs.service)
-        fails = chance.expovariate(costs.lost / 3600) if costs.lost else float("inf")
+        seconds = generator.choice(costs.service)
+        fails = generator.expovariate(costs.lost / 3600) if costs.lost else float("inf")
         if fails < seconds:
             lost += 1
             heapq.heappush(events, (now + fails + costs.loading, card, False))

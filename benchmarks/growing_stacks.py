@@ -322,21 +322,21 @@ def main() -> None:
         if options.publish:
             plot(rows, ROOT / "docs" / "growing.png")
     if "change" in wanted:
-        found = stage("change")
-        anew, cells = found["fuse"], list[list[str]]()
+        result = stage("change")
+        anew, cells = result["fuse"], list[list[str]]()
         for name, what in (("fuse", f"fuse {STACKED + 1}"), ("add", "add one to 100"), ("remove", "remove one of 101")):
-            row = found[name]
+            row = result[name]
             both = [(each["seconds"], each["seconds"] + clip * each["texts"]) for each in (row, anew)]
             ratios = [f"1/{of / one:.0f}" for one, of in zip(*both, strict=True)]
             same = f"{row['distance']:.1e}" if "distance" in row else ""
             cells.append([what, f"{row['texts']:,}", f"{both[0][0]:.1f}", ratios[0], f"{both[0][1]:.0f}", ratios[1], same])
         head = ["", "texts", "s", "of fusing", "s with CLIP's text", "of fusing", "off the stack fused anew"]
-        states = f"{note} Its state has {found['state'] / 1e6:,.0f} MB. Medians of {ROUNDS} changes."
+        states = f"{note} Its state has {result['state'] / 1e6:,.0f} MB. Medians of {ROUNDS} changes."
         show("growing-change", head, cells, states, publish=options.publish)
     if "emoji" in wanted:
-        found = stage("emoji")
-        added = statistics.median(found["add"])
-        print(f"twelve at once in {found['fuse']:.1f} s, one more in {added:.1f} s; off by {found['distance']:.1e}")
+        result = stage("emoji")
+        added = statistics.median(result["add"])
+        print(f"twelve at once in {result['fuse']:.1f} s, one more in {added:.1f} s; off by {result['distance']:.1e}")
         head = ["removed of twelve", "base", "stack of twelve", "without it", "never had it", "off that", "s"]
         cells = [
             [
@@ -344,11 +344,11 @@ def main() -> None:
                 *(f"{hits / of:.1%}" for hits, of in (row[who] for who in ("base", "whole", "without", "never"))),
                 *(f"{row['distance']:.1e}", f"{row['seconds']:.1f}"),
             ]
-            for name, row in found["removed"].items()
+            for name, row in result["removed"].items()
         ]
         note = (
             f"Pictures of {SHOTS} on which the judge names the concept. Twelve added one by one are off the twelve fused at"
-            f" once by {found['distance']:.1e} of a layer's update; that took {found['fuse']:.1f} s, one more {added:.1f}."
+            f" once by {result['distance']:.1e} of a layer's update; that took {result['fuse']:.1f} s, one more {added:.1f}."
         )
         show("growing-emoji", head, cells, note, publish=options.publish)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import hash_folder, read_bounded, replaced_file, write_atomically
+from esd_lora.json_files import read_json
 from esd_lora.wording import printable
 
 CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME = "README.md", "manifest.json", "manifest.json.asc"
@@ -146,21 +147,38 @@ def render_card(record: Record, changes: Changes) -> str:
     return "\n".join(lines)
 
 
-def write_manifest(folder: Path, number: int, signed_by: str | None) -> str:
+def write_manifest(folder: Path, number: int, content: str, signed_by: str | None) -> str:
     """Write the SHA-256 of every file in a folder into its manifest, sign that with GnuPG if asked to, and return its own.
+
+    Args:
+        folder: What is published.
+        number: Number of the release.
+        content: Hash of what the stack was made from: see `published_content`.
+        signed_by: GnuPG's name of the key; not signed unless given.
 
     Raises:
         EsdLoraError: If GnuPG is not there, or refuses.
     """
     manifest, signature = folder / MANIFEST_NAME, folder / SIGNATURE_NAME
     hashes = hash_folder(folder, (manifest, signature))
-    content = json.dumps({"release": number, "sha256": hashes}, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    document = {"release": number, "content": content, "sha256": hashes}
+    text = json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n"
     signature.unlink(missing_ok=True)
-    write_atomically(manifest, content)
+    write_atomically(manifest, text)
     if signed_by is not None:
         with replaced_file(signature) as file:
             sign(manifest, file, signed_by)
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(text).hexdigest()
+
+
+def published_content(folder: Path) -> str:
+    """Return the hash of what a published stack was made from; empty where nothing is published.
+
+    Raises:
+        EsdLoraError: If its manifest is damaged.
+    """
+    manifest = folder / MANIFEST_NAME
+    return str(read_json(manifest).get("content", "")) if manifest.is_file() else ""
 
 
 def sign(file: Path, signature: Path, signed_by: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,17 +26,19 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.evaluating import evaluate
 from esd_lora.evaluation.report.report import Report
 from esd_lora.evaluation.suites.suite_files import load_suite
-from esd_lora.files import lock_output, read_bounded, replaced_file, write_atomically
+from esd_lora.files import lock_output, read_bounded, replace_directory, replaced_file, write_atomically
 from esd_lora.fleet.jobs import ACTIVE, Plan, suite_for
 from esd_lora.fleet.records import (
     CARD_NAME,
     LARGEST_RECORD,
     MANIFEST_NAME,
     RECORDS,
+    SIGNATURE_NAME,
     Changes,
     Entry,
     Record,
     last_record,
+    published_content,
     render_card,
     same_content,
     write_manifest,
@@ -56,8 +59,8 @@ from esd_lora.weights.merging import merge
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
 
-FLEET, MEASURED, PUBLISHED = "fleet", "measured", "published"
-"""Folders of a release: erasers of single requests, measurements of all together, what may be published."""
+FLEET, MEASURED, CANDIDATE, PUBLISHED = "fleet", "measured", "candidate", "published"
+"""Folders of a release: erasers of single requests, measurements of all together, what waits for its gates, and what passed."""
 ERASER, MODEL = "eraser", "model"
 _STEPS_NAME = "steps.json"
 
@@ -145,12 +148,14 @@ class _Run:
     ):
         self.plan, self.out, self.members, self.statuses = plan, out, members, statuses
         self.steps, self.progress = steps, progress
-        self.published = out / PUBLISHED
         self._base: Base | None = None
         keys = sorted((member.id, statuses[member.id].key, member.private) for member in members)
         text = json.dumps([__version__, plan.digest, keys, steps])
         self.content = hashlib.sha256(text.encode()).hexdigest()
         """Hash of everything that the stack depends on."""
+        # What is published changes as a whole, once nothing speaks against it.
+        self.place = out / (PUBLISHED if published_content(out / PUBLISHED) == self.content else CANDIDATE)
+        """Folder of the eraser and the model."""
 
     @property
     def base(self) -> Base:
@@ -162,23 +167,23 @@ class _Run:
 
     def erase(self) -> None:
         """Fuse or harmonise the members into one eraser."""
-        if self._stands("eraser", self.content, self.published / ERASER):
+        if self.place.name == PUBLISHED or self._stands("eraser", self.content, self.place / ERASER):
             return
         members = [Eraser.load(folder_of(self.out / FLEET, member.id)) for member in self.members]
         if self.steps:
             whole = harmonise(members, self.base, steps=self.steps, progress=self.progress)
         else:
             whole = fuse_again(members, self.base, self.out / STATE_NAME, progress=self.progress)
-        save_with_card(without_names(whole, self.members), self.published / ERASER)
+        save_with_card(without_names(whole, self.members), self.place / ERASER)
         self._note("eraser", self.content)
 
     def merge(self) -> None:
         """Merge that eraser into the base."""
         base = self.plan.settings.base
-        model = self.published / (f"{MODEL}.safetensors" if Path(base).is_file() else MODEL)
-        if self._stands("model", self.content, model):
+        model = self.place / (f"{MODEL}.safetensors" if Path(base).is_file() else MODEL)
+        if self.place.name == PUBLISHED or self._stands("model", self.content, model):
             return
-        merge([self.published / ERASER], base, model, force=True, progress=self.progress)
+        merge([self.place / ERASER], base, model, force=True, progress=self.progress)
         self._note("model", self.content)
 
     def measure(self, gates: Sequence[str]) -> tuple[dict[str, dict[str, float]], dict[str, bool]]:
@@ -199,7 +204,7 @@ class _Run:
         place = self.out / MEASURED / kind
         key = json.dumps([self.content, suite, dict(self.plan.settings.suite_settings), self.plan.settings.limit])
         if not self._stands(f"measured {kind}", key, place):
-            whole = Eraser.load(self.published / ERASER)
+            whole = Eraser.load(self.place / ERASER)
             concepts = tuple(ErasedConcept(name=m.concept, synonyms=m.synonyms, pairs=(), eta=None) for m in self.members)
             named = Eraser(whole.pairs, whole.header.model_copy(update={"concepts": concepts}))
             loaded = load_suite(suite, self.plan.settings.suite_settings)
@@ -232,19 +237,34 @@ class _Run:
             gates=gates,
             manifest="",
         )
-        if held or (before and same_content(before, record) and self._manifest_stands(before)):
-            return record if held else before or record
+        if held:
+            return record
+        if before and same_content(before, record) and self._manifest_stands(before, signed_by):
+            return before
         card = render_card(record, Changes.between(before.requests if before else {}, entries))
-        write_atomically(self.published / CARD_NAME, card.encode("utf-8", "backslashreplace"))
-        record = record.model_copy(update={"manifest": write_manifest(self.published, record.number, signed_by)})
+        write_atomically(self.place / CARD_NAME, card.encode("utf-8", "backslashreplace"))
+        record = record.model_copy(update={"manifest": write_manifest(self.place, record.number, self.content, signed_by)})
+        self._publish()
         records = self.out / RECORDS
         records.mkdir(exist_ok=True)
         write_atomically(records / f"{record.number}.json", f"{record.model_dump_json(indent=1)}\n".encode())
         return record
 
-    def _manifest_stands(self, before: Record) -> bool:
-        file = self.published / MANIFEST_NAME
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == before.manifest
+    def _publish(self) -> None:
+        """Put the candidate in the place of what is published."""
+        published = self.out / PUBLISHED
+        if self.place == published:
+            return
+        for step in ("eraser", "model"):
+            self._note(step, "")  # what lies in the candidate's folder afterwards is the release before
+        replace_directory(published, self.place, None)
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place = published
+
+    def _manifest_stands(self, before: Record, signed_by: str | None) -> bool:
+        file, signature = self.place / MANIFEST_NAME, self.place / SIGNATURE_NAME
+        whole = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == before.manifest
+        return whole and (signed_by is None or signature.is_file())
 
     def _steps(self) -> dict[str, str]:
         file = self.out / _STEPS_NAME

@@ -155,12 +155,16 @@ def test_who_became_what_is_to_go_is_made_anew(first: Path, tmp_path: Path) -> N
 
 def test_a_gate_that_holds_keeps_the_release_back(first: Path, tmp_path: Path) -> None:
     out = shutil.copytree(first, tmp_path / "gate")
+    before = {file: file.read_bytes() for file in (out / PUBLISHED).rglob("*") if file.is_file()}
     with pytest.raises(EsdLoraError, match=r"not released: base\.accuracy<2"):
         released([CAT, PIZZA], out, gates=["base.accuracy<2"])
     record = last_record(out)
     assert record is not None
     assert record.number == 1
     assert (out / MEASURED / "object" / "report.html").is_file()
+    assert before == {file: file.read_bytes() for file in (out / PUBLISHED).rglob("*") if file.is_file()}
+    assert released([CAT, PIZZA], out) == []
+    assert "withdrawn r3" in (out / PUBLISHED / "README.md").read_text()
 
 
 def test_a_request_without_an_eraser_keeps_the_release_back(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def on(base: Base, scope: str, name: str, seed: int, **header: object) -> Eraser
 
 @pytest.fixture
 def members(base: Base) -> dict[str, Eraser]:
-    """Of different scopes and ranks, convolutions among their layers; one preserves what stands in no list."""
+    """Return members of different scopes and ranks, convolutions among their layers; one preserves what stands in no list."""
     preserve = {"a bee": ("a cow", "a cat on a cow")}
     return {
         name: on(base, scope, name, seed, preserve=preserve.get(name, ())) for seed, (name, scope) in enumerate(SCOPES.items())
