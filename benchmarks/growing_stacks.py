@@ -177,7 +177,7 @@ def change_steps(text: str, folder: Path) -> dict[str, Any]:
     """Add and remove the last of 101, beside fusing anew."""
     from esd_lora.erasers.eraser import Eraser
     from esd_lora.fusing.closed_form import fuse
-    from esd_lora.fusing.growing import add_members, remove_members
+    from esd_lora.fusing.growing import change_members
 
     base = random_base(text)
     members = [Eraser.load(path) for path in write_erasers(STACKED + 1, folder)]
@@ -188,8 +188,8 @@ def change_steps(text: str, folder: Path) -> dict[str, Any]:
     name = members[-1].names[0]
     results: dict[str, Any] = {"fuse": {"seconds": seconds, "texts": texts}, "state": many.stat().st_size}
     for what, work, anew in (
-        ("add", lambda: add_members(few, members[-1:], base, state=folder / "new", **options), whole),
-        ("remove", lambda: remove_members(many, [name], base, state=folder / "new", **options), rest),
+        ("add", lambda: change_members(few, base, add=members[-1:], state=folder / "new", **options), whole),
+        ("remove", lambda: change_members(many, base, remove=[name], state=folder / "new", **options), rest),
     ):
         texts, runs = count_texts(lambda work=work: [timed(work) for _ in range(ROUNDS)])
         middle = statistics.median(seconds for seconds, _ in runs)
@@ -208,7 +208,7 @@ def emoji_steps(folder: Path) -> dict[str, Any]:
     from esd_lora.evaluation.cases import object_cases
     from esd_lora.evaluation.detectors.judge import Judge
     from esd_lora.fusing.closed_form import fuse
-    from esd_lora.fusing.growing import add_members, remove_members
+    from esd_lora.fusing.growing import change_members
     from esd_lora.fusing.prompts import keep_list, own_prompts
 
     base, judge = load_base("emoji"), Judge("emoji")
@@ -220,14 +220,14 @@ def emoji_steps(folder: Path) -> dict[str, Any]:
     stack, added = None, list[float]()
     for member in others:
         took, stack = timed(
-            lambda member=member: add_members(folder / "grown", [member], base, state=folder / "grown", **options)
+            lambda member=member: change_members(folder / "grown", base, add=[member], state=folder / "grown", **options)
         )
         added.append(took)
     results: dict[str, Any] = {"fuse": seconds, "add": added, "distance": distance(whole, stack), "removed": {}}
     kept, dropped = keep_list(list(members.values()), base.keep)
     used = {prompt for member in members.values() for prompt in own_prompts(member, kept, dropped)}
     for name in REMOVED:
-        took, without = timed(lambda name=name: remove_members(folder / "whole", [name], base, **options))
+        took, without = timed(lambda name=name: change_members(folder / "whole", base, remove=[name], **options))
         never = fuse([member for other, member in members.items() if other != name], base, **options)
         cases = object_cases(name, used, SHOTS)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from esd_lora.formats.importing import import_lora
     from esd_lora.formats.inspecting import diff, inspect_file
     from esd_lora.fusing.closed_form import fuse
-    from esd_lora.fusing.growing import add_members, remove_members
+    from esd_lora.fusing.growing import change_members
     from esd_lora.fusing.harmonising import harmonise
     from esd_lora.gating import Gate
     from esd_lora.recipe import Recipe
@@ -51,9 +51,9 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "evaluation.report.report",
     "Strength": "erasers.stacking",
-    "add_members": "fusing.growing",
     "attach": "evaluation.report.attaching",
     "catalog": "sharing.catalog",
+    "change_members": "fusing.growing",
     "compress": "erasers.stacking",
     "diff": "formats.inspecting",
     "evaluate": "evaluation.evaluating",
@@ -70,7 +70,6 @@ _HOMES = {
     "merge": "weights.merging",
     "pull": "sharing.pulling",
     "push": "sharing.pushing",
-    "remove_members": "fusing.growing",
     "score_pictures": "evaluation.evaluating",
     "search": "sharing.catalog",
     "stack": "erasers.stacking",
@@ -85,9 +84,9 @@ __all__ = [
     "Recipe",
     "Report",
     "Strength",
-    "add_members",
     "attach",
     "catalog",
+    "change_members",
     "compress",
     "diff",
     "evaluate",
@@ -104,7 +103,6 @@ __all__ = [
     "merge",
     "pull",
     "push",
-    "remove_members",
     "score_pictures",
     "search",
     "stack",

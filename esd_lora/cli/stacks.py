@@ -115,7 +115,7 @@ def stack(
         members = [] if change else [load_eraser(path) for path in paths]
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
         if dry_run:
-            _rehearse(members, strengths, loaded if how == "closed-form" else None, out, **given(rank=rank), **settings)
+            _rehearse(members, strengths, None if how == "sum" else loaded, out, keep_state, **given(rank=rank), **settings)
             return
         if loaded and change:
             stacked = _change(paths[0], loaded, ranks, state, **change)
@@ -143,25 +143,30 @@ def _rehearse(
     strengths: Sequence[Strength],
     base: Base | None,
     out: Path,
+    keep_state: bool,
     *,
     harmonise: int | None = None,
     keep: str = "default",
+    rank: int | None = None,
     **fields: Any,
 ) -> None:
     """Print what stacking would take, and what it would write."""
     from esd_lora.built_in import read_prompts
-    from esd_lora.erasers.eraser import WEIGHTS_NAME
-    from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
+    from esd_lora.erasers.eraser import STATE_NAME, WEIGHTS_NAME
+    from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising, state_size
 
     options = {"weights": strengths, "keep": None if keep == "default" else read_prompts(keep), **fields}
     if base is None:
         say("a sum of weights: no evaluation of a base, and about as much memory as the erasers take")
     elif harmonise:
-        say(*estimate_harmonising(members, base, steps=harmonise, **options).lines())
+        say(*estimate_harmonising(members, base, steps=harmonise, **given(rank=rank), **options).lines())
     else:
-        say(*estimate_fusing(members, base, **options).lines())
+        say(*estimate_fusing(members, base, **given(rank=rank), **options).lines())
+    files = f"{WEIGHTS_NAME}, README.md"
+    if base and keep_state:
+        files += f", {STATE_NAME} ({state_size(members, base, **options) / 1e6:,.1f} MB)"
     manifest = out.suffix.lower() in (".yaml", ".yml")
-    say(f"would be written: {out}" if manifest else f"would be written into {out}: {WEIGHTS_NAME}, README.md")
+    say(f"would be written: {out}" if manifest else f"would be written into {out}: {files}")
 
 
 def _check(
@@ -197,9 +202,7 @@ def _check_change(
     """Refuse what does not go with a change of a stack's members, of which `others` are further options that were given."""
     if not change:
         return
-    option = f"--{next(iter(change))}"
-    if len(change) > 1:
-        raise EsdLoraError("--add and --remove are two changes: make one, and the other of its result.")
+    option = " and ".join(f"--{name}" for name in change)
     if [(weight, blocks) for _, weight, blocks in stacks] != [(1, {})]:
         raise EsdLoraError(f"{option} changes one stack, given by its directory, without a weight.")
     if not base:
@@ -269,13 +272,11 @@ def _change(
 ) -> Eraser:
     """Add members to a stack or remove some, and print what was done."""
     from esd_lora.erasers.manifests import load_eraser
-    from esd_lora.fusing.growing import add_members, remove_members
+    from esd_lora.fusing.growing import change_members
 
     paths, strengths = unweighted(add)
-    if remove:
-        changed = remove_members(stack, remove, base, state=state, **ranks)
-    else:
-        changed = add_members(stack, [load_eraser(path) for path in paths], base, weights=strengths, state=state, **ranks)
+    joining = [load_eraser(path) for path in paths]
+    changed = change_members(stack, base, add=joining, weights=strengths, remove=remove, state=state, **ranks)
     _say_how(changed, changed.header.fusions[-1].dropped)
     return changed
 

@@ -25,7 +25,7 @@ from esd_lora.fusing.harmonising import walked_prompts
 from esd_lora.fusing.moments import TEXT, Moment, MomentCollector, PromptGroup
 from esd_lora.fusing.prompts import Members, gather_members
 from esd_lora.fusing.reading import batches_of_moments, groups_of
-from esd_lora.fusing.states import LayerProblem
+from esd_lora.fusing.states import LayerProblem, state_bytes
 from esd_lora.recipe import LoraSpec
 from esd_lora.recipe_files import load_fuse_spec, load_harmonise_spec
 from esd_lora.trajectory import in_float64, latents_per_batch, pick
@@ -68,6 +68,21 @@ def estimate_fusing(
     pace = Pace(time_text(base), _time_walking(base, denoising[0], groups, spec) if denoising else 0.0)
     sizes = (min(rank or ranks[path], ranks[path]) * (widths[path] + len(layers[path].weight)) for path in widths)
     return Estimate(work, work, pace, around, peak_memory(base), 4 * sum(sizes))
+
+
+def state_size(
+    erasers: Sequence[Eraser],
+    base: Base,
+    *,
+    weights: Sequence[float | Strength] | None = None,
+    keep: Sequence[str] | None = None,
+    spec: FuseSpec | str | Path = "fuse",
+    **fields: Any,
+) -> int:
+    """Return the bytes of the state that `fuse` keeps of a stack; its arguments are the same."""
+    members = gather_members(erasers, base, weights, keep)
+    wide = [path for path, pair in outline(members.erasers).pairs.items() if pair.down[0].numel() > WIDEST]
+    return state_bytes(members, base, load_fuse_spec(spec, **fields), wide)
 
 
 def _time_solving(weight: torch.Tensor, rank: int, count: int) -> float:

@@ -1,7 +1,8 @@
 """Workers on a Ray cluster: actors that load the base once, on as many machines as there are.
 
 Ray Core places them, a fraction of a GPU each if asked for, notices what dies, and brings results back as they end. Every node
-needs this package, and sees the fleet's folder and the base under the same path. Workers of one node read a base from the same
+needs this package, and the base under the same name. Where a node sees the fleet's folder, its workers write there; elsewhere
+they work in a folder of their own, and Ray carries what they made to the driver. Workers of one node read a base from the same
 pages of memory where its files hold the dtype that is used; on a card each has its own.
 """
 
@@ -11,15 +12,17 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from uuid import uuid4
 
-from esd_lora.erasers.eraser import WEIGHTS_NAME
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.fleet.engines import EARLY_ENDS, Lost, MakeWorker
 from esd_lora.fleet.jobs import Job, Plan
-from esd_lora.fleet.status import folder_of
+from esd_lora.fleet.parcels import pack, unpack
 from esd_lora.fleet.working import Outcome, Worker
 
 _PATIENCE = 10.0  # seconds
@@ -34,12 +37,32 @@ class _Task(NamedTuple):
     deadline: float | None
 
 
+class _NodeWorker:
+    """A worker on a node of the cluster.
+
+    Args:
+        make_worker: Makes what works on jobs.
+        plan: What all jobs have in common.
+        out: The fleet's folder, as the driver sees it.
+        mark: Name of a file there; a node that has it sees the same folder.
+    """
+
+    def __init__(self, make_worker: MakeWorker, plan: Plan, out: Path, mark: str):
+        self._own = None if (out / mark).is_file() else TemporaryDirectory(prefix="esd-lora-")
+        self._worker = make_worker(plan, Path(self._own.name) if self._own else out)
+
+    def work(self, job: Job) -> tuple[Outcome, bytes]:
+        """Return what came of a job, and what the driver does not see of it."""
+        outcome = self._worker.work(job)
+        return outcome, pack(Path(self._own.name)) if self._own else b""
+
+
 class RayEngine:
     """Actors on a Ray cluster.
 
     Args:
         plan: What all jobs have in common.
-        out: The fleet's folder, on storage that every node sees.
+        out: The fleet's folder.
         workers: Number of actors; those that the cluster has no room for wait.
         timeout: Seconds after which a worker is ended, its job lost; none unless given.
         address: Of the cluster, `auto` for the one that runs here; a local one is begun unless given.
@@ -65,15 +88,19 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise EsdLoraError('--engine ray needs Ray, which is not installed: pip install "esd-lora[ray]".') from error
-        self.out, self.workers, self.timeout = out.resolve(), workers, timeout
+        self.out, self.workers, self.timeout, self._make_worker = out.resolve(), workers, timeout, make_worker
         self._ray: Any = ray
         if not ray.is_initialized():
             _connect(ray, address)
-        self._class: Any = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(make_worker)
+        self._class: Any = ray.remote(num_cpus=plan.settings.threads or 1, num_gpus=gpus)(_NodeWorker)
         self._plan = ray.put(plan)
 
     def run(self, jobs: deque[Job], begun: Callable[[Job], None]) -> Iterator[Outcome | Lost]:
         """Work as `Engine.run` says."""
+        with _marked(self.out) as mark:
+            yield from self._run(jobs, begun, mark)
+
+    def _run(self, jobs: deque[Job], begun: Callable[[Job], None], mark: str) -> Iterator[Outcome | Lost]:
         ray = self._ray
         tasks: dict[Any, _Task] = {}
         idle: list[Any] = []
@@ -83,7 +110,7 @@ class RayEngine:
                 while len(tasks) + len(idle) < min(
                     self.workers, len(jobs) + sum(task.job is not None for task in tasks.values())
                 ):
-                    actor = self._class.remote(self._plan, self.out)
+                    actor = self._class.remote(self._make_worker, self._plan, self.out, mark)
                     tasks[actor.__ray_ready__.remote()] = _Task(actor, None, None)
                 while idle and jobs:
                     begun(job := jobs.popleft())
@@ -92,7 +119,7 @@ class RayEngine:
                 for reference in self._awaited(tasks):
                     actor, job, _ = tasks.pop(reference)
                     try:
-                        outcome = ray.get(reference, timeout=0)
+                        result = ray.get(reference, timeout=0)
                     except ray.exceptions.RayError as error:
                         late = isinstance(error, ray.exceptions.GetTimeoutError)
                         ray.kill(actor)
@@ -105,7 +132,9 @@ class RayEngine:
                     idle.append(actor)
                     able = True
                     if job is not None:
-                        self._require_shared(outcome)
+                        outcome, content = result
+                        if content:
+                            unpack(content, self.out, job.request.id)
                         yield outcome
         finally:
             for actor in [*idle, *(task.actor for task in tasks.values())]:
@@ -120,14 +149,17 @@ class RayEngine:
         late = [reference for reference, task in tasks.items() if task.deadline is not None and task.deadline <= now]
         return ended or late
 
-    def _require_shared(self, outcome: Outcome) -> None:
-        """Refuse results that lie on another machine's own disk.
 
-        Raises:
-            EsdLoraError: With what the folder has to be.
-        """
-        if outcome.state == "done" and not (folder_of(self.out, outcome.job.request.id) / WEIGHTS_NAME).is_file():
-            raise EsdLoraError(f"a worker's results are not in {self.out} here. Give a folder on storage that all nodes share.")
+@contextmanager
+def _marked(out: Path) -> Generator[str]:
+    """Yield the name of a file that stands in a folder for the length of a `with` block."""
+    mark = out / f".{uuid4().hex}"
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        yield mark.name
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -33,6 +34,8 @@ MAX_REQUESTS = 200_000
 _ENOUGH = 100
 """Faults after which the rest of a list is not looked at."""
 _CHOICES = {"kind": get_args(Kind), "basis": get_args(Basis), "status": get_args(Status)}
+_FORMULA = re.compile(r"'*(?!-?[0-9.]+(e[-+]?[0-9]+)?$)[-=+@\t\r]")
+"""Cells that a spreadsheet would compute. Written, they get an apostrophe, which makes them text; read, they lose it."""
 _STANDING = ("open", "done")
 """States in which what a request erases and keeps holds."""
 _Faults: TypeAlias = list[tuple[int, str]]
@@ -51,8 +54,9 @@ def read_requests(file: str | Path) -> tuple[Request, ...]:
     """Read a list of requests, and warn of those whose names overlap.
 
     Args:
-        file: CSV with a head, names within a cell separated by `;`, values of recipe overrides in YAML as with `-s key=value`;
-            or `.jsonl`, with an object of the same names in each line.
+        file: CSV with a head, names within a cell separated by `;`, values of recipe overrides in YAML as with `-s key=value`,
+            an apostrophe before what a spreadsheet would take for a formula; or `.jsonl`, with an object of the same names in
+            each line.
 
     Raises:
         EsdLoraError: If it cannot be read or is too large, or with every fault at once, each as `file:line: field: what is
@@ -141,7 +145,7 @@ def _cells(file: Path) -> list[tuple[int, list[str]]]:
     try:
         for row in reader:
             if any(cell.strip() for cell in row):
-                rows.append((line, row))
+                rows.append((line, [cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell for cell in row]))
                 _check_number(file, len(rows) - 1)
             line = reader.line_num + 1
     except csv.Error as error:
@@ -323,7 +327,8 @@ def _as_table(rows: list[dict[str, Any]]) -> str:
     writer.writerow([*COLUMNS, *settings])
     for row in rows:
         own = (_as_cell(row.get(name, "")) for name in COLUMNS)
-        writer.writerow([*own, *(_as_yaml(row[name]) if name in row else "" for name in settings)])
+        cells = [*own, *(_as_yaml(row[name]) if name in row else "" for name in settings)]
+        writer.writerow([f"'{cell}" if _FORMULA.match(cell) else cell for cell in cells])
     return output.getvalue()
 
 

@@ -81,7 +81,7 @@ def fuse(
             is kept too; what names a member's concept is left out, and recorded.
         rank: Highest rank of a layer; what is cut off is measured where the layer reads.
         energy: Share of every layer's effect there to keep, up to 1; .9 to .99 where harmonising follows.
-        state: File to keep all sums and members in, for `growing.add_members` and `remove_members`; none unless given.
+        state: File to keep all sums and members in, for `growing.change_members`; none unless given.
         spec: How to fuse: loaded, a built-in name, or a YAML file.
         progress: Whether to show progress bars.
         **fields: Fields of `FuseSpec`, over those of `spec`: `lam=0.03`.

@@ -22,84 +22,44 @@ from esd_lora.wording import without_article
 _SHORTEST_ID = 6  # digits of a hash that name a member
 
 
-def add_members(
+def change_members(
     stack: str | Path,
-    erasers: Sequence[Eraser],
     base: Base,
     *,
+    add: Sequence[Eraser] = (),
     weights: Sequence[float | Strength] | None = None,
+    remove: Sequence[str] = (),
     rank: int | None = None,
     energy: float | None = None,
     state: str | Path | None = None,
     progress: bool = True,
 ) -> Eraser:
-    """Return a fused stack with further members: what `fuse` makes of them all.
+    """Return a fused stack with other members: what `fuse` makes of those that stay and those that join.
+
+    Files of the members that it has are not needed.
 
     Args:
         stack: Directory of a stack that was fused with a `state`, or that file.
-        erasers: The new members.
         base: The loaded base that the stack was fused on.
+        add: The new members.
         weights: Strength of each new member, 1 by default.
+        remove: Of each member that is to go a concept's name, or the first digits of its hash, 6 or more.
         rank: Highest rank of a layer; the stack's own, and its `energy`, unless one of them is given.
         energy: Share of every layer's effect to keep.
         state: File to keep the new state in; none unless given.
         progress: Whether to show progress bars.
 
     Raises:
-        EsdLoraError: If there is no state, the base is another or held in other numbers, or as `fuse` does.
-    """
-    started, known = time.monotonic(), FusionState.load(stack)
-    hashed = [*known.hashed(), *hashed_members(erasers, weights)]
-    return _changed(known, hashed, base, rank, energy, state, started, progress)
-
-
-def remove_members(
-    stack: str | Path,
-    names: Sequence[str],
-    base: Base,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    state: str | Path | None = None,
-    progress: bool = True,
-) -> Eraser:
-    """Return a fused stack without some of its members: what `fuse` makes of the others.
-
-    The members' files are not needed.
-
-    Args:
-        stack: Directory of a stack that was fused with a `state`, or that file.
-        names: Of each member that is to go a concept's name, or the first digits of its hash, 6 or more.
-        base: The loaded base that the stack was fused on.
-        rank: Highest rank of a layer; the stack's own, and its `energy`, unless one of them is given.
-        energy: Share of every layer's effect to keep.
-        state: File to keep the new state in; none unless given.
-        progress: Whether to show progress bars.
-
-    Raises:
-        EsdLoraError: If a name fits no member or several, none is left, there is no state, or the base is another or held in
-            other numbers.
+        EsdLoraError: If a name fits no member or several, no member is left, there is no state, the base is another or held in
+            other numbers, or as `fuse` does.
     """
     started, known = time.monotonic(), FusionState.load(stack)
     hashed = known.hashed()
-    for name in names:
+    for name in remove:
         hashed.pop(_place(name, hashed))
+    hashed += hashed_members(add, weights) if add or weights else []
     if not hashed:
         raise EsdLoraError("every member would be removed, and nothing be left of the stack. Use the base itself.")
-    return _changed(known, hashed, base, rank, energy, state, started, progress)
-
-
-def _changed(
-    known: FusionState,
-    hashed: Sequence[tuple[str, Eraser]],
-    base: Base,
-    rank: int | None,
-    energy: float | None,
-    state: str | Path | None,
-    started: float,
-    progress: bool,
-) -> Eraser:
-    """Fuse the members by what is known of them."""
     if rank is None and energy is None:
         rank, energy = known.record.rank, known.record.energy
     check_cut(rank, energy)

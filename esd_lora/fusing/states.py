@@ -8,7 +8,8 @@ to, and a member leaves it without a trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -191,6 +192,50 @@ def _read_members(record: StateRecord, tensors: dict[str, Tensor], file: Path) -
     return [Eraser(layers, member.header) for layers, member in zip(pairs, record.members, strict=True)]
 
 
+def state_bytes(members: Members, base: Base, spec: FuseSpec, summed: Sequence[str] = ()) -> int:
+    """Return how large the state of a stack is, up to what the file's header takes; ranks it is cut to make no difference."""
+    shapes = _shapes(_record_of(members, base, spec, None, None, summed), members, base)
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
+
+
+def _record_of(
+    members: Members, base: Base, spec: FuseSpec, rank: int | None, energy: float | None, summed: Sequence[str]
+) -> StateRecord:
+    """Return what a state says beside its tensors."""
+    paths = sorted(modules_of(members.erasers))
+    return StateRecord(
+        format=FORMAT,
+        spec=spec,
+        rank=rank,
+        energy=energy,
+        held_in=base.held_in,
+        listed=members.listed,
+        members=tuple(StateMember(sha256=sha, header=e.header) for sha, e in zip(members.hashes, members.erasers, strict=True)),
+        ranks={path: tuple(e.pairs[path].rank if path in e.pairs else 0 for e in members.erasers) for path in paths},
+        summed=tuple(summed),
+    )
+
+
+def _text(record: StateRecord) -> Tensor:
+    """Return a record as the bytes of its JSON."""
+    return torch.frombuffer(bytearray(record.model_dump_json().encode()), dtype=torch.uint8)
+
+
+def _shapes(record: StateRecord, members: Members, base: Base) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a state."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_RECORD: (torch.uint8, (len(_text(record)),))}
+    for path, ranks in record.ranks.items():
+        having = [eraser.pairs[path] for eraser in members.erasers if path in eraser.pairs]
+        (down, up), rows, inputs = having[0], sum(ranks), having[0].down[0].numel()
+        shapes[f"{path}.down"] = _widest(pair.down.dtype for pair in having), (rows, *down.shape[1:])
+        shapes[f"{path}.up"] = _widest(pair.up.dtype for pair in having), (len(up), rows, *up.shape[2:])
+        if path not in record.summed:
+            shapes[f"{path}.product"] = torch.float64, (rows, inputs)
+            name = TEXT if base.family.reads_text(path) else path
+            shapes |= {f"{name}.{kind}": (torch.float64, (inputs, inputs)) for kind in ("members", "kept")}
+    return shapes
+
+
 @contextmanager
 def writing_state(
     file: str | Path,
@@ -215,29 +260,9 @@ def writing_state(
     Yields:
         A function that takes what a layer is solved from.
     """
-    paths = sorted(modules_of(members.erasers))
-    record = StateRecord(
-        format=FORMAT,
-        spec=spec,
-        rank=rank,
-        energy=energy,
-        held_in=base.held_in,
-        listed=members.listed,
-        members=tuple(StateMember(sha256=sha, header=e.header) for sha, e in zip(members.hashes, members.erasers, strict=True)),
-        ranks={path: tuple(e.pairs[path].rank if path in e.pairs else 0 for e in members.erasers) for path in paths},
-        summed=tuple(summed),
-    )
-    text = torch.frombuffer(bytearray(record.model_dump_json().encode()), dtype=torch.uint8)
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_RECORD: (text.dtype, tuple(text.shape))}
-    for path, ranks in record.ranks.items():
-        having = [eraser.pairs[path] for eraser in members.erasers if path in eraser.pairs]
-        (down, up), rows, inputs = having[0], sum(ranks), having[0].down[0].numel()
-        shapes[f"{path}.down"] = _widest(pair.down.dtype for pair in having), (rows, *down.shape[1:])
-        shapes[f"{path}.up"] = _widest(pair.up.dtype for pair in having), (len(up), rows, *up.shape[2:])
-        if path not in summed:
-            shapes[f"{path}.product"] = torch.float64, (rows, inputs)
-            name = TEXT if base.family.reads_text(path) else path
-            shapes |= {f"{name}.{kind}": (torch.float64, (inputs, inputs)) for kind in ("members", "kept")}
+    record = _record_of(members, base, spec, rank, energy, summed)
+    text = _text(record)
+    shapes = _shapes(record, members, base)
     file = Path(file)
     with lock_output(file), replaced_file(file) as partial, writing_tensors(partial, shapes, {"format": "pt"}) as write:
         write(_RECORD, text)

@@ -16,7 +16,7 @@ from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.families import FAMILIES
 from esd_lora.fusing.closed_form import fuse
-from esd_lora.fusing.growing import add_members, remove_members
+from esd_lora.fusing.growing import change_members
 from esd_lora.fusing.harmonising import harmonise
 from esd_lora.lessons import plan
 from esd_lora.pictures import paint
@@ -261,8 +261,8 @@ def test_stack_grows_and_shrinks(base: Base, eraser_dir: Path, tmp_path: Path) -
     few = {"keep": ["a dog", "a cat, asleep", "a hat"], "trajectories": 1, "steps": 2, "progress": False}
     both = fuse([member, other], base, state=tmp_path / "both", **few)
     alone = fuse([member], base, state=tmp_path / "alone", **few)
-    grown = add_members(tmp_path / "alone", [other], base, progress=False)
-    shrunk = remove_members(tmp_path / "both", ["a hat"], base, progress=False)
+    grown = change_members(tmp_path / "alone", base, add=[other], progress=False)
+    shrunk = change_members(tmp_path / "both", base, remove=["a hat"], progress=False)
     for anew, changed in ((both, grown), (alone, shrunk)):
         assert anew.pairs.keys() == changed.pairs.keys()
         for path, pair in anew.pairs.items():

@@ -16,7 +16,7 @@ from esd_lora.erasers.tensor_files import file_content, hash_tensors, read_tenso
 from esd_lora.errors import EsdLoraError
 from esd_lora.fusing import closed_form
 from esd_lora.fusing.closed_form import fuse
-from esd_lora.fusing.growing import add_members, remove_members
+from esd_lora.fusing.growing import change_members
 from random_erasers import eraser_on
 
 QUICK = {"trajectories": 2, "keep_trajectories": 3, "steps": 2}
@@ -69,24 +69,35 @@ def test_stack_grows_and_shrinks_by_one_member(base: Base, members: dict[str, Er
     """Layers that no other member has, prompts that another preserved or names, come and go with it."""
     everyone, others = list(members.values()), [member for other, member in members.items() if other != name]
     whole, rest = (fused(some, base, state=tmp_path / file) for some, file in ((everyone, "whole"), (others, "rest")))
-    grown = add_members(tmp_path / "rest", [members[name]], base, state=tmp_path / "grown", progress=False)
+    grown = change_members(tmp_path / "rest", base, add=[members[name]], state=tmp_path / "grown", progress=False)
     assert_same(whole, grown)
     assert_same_state(tmp_path / "whole", tmp_path / "grown")
-    shrunk = remove_members(tmp_path / "whole", [name], base, state=tmp_path / "shrunk", progress=False)
+    shrunk = change_members(tmp_path / "whole", base, remove=[name], state=tmp_path / "shrunk", progress=False)
     assert_same(rest, shrunk)
     assert_same_state(tmp_path / "rest", tmp_path / "shrunk")
+
+
+def test_members_join_and_leave_at_once(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
+    """A new version of a member takes the place of the old one, whose concept has the same name."""
+    cat, car, bee, key = members.values()
+    newer = on(base, "xattn", "a cat", 7)
+    fused([cat, car, bee], base, state=tmp_path / "state")
+    changed = change_members(
+        tmp_path / "state", base, add=[newer, key], weights=[1, 0.5], remove=["a cat", "a bee"], progress=False
+    )
+    assert_same(fused([newer, car, key], base, weights=[1, 1, 0.5]), changed)
 
 
 def test_one_by_one_is_all_at_once(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
     first, *others = members.values()
     stack, state = fused([first], base, state=tmp_path / "0"), tmp_path / "0"
     for number, member in enumerate(others, 1):
-        stack = add_members(state, [member], base, state=tmp_path / str(number), progress=False)
+        stack = change_members(state, base, add=[member], state=tmp_path / str(number), progress=False)
         state = tmp_path / str(number)
     assert_same(fused(list(members.values()), base), stack)
-    both = remove_members(state, ["car", "a key"], base, state=tmp_path / "two", progress=False)
+    both = change_members(state, base, remove=["car", "a key"], state=tmp_path / "two", progress=False)
     assert_same(fused([members["a cat"], members["a bee"]], base), both)
-    back = add_members(tmp_path / "two", [members["a key"], members["a car"]], base, progress=False)
+    back = change_members(tmp_path / "two", base, add=[members["a key"], members["a car"]], progress=False)
     assert_same(stack, back)
 
 
@@ -96,7 +107,7 @@ def test_one_member_more_is_read_alone(base: Base, tmp_path: Path) -> None:
     keep = [f"a dog{number}" for number in range(8)]
     before = fused(cats, base, keep=keep, keep_trajectories=8, state=tmp_path / "state")
     dog = on(base, "xattn", "a dog3", 9)
-    after = add_members(tmp_path / "state", [dog], base, progress=False)
+    after = change_members(tmp_path / "state", base, add=[dog], progress=False)
     guided, steps, trajectories = 2, QUICK["steps"], QUICK["trajectories"]
     assert before.header.fusions[-1].evaluations == guided * steps * (4 * trajectories + 8)
     assert after.header.fusions[-1].evaluations == guided * steps * (trajectories + 1)
@@ -110,12 +121,12 @@ def test_cut_does_not_add_up(base: Base, members: dict[str, Eraser], cut: Mappin
     first, *others = members.values()
     fused([first], base, state=tmp_path / "state", **cut)
     for member in others:
-        stack = add_members(tmp_path / "state", [member], base, state=tmp_path / "state", progress=False)
+        stack = change_members(tmp_path / "state", base, add=[member], state=tmp_path / "state", progress=False)
     anew = fused(list(members.values()), base, **cut)
     for module, pair in anew.pairs.items():
         assert pair.rank == stack.pairs[module].rank
     assert_same(anew, stack)
-    whole = add_members(tmp_path / "state", [members["a bee"]], base, energy=1.0, progress=False)
+    whole = change_members(tmp_path / "state", base, add=[members["a bee"]], energy=1.0, progress=False)
     assert whole.header.fusions[-1].rank is None
     assert sum(pair.rank for pair in whole.pairs.values()) > sum(pair.rank for pair in stack.pairs.values())
 
@@ -123,19 +134,19 @@ def test_cut_does_not_add_up(base: Base, members: dict[str, Eraser], cut: Mappin
 def test_nothing_kept_nothing_read_for_it(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
     cat, car, *_ = members.values()
     fused([cat], base, lam=0, state=tmp_path / "state")
-    assert_same(fused([cat, car], base, lam=0), add_members(tmp_path / "state", [car], base, progress=False))
+    assert_same(fused([cat, car], base, lam=0), change_members(tmp_path / "state", base, add=[car], progress=False))
 
 
 def test_strengths_are_folded_in(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
     cat, car, bee, _ = members.values()
     fused([cat, bee], base, weights=[0.5, 2], state=tmp_path / "state")
-    grown = add_members(tmp_path / "state", [car], base, weights=[-0.25], state=tmp_path / "grown", progress=False)
+    grown = change_members(tmp_path / "state", base, add=[car], weights=[-0.25], state=tmp_path / "grown", progress=False)
     assert_same(fused([cat, car, bee], base, weights=[0.5, -0.25, 2]), grown)
     assert_same(
-        fused([car, bee], base, weights=[-0.25, 2]), remove_members(tmp_path / "grown", ["a cat"], base, progress=False)
+        fused([car, bee], base, weights=[-0.25, 2]), change_members(tmp_path / "grown", base, remove=["a cat"], progress=False)
     )
     with pytest.raises(EsdLoraError, match="2 weights and 1"):
-        add_members(tmp_path / "state", [car], base, weights=[1, 2], progress=False)
+        change_members(tmp_path / "state", base, add=[car], weights=[1, 2], progress=False)
 
 
 def test_guarded_prompts_stay_guarded(tmp_path: Path) -> None:
@@ -146,7 +157,7 @@ def test_guarded_prompts_stay_guarded(tmp_path: Path) -> None:
         for seed, (name, guard) in enumerate({"a cat": ("a dog", "a key"), "a car": ("a dog",)}.items())
     )
     fused([cat], base, state=tmp_path / "state")
-    grown = add_members(tmp_path / "state", [car], base, progress=False)
+    grown = change_members(tmp_path / "state", base, add=[car], progress=False)
     assert grown.header.guard == ("a dog",)
     assert_same(fused([cat, car], base), grown)
     rows = base.encode(["a dog"])["prompt_embeds"][0]
@@ -161,7 +172,7 @@ def test_layers_too_wide_come_along(
     with pytest.warns(UserWarning, match="wider than"):
         fused([cat, car], base, state=tmp_path / "state")
     with pytest.warns(UserWarning, match="wider than"):
-        grown = add_members(tmp_path / "state", [key], base, state=tmp_path / "grown", progress=False)
+        grown = change_members(tmp_path / "state", base, add=[key], state=tmp_path / "grown", progress=False)
     with pytest.warns(UserWarning, match="wider than"):
         assert_same(fused([cat, car, key], base), grown)
     assert grown.header.fusions[-1].summed
@@ -171,9 +182,9 @@ def test_layers_too_wide_come_along(
 def test_copies_go_one_by_one(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
     cat, car, *_ = members.values()
     fused([cat, car, cat], base, state=tmp_path / "state")
-    thrice = add_members(tmp_path / "state", [cat], base, state=tmp_path / "thrice", progress=False)
+    thrice = change_members(tmp_path / "state", base, add=[cat], state=tmp_path / "thrice", progress=False)
     assert_same(fused([cat, cat, car, cat], base), thrice)
-    assert_same(fused([cat, car], base), remove_members(tmp_path / "thrice", ["a cat", "cat"], base, progress=False))
+    assert_same(fused([cat, car], base), change_members(tmp_path / "thrice", base, remove=["a cat", "cat"], progress=False))
 
 
 def test_members_are_named_by_concept_or_hash(base: Base, members: dict[str, Eraser], tmp_path: Path) -> None:
@@ -182,7 +193,7 @@ def test_members_are_named_by_concept_or_hash(base: Base, members: dict[str, Era
     fused([cat, car, bee, other], base, state=tmp_path / "state")
 
     def removed(*names: str) -> set[str]:
-        return {*remove_members(tmp_path / "state", names, base, progress=False).header.fusions[-1].members}
+        return {*change_members(tmp_path / "state", base, remove=names, progress=False).header.fusions[-1].members}
 
     named = {"cat": cat, "car": car, "bee": bee, "other": other}
     hashes = {name: hash_tensors(eraser.state_dict()) for name, eraser in named.items()}
@@ -205,10 +216,10 @@ def test_what_is_no_state_is_refused(base: Base, members: dict[str, Eraser], tmp
     stack = tmp_path / "stack"
     fused([cat], base).save(stack)
     with pytest.raises(EsdLoraError, match=r"no stack.state.safetensors at .* fused with --keep-state"):
-        add_members(stack, [car], base)
+        change_members(stack, base, add=[car])
     file = stack / STATE_NAME
     fused([cat], base, state=file)
-    add_members(stack, [car], base, progress=False)
+    change_members(stack, base, add=[car], progress=False)
     whole, _ = read_tensors(file)
     path = next(iter(cat.pairs))
 
@@ -217,7 +228,7 @@ def test_what_is_no_state_is_refused(base: Base, members: dict[str, Eraser], tmp
         file.unlink()
         file.write_bytes(file_content(tensors, {}))
         with pytest.raises(EsdLoraError) as refused:
-            add_members(stack, [car], base, progress=False)
+            change_members(stack, base, add=[car], progress=False)
         return str(refused.value)
 
     text = bytes(whole["record"].numpy())
@@ -236,7 +247,7 @@ def test_another_base_is_refused(base: Base, members: dict[str, Eraser], tiny_di
     fused([cat], base, state=tmp_path / "state")
     precise = load_base(tiny_dir, device="cpu", dtype=torch.float64)
     with pytest.raises(EsdLoraError, match="is loaded in float64, and the stack was fused on one in float32"):
-        add_members(tmp_path / "state", [car], precise)
+        change_members(tmp_path / "state", precise, add=[car])
     other = Eraser(car.pairs, car.header.model_copy(update={"family": "sdxl"}))
     with pytest.raises(EsdLoraError, match="family"):
-        add_members(tmp_path / "state", [other], base)
+        change_members(tmp_path / "state", base, add=[other])

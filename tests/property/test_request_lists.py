@@ -21,7 +21,26 @@ from esd_lora.fleet.requests import overlapping, read_requests, write_requests
 from esd_lora.wording import name_key
 
 # What CSV, JSON and YAML read as something else, or quote.
-ODD = ["a, b", 'said "no"', "'x'", "=1+1", "#", "- a: b", "null", "no", "1e5", "日本 🐈", "a\\", "ſtraße", "the the", "{x}"]
+ODD = [
+    "a, b",
+    'said "no"',
+    "'x'",
+    "=1+1",
+    "'=1",
+    "-2",
+    "-2+3",
+    "@a",
+    "#",
+    "- a: b",
+    "null",
+    "no",
+    "1e5",
+    "日本 🐈",
+    "a\\",
+    "ſtraße",
+    "the the",
+    "{x}",
+]
 seen = st.characters(exclude_categories=["Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"])
 texts = st.text(seen, max_size=12) | st.sampled_from(ODD)
 names = st.text(seen, min_size=1, max_size=12).map(lambda text: text.replace(";", ",")).filter(str.strip) | st.sampled_from(ODD)

@@ -317,6 +317,10 @@ def test_view_is_what_a_person_reads(tmp_path: Path) -> None:
         'b,"dog, wet",,object,,,,,,2026-12-01,open,false,,null,',
         "",
     ]
+    odd = request("a", "=HYPERLINK(1)", "-2+3", reference="@x", settings={"eta": -1.5})
+    write_requests([odd], tmp_path / "v.csv")
+    assert "a,'=HYPERLINK(1),'-2+3,object,,,,'@x,,,open,false,-1.5" in (tmp_path / "v.csv").read_text("utf-8").split("\n")
+    assert read_requests(tmp_path / "v.csv") == (odd,)
     write_requests([cat], tmp_path / "v.jsonl")
     assert json.loads((tmp_path / "v.jsonl").read_text("utf-8")) == cat.record()
     with pytest.raises(EsdLoraError, match=r"Expected \.csv, or \.jsonl"):
