@@ -26,7 +26,7 @@ FORMAT = 4
 3 lets a stack say how it was fused, 4 a training what it solved and measured.
 """
 
-_MAX_TEXT = 16 * 2**20  # a thousand members of a stack come to a third of it
+_MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to 53 MB
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
 
 

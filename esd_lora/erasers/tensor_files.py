@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.files import PICKLES
 
-_MAX_HEADER = 32 * 2**20  # the longest header seen, with every tag of a training set in it, has 4 MB
+_MAX_HEADER = 96 * 2**20  # safetensors reads 100 MB; a stack of ten thousand erasers has 60, others' files 4 at most
 _MAX_TENSORS = 100_000  # of a file; Stable Diffusion XL has 2,515
 
 
