@@ -1,11 +1,13 @@
 """Prints the tables of docs/fleet.md: what a second worker brings, what the driver costs, and what kills do to a fleet.
 
-    python benchmarks/fleet.py [--out out/fleet] [--requests 1000] [--kills 20] [--only throughput,kills] [--publish]
+    python benchmarks/fleet.py [--out out/fleet] [--requests 1000] [--kills 20] [--only throughput,shape,kills] [--publish]
 
 `throughput` runs a list of made-up names, and the built-in base's own objects among them, by `instant` on the built-in base,
-with one and with two one-thread workers; nothing is measured and no picture is painted, so the driver has most to do. `kills`
-runs a shorter list twice: once undisturbed, once with workers killed at random times and the driver once; then both hold the
-same, tensor by tensor, and every request ended as done once.
+with one and with two one-thread workers; nothing is measured and no picture is painted, so the driver has most to do. `shape`
+does the same with fewer (`--shaped-requests 40`) on Stable Diffusion 1.5's U-Net with random weights, whose keys and values
+read text that is 768 wide from a text encoder of one layer: what a request solves is of real size, what it encodes is not.
+`kills` runs a shorter list twice: once undisturbed, once with workers killed at random times and the driver once; then both
+hold the same, tensor by tensor, and every request ended as done once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 import psutil
-from tables import add_publish, show
+from tables import ROOT, add_publish, show
+
+sys.path.insert(0, str(ROOT / "tests"))
 
 from esd_lora.built_in import domain
 from esd_lora.erasers.eraser import Eraser
@@ -48,9 +52,27 @@ def write_requests(file: Path, count: int) -> list[str]:
     return ids
 
 
-def start(listed: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+def write_shaped(folder: Path) -> str:
+    """Write the base of `shape` unless it is there, and return its path."""
+    if not (folder / "model_index.json").is_file():
+        import torch
+        from real_size import fill
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        from published_denoisers import denoiser
+        from tiny import tiny_pipeline, tiny_tokenizer
+
+        pipe = tiny_pipeline()
+        wide = {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 12, "max_position_embeddings": 77}
+        encoder = CLIPTextModel(CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), **wide}))
+        pipe.register_modules(unet=fill(denoiser("sd15"), torch.float32), text_encoder=encoder, tokenizer=tiny_tokenizer(77))
+        pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def start(listed: Path, out: Path, workers: int, base: str = "emoji") -> subprocess.Popen[bytes]:
     """Start a fleet, in a process of its own."""
-    command = [sys.executable, "-m", "esd_lora", "fleet", str(listed), "--base", "emoji", "-o", str(out), "--recipe", "instant"]
+    command = [sys.executable, "-m", "esd_lora", "fleet", str(listed), "--base", base, "-o", str(out), "--recipe", "instant"]
     command += [
         "--suite",
         "object=",
@@ -95,21 +117,22 @@ def watched(fleet: subprocess.Popen[bytes], out: Path) -> dict[str, float]:
     }
 
 
-def throughput(out: Path, count: int, *, publish: bool) -> None:
+def throughput(out: Path, count: int, *, base: str = "emoji", name: str = "fleet-throughput", publish: bool) -> None:
     """Run the list with one worker and with two."""
+    out.mkdir(exist_ok=True)
     listed = out / "requests.csv"
     write_requests(listed, count)
     rows: list[list[str]] = []
     paces: list[float] = []
     for workers in (1, 2):
-        run = watched(start(listed, out / f"workers-{workers}", workers), out / f"workers-{workers}")
+        run = watched(start(listed, out / f"workers-{workers}", workers, base), out / f"workers-{workers}")
         paces.append((count - 1) / run["seconds"])
         cells = [str(workers), f"{run['seconds']:.0f}", f"{paces[-1]:.2f}", f"{paces[-1] / paces[0]:.2f}"]
         cells += [f"{run['driver']:.1%}", f"{run['memory at a tenth']:.0f}", f"{run['memory']:.0f}"]
         rows.append(cells)
     head = ["workers", "s", "requests a second", "times one worker", "driver's CPU", "driver's MB after a tenth", "at the end"]
     note = f"{count} requests, `instant`, one thread a worker, nothing measured; from the first end to the last."
-    show("fleet-throughput", head, rows, note, publish=publish)
+    show(name, head, rows, note, publish=publish)
 
 
 def kills(out: Path, count: int, number: int, *, publish: bool) -> None:
@@ -164,14 +187,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/fleet"))
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--shaped-requests", type=int, default=40)
     parser.add_argument("--killed-requests", type=int, default=300)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--only", default="throughput,kills")
+    parser.add_argument("--only", default="throughput,shape,kills")
     add_publish(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if "throughput" in options.only:
         throughput(options.out, options.requests, publish=options.publish)
+    if "shape" in options.only:
+        out, base = options.out / "shaped", write_shaped(options.out / "sd15-shaped")
+        throughput(out, options.shaped_requests, base=base, name="fleet-shape", publish=options.publish)
     if "kills" in options.only:
         kills(options.out, options.killed_requests, options.kills, publish=options.publish)
 
