@@ -52,10 +52,6 @@ class Finding(NamedTuple):
         """Return the finding as a line of text."""
         return f"{'ok' if self.ok else 'PROBLEM':<9}{self.name}: {self.state}{f'. {self.remedy}' if self.remedy else ''}"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the finding as plain data."""
-        return {"name": self.name, "ok": self.ok, "state": self.state, "remedy": self.remedy or None}
-
 
 def examine(card: int | None = None) -> Iterator[Finding]:
     """Yield one finding after the other, quick ones first.
