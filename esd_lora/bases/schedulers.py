@@ -33,6 +33,11 @@ def _key(name: str) -> str:
     return re.sub(r"scheduler|discrete|multistep|[^a-z0-9]", "", name.lower())
 
 
+def schedulers_for(prediction_type: str) -> tuple[str, ...]:
+    """Return those that fit a base that predicts `epsilon`, `v_prediction` or `flow`."""
+    return _FLOW if prediction_type == "flow" else _NOISE
+
+
 def make_scheduler(name: str, own: Any, prediction_type: str) -> Any:
     """Return a scheduler with the noise schedule of a base's own: its betas and what the model predicts, or its shift.
 
@@ -46,11 +51,10 @@ def make_scheduler(name: str, own: Any, prediction_type: str) -> Any:
     """
     import diffusers
 
-    name, flow = scheduler_name(name), prediction_type == "flow"
-    if name not in (_FLOW if flow else _NOISE):
+    name, flow, fitting = scheduler_name(name), prediction_type == "flow", schedulers_for(prediction_type)
+    if name not in fitting:
         what = "a flow" if flow else prediction_type.replace("_", " ")
-        fitting = ", ".join(_FLOW if flow else _NOISE)
-        raise EsdLoraError(f"scheduler {name} is none for a base that predicts {what}. Those are: {fitting}.")
+        raise EsdLoraError(f"scheduler {name} is none for a base that predicts {what}. Those are: {', '.join(fitting)}.")
     kind = getattr(diffusers, f"{name}Scheduler")
     if not flow:
         return kind.from_config(own.config)
