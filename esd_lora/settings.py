@@ -12,7 +12,6 @@ environment, the environment more than the file, the file more than what ships.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +50,8 @@ def read_config() -> dict[str, str]:
     Raises:
         EsdLoraError: If it cannot be read, or says what no setting is.
     """
+    import tomllib
+
     file = config_file()
     if file is None:
         return {}

@@ -18,7 +18,7 @@ from esd_lora.cli.sharing import catalog, pull, push, search
 from esd_lora.cli.stacks import stack
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("esd-lora", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="esd-lora")
 def main() -> None:
     """Erase concepts from text-to-image diffusion models with small LoRA files."""

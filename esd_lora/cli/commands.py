@@ -85,13 +85,15 @@ class Verb(click.Command):
         return result
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
-        for heading, names in self.sections.items():
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option) and not param.hidden]
+        sections = {
+            heading: [o for name in names for o in options if o.name == name] for heading, names in self.sections.items()
+        }
+        listed = [option for section in sections.values() for option in section]
+        sections["Options"] = [option for option in options if option not in listed]
+        for heading, section in sections.items():
             with formatter.section(heading):
-                formatter.write_dl([records.pop(name) for name in names])
-        with formatter.section("Options"):
-            formatter.write_dl(list(records.values()))
+                formatter.write_dl([record for option in section if (record := option.get_help_record(ctx))])
 
 
 def _log_defaults(ctx: click.Context) -> None:

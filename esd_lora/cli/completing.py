@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
+from esd_lora.bases.schedulers import SCHEDULERS
 from esd_lora.built_in import BUILT_IN
 from esd_lora.recipe_files import recipe_names
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _MOST_FOLDERS = 2000  # that are looked into; whoever has more completes paths
 _DEEPEST = 3  # folders below the working directory
@@ -30,6 +34,13 @@ def complete_erasers(_ctx: click.Context, _param: click.Parameter, incomplete: s
     """Return folders with weights or a manifest, files of weights, and whatever the shell makes of a path."""
     folders = (folder for folder in _folders() if any(folder.glob("*.safetensors")) or (folder / "stack.yaml").is_file())
     return _items([*folders, *Path().glob("*.safetensors")], incomplete)
+
+
+def complete_schedulers(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the schedulers, in whatever case they are begun."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(name) for name in SCHEDULERS if name.lower().startswith(incomplete.lower())]
 
 
 def _folders() -> Iterator[Path]:
@@ -56,5 +67,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 def _items(names: Iterable[str | Path], incomplete: str) -> list[CompletionItem]:
     """Return names that begin with what is there; the shell completes paths where there is none."""
+    from click.shell_completion import CompletionItem
+
     texts = dict.fromkeys(name.as_posix() if isinstance(name, Path) else name for name in names)
     return [CompletionItem(incomplete, type="file"), *(CompletionItem(text) for text in texts if text.startswith(incomplete))]

@@ -12,7 +12,7 @@ WEIGHT = "ERASER:WEIGHT"
 """Stands for the weight that is written behind an eraser."""
 _SETTING = "-s "  # begins a field of a recipe
 _ALIKE = (
-    ("lora loras lora-path adapter adapters eraser erasers", ("--eraser", "erasers", "eraser")),
+    ("lora loras lora-path adapter adapters eraser erasers", ("--eraser", "erasers", "eraser", "file")),
     ("weight weights strength lora-scale lora-weight lora-strength multiplier", (WEIGHT, "--strengths")),
     ("alpha network-alpha", ("-s lora.alpha=NUMBER", WEIGHT)),
     ("rank dim network-dim", ("--rank", "-s lora.rank=N")),
@@ -69,4 +69,4 @@ def _place(command: click.Command, name: str, ctx: click.Context) -> str | None:
         option = next((param for param in command.params if name in param.opts), None)
         return " or ".join(sorted(option.opts, key=len)) if option else None
     argument = params.get(name)
-    return f"an argument, {argument.make_metavar(ctx)}" if isinstance(argument, click.Argument) else None
+    return f"an argument, {argument.make_metavar(ctx).strip('[].')}" if isinstance(argument, click.Argument) else None

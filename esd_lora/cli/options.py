@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
-from esd_lora.bases.schedulers import SCHEDULERS, scheduler_name
-from esd_lora.cli.completing import complete_bases, complete_erasers
+from esd_lora.bases.schedulers import scheduler_name
+from esd_lora.cli.completing import complete_bases, complete_erasers, complete_schedulers
 from esd_lora.cli.printing import say
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import fresh_output, last_output
@@ -22,6 +21,8 @@ from esd_lora.wording import slug
 from esd_lora.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from esd_lora.erasers.stacking import Strength
 
 Weighted = tuple[str, float, dict[str, float]]
@@ -101,9 +102,9 @@ class SchedulerType(click.ParamType):
         """
         return scheduler_name(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin so."""
-        return [CompletionItem(name) for name in SCHEDULERS if name.lower().startswith(incomplete.lower())]
+        return complete_schedulers(ctx, param, incomplete)
 
 
 SCHEDULER = SchedulerType()

@@ -149,6 +149,8 @@ def reporting_faults() -> Generator[None]:
         yield
     except EsdLoraError as error:
         _fail(str(error), error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted. Nothing half-written was left; the same command begins again.", error)
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
@@ -160,7 +162,7 @@ def reporting_faults() -> Generator[None]:
         _fail(sentence, error)
 
 
-def _fail(message: str, error: Exception) -> NoReturn:
+def _fail(message: str, error: BaseException) -> NoReturn:
     """Print an error and exit; only its own further lines, which are indented, stay lines."""
     output = Output.current()
     if output.verbose:

@@ -116,7 +116,7 @@ def pull(repo: str, out: Path | None, force: bool) -> Pulled:
 @click.option("--concept", help="What it should erase.")
 @click.option("--base", metavar="OWNER/NAME", help="The base it was made for.")
 @click.option("--tag", "tags", multiple=True, help="Further tags it must have.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="At most so many.")
 def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int) -> Searched:
     """Find erasers on the Hub, by words of their name, concept, base and tags."""
     from esd_lora.sharing.catalog import search as run
