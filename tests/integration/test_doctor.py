@@ -50,7 +50,7 @@ def test_as_json_with_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10**4)
     result = run("--json")
     assert result.exit_code == 1
-    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert findings["cpu"]["ok"] is False
     assert "OMP_NUM_THREADS" in findings["cpu"]["remedy"]
     assert findings["python"] == {"name": "python", "ok": True, "state": findings["python"]["state"], "remedy": None}
