@@ -1,4 +1,4 @@
-"""Chains of ComfyUI nodes, and the weights that esd-lora's own merge gives for what they should do."""
+"""What the tests of the ComfyUI nodes share: chains of nodes with the weights that a merge gives, and the example."""
 
 from __future__ import annotations
 
@@ -21,6 +21,27 @@ from random_erasers import eraser_on
 from tiny import tiny_pipeline, tiny_unet
 from toys import WIDTH, make_toy
 
+NODES = Path(__file__).parents[1] / "integrations" / "comfyui"
+EXAMPLES, EXAMPLE = NODES / "example_workflows", "erase_before_and_after"
+EXACT = 1e-6
+"""How far a weight may be from a merge's; values are about 1."""
+CORE: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "CheckpointLoaderSimple": ({"ckpt_name": "COMBO"}, ("MODEL", "CLIP", "VAE")),
+    "PrimitiveStringMultiline": ({"value": "STRING"}, ("STRING",)),
+    "CLIPTextEncode": ({"text": "STRING", "clip": "CLIP"}, ("CONDITIONING",)),
+    "EmptyLatentImage": ({"width": "INT", "height": "INT", "batch_size": "INT"}, ("LATENT",)),
+    "KSampler": (
+        {
+            **{"model": "MODEL", "seed": "INT", "steps": "INT", "cfg": "FLOAT", "sampler_name": "COMBO", "scheduler": "COMBO"},
+            **{"positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT", "denoise": "FLOAT"},
+        },
+        ("LATENT",),
+    ),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
+    "PreviewImage": ({"images": "IMAGE"}, ()),
+    "PreviewAny": ({"source": "*"}, ()),
+}
+"""ComfyUI's own nodes in the example, with their inputs and outputs; test_comfyui_itself.py compares them with a server's."""
 LAYERS = {
     "sd": {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"},
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},
@@ -28,6 +49,7 @@ LAYERS = {
     "flux": {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
+FAMILIES = tuple(LAYERS)
 PREFIX = {"sd": "model.diffusion_model.", "sdxl": "model.diffusion_model.", "sd3": "model.diffusion_model.", "flux": ""}
 """Family to what stands in front of the denoiser's names in a checkpoint."""
 BLOCKS: dict[str, dict[str, float]] = {
@@ -40,7 +62,7 @@ BLOCKS: dict[str, dict[str, float]] = {
 
 
 def _denoiser(family: str) -> nn.Module:
-    """Return a small denoiser of the published structure, as wide as ComfyUI's groups of 32 channels and heads of 64 ask for."""
+    """Return a small denoiser of the published structure, as wide as ComfyUI's groups of 32 and heads of 64 ask for."""
     if family == "sd":
         return tiny_unet(
             block_out_channels=(32, 32, 64, 64),
@@ -58,7 +80,7 @@ def _denoiser(family: str) -> nn.Module:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=[1, 1, 2],
             use_linear_projection=True,
-            transformer_layers_per_block=[1, 2, 3],
+            transformer_layers_per_block=[1, 1, 2],
             cross_attention_dim=3 * WIDTH,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,

@@ -62,7 +62,12 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
     """Return ComfyUI's model of a configuration."""
     from comfy import supported_models  # pyright: ignore[reportMissingImports]
 
-    kind = {"sd": supported_models.SD15, "sdxl": supported_models.SDXL, "sd3": supported_models.SD3, "flux": supported_models.Flux}
+    kind = {
+        "sd": supported_models.SD15,
+        "sdxl": supported_models.SDXL,
+        "sd3": supported_models.SD3,
+        "flux": supported_models.Flux,
+    }
     return kind[family](config).get_model({}, "", device=device)
 
 
@@ -83,9 +88,46 @@ def patched_weights(job: Mapping[str, Any], folder: Path, nodes: ModuleType) -> 
         result.patch_model(device_to=torch.device("cpu"))
         state = {name.removeprefix("diffusion_model."): t.clone() for name, t in model.state_dict().items()}
         result.unpatch_model(device_to=torch.device("cpu"))
-        save_file({f"{prefix}{name}": tensor for name, tensor in state.items() if name in own}, folder / f"out_{number}.safetensors")
+        save_file(
+            {f"{prefix}{name}": tensor for name, tensor in state.items() if name in own}, folder / f"out_{number}.safetensors"
+        )
         notes.append(lines)
     return {"notes": notes, "missing": list(missing), "unexpected": list(unexpected)}
+
+
+def mapping(job: Mapping[str, Any], folder: Path, nodes: ModuleType) -> dict[str, Any]:
+    """Count the layers of files that a model of real size has places for, by ComfyUI's own Load LoRA and by the nodes.
+
+    The model has no weights: it is on the meta device.
+    """
+    import logging
+
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+    import comfy.lora_convert  # pyright: ignore[reportMissingImports]
+    from comfy.model_patcher import ModelPatcher  # pyright: ignore[reportMissingImports]
+
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    prefix = job["prefix"]
+    shapes = {f"{prefix}{name}": torch.empty(shape, device="meta") for name, shape in job["shapes"].items()}
+    model = build(job["family"], detect(shapes, prefix), "meta")
+    patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    result: dict[str, Any] = {}
+    for name in job["files"]:
+        tensors = comfy.lora_convert.convert_lora(load_file(folder / "loras" / name))
+        warned.clear()
+        loaded = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model, {}))
+        placed = patcher.clone().add_patches(loaded, 1.0)
+        patched, _ = run_calls(nodes, patcher, [{"node": "EsdLoadEraser", "inputs": {"eraser": name}}])
+        result[name] = {
+            "tensors": len(tensors),
+            "core": len(placed),
+            "not loaded": sum("lora key not loaded" in line for line in warned),
+            "node": sum(map(len, patched.patches.values())),
+        }
+    return {"files": result}
 
 
 def main() -> None:
@@ -105,7 +147,7 @@ def main() -> None:
     (folder / "result.json").write_text(json.dumps({**result, "version": __version__}), "utf-8")
 
 
-JOBS = {"weights": patched_weights}
+JOBS = {"weights": patched_weights, "mapping": mapping}
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,13 @@
 """A small stand-in for the interfaces of ComfyUI that the nodes use, written from their documented behaviour.
 
-Its tables of names come from esd-lora's own, which `test_comfyui_nodes.py` compares with ComfyUI's where a checkout is given.
+Its tables of names come from esd-lora's own, which `test_comfyui_itself.py` compares with ComfyUI's where a checkout is given.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,11 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from comfy_cases import NODES
+from comfy_child import load_nodes
 from esd_lora.families import family_named
 
 KINDS = {"sd": "BaseModel", "sdxl": "SDXL", "sd3": "SD3", "flux": "Flux"}
 """Family to the name of ComfyUI's class."""
-SAMPLING = {"epsilon": ("EPS",), "v_prediction": ("V_PREDICTION", "EPS"), "flow": ("CONST",), "edm": ("EDM", "V_PREDICTION", "EPS")}
+SAMPLING = {
+    "epsilon": ("EPS",),
+    "v_prediction": ("V_PREDICTION", "EPS"),
+    "flow": ("CONST",),
+    "edm": ("EDM", "V_PREDICTION", "EPS"),
+}
 """What a model predicts to the names of ComfyUI's classes, the most derived first."""
 
 
@@ -144,13 +152,22 @@ def _load_lora(lora: Mapping[str, Tensor], to_load: Mapping[str, Any]) -> dict[A
     return {target: (lora[f"{x}.lora_up.weight"], lora[f"{x}.lora_down.weight"]) for x, target in to_load.items()}
 
 
-def install(patch: pytest.MonkeyPatch, loras: Path) -> None:
-    """Put the stand-in where `import comfy.lora` and `import folder_paths` find it.
+@contextmanager
+def loaded_nodes(loras: Path) -> Generator[ModuleType]:
+    """Load the nodes beside the stand-in, for the length of a `with` block.
 
     Args:
-        patch: Takes it away again.
         loras: What models/loras is.
     """
+    with pytest.MonkeyPatch.context() as patch:
+        _install(patch, loras)
+        yield load_nodes(NODES)
+    for name in [name for name in sys.modules if name.startswith("esd_lora_comfyui")]:
+        del sys.modules[name]
+
+
+def _install(patch: pytest.MonkeyPatch, loras: Path) -> None:
+    """Put the stand-in where `import comfy.lora` and `import folder_paths` find it."""
 
     def path_of(_folder: str, name: str) -> str | None:
         return str(loras / name) if (loras / name).is_file() else None

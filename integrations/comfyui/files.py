@@ -101,7 +101,9 @@ def _factors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Factors]:
     for key, tensor in tensors.items():
         match = _SUFFIX.search(key)
         if match is None:
-            raise EraserError(f"{name} holds {_shortened(key)}, which is no tensor of a plain LoRA: use ComfyUI's own Load LoRA.")
+            raise EraserError(
+                f"{name} holds {_shortened(key)}, which is no tensor of a plain LoRA: use ComfyUI's own Load LoRA."
+            )
         role = "down" if match[1] else "up" if match[2] else "alpha"
         parts.setdefault(key[: match.start()], {})[role] = tensor
     layers = {layer: _checked(each, f"{name}: layer {_shortened(layer)}") for layer, each in parts.items()}

@@ -28,6 +28,8 @@ class Nearness(NamedTuple):
     """The name that is nearest."""
     words: str
     """The words of the prompt that are nearest to it."""
+    named: bool = False
+    """Whether they are the name itself, so that nothing had to be encoded."""
 
 
 class Similarities:
@@ -74,7 +76,7 @@ def nearness(clip: Any, prompt: str, names: Sequence[str]) -> Nearness:
     prompt, names = without_weights(prompt), [re.sub(r"^(an?|the)\s+", "", name.strip(), flags=re.I) for name in names]
     for name in names:
         if match := re.search(rf"(?<!\w){re.escape(name)}(?:e?s)?(?!\w)", prompt, re.I):
-            return Nearness(1.0, name, match[0])
+            return Nearness(1.0, name, match[0], named=True)
     similarity, words = Similarities(clip), re.findall(r"\w[\w'-]*", prompt)
     pairs = [(name, run) for name in names for run in _runs(words, len(name.split()))]
     return max(Nearness(similarity(run, name), name, run) for name, run in pairs)

@@ -241,9 +241,10 @@ class GateByPrompt:
             raise EraserError(f"{eraser} does not say what it removes: write that into names, such as: cat, kitten.")
         near = nearness(clip, prompt, known)
         on = factor(near.similarity, threshold)
-        measured = f"{near.words!r} is {near.similarity:.3f} like {near.name!r} (threshold {threshold:g}), so it is "
+        heard = f"the prompt names {near.name!r}" if near.named else f"of the prompt {near.words!r} is nearest to {near.name!r}"
+        measured = f"{heard} (similarity {near.similarity:.3f}, threshold {threshold:g})"
         applied = _Applied(model, clip)
-        applied.add(file, Strength(strength * on, parse_blocks(blocks)), f"{measured}{f'on ({on:.0%})' if on else 'off'}: ")
+        applied.add(file, Strength(strength * on, parse_blocks(blocks)), f"{measured}: on at {on:.0%}, ")
         if not on:
-            applied.notes = [f"{eraser}: {measured}off, and the model stays as it was."]
+            applied.notes = [f"{eraser}: {measured}: off, and the model stays as it was."]
         return applied.result()

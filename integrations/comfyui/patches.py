@@ -88,7 +88,7 @@ def text_updates_of(clip: Any, file: LoraFile, weight: float) -> tuple[Updates, 
         weight: Strength.
     """
     layers = {name: factors for name, factors in file.layers.items() if name.startswith(TEXT_ENCODER)}
-    names = {} if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if layers and clip is not None else {}
     updates = {names[name]: Factors(f.down, f.up * weight) for name, f in layers.items() if name in names and weight}
     return updates, [name for name in layers if name not in names]
 
@@ -125,8 +125,8 @@ def _check_kind(model: Any, header: Header, name: str) -> None:
     predicts = next((_PREDICTIONS[kind] for kind in kinds if kind in _PREDICTIONS), None)
     if predicts and header.prediction_type and predicts != header.prediction_type:
         raise EraserError(
-            f"{name} was made for a model that predicts {header.prediction_type}, and the one connected predicts {predicts}: load"
-            " it on the checkpoint it was made for."
+            f"{name} was made for a model that predicts {header.prediction_type}, and the one connected predicts {predicts}:"
+            " load it on the checkpoint it was made for."
         )
 
 
@@ -188,8 +188,8 @@ def _check_shape(factors: Factors, weight: Tensor, target: Target, what: str) ->
     shape = factors.up.shape[0], factors.down.shape[1]
     if shape != expected:
         raise EraserError(
-            f"{what} changes a weight of {shape[0]} x {shape[1]}, and this model's has {expected[0]} x {expected[1]}: it was made"
-            " for another model."
+            f"{what} changes a weight of {shape[0]} x {shape[1]}, and this model's has {expected[0]} x {expected[1]}: it was"
+            " made for another model."
         )
 
 
