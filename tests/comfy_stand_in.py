@@ -59,6 +59,7 @@ class ModelPatcher:
     def __init__(self, model: Any):
         self.model = model
         self.patches: list[tuple[Any, Any, float]] = []
+        self.backup: dict[str, Any] = {}
 
     def clone(self) -> ModelPatcher:
         copy = type(self)(self.model)
@@ -134,6 +135,7 @@ def _lora_keys_unet(model: Any, key_map: dict[str, Any]) -> dict[str, Any]:
         if name.endswith(".weight"):
             bare = name.removeprefix("diffusion_model.").removesuffix(".weight")
             key_map[f"lora_unet_{bare.replace('.', '_')}"] = name
+    key_map["lora_unet_down_blocks_3_downsamplers_0_conv"] = "diffusion_model.input_blocks.12.0.op.weight"  # which no model has
     for name, target in _diffusers_places(model.model_config.unet_config, "diffusion_model.").items():
         module = name.removesuffix(".weight")
         if model.model_config.unet_config["family"] in ("sd3", "flux"):

@@ -51,6 +51,8 @@ class Header(NamedTuple):
     prediction_type: str | None
     """`epsilon`, `v_prediction` or `flow`; `None` where it is not known."""
     base: str
+    base_hashes: Mapping[str, str]
+    """Path of a layer in diffusers to the hash of the base's weight there."""
     concepts: tuple[Concept, ...]
 
 
@@ -138,8 +140,14 @@ def _header(text: str, name: str) -> Header:
             for each in fields["concepts"]
         )
         prediction_type = fields["prediction_type"]
-        header = Header(str(fields["family"]), prediction_type and str(prediction_type), str(fields["base"]), concepts)
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        header = Header(
+            family=str(fields["family"]),
+            prediction_type=prediction_type and str(prediction_type),
+            base=str(fields["base"]),
+            base_hashes={str(path): str(digest) for path, digest in fields.get("base_hashes", {}).items()},
+            concepts=concepts,
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise EraserError(f"{name} has a damaged header: fetch or train it again.") from error
     if number > FORMAT:
         raise EraserError(f"{name} has format {number:g}, and these nodes read up to {FORMAT}: get newer nodes from esd-lora.")

@@ -12,7 +12,7 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from .errors import EraserError
 from .files import LoraFile, read_lora
 from .gating import factor, nearness
-from .patches import Updates, patched, stack, text_updates_of, updates_of
+from .patches import Updates, differing, patched, stack, text_updates_of, updates_of
 from .strengths import Strength, parse_blocks
 
 SLOTS = 5
@@ -88,6 +88,10 @@ class _Applied:
             note += f"; {len(untouched)} layers of the text encoder are left out: {remedy}"
         if missing:
             note += f"; {len(missing)} layers fit no weight of this model and are left out"
+        changed, compared = differing(self.model, file.header) if file.header else (0, 0)
+        if changed and file.header:
+            note += f"; {changed} of {compared} weights compared are not those of {file.header.base}, which it was trained on"
+            note += ": look at what it erases here"
         self.notes.append(f"{note}.")
 
     def result(self) -> tuple[Any, Any, str]:

@@ -9,6 +9,7 @@ error instead of a line in the log.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ Updates = dict[Target, Factors]
 """Place to the update that is added there, strength included."""
 
 _WEIGHTS = "diffusion_model."
+_COMPARED = 8  # of the smallest weights, which any training of the model would have changed
 _DOTTED = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
 _FAMILIES = {"BaseModel": "sd", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux"}
 """ComfyUI's class of a model to esd-lora's name of the family; other classes are known by their layers alone."""
@@ -43,6 +45,8 @@ class Part(NamedTuple):
     """Path in diffusers."""
     rows: tuple[int, int] | None = None
     """First row and number of rows; `None` where it is the whole weight."""
+    swaps: bool = False
+    """Whether its halves are the other way round in diffusers."""
 
 
 def updates_of(model: Any, file: LoraFile, strength: Strength) -> tuple[Updates, list[str]]:
@@ -60,13 +64,16 @@ def updates_of(model: Any, file: LoraFile, strength: Strength) -> tuple[Updates,
     if file.header:
         _check_kind(model, file.header, file.name)
     layers = {name: factors for name, factors in file.layers.items() if not name.startswith(TEXT_ENCODER)}
-    targets = _targets(comfy.lora.model_lora_keys_unet(model.model, {}), layers)
+    weights = model.model.state_dict()
+    # The table also names layers that larger models have, and this one has not.
+    table = comfy.lora.model_lora_keys_unet(model.model, {})
+    targets = _targets({name: target for name, target in table.items() if _weight(target) in weights}, layers)
     missing = [name for name in layers if name not in targets]
     if layers and (not targets or (missing and file.header)):
         what = f"{len(missing)} of its {len(layers)} layers" if targets else "none of its layers"
         fits = "fit no weight" if targets else "fits a weight"
         raise EraserError(f"{file.name} is for another model: {what} {fits} of this one ({missing[0][:100]}).")
-    parts, weights = _parts(model), model.model.state_dict()
+    parts = _parts(model)
     places = {name: _members(target, parts) for name, target in targets.items()}
     strength.check([part.module for members in places.values() for part in members], file.name)
     updates: Updates = {}
@@ -110,6 +117,32 @@ def patched(patcher: Any, updates: Updates) -> Any:
         factors |= {f"{number}.lora_up.weight": up, f"{number}.lora_down.weight": down}
     copy.add_patches(comfy.lora.load_lora(factors, {str(number): target for number, target in enumerate(updates)}), 1.0)
     return copy
+
+
+def differing(model: Any, header: Header) -> tuple[int, int]:
+    """Return how many of a few weights differ from those that an eraser was trained on, and how many were compared.
+
+    Weights in bfloat16 or less lost bits that the hashes are of, and are not compared.
+
+    Args:
+        model: ComfyUI's `ModelPatcher`.
+        header: Of the eraser, with hashes of its base's weights.
+    """
+    weights, compared = model.model.state_dict(), list[bool]()
+    known = [
+        (name, part)
+        for name, members in _parts(model).items()
+        for part in members
+        if part.module in header.base_hashes and not part.swaps
+        if name in weights and weights[name].dtype in (torch.float16, torch.float32)
+    ]
+    for name, part in sorted(known, key=lambda each: weights[each[0]].numel())[:_COMPARED]:
+        backup = model.backup.get(name)  # as it was before other patches, while the model is loaded with them
+        weight = weights[name] if backup is None else getattr(backup, "weight", backup)
+        weight = weight if part.rows is None else weight.narrow(0, *part.rows)
+        digest = hashlib.sha256(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes()).hexdigest()
+        compared.append(digest[:16] != header.base_hashes[part.module])
+    return sum(compared), len(compared)
 
 
 def _check_kind(model: Any, header: Header, name: str) -> None:
@@ -157,7 +190,8 @@ def _parts(model: Any) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {}
     for name, target in table.items():
         if name.endswith(".weight"):
-            parts.setdefault(_weight(target), []).append(Part(name.removesuffix(".weight"), _rows(target)))
+            swaps = not isinstance(target, str) and len(target) > 2
+            parts.setdefault(_weight(target), []).append(Part(name.removesuffix(".weight"), _rows(target), swaps))
     return parts
 
 

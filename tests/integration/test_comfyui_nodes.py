@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import comfy_stand_in
 from comfy_cases import EXACT, FAMILIES, LAYERS, Case, largest_difference, loaded, stacked, write_case
 from comfy_child import run_calls
+from comfy_stand_in import ModelPatcher
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.cli.options import EraserType
@@ -45,10 +46,9 @@ def nodes_on() -> Iterator[Load]:
         yield lambda loras: stack.enter_context(comfy_stand_in.loaded_nodes(loras))
 
 
-def patcher_of(case: Case, predicts: str | None = None) -> comfy_stand_in.ModelPatcher:
-    weights = {name.removeprefix(case.prefix): tensor for name, tensor in case.base().items()}
-    predicts = predicts or LAYERS[case.family]["prediction_type"]
-    return comfy_stand_in.ModelPatcher(comfy_stand_in.build_model(case.family, weights, predicts))
+def patcher_of(case: Case, change: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight) -> ModelPatcher:
+    weights = {name.removeprefix(case.prefix): change(tensor) for name, tensor in case.base().items()}
+    return ModelPatcher(comfy_stand_in.build_model(case.family, weights, LAYERS[case.family]["prediction_type"]))
 
 
 def test_weights_are_those_of_a_merge(case: Case, nodes_on: Load) -> None:
@@ -61,11 +61,25 @@ def test_weights_are_those_of_a_merge(case: Case, nodes_on: Load) -> None:
         assert largest_difference(actual, expected) < EXACT, chain
 
 
-def model_of(family: str, predicts: str = "epsilon", text: int = 768) -> comfy_stand_in.ModelPatcher:
+def test_weights_of_another_base_are_noticed(case: Case, nodes_on: Load) -> None:
+    """Rows of joined weights among them; in half precision too, and not by what other patches did to a loaded model."""
+    nodes, (own,), (kohya,) = nodes_on(case.folder / "loras"), *case.chains[:2]
+    words = "; 8 of 8 weights compared are not those of owner/model, which it was trained on: look at what it erases here"
+    same, other = patcher_of(case), patcher_of(case, lambda weight: weight + 1)
+    for call in (own, kohya):
+        assert words not in note_of(nodes, call, same)
+        assert words in note_of(nodes, call, other)
+    assert "compared" not in note_of(nodes, own, patcher_of(case, lambda weight: weight.half()))
+    assert "compared" not in note_of(nodes, own, patcher_of(case, lambda weight: (weight + 1).bfloat16())), "cannot be told"
+    other.backup = {name: SimpleNamespace(weight=weight) for name, weight in same.model.state_dict().items()}
+    assert "compared" not in note_of(nodes, own, other)
+
+
+def model_of(family: str, predicts: str = "epsilon", text: int = 768) -> ModelPatcher:
     """A model of one layer, that reads text."""
     name = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     weights = {name: torch.zeros(4, text), "input_blocks.3.0.op.weight": torch.zeros(4, 4, 3, 3)}
-    return comfy_stand_in.ModelPatcher(comfy_stand_in.build_model(family, weights, predicts))
+    return ModelPatcher(comfy_stand_in.build_model(family, weights, predicts))
 
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -145,6 +159,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no layer": ({"tensors": {k.replace("mid_block", "mid"): t for k, t in PAIR.items()}}, "none of its layers fits a weight"),
     "a layer too many": (
         {"tensors": PAIR | {k.replace("to_k", "to_v"): t for k, t in PAIR.items()}},
+        "1 of its 2 layers fit no weight of this one",
+    ),
+    "a layer that is in ComfyUI's table alone": (
+        {"tensors": PAIR | {k.replace(LAYER, "lora_unet_down_blocks_3_downsamplers_0_conv"): t for k, t in PAIR.items()}},
         "1 of its 2 layers fit no weight of this one",
     ),
     "an unknown block": ({"blocks": "up.1=0"}, r"has no layer in 'up.1'. It has some in mid_block.attentions"),
