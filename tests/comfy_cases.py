@@ -42,6 +42,16 @@ CORE: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "PreviewAny": ({"source": "*"}, ()),
 }
 """ComfyUI's own nodes in the example, with their inputs and outputs; test_comfyui_itself.py compares them with a server's."""
+PUBLISHED = {
+    "sd15": (278, 278, 150),
+    "sd21": (278, 278, 150),
+    "sdxl": (788, 788, 228),
+    "sd3": (239, 335, 335),
+    "sd35-medium": (265, 387, 387),
+    "flux": (306, 496, 496),
+}
+"""Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
+ComfyUI's own Load LoRA has places for. The table of docs/comfyui.md."""
 LAYERS = {
     "sd": {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"},
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths  # pyright: ignore[reportMissingImports]
 
-from .errors import EraserError
+from .errors import EraserError, printable
 from .files import LoraFile, read_lora
 from .gating import factor, nearness
 from .patches import Updates, differing, patched, stack, text_updates_of, updates_of
@@ -92,7 +92,7 @@ class _Applied:
         if changed and file.header:
             note += f"; {changed} of {compared} weights compared are not those of {file.header.base}, which it was trained on"
             note += ": look at what it erases here"
-        self.notes.append(f"{note}.")
+        self.notes.append(printable(f"{note}."))
 
     def result(self) -> tuple[Any, Any, str]:
         """Return model, CLIP and note; what nothing is added to is handed on as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import pytest
 
 import comfy_stand_in
 import esd_lora
-from comfy_cases import CORE, EXAMPLE, EXAMPLES, NODES
+from comfy_cases import CORE, EXAMPLE, EXAMPLES, NODES, PUBLISHED
+from esd_lora.erasers.stacking import Strength
+from esd_lora.families import family_named
 
 Definitions = dict[str, tuple[dict[str, str], tuple[str, ...], set[str]]]
 
@@ -45,6 +48,33 @@ def test_folder_says_what_it_is() -> None:
     assert metadata["project"]["dependencies"] == []
     assert metadata["tool"]["comfy"]["DisplayName"]
     assert (NODES / "LICENSE").read_bytes() == (NODES.parents[1] / "LICENSE").read_bytes()
+
+
+def rows_after(heading: str) -> list[list[str]]:
+    """Return the cells of a table of docs/comfyui.md, by the beginning of its head."""
+    text = (NODES.parents[1] / "docs" / "comfyui.md").read_text("utf-8")
+    table = text[text.index(f"| {heading}") :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_page_says_what_was_counted() -> None:
+    counts = [re.findall(r"\d+", " ".join(row[1:3])) for row in rows_after("model |")]
+    assert [tuple(map(int, numbers)) for numbers in counts] == [(k, k, core, own) for k, own, core in PUBLISHED.values()]
+
+
+def test_page_names_blocks_as_the_models_do() -> None:
+    """The extension LoRA Block Weight counts the original's blocks: IN04 is input_blocks.4."""
+    kinds = {"IN": "input_blocks", "OUT": "output_blocks", "MID": "middle_block"}
+    compared = 0
+    for blocks, *cells in rows_after("its blocks"):
+        for family, cell in zip(("sd", "sdxl"), cells, strict=True):
+            modules = {layer.name: module for module, layer in family_named(family).original_layers().items()}
+            for kind, number in re.findall(r"([A-Z]+)(\d*)", blocks) if cell.startswith("`") else ():
+                place = f"{kinds[kind]}.{int(number)}" if number else kinds[kind]
+                module = modules[f"{place}.1.transformer_blocks.0.attn2.to_k"]
+                assert Strength(1, {cell.strip("`"): 0}).at(module) == 0, (kind, number, cell)
+                compared += 1
+    assert compared == 16 + 11
 
 
 def definitions(nodes: ModuleType) -> Definitions:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import esd_lora
 import original_checkpoints
-from comfy_cases import CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, Case, largest_difference, write_case
+from comfy_cases import CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, PUBLISHED, Case, largest_difference, write_case
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
@@ -59,18 +59,6 @@ def test_weights_are_those_of_a_merge_in_comfyui_itself(case: Case) -> None:
     assert result["unexpected"] == []
     for number, expected in enumerate(case.expected):
         assert largest_difference(load_file(case.folder / f"out_{number}.safetensors"), expected) < EXACT, case.chains[number]
-
-
-PUBLISHED = {
-    "sd15": (278, 278, 150),
-    "sd21": (278, 278, 150),
-    "sdxl": (788, 788, 228),
-    "sd3": (239, 335, 335),
-    "sd35-medium": (265, 387, 387),
-    "flux": (306, 496, 496),
-}
-"""Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
-ComfyUI's own Load LoRA has places for. The table of docs/comfyui.md."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -117,6 +117,15 @@ def test_notes_say_what_was_done(nodes_on: Load, tmp_path: Path) -> None:
     assert note_of(nodes, stacked()) == "Nothing is stacked: choose an eraser."
 
 
+def test_text_of_a_stranger_is_shown_by_its_codes(nodes_on: Load, tmp_path: Path) -> None:
+    nodes = nodes_on(tmp_path)
+    concepts = [{"name": "a\n\x1b[31mcat"}]
+    eraser = write(tmp_path / "no-cat.safetensors", PAIR, {**HEADER, "concepts": concepts, "base": "\x1b[2J"})
+    assert r"removes a\n\x1b[31mcat, at" in note_of(nodes, loaded(eraser))
+    with pytest.raises(ValueError, match=r"Diffusion 1 or 2 \(\\x1b\[2J\), and the model connected is SDXL"):
+        note_of(nodes, loaded(eraser), model_of("sdxl"))
+
+
 def test_strength_zero_leaves_the_model_alone(nodes_on: Load, tmp_path: Path) -> None:
     nodes, model = nodes_on(tmp_path), model_of("sd")
     eraser = write(tmp_path / "no-cat.safetensors", PAIR, HEADER)
