@@ -182,7 +182,7 @@ def test_sdist_holds_what_is_needed_to_work_on_it(sdist: dict[str, int]) -> None
         "NOTICE",
     }
     assert needed <= sdist.keys()
-    for folder in ("tests", "recipes", "docs", "benchmarks", "playground", "hub_upload"):
+    for folder in ("tests", "recipes", "docs", "benchmarks", "playground", "hub_upload", "integrations"):
         files = {path.relative_to(PROJECT).as_posix() for path in (PROJECT / folder).rglob("*") if path.is_file()}
         files = {name for name in files if "__pycache__" not in name and not name.startswith("playground/emoji-")}
         assert files <= sdist.keys(), folder
