@@ -1,0 +1,16 @@
+"""The tab *Erase*."""
+
+from __future__ import annotations
+
+import gradio
+
+from esd_lora.ui.workplace import Workplace
+
+
+def erase_tab(workplace: Workplace) -> None:
+    """Fill the tab.
+
+    Args:
+        workplace: What the tabs share.
+    """
+    gradio.Markdown(f"Not built yet: {workplace.folder}")
