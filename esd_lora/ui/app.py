@@ -14,6 +14,7 @@ import gradio
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.erasing import erase_tab
+from esd_lora.ui.markup import PIECES_CSS
 from esd_lora.ui.measuring import measure_tab
 from esd_lora.ui.requesting import requests_tab
 from esd_lora.ui.stacking import stack_tab
@@ -63,7 +64,15 @@ def look() -> dict[str, Any]:
     theme = gradio.themes.Default(
         primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    return {"theme": theme, "css": _CSS, "footer_links": [], "run_history": False, "ssr_mode": False, "share": False}
+    return {
+        "theme": theme,
+        "css": _CSS,
+        "css_paths": PIECES_CSS,
+        "footer_links": [],
+        "run_history": False,
+        "ssr_mode": False,
+        "share": False,
+    }
 
 
 @contextmanager

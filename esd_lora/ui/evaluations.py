@@ -21,6 +21,7 @@ from esd_lora.wording import in_one_line
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
+    from esd_lora.estimates.estimate import Estimate
 
 Filter: TypeAlias = Literal["all", "judged differently", "painted differently"]
 """Which pairs of pictures are shown."""
@@ -69,15 +70,13 @@ class Size(NamedTuple):
     pictures: int
     models: list[str]
     """Names of what paints them."""
-    seconds: float
+    estimate: Estimate
     not_run: dict[str, str]
     """What will not be measured, and why."""
 
     def sentence(self) -> str:
         """Return it in a sentence or two."""
-        minutes = self.seconds / 60
-        time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
-        return f"{self.pictures:,} pictures of {' and '.join(self.models)}; about {time}, beside loading the base."
+        return f"{self.pictures:,} pictures of {' and '.join(self.models)}. {self.estimate.sentence()}"
 
 
 def measure_size(
@@ -98,7 +97,7 @@ def measure_size(
     prepared = prepare_evaluation(base, loaded, out, erasers=places, weights=weights, limit=limit)
     estimate = estimate_evaluation(prepared)
     models = [variant.name for variant in prepared.variants]
-    return Size(estimate.most.pictures, models, estimate.seconds()[1], prepared.plan.not_run)
+    return Size(estimate.most.pictures, models, estimate, prepared.plan.not_run)
 
 
 def title_of(folder: Path, home: Path) -> str:

@@ -29,6 +29,8 @@ FOLDER = ".esd-lora-jobs"
 """Folder of all jobs, in the workplace."""
 JOB_NAME, LOG_NAME, LOCK_NAME, STOP_NAME = "job.json", "log.txt", "lock", "stop"
 """Files of a job's folder. The last is there once somebody has asked for it to stop."""
+CONTINUED = ("evaluate", "fleet", "release")
+"""Commands that go on in what they have made, by themselves."""
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 _TAIL = 2**16  # bytes at a log's end in which its last lines and bars are looked for
 _BAR = re.compile(r"(?:(?P<what>[^\r\n|]*?):)?\s*(?P<percent>\d{1,3})%\|[^|]*\|[^\[]*\[[^<\]]*<(?P<left>[^,\]]*)")
@@ -166,7 +168,7 @@ class Jobs:
         checkpoint = current.out and (self.workplace / current.out / CHECKPOINT_NAME).is_file()
         if arguments[0] == "train" and checkpoint:
             arguments.append("--resume")
-        elif current.started and "--force" not in arguments:  # what is there is its own
+        elif current.started and arguments[0] not in CONTINUED and "--force" not in arguments:  # what is there is its own
             arguments.append("--force")
         changes = {"state": "waiting", "sentence": "", "started": None, "ended": None, "arguments": tuple(arguments)}
         self.write(current.model_copy(update=changes))

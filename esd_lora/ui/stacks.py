@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.erasers.manifests import load_eraser
+from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.ui.markup import figures, heat_map
+from esd_lora.ui.markup import Cell, figures, heat_map
 from esd_lora.wording import slug
 
 if TYPE_CHECKING:
@@ -96,15 +98,51 @@ def merge_command(erasers: Sequence[Weighted], base: str, out: Path) -> list[str
     return ["merge", *(eraser.argument() for eraser in erasers), "--base", base, "-o", str(out), "--verify"]
 
 
-def merged_place(folder: Path, name: str, base: str) -> Path:
-    """Return where a merged base goes: a file for a base that is one file, else a directory.
+def merged_name(name: str, base: str) -> str:
+    """Return the name of a merged base: that of a file for a base that is one file, else of a directory."""
+    single = base.lower().endswith(".safetensors")
+    return f"{name.removesuffix('.safetensors')}.safetensors" if single else name
+
+
+def estimate_stack(erasers: Sequence[Weighted], how: How, base: Base | None = None) -> str:
+    """Return what making a stack takes, in a sentence.
 
     Args:
-        folder: Where it goes.
-        name: Of the result.
-        base: What is merged into.
+        erasers: The members.
+        how: How they become one.
+        base: The loaded base; of no account for a sum.
+
+    Raises:
+        EsdLoraError: If they do not fit each other or the base.
     """
-    return folder / (f"{name}.safetensors" if base.endswith(".safetensors") else name)
+    from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
+
+    check_weighted(erasers)
+    members, weights = [load_eraser(eraser.place) for eraser in erasers], [eraser.weight for eraser in erasers]
+    if how == "sum" or base is None:
+        stack(members, weights)
+        return "A moment: a sum of weights, no base is needed."
+    estimate = (estimate_harmonising if how == "harmonise" else estimate_fusing)(members, base, weights=weights)
+    return f"{estimate.sentence()} The eraser will have {estimate.eraser / 1e6:,.1f} MB."
+
+
+def estimate_merge(erasers: Sequence[Weighted], base: str, out: Path) -> str:
+    """Return what a merge takes, in sentences.
+
+    Args:
+        erasers: What is merged.
+        base: What it is merged into.
+        out: Where the result goes.
+
+    Raises:
+        EsdLoraError: If base or erasers cannot be read or do not fit.
+    """
+    from esd_lora.estimates.merging import estimate_merging
+
+    check_weighted(erasers)
+    estimate = estimate_merging([eraser.place for eraser in erasers], base, out, weights=[eraser.weight for eraser in erasers])
+    changed, size, time = estimate.lines()
+    return f"{changed}. {size}. {time[:1].upper()}{time[1:]}, and about as long again to verify."
 
 
 def export_for_others(place: str, folder: Path) -> Path:
@@ -194,6 +232,30 @@ def losses(eraser: Eraser) -> dict[str, str]:
     if header.truncation:
         rows["Cut off by lower ranks"] = f"{header.truncation:.2%} of the update"
     return {name: text for name, text in rows.items() if text}
+
+
+def describe_merged(place: str, log: str) -> str:
+    """Return what was checked of a merged base, in HTML.
+
+    Args:
+        place: Where it lies.
+        log: What the command printed.
+    """
+    rows: dict[str, str | Cell] = {"Where": place}
+    if proof := re.search(
+        r"^verified: (\d+) tensors are base \+ update to within rounding, (\d+) others are bit-equal$", log, re.M
+    ):
+        rows |= {
+            f"{proof[1]} tensors that erasers change": Cell(
+                "each value is the base's plus the update, to within rounding", "good"
+            ),
+            f"{proof[2]} other tensors": Cell("bit for bit the base's", "good"),
+        }
+        if not place.endswith(".safetensors"):
+            rows["all other files"] = Cell("byte for byte the base's", "good")
+    else:
+        rows["Verified"] = Cell("no: the log does not say so", "bad")
+    return figures(rows)
 
 
 def _size(place: str, eraser: Eraser) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.estimates.estimate import Estimate, Pace, Work
 from esd_lora.evaluation.report.comparing import pair_pictures
 from esd_lora.ui import evaluations
 from esd_lora.ui.evaluations import (
@@ -69,10 +70,11 @@ def test_evaluate_command() -> None:
 
 
 def test_size_is_a_sentence() -> None:
-    assert Size(1200, ["base", "erased"], 50.4, {}).sentence() == (
-        "1,200 pictures of base and erased; about 50 seconds, beside loading the base."
+    work = Work(pictures=1200)
+    estimate = Estimate(work, work, Pace(picture=0.042), 0, 3 * 2**30)
+    assert Size(1200, ["base", "erased"], estimate, {}).sentence() == (
+        "1,200 pictures of base and erased. About 50 seconds, beside loading the base; at most 3.0 GiB of memory."
     )
-    assert "about 10 minutes" in Size(1, ["base"], 600, {}).sentence()
 
 
 def test_every_suite_is_described() -> None:

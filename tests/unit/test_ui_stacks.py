@@ -18,7 +18,7 @@ from esd_lora.ui.stacks import (
     interference,
     losses,
     merge_command,
-    merged_place,
+    merged_name,
     output_name,
     stack_command,
 )
@@ -63,8 +63,10 @@ def test_merge_command_proves_what_it_made() -> None:
     assert merge_command([CAT], "model.safetensors", Path("m")) == [
         *["merge", "no-cat:1", "--base", "model.safetensors", "-o", "m", "--verify"]
     ]
-    assert merged_place(Path("x"), "free", "sd15.safetensors") == Path("x/free.safetensors")
-    assert merged_place(Path("x"), "free", "emoji") == Path("x/free")
+    assert (
+        merged_name("free", "/x/sd15.safetensors") == merged_name("free.safetensors", "sd15.safetensors") == "free.safetensors"
+    )
+    assert merged_name("free", "emoji") == "free"
 
 
 @pytest.mark.parametrize(
