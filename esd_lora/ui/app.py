@@ -35,6 +35,7 @@ _CSS = """
 .gradio-container { max-width: 1180px !important; }
 .job-bar { height: 0.6rem; border-radius: 0.3rem; background: var(--border-color-primary); overflow: hidden; }
 .job-bar > div { height: 100%; background: var(--color-accent); }
+.small-pictures img { image-rendering: pixelated; width: 100%; }
 .job-failed { color: var(--error-text-color); }
 """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import re
+import tempfile
 import threading
 import traceback
 import warnings
@@ -46,6 +48,7 @@ class Workplace:
         self.jobs = Jobs(self.folder)
         self._bases: OrderedDict[str, Base] = OrderedDict()
         self._lock = threading.RLock()
+        self._downloads = tempfile.TemporaryDirectory(prefix="esd-lora-")
 
     @property
     def open(self) -> bool:
@@ -118,6 +121,18 @@ class Workplace:
             yield self._load(self.place(name))
         for message in dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning):
             gradio.Warning(message)
+
+    def download(self, name: str, content: bytes) -> str:
+        """Return the path of a file to be downloaded; it lies outside the folder, and goes when the server ends.
+
+        Args:
+            name: Under which it is downloaded.
+            content: What is in it.
+        """
+        folder = Path(self._downloads.name) / hashlib.sha256(content).hexdigest()[:16]
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        return str(folder / name)
 
     def _load(self, place: str) -> Base:
         if place not in self._bases:
