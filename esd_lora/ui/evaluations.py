@@ -59,9 +59,16 @@ def evaluate_command(
     check_weighted(erasers, 0)
     if not base or not suite:
         raise EsdLoraError(f"nothing to measure {'with: choose a suite' if base else 'on: choose a base'}.")
-    options = ["--limit", f"{limit}"] if limit else []
-    options += ["--prompts", prompts] if prompts else []
-    return ["evaluate", *(eraser.argument() for eraser in erasers), "--base", base, "--suite", suite, "-o", str(out), *options]
+    options = [f"--limit={limit}"] if limit else []
+    options += [f"--prompts={prompts}"] if prompts else []
+    return [
+        "evaluate",
+        *(eraser.argument() for eraser in erasers),
+        f"--base={base}",
+        f"--suite={suite}",
+        *options,
+        f"--out={out}",
+    ]
 
 
 class Size(NamedTuple):

@@ -109,3 +109,13 @@ def frame(document: str, title: str) -> str:
 def note(text: str) -> Markup:
     """Return a paragraph of plain text."""
     return Markup("<p>{}</p>").format(printable_value(text))
+
+
+def faults(message: str) -> str:
+    """Return what is wrong, of which there may be several things, as a list that is read out at once.
+
+    Args:
+        message: Of an `EsdLoraError`: one sentence, or one and further lines that are indented.
+    """
+    first, *others = message.split("\n  ")
+    return _render("faults", first=first[:1].upper() + first[1:], others=others)

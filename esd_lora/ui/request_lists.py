@@ -151,23 +151,22 @@ def fleet_command(
         raise EsdLoraError(f"there is no registry in {registry}: it has no {LOG}. Add requests to it first.")
     if not base:
         raise EsdLoraError("nothing to erase from: choose a base.")
-    options = ["--pictures", f"{pictures}"] if pictures else []
-    options += ["--gate", gate] if gate and work == "release" else []
-    return [work, str(registry), "--base", base, "-o", str(out), "--workers", f"{workers}", *options]
+    options = [f"--pictures={pictures}"] if pictures else []
+    options += [f"--gate={gate}"] if gate and work == "release" else []
+    return [work, str(registry), f"--base={base}", f"--workers={workers}", *options, f"--out={out}"]
 
 
-def fleet_page(folder: Path) -> str | None:
-    """Return the page of a fleet or a release with its pictures inside, to be shown in a frame; `None` where there is none yet.
+def page_file(folder: Path) -> Path | None:
+    """Return the page of a fleet or a release that writes into a folder; `None` where there is none yet."""
+    return next((folder / name for name in PAGES if (folder / name).is_file()), None)
 
-    Args:
-        folder: What the fleet or the release writes into.
+
+def fleet_page(file: Path) -> str:
+    """Return the page of a fleet with its pictures inside, to be shown in a frame.
 
     Raises:
         EsdLoraError: If it is too large for a frame.
     """
-    file = next((folder / name for name in PAGES if (folder / name).is_file()), None)
-    if file is None:
-        return None
     document = read_bounded(file, _LARGEST_PAGE).decode("utf-8", "replace")
     left = _MOST_PICTURES
 

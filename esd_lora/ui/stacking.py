@@ -19,6 +19,7 @@ from esd_lora.ui.stacks import (
     estimate_merge,
     estimate_stack,
     export_for_others,
+    first_free,
     interference,
     merge_command,
     merged_name,
@@ -105,7 +106,7 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
         erasers = read_choice(workplace, names, strengths)
         place = workplace.place(base) if how != "sum" else ""
         options = {"rank": rank or None, "energy": energy or None}
-        out = _free_name(workplace, name, erasers)
+        out = workplace.new_output(name) if name.strip() else first_free(workplace.folder, output_name(erasers))
         command = stack_command(erasers, cast("How", how), place, Path(out), **options)
         return _submit(workplace, f"Stack {len(erasers)} erasers into {out}", command, out)
 
@@ -127,8 +128,10 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
     told = gradio.HTML()
 
     def output(base: str, name: str, erasers: list[Weighted]) -> str:
-        stem = Path(base).stem if base.endswith(".safetensors") else Path(base).name
-        return merged_name(name.strip() or f"{stem}-{output_name(erasers)}", base)
+        if name.strip():
+            return workplace.new_output(merged_name(name.strip(), base))
+        stem = Path(base).name.removesuffix(".safetensors")
+        return first_free(workplace.folder, merged_name(f"{stem}-{output_name(erasers)}", base))
 
     def estimate(base: str, name: str, names: list[str], *strengths: float) -> str:
         erasers = read_choice(workplace, names, strengths)
@@ -138,18 +141,13 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
     def begin(base: str, name: str, names: list[str], *strengths: float) -> Any:
         erasers = read_choice(workplace, names, strengths)
         place = workplace.place(base)
-        out = workplace.new_output(output(place, name, erasers))
+        out = output(place, name, erasers)
         command = merge_command(erasers, place, Path(out))
         return _submit(workplace, f"Merge {len(erasers)} erasers into {out}", command, out)
 
     taken = [inputs.base, name, *inputs.choice.inputs]
     ask.click(in_one_sentence(estimate), taken, told, **MODEL_WORK)
     return start, taken, begin
-
-
-def _free_name(workplace: Workplace, name: str, erasers: list[Weighted]) -> str:
-    """Return the name that was given to a stack, or one after what it erases."""
-    return workplace.new_output(name.strip() or output_name(erasers))
 
 
 def _submit(workplace: Workplace, title: str, command: list[str], out: str) -> Any:

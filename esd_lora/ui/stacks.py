@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -13,7 +14,7 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.markup import Cell, figures, heat_map
-from esd_lora.wording import slug
+from esd_lora.wording import slug, without_article
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -53,9 +54,21 @@ def check_weighted(erasers: Sequence[Weighted], least: int = 1) -> None:
 
 
 def output_name(erasers: Sequence[Weighted]) -> str:
-    """Return a name for what is made of erasers: `no-cat-pizza`."""
+    """Return a name for what is made of erasers: `no-cat-pizza`.
+
+    Raises:
+        EsdLoraError: If one cannot be read.
+    """
     names = [name for eraser in erasers for name in load_eraser(eraser.place).names]
-    return slug(f"no {' '.join(names)}").lower()
+    return slug(" ".join(["no", *map(without_article, names)]))
+
+
+def first_free(folder: Path, name: str) -> str:
+    """Return a name that nothing in a folder has yet: `no-cat`, `no-cat-2`."""
+    path = Path(name)
+    ending = path.suffix if path.suffix == ".safetensors" else ""
+    names = (f"{name.removesuffix(ending)}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
+    return next(each for each in names if not (folder / each).exists())
 
 
 def stack_command(
@@ -79,11 +92,11 @@ def stack_command(
         raise EsdLoraError("fusing and harmonising read and train on a base: choose the base of the erasers.")
     if how == "harmonise" and energy:
         raise EsdLoraError("a share of effect to keep goes with the closed form and the sum: harmonising takes a rank alone.")
-    options = ["--fuse", "sum"] if how == "sum" else ["--base", base]
+    options = ["--fuse=sum"] if how == "sum" else [f"--base={base}"]
     options += ["--harmonise"] if how == "harmonise" else []
-    options += ["--rank", f"{rank}"] if rank else []
-    options += ["--energy", f"{energy:g}"] if energy else []
-    return ["stack", *(eraser.argument() for eraser in erasers), "-o", str(out), *options]
+    options += [f"--rank={rank}"] if rank else []
+    options += [f"--energy={energy:g}"] if energy else []
+    return ["stack", *(eraser.argument() for eraser in erasers), *options, f"--out={out}"]
 
 
 def merge_command(erasers: Sequence[Weighted], base: str, out: Path) -> list[str]:
@@ -95,7 +108,7 @@ def merge_command(erasers: Sequence[Weighted], base: str, out: Path) -> list[str
     check_weighted(erasers)
     if not base:
         raise EsdLoraError("nothing to merge into: choose a base.")
-    return ["merge", *(eraser.argument() for eraser in erasers), "--base", base, "-o", str(out), "--verify"]
+    return ["merge", *(eraser.argument() for eraser in erasers), f"--base={base}", "--verify", f"--out={out}"]
 
 
 def merged_name(name: str, base: str) -> str:
@@ -158,7 +171,7 @@ def export_for_others(place: str, folder: Path) -> Path:
     from esd_lora.formats.exporting import export
 
     eraser = load_eraser(place)
-    name = slug(f"no {' '.join(eraser.names)}").lower()
+    name = slug(" ".join(["no", *map(without_article, eraser.names)]))
     return export(eraser, folder / "kohya" / f"{name}.safetensors", layout="kohya", force=True)
 
 

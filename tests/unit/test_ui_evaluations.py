@@ -45,24 +45,9 @@ def test_evaluate_command() -> None:
     command = evaluate_command(
         [Weighted("a"), Weighted("b", 0.5)], "emoji", "emoji-object", Path("out"), limit=3, prompts="p.csv"
     )
-    assert command == [
-        *[
-            "evaluate",
-            "a:1",
-            "b:0.5",
-            "--base",
-            "emoji",
-            "--suite",
-            "emoji-object",
-            "-o",
-            "out",
-            "--limit",
-            "3",
-            "--prompts",
-            "p.csv",
-        ]
-    ]
-    assert evaluate_command([], "emoji", "custom", Path("out"))[:2] == ["evaluate", "--base"]
+    rest = ["--base=emoji", "--suite=emoji-object", "--limit=3", "--prompts=p.csv", "--out=out"]
+    assert command == ["evaluate", "a:1", "b:0.5", *rest]
+    assert evaluate_command([], "emoji", "custom", Path("out"))[:2] == ["evaluate", "--base=emoji"]
     with pytest.raises(EsdLoraError, match="choose a base"):
         evaluate_command([], "", "custom", Path("out"))
     with pytest.raises(EsdLoraError, match="choose a suite"):

@@ -19,6 +19,7 @@ from esd_lora.ui.request_lists import (
     fleet_page,
     has_registry,
     in_order,
+    page_file,
     show_requests,
 )
 from fleet_requests import request
@@ -101,28 +102,18 @@ def test_commands_of_fleet_and_release(tmp_path: Path) -> None:
     with pytest.raises(EsdLoraError, match="there is no registry in"):
         fleet_command("fleet", tmp_path, "emoji", Path("out"))
     Registry.open(tmp_path, new=True).add([request(1)])
-    start = [str(tmp_path), "--base", "emoji", "-o", "out", "--workers"]
+    start = [str(tmp_path), "--base=emoji"]
     gate = "erased.accuracy>0.05"
-    assert fleet_command("fleet", tmp_path, "emoji", Path("out"), pictures=5, gate=gate) == [
-        "fleet",
-        *start,
-        "1",
-        "--pictures",
-        "5",
-    ]
-    assert fleet_command("release", tmp_path, "emoji", Path("out"), workers=2, gate=gate) == [
-        "release",
-        *start,
-        "2",
-        "--gate",
-        gate,
-    ]
+    fleet = fleet_command("fleet", tmp_path, "emoji", Path("out"), pictures=5, gate=gate)
+    assert fleet == ["fleet", *start, "--workers=1", "--pictures=5", "--out=out"]
+    release = fleet_command("release", tmp_path, "emoji", Path("out"), workers=2, gate=gate)
+    assert release == ["release", *start, "--workers=2", f"--gate={gate}", "--out=out"]
     with pytest.raises(EsdLoraError, match="choose a base"):
         fleet_command("release", tmp_path, "", Path("out"))
 
 
 def test_page_of_a_fleet_holds_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fleet_page(tmp_path) is None
+    assert page_file(tmp_path) is None
     fleet = tmp_path / "fleet"
     for name in ("r1", "r2"):
         (fleet / "erasers" / name / "samples").mkdir(parents=True)
@@ -131,9 +122,9 @@ def test_page_of_a_fleet_holds_its_pictures(tmp_path: Path, monkeypatch: pytest.
     places = ["erasers/r1/samples/1_base.png", "erasers/r1/samples/1_erased.png", "erasers/../samples/1_base.png"]
     places.append("erasers/r2/samples/1_base.png")
     (fleet / "fleet.html").write_text("".join(f'<img src="{place}">' for place in places), "utf-8")
-    page = fleet_page(tmp_path)
-    assert page
-    parts = page.split('<img src="')[1:]
+    file = page_file(tmp_path)
+    assert file == fleet / "fleet.html"
+    parts = fleet_page(file).split('<img src="')[1:]
     assert [part[:23] for part in parts] == [
         "data:image/jpeg;base64,",
         '">',
@@ -141,4 +132,4 @@ def test_page_of_a_fleet_holds_its_pictures(tmp_path: Path, monkeypatch: pytest.
         "data:image/jpeg;base64,",
     ]
     monkeypatch.setattr(request_lists, "_MOST_PICTURES", 1)
-    assert str(fleet_page(tmp_path)).count("data:image") == 1
+    assert fleet_page(file).count("data:image") == 1

@@ -10,11 +10,15 @@ import torch
 from esd_lora.cli.options import ERASER
 from esd_lora.erasers.header import Distillation, Fusion
 from esd_lora.erasers.stacking import stack
+from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.stacks import (
     Weighted,
     check_weighted,
+    describe_merged,
     describe_stack,
+    export_for_others,
+    first_free,
     interference,
     losses,
     merge_command,
@@ -22,7 +26,8 @@ from esd_lora.ui.stacks import (
     output_name,
     stack_command,
 )
-from random_erasers import random_eraser
+from random_erasers import eraser_on, random_eraser
+from tiny import tiny_pipeline
 
 CAT, DOG = Weighted("no-cat"), Weighted("own/no dog", -0.25)
 RANKS = {"mid.attn2.to_k": 2, "conv": 1}
@@ -48,20 +53,20 @@ def test_command_takes_erasers_with_their_strengths() -> None:
 @pytest.mark.parametrize(
     ("how", "options", "rest"),
     [
-        ("sum", {}, ["--fuse", "sum"]),
-        ("closed form", {}, ["--base", "emoji"]),
-        ("closed form", {"rank": 4, "energy": 0.99}, ["--base", "emoji", "--rank", "4", "--energy", "0.99"]),
-        ("harmonise", {"rank": 8}, ["--base", "emoji", "--harmonise", "--rank", "8"]),
+        ("sum", {}, ["--fuse=sum"]),
+        ("closed form", {}, ["--base=emoji"]),
+        ("closed form", {"rank": 4, "energy": 0.99}, ["--base=emoji", "--rank=4", "--energy=0.99"]),
+        ("harmonise", {"rank": 8}, ["--base=emoji", "--harmonise", "--rank=8"]),
     ],
 )
 def test_stack_command(how: str, options: dict[str, float], rest: list[str]) -> None:
     command = stack_command([CAT, DOG], how, "emoji", Path("both"), **options)  # type: ignore[arg-type]
-    assert command == ["stack", "no-cat:1", "own/no dog:-0.25", "-o", "both", *rest]
+    assert command == ["stack", "no-cat:1", "own/no dog:-0.25", *rest, "--out=both"]
 
 
 def test_merge_command_proves_what_it_made() -> None:
     assert merge_command([CAT], "model.safetensors", Path("m")) == [
-        *["merge", "no-cat:1", "--base", "model.safetensors", "-o", "m", "--verify"]
+        *["merge", "no-cat:1", "--base=model.safetensors", "--verify", "--out=m"]
     ]
     assert (
         merged_name("free", "/x/sd15.safetensors") == merged_name("free.safetensors", "sd15.safetensors") == "free.safetensors"
@@ -118,7 +123,35 @@ def test_description_of_a_sum(cat: Weighted, hat: Weighted, tmp_path: Path) -> N
     assert "<dt>Erases</dt><dd>a cat, a &lt;hat&gt; (at strength 0.5)</dd>" in html
     assert "<dd>2, ranks 2 to 4</dd>" in html
     assert "a plain sum: each does all that it did" in html
-    assert output_name([cat, hat]) == "no-a-cat-a-hat"
+    assert output_name([cat, hat]) == "no-cat-hat"
+
+
+def test_names_that_are_taken_get_a_number(tmp_path: Path) -> None:
+    for name in ("no-cat", "m.safetensors", "m-2.safetensors"):
+        (tmp_path / name).touch()
+    assert first_free(tmp_path, "no-dog") == "no-dog"
+    assert first_free(tmp_path, "no-cat") == "no-cat-2"
+    assert first_free(tmp_path, "m.safetensors") == "m-3.safetensors"
+
+
+def test_what_was_checked_of_a_merge() -> None:
+    log = "merged pipeline: m\nverified: 64 tensors are base + update to within rounding, 622 others are bit-equal\n"
+    html = describe_merged("/w/m", log)
+    assert '<dt>64 tensors that erasers change</dt><dd class="good">' in html
+    assert "<dt>622 other tensors</dt>" in html
+    assert "byte for byte" in html
+    assert "byte for byte" not in describe_merged("/w/m.safetensors", log)
+    assert "no: the log does not say so" in describe_merged("/w/m", "verified: nothing")
+
+
+def test_file_for_other_programs(tmp_path: Path) -> None:
+    base = tiny_pipeline().unet
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    eraser = eraser_on(base, [module], "a cat")
+    file = export_for_others(str(eraser.save(tmp_path / "cat")), tmp_path)
+    assert file == tmp_path / "kohya" / "no-cat.safetensors"
+    assert any(name.endswith("attn2_to_k.lora_down.weight") for name in read_header(file).tensors)
+    assert export_for_others(str(tmp_path / "cat"), tmp_path) == file  # again, over itself
 
 
 def test_losses_of_what_was_fused_and_harmonised() -> None:
