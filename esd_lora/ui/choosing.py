@@ -1,7 +1,8 @@
-"""A choice of erasers, each with its strength."""
+"""Inputs with more to them: erasers, each with its strength; a number that need not be given."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,3 +70,31 @@ def read_choice(workplace: Workplace, names: Sequence[str], strengths: Sequence[
     if len(names) > MOST:
         raise EsdLoraError(f"{len(names)} erasers are chosen, and the page takes {MOST}. Stack more of them in a terminal.")
     return [Weighted(workplace.place(name), float(strength)) for name, strength in zip(names, strengths, strict=False)]
+
+
+def optional_number(label: str, info: str) -> gradio.Textbox:
+    """Add an input for a number that need not be given, for `read_number`: an empty one of gradio's own shows 0."""
+    return gradio.Textbox("", label=label, info=info, max_lines=1)
+
+
+def read_number(text: str, label: str, *, whole: bool = True) -> float | None:
+    """Return the number of an input; `None` where it is empty.
+
+    Args:
+        text: What stands in it.
+        label: What it is called.
+        whole: Whether it is a whole number from 1 on, not a share above 0 and up to 1.
+
+    Raises:
+        EsdLoraError: If it is none.
+    """
+    if not text.strip():
+        return None
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        number = math.nan
+    if not (number >= 1 if whole else 0 < number <= 1):
+        expected = "a whole number from 1 on" if whole else "a share above 0 and up to 1, such as 0.99"
+        raise EsdLoraError(f"{label}: {text.strip()!r} is no number that fits. Give {expected}, or leave it empty.")
+    return number

@@ -61,18 +61,19 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     return _render("table", caption=caption, head=head, rows=cells)
 
 
-def heat_map(caption: str, names: Sequence[str], matrix: Sequence[Sequence[float]], last_column: str = "") -> str:
+def heat_map(caption: str, scale: str, names: Sequence[str], matrix: Sequence[Sequence[float]], last_column: str = "") -> str:
     """Return a matrix as a table that is coloured: white at 0, red to 1 and above, blue below 0.
 
     Args:
         caption: What it shows.
+        scale: What its numbers mean, in a few words.
         names: What rows and columns stand for.
         matrix: A row for each name.
         last_column: Name of one more column, if there is one.
     """
     rows = [[(f"{value:.2f}", _colour(value)) for value in row] for row in matrix]
     head = [*names, *([last_column] if last_column else [])]
-    return _render("heat_map", caption=caption, head=head, rows=list(zip(names, rows, strict=True)))
+    return _render("heat_map", caption=caption, scale=scale, head=head, rows=list(zip(names, rows, strict=True)))
 
 
 def _colour(value: float) -> str:

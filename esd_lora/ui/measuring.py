@@ -12,7 +12,7 @@ from esd_lora.erasers.measured import TITLES
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.report.comparing import find_evaluations, pair_pictures
 from esd_lora.evaluation.report.report import Report
-from esd_lora.ui.choosing import choose_erasers, read_choice
+from esd_lora.ui.choosing import choose_erasers, optional_number, read_choice, read_number
 from esd_lora.ui.evaluations import (
     PAIRS_AT_ONCE,
     Filter,
@@ -34,6 +34,7 @@ from esd_lora.ui.stacks import first_free, output_name
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
 
 TAB = "measure"
+_LIMIT = "Most pictures of each kind of prompt"
 _FILTERS = [
     ("All", "all"),
     ("Judged differently", "judged differently"),
@@ -73,35 +74,36 @@ def _add_inputs(workplace: Workplace) -> tuple[gradio.Button, list[Any], Any]:
     choice = choose_erasers(workplace, "Erasers to measure, all on together")
     base = base_input(workplace)
     usual = "emoji-object" if workplace.base in BUILT_IN else "objects"
-    suite = gradio.Dropdown([(f"{name}: {text}", name) for name, text in suites().items()], value=usual, label="Suite")
-    limit = gradio.Number(
-        None, label="Most pictures of each kind of prompt", info="Empty: all that the suite has.", precision=0, minimum=1
-    )
+    known = suites()
+    suite = gradio.Dropdown(list(known), value=usual, label="Suite", info=known[usual])
+    limit = optional_number(_LIMIT, "Empty: all that the suite has.")
     prompts = gradio.Textbox("", label="Prompt file", info="Path of a CSV or text file, for a suite that takes one.")
     with gradio.Row():
         ask = gradio.Button("What will it take?")
         start = gradio.Button("Measure", variant="primary")
     answer = gradio.HTML()
 
-    def estimate(base: str, suite: str, limit: float | None, prompts: str, names: list[str], *strengths: float) -> str:
+    def options_of(limit: str, prompts: str) -> dict[str, Any]:
+        return {"limit": read_number(limit, _LIMIT), "prompts": prompts.strip() or None}
+
+    def estimate(base: str, suite: str, limit: str, prompts: str, names: list[str], *strengths: float) -> str:
         erasers = read_choice(workplace, names, strengths)
         out = workplace.folder / first_free(workplace.folder, "measured")
-        options: dict[str, Any] = {"limit": int(limit) if limit else None, "prompts": prompts.strip() or None}
         with workplace.base_in_use(base) as loaded:
-            size = measure_size(erasers, loaded, suite, out, **options)
+            size = measure_size(erasers, loaded, suite, out, **options_of(limit, prompts))
         return note(size.sentence()) + figures({f"Not run: {name}": reason for name, reason in size.not_run.items()})
 
-    def begin(base: str, suite: str, limit: float | None, prompts: str, names: list[str], *strengths: float) -> Any:
+    def begin(base: str, suite: str, limit: str, prompts: str, names: list[str], *strengths: float) -> Any:
         erasers = read_choice(workplace, names, strengths)
         name = f"{output_name(erasers)}-measured" if erasers else "base-measured"
         out = first_free(workplace.folder, name)
-        options: dict[str, Any] = {"limit": int(limit) if limit else None, "prompts": prompts.strip() or None}
-        command = evaluate_command(erasers, workplace.place(base), suite, Path(out), **options)
+        command = evaluate_command(erasers, workplace.place(base), suite, Path(out), **options_of(limit, prompts))
         job = workplace.jobs.submit(TAB, f"Measure {', '.join(names) or 'the base'} by {suite}", command, out)
         return choose(workplace, TAB, job.id)
 
     inputs = [base, suite, limit, prompts, *choice.inputs]
     ask.click(in_one_sentence(estimate), inputs, answer, api_visibility="private", **MODEL_WORK)
+    suite.change(lambda name: gradio.Dropdown(info=known[name]), suite, suite, **QUIET)
     return start, inputs, begin
 
 
@@ -181,8 +183,8 @@ def _add_comparison(workplace: Workplace, shown: gradio.Dropdown) -> None:
     told = gradio.HTML()
     sheet = gradio.HTML()
     with gradio.Row():
-        back = gradio.Button("Back", interactive=False)
-        on = gradio.Button("On", interactive=False)
+        back = gradio.Button("Previous", interactive=False)
+        on = gradio.Button("Next", interactive=False)
     state = gradio.State(None)
     outputs = [told, sheet, back, on, state]
 

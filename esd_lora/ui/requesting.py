@@ -13,6 +13,7 @@ import gradio
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import LOG, Decision, Registry
 from esd_lora.fleet.request import Basis, Kind, Request
+from esd_lora.ui.choosing import optional_number, read_number
 from esd_lora.ui.inputs import QUIET, base_input
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
 from esd_lora.ui.markup import faults, frame, note
@@ -30,6 +31,7 @@ from esd_lora.ui.request_lists import (
 from esd_lora.ui.workplace import Workplace, in_one_sentence
 
 TAB = "requests"
+_PICTURES = "Most pictures of each kind of prompt"
 _WORKS = [
     ("Fleet: an eraser for each, measured", "fleet"),
     ("Release: a model without all of them, with its card and manifest", "release"),
@@ -221,22 +223,20 @@ def _add_fleet(book: _Book) -> JobPanel:
             out = gradio.Textbox("fleet", label="Folder", info="What was begun in it goes on; what is done is not done again.")
         with gradio.Column(min_width=300):
             workers = gradio.Number(1, label="Workers", info="Each has a base of its own.", precision=0, minimum=1)
-            pictures = gradio.Number(
-                None,
-                label="Most pictures of each kind of prompt",
-                info="Empty: all that the suites have.",
-                precision=0,
-                minimum=1,
-            )
+            pictures = optional_number(_PICTURES, "Empty: all that the suites have.")
             gate = gradio.Textbox("", label="Release nothing if", placeholder="erased.accuracy>0.05")
     start = gradio.Button("Start", variant="primary")
     panel = job_panel(workplace, TAB)
     page = gradio.HTML()
     shown = gradio.State("")
 
-    def begin(place: str, work: str, base: str, out: str, workers: float | None, pictures: float | None, gate: str) -> Any:
+    def begin(place: str, work: str, base: str, out: str, workers: float | None, pictures: str, gate: str) -> Any:
         name = book.folder(out).relative_to(workplace.folder).as_posix()
-        options = {"workers": int(workers or 1), "pictures": int(pictures) if pictures else None, "gate": gate.strip()}
+        options: dict[str, Any] = {
+            "workers": int(workers or 1),
+            "pictures": read_number(pictures, _PICTURES),
+            "gate": gate.strip(),
+        }
         command = fleet_command(cast("Work", work), book.folder(place), workplace.place(base), Path(name), **options)
         job = workplace.jobs.submit(TAB, f"{work.capitalize()} of {place} in {name}", command, name)
         return choose(workplace, TAB, job.id)

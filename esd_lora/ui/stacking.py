@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import gradio
 
-from esd_lora.ui.choosing import Choice, choose_erasers, read_choice
+from esd_lora.ui.choosing import Choice, choose_erasers, optional_number, read_choice, read_number
 from esd_lora.ui.inputs import QUIET, base_input, erasers_input
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
 from esd_lora.ui.markup import note
@@ -29,6 +29,7 @@ from esd_lora.ui.stacks import (
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
 
 TAB = "stack"
+_RANK, _ENERGY = "Highest rank of a layer", "Share of every layer's effect to keep"
 _WAYS = [
     ("Fuse: solved on the base, so that they leave the rest alone", "closed form"),
     ("Harmonise: distilled on the base in minutes; erases and keeps more", "harmonise"),
@@ -86,8 +87,8 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
     how = gradio.Radio(_WAYS, value="closed form", label="How")
     name = gradio.Textbox("", label="Name of the stack", placeholder="after what is erased, such as no-cat-dog")
     with gradio.Accordion("Smaller", open=False):
-        rank = gradio.Number(None, label="Highest rank of a layer", precision=0, minimum=1)
-        energy = gradio.Number(None, label="Share of every layer's effect to keep", info="0.99, say", minimum=0, maximum=1)
+        rank = optional_number(_RANK, "Empty: the ranks of all together.")
+        energy = optional_number(_ENERGY, "0.99, say. Empty: all of it.")
     with gradio.Row():
         ask = gradio.Button("What will it take?")
         start = gradio.Button("Make the stack", variant="primary")
@@ -100,15 +101,13 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
         with workplace.base_in_use(base) as loaded:
             return note(estimate_stack(erasers, cast("How", how), loaded))
 
-    def begin(
-        base: str, how: str, name: str, rank: int | None, energy: float | None, names: list[str], *strengths: float
-    ) -> Any:
+    def begin(base: str, how: str, name: str, rank: str, energy: str, names: list[str], *strengths: float) -> Any:
         erasers = read_choice(workplace, names, strengths)
         place = workplace.place(base) if how != "sum" else ""
-        options = {"rank": rank or None, "energy": energy or None}
+        options: dict[str, Any] = {"rank": read_number(rank, _RANK), "energy": read_number(energy, _ENERGY, whole=False)}
         out = workplace.new_output(name) if name.strip() else first_free(workplace.folder, output_name(erasers))
         command = stack_command(erasers, cast("How", how), place, Path(out), **options)
-        return _submit(workplace, f"Stack {len(erasers)} erasers into {out}", command, out)
+        return _submit(workplace, f"Stack {_count(erasers)} into {out}", command, out)
 
     ask.click(in_one_sentence(estimate), [inputs.base, how, *inputs.choice.inputs], told, **MODEL_WORK)
     return start, [inputs.base, how, name, rank, energy, *inputs.choice.inputs], begin
@@ -143,11 +142,15 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
         place = workplace.place(base)
         out = output(place, name, erasers)
         command = merge_command(erasers, place, Path(out))
-        return _submit(workplace, f"Merge {len(erasers)} erasers into {out}", command, out)
+        return _submit(workplace, f"Merge {_count(erasers)} into {out}", command, out)
 
     taken = [inputs.base, name, *inputs.choice.inputs]
     ask.click(in_one_sentence(estimate), taken, told, **MODEL_WORK)
     return start, taken, begin
+
+
+def _count(erasers: list[Weighted]) -> str:
+    return f"{len(erasers)} eraser{'s' * (len(erasers) != 1)}"
 
 
 def _submit(workplace: Workplace, title: str, command: list[str], out: str) -> Any:

@@ -190,18 +190,17 @@ def interference(erasers: Sequence[Weighted], base: Base | None = None) -> str:
     check_weighted(erasers, 2)
     members = [load_eraser(eraser.place) for eraser in erasers]
     report = measure_interference(members, [eraser.weight for eraser in erasers], base=base)
+    names = report.names
     maps = [
-        heat_map("Read overlap: 0 they read different directions, 1 the same", report.names, report.reads),
-        heat_map("Write overlap: 0 they write different directions, 1 the same", report.names, report.writes),
-        heat_map(
-            "Cosine of updates: below 0 they work against each other, near 1 they are the same", report.names, report.cosine
-        ),
+        heat_map("Read overlap", "0: they read different directions; 1: the same", names, report.reads),
+        heat_map("Write overlap", "0: they write different directions; 1: the same", names, report.writes),
+        heat_map("Cosine of updates", "below 0: they work against each other; near 1: they are the same", names, report.cosine),
     ]
     if report.effect and report.together:
         rows = [[*row, more] for row, more in zip(report.effect, report.together, strict=True)]
-        title = "Effect on the row's prompts, its own being 1; last, how far a plain sum of all is from the row's eraser alone"
-        maps.insert(0, heat_map(title, report.names, rows, last_column="in the sum"))
-    return "\n".join(maps)
+        scale = "1: as much as the row's own eraser does; last: how far the sum of all is from that eraser alone"
+        maps.insert(0, heat_map("Effect on the row's prompts", scale, names, rows, last_column="in the sum"))
+    return f'<div class="maps">{"".join(maps)}</div>'
 
 
 def describe_stack(place: str) -> str:

@@ -9,6 +9,8 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from browsing import Server, choose_tab, end_server, start_server
+from esd_lora.recipe_files import load_recipe
+from esd_lora.training import train
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 PATIENCE = 60_000
@@ -53,3 +55,12 @@ def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]
     yield open_one
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def two_erasers(server: Server) -> list[str]:
+    """Two erasers in the workplace, made in a second each: their names there."""
+    for concept in ("cat", "pizza"):
+        recipe = load_recipe("instant", base="emoji", concepts=[f"a {concept}"])
+        train(recipe, out=server.folder / f"page-{concept}", progress=False)
+    return ["page-cat", "page-pizza"]

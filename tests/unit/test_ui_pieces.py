@@ -19,7 +19,7 @@ def test_table_escapes_what_is_in_it() -> None:
 
 
 def test_heat_map_is_white_at_zero_and_red_from_one_on() -> None:
-    html = heat_map("Cosine", [EVIL, "b"], [[0, 1, 7], [-0.5, 0.25, -1]], last_column="all")
+    html = heat_map("Cosine", EVIL, [EVIL, "b"], [[0, 1, 7], [-0.5, 0.25, -1]], last_column="all")
     assert "<script" not in html
     colours = re.findall(r'style="background: (rgb\([\d ]+\))">(-?[\d.]+)<', html)
     assert colours == [

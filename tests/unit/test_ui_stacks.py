@@ -100,7 +100,7 @@ def test_what_needs_a_base_says_so() -> None:
 
 def test_interference_of_files_alone(cat: Weighted, hat: Weighted) -> None:
     html = interference([cat, hat])
-    assert [part.partition("<")[0].partition(":")[0] for part in html.split("<caption>")[1:]] == [
+    assert [part.partition("<")[0] for part in html.split("<caption>")[1:]] == [
         "Read overlap",
         "Write overlap",
         "Cosine of updates",
