@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import gradio
+from gradio import themes
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.erasing import erase_tab
@@ -31,13 +32,21 @@ TABS: Mapping[str, Callable[[Workplace], None]] = {
 """Title of a tab to the function that fills it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Addresses that no other machine reaches."""
+_AT_ONCE = 16  # calls of each handler that does not wait for a model
 _CSS = """
-.gradio-container { max-width: 1180px !important; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .job-bar { height: 0.6rem; border-radius: 0.3rem; background: var(--border-color-primary); overflow: hidden; }
 .job-bar > div { height: 100%; background: var(--color-accent); }
 .small-pictures img { image-rendering: pixelated; width: 100%; }
+.grid-wrap.fixed-height { min-height: 0 !important; }
+.gradio-container .row > *, .gradio-container .column > * { min-width: 0; }
+.job-state { margin: 0.5rem 0; }
+.job-log textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
+.figure { margin: 0; }
+.figure img { max-width: 100%; height: auto; }
+.figure figcaption { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .job-failed { color: var(--error-text-color); }
-"""
+""" + PIECES_CSS
 
 
 def build(workplace: Workplace, tabs: Mapping[str, Callable[[Workplace], None]] = TABS) -> gradio.Blocks:
@@ -48,32 +57,30 @@ def build(workplace: Workplace, tabs: Mapping[str, Callable[[Workplace], None]] 
         tabs: Title of a tab to the function that fills it; of one alone there is no row of tabs.
     """
     with gradio.Blocks(title="esd-lora", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gradio.Markdown("# esd-lora")
+        gradio.Markdown(_heading(workplace))
         if len(tabs) == 1:
             for fill in tabs.values():
                 fill(workplace)
         else:
-            with gradio.Tabs():
+            with gradio.Tabs(overflow_behavior="wrap"):
                 for title, fill in tabs.items():
                     with gradio.Tab(title, render_children=True):
                         fill(workplace)
     return page
 
 
+def _heading(workplace: Workplace) -> str:
+    """Return what stands above all tabs."""
+    if not workplace.open:
+        return "# Erasers\nSmall LoRA files that remove concepts from a text-to-image model."
+    place = str(workplace.folder).replace("`", "'")
+    return f"# esd-lora\nErasers in `{place}`. Nothing leaves this machine; jobs go on when this page or its server is closed."
+
+
 def look() -> dict[str, Any]:
     """Return what `launch` takes so that a page looks as it should, and fetches nothing from elsewhere."""
-    theme = gradio.themes.Default(
-        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-    return {
-        "theme": theme,
-        "css": _CSS,
-        "css_paths": PIECES_CSS,
-        "footer_links": [],
-        "run_history": False,
-        "ssr_mode": False,
-        "share": False,
-    }
+    theme = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return {"theme": theme, "css": _CSS, "footer_links": [], "run_history": False, "ssr_mode": False, "share": False}
 
 
 @contextmanager
@@ -108,7 +115,7 @@ def serving(
         warnings.warn(f"whoever reaches {host} and knows the password can start jobs on this machine.", stacklevel=3)
     os.chdir(workplace.folder)
     workplace.jobs.take_up()
-    page.queue()
+    page.queue(default_concurrency_limit=_AT_ONCE)
     launch: dict[str, Any] = {"server_name": host, "server_port": port, "auth": [login] if login else None}
     try:
         page.launch(prevent_thread_lock=True, quiet=True, inbrowser=browser, **launch, **look())
@@ -117,7 +124,7 @@ def serving(
             f"port {port or '7860 to 7959'} on {host} is taken or not to be had. Give another --port."
         ) from error
     try:
-        yield page.local_url
+        yield str(page.local_url)
     finally:
         page.close(verbose=False)
 

@@ -13,6 +13,7 @@ from esd_lora.built_in import BUILT_IN, domain
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.formats.cards import CARD_NAME
+from esd_lora.ui.figures import figure
 from esd_lora.ui.inputs import QUIET, base_input
 from esd_lora.ui.job_panel import choose, job_panel
 from esd_lora.ui.jobs import Job
@@ -56,8 +57,8 @@ def erase_tab(workplace: Workplace) -> None:
         with gradio.Column(scale=3, min_width=320):
             answer = gradio.Markdown("", container=False)
             panel = job_panel(workplace, TAB)
-            curves = gradio.Image(label="Erased and kept, over the steps", interactive=False, format="png", visible=False)
-            preview = gradio.Image(label="Base above, erased below", interactive=False, format="png", visible=False)
+            curves = gradio.HTML("")
+            preview = gradio.HTML("")
             measure = gradio.Button("Measure it with a small evaluation", visible=False)
             with gradio.Accordion("Model card", open=True, visible=False) as card_box:
                 card = gradio.Markdown("", container=False)
@@ -94,8 +95,8 @@ def erase_tab(workplace: Workplace) -> None:
         text = _card(folder) if done and folder else ""
         return [
             state,
-            _picture(_curves(folder) if folder else None),
-            _picture(_latest_preview(folder, done=done) if folder else None),
+            _curves(folder) if folder else "",
+            _preview(folder, done=done) if folder else "",
             gradio.Button(
                 visible=done and current is not None and current.arguments[0] == "train" and _suite(current) is not None
             ),
@@ -130,10 +131,6 @@ def _span(least: float, most: float) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _picture(content: Any) -> Any:
-    return gradio.Image(content, visible=content is not None)
-
-
 def _signature(job: Job | None, folder: Path | None) -> str:
     """Return what changes when there is something new to show of a run."""
     if job is None or folder is None:
@@ -143,36 +140,48 @@ def _signature(job: Job | None, folder: Path | None) -> str:
     return " ".join([job.id, job.state, *times])
 
 
-def _curves(folder: Path) -> Any:
+def _curves(folder: Path) -> str:
     """Return the plot of a run: the one it ended with, or one of what its probe has read so far."""
     from esd_lora.curves import draw_curves
     from esd_lora.erasers.header import Calibration, Reading
+    from esd_lora.pictures import png
 
-    if (folder / CURVES_NAME).is_file():
-        return str(folder / CURVES_NAME)
-    if not (folder / LOG_NAME).is_file():
-        return None
-    lines = [json.loads(line) for line in (folder / LOG_NAME).read_text("utf-8").splitlines()]
+    log = folder / LOG_NAME
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
     probed = [line for line in lines if "probe" in line]
-    if not probed:
-        return None
-    readings = tuple(Reading.model_validate(line["probe"]) for line in probed)
-    calibration = Calibration(lr=0, etas=(), preserve_weights=(), evaluations=0, readings=readings, ending="")
-    return draw_curves(calibration, f"so far, {lines[-1]['step']} steps", anchored=probed[0]["eta"] == 0)
+    readings = [Reading.model_validate(line["probe"]) for line in probed]
+    if (folder / CURVES_NAME).is_file():
+        content = (folder / CURVES_NAME).read_bytes()
+    elif readings:
+        so_far = Calibration(lr=0, etas=(), preserve_weights=(), evaluations=0, readings=tuple(readings), ending="")
+        content = png(draw_curves(so_far, f"so far, {lines[-1]['step']} steps", anchored=probed[0]["eta"] == 0))
+    else:
+        return ""
+    words = "How far the concept is gone and the rest is kept, on prompts that no step trains on"
+    if readings:
+        last = readings[-1]
+        words += f": after {last.step} steps {last.residual:.0%} of the push is left, and the rest moved by {last.drift:.0%}"
+    return figure(content, words)
 
 
-def _latest_preview(folder: Path, *, done: bool) -> str | None:
-    """Return the newest pictures of a run, base above, erased below."""
-    if done and (folder / _SAMPLES).is_file():
-        return str(folder / _SAMPLES)
+def _preview(folder: Path, *, done: bool) -> str:
+    """Return the newest pictures of a run."""
     previews = sorted(folder.glob("previews/step_*.png"))
-    return str(previews[-1]) if previews else None
+    if done and (folder / _SAMPLES).is_file():
+        return figure((folder / _SAMPLES).read_bytes(), "The same prompts and seeds: the base above, erased below")
+    if not previews:
+        return ""
+    step = int(previews[-1].stem.removeprefix("step_"))
+    return figure(previews[-1].read_bytes(), f"The same prompts and seeds after {step} steps: the base above, erased below")
 
 
 def _card(folder: Path) -> str:
-    """Return an eraser's model card as a page shows it: without what the Hub's index reads."""
+    """Return an eraser's model card as a page shows it: without what the Hub's index reads, the recipe and the citation."""
     file = folder / CARD_NAME
-    return re.sub(r"\A---\n.*?\n---\n", "", file.read_text("utf-8"), flags=re.DOTALL) if file.is_file() else ""
+    if not file.is_file():
+        return ""
+    text = re.sub(r"\A---\n.*?\n---\n", "", file.read_text("utf-8"), flags=re.DOTALL)
+    return re.split(r"^## (?:Recipe|Cite)$", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def _job_of_eraser(workplace: Workplace, job: str | None) -> Job:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio
+from gradio.components import Component
+from gradio.context import get_blocks_context
 
 from esd_lora.built_in import BUILT_IN
 from esd_lora.ui.workplace import Workplace
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For events that only keep a page up to date."""
+
+
+def on_load(handler: Callable[[], Any], output: Component) -> None:
+    """Call a handler whenever the page that is being built is opened.
+
+    Args:
+        handler: Returns the component's update.
+        output: The component.
+    """
+    page = get_blocks_context()
+    assert isinstance(page, gradio.Blocks)
+    page.load(handler, None, output, **QUIET)
 
 
 def base_input(workplace: Workplace) -> gradio.Dropdown:
@@ -35,7 +50,7 @@ def erasers_input(workplace: Workplace, label: str = "Erasers", *, several: bool
     """
     chosen = gradio.Dropdown(
         workplace.erasers(),
-        value=[] if several else None,
+        value=list(workplace.shown) if several else None,
         label=label,
         info="From the folder, or a path or Hub id" if workplace.open else None,
         multiselect=several,
@@ -46,5 +61,5 @@ def erasers_input(workplace: Workplace, label: str = "Erasers", *, several: bool
         return gradio.Dropdown(choices=workplace.erasers())
 
     chosen.focus(look_again, None, chosen, **QUIET)
-    gradio.context.Context.root_block.load(look_again, None, chosen, **QUIET)
+    on_load(look_again, chosen)
     return chosen

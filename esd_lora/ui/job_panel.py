@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio
 
-from esd_lora.ui.inputs import QUIET
+from esd_lora.ui.inputs import QUIET, on_load
 from esd_lora.ui.jobs import Job, Progress
 from esd_lora.ui.workplace import Workplace, in_one_sentence
 
@@ -38,20 +38,22 @@ def job_panel(workplace: Workplace, tab: str) -> JobPanel:
         tab: As given to `Jobs.submit`.
     """
     jobs = workplace.jobs
-    with gradio.Group(elem_classes="job-panel"):
-        chosen = gradio.Dropdown([], label=f"Jobs of this tab ({tab})", filterable=False)
-        status = gradio.HTML(describe(None, None))
-        with gradio.Row():
-            stop = gradio.Button("Stop", size="sm", interactive=False)
-            resume = gradio.Button("Resume", size="sm", interactive=False)
+    chosen = gradio.Dropdown([], label=f"Job ({tab})", filterable=False)
+    status = gradio.HTML(describe(None))
+    with gradio.Row():
+        stop = gradio.Button("Stop", size="sm", interactive=False)
+        resume = gradio.Button("Resume", size="sm", interactive=False)
     with gradio.Accordion("Log", open=False):
-        log = gradio.Code("", language=None, label="Last lines of the log", lines=8, max_lines=8, interactive=False)
+        log = gradio.Textbox("", label="Last lines of the log", lines=8, max_lines=8, interactive=False, elem_classes="job-log")
     timer = gradio.Timer(_EVERY)
     shown = [status, stop, resume, log]
 
     def look(job: str | None) -> list[Any]:
         current = jobs.get(job) if job else None
-        text = describe(current, jobs.progress(job) if job and current and current.state == "running" else None)
+        if current is not None and current.state == "running":
+            text = describe(current, jobs.progress(current.id), jobs.log(current.id, 1))
+        else:
+            text = describe(current)
         stopped = current is not None and current.state in ("failed", "stopped")
         return [
             text,
@@ -77,7 +79,7 @@ def job_panel(workplace: Workplace, tab: str) -> JobPanel:
     timer.tick(in_one_sentence(look), chosen, shown, **QUIET)
     stop.click(in_one_sentence(stop_job), chosen, shown, **QUIET)
     resume.click(in_one_sentence(resume_job), chosen, shown, **QUIET)
-    gradio.context.Context.root_block.load(begin, None, chosen, **QUIET)
+    on_load(begin, chosen)
     return JobPanel(chosen, timer)
 
 
@@ -93,12 +95,13 @@ def choose(workplace: Workplace, tab: str, job: str | None) -> Any:
     return gradio.Dropdown(choices, value=job)
 
 
-def describe(job: Job | None, progress: Progress | None) -> str:
+def describe(job: Job | None, progress: Progress | None = None, line: str = "") -> str:
     """Return a job's state as HTML: a word, a bar with the time left, and the sentence of a fault.
 
     Args:
         job: `None` where there is none yet.
         progress: Of its log's last bar.
+        line: The last one of its log, where there is no bar.
     """
     if job is None:
         return '<p class="job-state" role="status">Nothing was started here yet.</p>'
@@ -117,6 +120,8 @@ def describe(job: Job | None, progress: Progress | None) -> str:
             f' aria-valuenow="{progress.share:.0%}" aria-label="{what}"><div style="width: {progress.share:.1%}"></div></div>'
             f"<p>{what}</p>"
         )
+    elif line:
+        lines.append(f"<p>{html.escape(line)}</p>")
     return "".join(lines)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from esd_lora.ui.jobs import LOCK_NAME, LOG_NAME, STOP_NAME, Job, Jobs, locked
+from esd_lora.ui.jobs import LOCK_NAME, LOG_NAME, STOP_NAME, Job, Jobs, environment, locked, python
 
 
 def run_next(jobs: Jobs) -> None:
@@ -40,11 +40,10 @@ def run(jobs: Jobs, job: Job) -> None:
         log.write(f"$ {job.command}\n".encode())
         log.flush()
         start = log.tell()
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0.5"}
-        program = [sys.executable, "-P", "-m", "esd_lora", *job.arguments]
-        process = subprocess.Popen(
-            program, cwd=jobs.workplace, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+        surroundings = {**environment(), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0.5"}
+        program = [*python(), "-m", "esd_lora", *job.arguments]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(program, cwd=jobs.workplace, env=surroundings, **streams)
         if (folder / STOP_NAME).exists():  # its signal may have come before the command was there
             process.send_signal(signal.SIGINT)
         code = process.wait()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,8 +29,8 @@ FOLDER = ".esd-lora-jobs"
 """Folder of all jobs, in the workplace."""
 JOB_NAME, LOG_NAME, LOCK_NAME, STOP_NAME = "job.json", "log.txt", "lock", "stop"
 """Files of a job's folder. The last is there once somebody has asked for it to stop."""
-CONTINUED = ("evaluate", "fleet", "release")
-"""Commands that go on in what they have made, by themselves."""
+ERRORS_NAME = "errors.txt"
+"""What the processes behind jobs print themselves, beside the folders of jobs: nothing, unless they are broken."""
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 _TAIL = 2**16  # bytes at a log's end in which its last lines and bars are looked for
 _BAR = re.compile(r"(?:(?P<what>[^\r\n|]*?):)?\s*(?P<percent>\d{1,3})%\|[^|]*\|[^\[]*\[[^<\]]*<(?P<left>[^,\]]*)")
@@ -155,7 +155,7 @@ class Jobs:
                     os.killpg(current.process, signal.SIGTERM if again else signal.SIGINT)
 
     def resume(self, job: str) -> None:
-        """Queue a job anew that was stopped or failed: a training with a checkpoint goes on from there.
+        """Queue a job anew that was stopped or failed: a training goes on from its checkpoint, others as their commands do.
 
         Raises:
             EsdLoraError: If there is no such job, or it is not over.
@@ -164,12 +164,10 @@ class Jobs:
         if not current.over:
             raise EsdLoraError(f"job {job} is {current.state}. Wait until it is over, or stop it.")
         (folder / STOP_NAME).unlink(missing_ok=True)
-        arguments = [argument for argument in current.arguments if argument != "--resume"]
-        checkpoint = current.out and (self.workplace / current.out / CHECKPOINT_NAME).is_file()
-        if arguments[0] == "train" and checkpoint:
-            arguments.append("--resume")
-        elif current.started and arguments[0] not in CONTINUED and "--force" not in arguments:  # what is there is its own
-            arguments.append("--force")
+        arguments = [argument for argument in current.arguments if argument not in ("--resume", "--force")]
+        if current.out and arguments[0] == "train":  # what is there is its own
+            checkpoint = self.workplace / current.out / CHECKPOINT_NAME
+            arguments.append("--resume" if checkpoint.is_file() else "--force")
         changes = {"state": "waiting", "sentence": "", "started": None, "ended": None, "arguments": tuple(arguments)}
         self.write(current.model_copy(update=changes))
         self._begin()
@@ -223,18 +221,26 @@ class Jobs:
 
     def _begin(self) -> None:
         """Start a process that waits for its turn and takes up the oldest job that waits."""
-        program = [sys.executable, "-P", "-m", "esd_lora.ui.job_process", str(self.workplace)]
-        nowhere = subprocess.DEVNULL
         _children[:] = [child for child in _children if child.poll() is None]
-        _children.append(
-            subprocess.Popen(
-                program, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True
-            )  # the server's end is not its own
-        )
+        program = [*python(), "-m", "esd_lora.ui.job_process", str(self.workplace)]
+        with (self.folder / ERRORS_NAME).open("ab") as errors:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors}
+            _children.append(subprocess.Popen(program, env=environment(), start_new_session=True, **streams))
 
 
-_children: list[subprocess.Popen[bytes]] = []
+_children: list[subprocess.Popen[Any]] = []
 """Processes that this one has started: asked now and then whether they ended, so that none is left as a zombie."""
+
+
+def python() -> list[str]:
+    """Return how Python is started so that nothing is imported from the folder it runs in."""
+    return [sys.executable, "-P"]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which this very package is imported, from wherever it was here."""
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from esd_lora.wording import printable_value
 _PIECES = Environment(autoescape=True, finalize=printable_value, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_name("pieces.html").read_text("utf-8")
 )
-PIECES_CSS = Path(__file__).with_name("pieces.css")
+PIECES_CSS = Path(__file__).with_name("pieces.css").read_text("utf-8")
 """How the pieces look."""
 _ASKS_FOR_NOTHING = (
     '<!doctype html><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import gradio
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.ui.figures import figure
 from esd_lora.ui.inputs import base_input, erasers_input
 from esd_lora.ui.painting import Applied, Painter, Scene, command_of, settings_of
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
@@ -33,8 +35,8 @@ def try_tab(workplace: Workplace) -> None:
             base = base_input(workplace)
             erasers = erasers_input(workplace)
             sliders = [
-                gradio.Slider(-1, 1.5, value=1, step=0.05, label=f"Strength {number}", visible=False, buttons=["reset"])
-                for number in range(1, MOST_SLIDERS + 1)
+                gradio.Slider(-1, 1.5, value=1, step=0.05, label=label, visible=visible)
+                for label, visible in _sliders(workplace.shown)
             ]
             prompt = gradio.Textbox(_EXAMPLES[0] if workplace.base == "emoji" else "", label="Prompt", lines=2)
             with gradio.Row():
@@ -54,25 +56,19 @@ def try_tab(workplace: Workplace) -> None:
             with gradio.Row():
                 picture = gradio.DownloadButton("Download pictures", size="sm", interactive=False)
                 settings = gradio.DownloadButton("Download settings", size="sm", interactive=False)
-            command = gradio.Code("", language="shell", label="The same in a terminal", interactive=False, wrap_lines=True)
+            command = gradio.Textbox(
+                "", label="The same in a terminal", lines=2, interactive=False, buttons=["copy"], visible=False
+            )
             with gradio.Accordion("A grid over strengths", open=False):
                 strengths = gradio.Textbox(_STRENGTHS, label="Strengths of all erasers together")
                 paint_grid = gradio.Button("Paint the grid")
-                sheet = gradio.Image(
-                    label="A row for each strength, a column for each seed",
-                    format="png",
-                    interactive=False,
-                    buttons=["download"],
-                )
+                sheet = gradio.HTML("")
+                grid_file = gradio.DownloadButton("Download the grid", size="sm", visible=False)
     inputs = [base, erasers, prompt, seed, count, gated, threshold, steps, guidance, *sliders]
     outputs = [before, after, status, picture, settings, command]
 
     def name_sliders(names: list[str]) -> list[Any]:
-        shown = names[:MOST_SLIDERS]
-        return [
-            gradio.Slider(label=f"Strength of {shown[i]}", visible=True) if i < len(shown) else gradio.Slider(visible=False)
-            for i in range(MOST_SLIDERS)
-        ]
+        return [gradio.Slider(label=label, visible=visible) for label, visible in _sliders(names)]
 
     def paint_both(*values: Any) -> list[Any]:
         scene, applied = _read(*values)
@@ -83,26 +79,28 @@ def try_tab(workplace: Workplace) -> None:
         alone = "" if applied.erasers else " No eraser is chosen, so both sides are the base."
         both = "" if not painted.gate else f" {painted.gate}"
         return [
-            _pictures(painted.before, scene, "Before: the base"),
-            _pictures(painted.after, scene, "After: erasers on"),
+            _pictures(painted.before, scene, "before"),
+            _pictures(painted.after, scene, "after"),
             f"{scene.count} {'pictures' if scene.count > 1 else 'picture'} a side in {seconds:.1f} s.{kept}{alone}{both}",
             gradio.DownloadButton(value=workplace.download("before-and-after.png", _sheet(painted, scene)), interactive=True),
             gradio.DownloadButton(value=workplace.download("settings.json", _json(scene, applied)), interactive=True),
-            command_of(scene, applied),
+            gradio.Textbox(command_of(scene, applied), visible=True),
         ]
 
     def paint_again(*values: Any) -> list[Any]:
-        shown, *values = values
-        return paint_both(*values) if shown else [gradio.skip()] * len(outputs)
+        return paint_both(*values[1:]) if values[0] else [gradio.skip()] * len(outputs)
 
     def paint_strengths(text: str, *values: Any) -> list[Any]:
-        from esd_lora.pictures import grid
+        from esd_lora.pictures import grid, png
 
         scene, applied = _read(*values)
         numbers = _numbers(text)
         painted = painter.paint_strengths(scene, applied, numbers)
         rows = {f"{strength:g}" + (" (base)" if strength == 0 else ""): images for strength, images in painted.items()}
-        return [grid(rows, [f"seed {seed}" for seed in scene.seeds]), command_of(scene, applied, numbers)]
+        picture = png(grid(rows, [f"seed {seed}" for seed in scene.seeds]), scene.prompt)
+        alt = f"{scene.prompt}: a row for each strength ({', '.join(rows)}), a column for each seed"
+        file = gradio.DownloadButton(value=workplace.download("strengths.png", picture), visible=True)
+        return [figure(picture, alt), file, gradio.Textbox(command_of(scene, applied, numbers), visible=True)]
 
     erasers.change(name_sliders, erasers, sliders, show_progress="hidden", api_visibility="private")
     shown_with: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [before, after], **MODEL_WORK}
@@ -110,8 +108,18 @@ def try_tab(workplace: Workplace) -> None:
     for slider in sliders:
         slider.release(in_one_sentence(paint_again), [command, *inputs], outputs, trigger_mode="always_last", **shown_with)
     paint_grid.click(
-        in_one_sentence(paint_strengths), [strengths, *inputs], [sheet, command], api_visibility="private", **MODEL_WORK
+        in_one_sentence(paint_strengths),
+        [strengths, *inputs],
+        [sheet, grid_file, command],
+        api_visibility="private",
+        **MODEL_WORK,
     )
+
+
+def _sliders(names: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return the label of every slider, and whether it is shown."""
+    shown = names[:MOST_SLIDERS]
+    return [(f"Strength of {name}", True) for name in shown] + [("Strength", False)] * (MOST_SLIDERS - len(shown))
 
 
 def _gallery(label: str) -> gradio.Gallery:
@@ -173,7 +181,7 @@ def _numbers(text: str) -> list[float]:
 def _pictures(images: list[Any], scene: Scene, label: str) -> Any:
     """Return pictures for a gallery, each under its seed; small ones are not blurred."""
     small = ["small-pictures"] if images[0].width <= _SMALL else []
-    captioned = [(image, f"{label}, {scene.prompt}, seed {seed}") for image, seed in zip(images, scene.seeds, strict=True)]
+    captioned = [(image, f"{label}, seed {seed}") for image, seed in zip(images, scene.seeds, strict=True)]
     return gradio.Gallery(captioned, columns=min(2, len(images)), elem_classes=small)
 
 

@@ -6,10 +6,12 @@ import hashlib
 import inspect
 import os
 import re
+import shutil
 import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -48,7 +50,8 @@ class Workplace:
         self.jobs = Jobs(self.folder)
         self._bases: OrderedDict[str, Base] = OrderedDict()
         self._lock = threading.RLock()
-        self._downloads = tempfile.TemporaryDirectory(prefix="esd-lora-")
+        self._downloads = Path(tempfile.mkdtemp(prefix="esd-lora-"))
+        weakref.finalize(self, shutil.rmtree, self._downloads, ignore_errors=True)
 
     @property
     def open(self) -> bool:
@@ -129,7 +132,7 @@ class Workplace:
             name: Under which it is downloaded.
             content: What is in it.
         """
-        folder = Path(self._downloads.name) / hashlib.sha256(content).hexdigest()[:16]
+        folder = self._downloads / hashlib.sha256(content).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
         return str(folder / name)
