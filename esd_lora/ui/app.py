@@ -33,7 +33,8 @@ TABS: Mapping[str, Callable[[Workplace], None]] = {
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Addresses that no other machine reaches."""
 _AT_ONCE = 16  # calls of each handler that does not wait for a model
-_CSS = """
+_CSS = (
+    """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .job-bar { height: 0.6rem; border-radius: 0.3rem; background: var(--border-color-primary); overflow: hidden; }
 .job-bar > div { height: 100%; background: var(--color-accent); }
@@ -46,7 +47,9 @@ _CSS = """
 .figure img { max-width: 100%; height: auto; }
 .figure figcaption { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .job-failed { color: var(--error-text-color); }
-""" + PIECES_CSS
+"""
+    + PIECES_CSS
+)
 
 
 def build(workplace: Workplace, tabs: Mapping[str, Callable[[Workplace], None]] = TABS) -> gradio.Blocks:

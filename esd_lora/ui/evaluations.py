@@ -131,8 +131,8 @@ def summary(report: Report) -> str:
         for metric, number in list(report.variants.get(last, {}).get(role, {}).items())[:1]:
             before = report.variants.get("base", {}).get(role, {}).get(metric) if last != "base" else None
             beside = before.text().partition(" (")[0] if before else ""
-            rows.append([title, metric, number.text(), beside, _verdict(role, number), str(number.of)])
-    head = ["prompts", "metric", f"{last}, with its interval", "base", "beside the base", "pictures"]
+            rows.append([f"{title} ({metric})", number.text(), beside, _verdict(role, number), str(number.of)])
+    head = ["prompts", f"{last}, with its interval", "base", "beside the base", "pictures"]
     parts = [table(f"{', '.join(report.concepts) or 'The base alone'}, by {report.suite}", head, rows)] if rows else []
     lines = {"Hurt most": worst_line(report.worst).partition(": ")[2]} if report.worst else {}
     lines |= {f"Not run: {name}": reason for name, reason in report.not_run.items()}

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment
-from markupsafe import Markup
 
-from esd_lora.wording import printable_value
+from esd_lora.wording import printable_lines, printable_value
 
 _PIECES = Environment(autoescape=True, finalize=printable_value, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_name("pieces.html").read_text("utf-8")
@@ -107,9 +106,9 @@ def frame(document: str, title: str) -> str:
     return f'<iframe class="framed" sandbox="" title="{escape(title)}" srcdoc="{content}"></iframe>'
 
 
-def note(text: str) -> Markup:
+def note(text: str) -> str:
     """Return a paragraph of plain text."""
-    return Markup("<p>{}</p>").format(printable_value(text))
+    return f"<p>{escape(printable_lines(text))}</p>"
 
 
 def faults(message: str) -> str:

@@ -27,7 +27,7 @@ from esd_lora.ui.evaluations import (
     summary,
     title_of,
 )
-from esd_lora.ui.inputs import QUIET, base_input
+from esd_lora.ui.inputs import QUIET, base_input, on_load
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
 from esd_lora.ui.markup import figures, frame, note
 from esd_lora.ui.stacks import first_free, output_name
@@ -121,7 +121,7 @@ def _evaluation_input(workplace: Workplace, label: str) -> gradio.Dropdown:
         return gradio.Dropdown(choices=_evaluations(workplace))
 
     chosen.focus(look_again, None, chosen, **QUIET)
-    gradio.context.Context.root_block.load(look_again, None, chosen, **QUIET)
+    on_load(look_again, chosen)
     return chosen
 
 

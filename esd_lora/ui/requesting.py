@@ -14,7 +14,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import LOG, Decision, Registry
 from esd_lora.fleet.request import Basis, Kind, Request
 from esd_lora.ui.choosing import optional_number, read_number
-from esd_lora.ui.inputs import QUIET, base_input
+from esd_lora.ui.inputs import QUIET, base_input, on_load
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
 from esd_lora.ui.markup import faults, frame, note
 from esd_lora.ui.request_lists import (
@@ -100,7 +100,7 @@ def requests_tab(workplace: Workplace) -> None:
     """
     with gradio.Row():
         place = gradio.Textbox("registry", label="Registry", info="Folder in the workplace; made with the first request.")
-        who = gradio.Textbox(getpass.getuser(), label="Who you are", info="Stands in the log beside each change, for good.")
+        who = gradio.Textbox("", label="Who you are", info="Stands in the log beside each change, for good.")
     table = gradio.HTML(note("No request was added yet."))
     with gradio.Accordion("Add requests", open=False):
         upload, read, fields, add, added = _adding_inputs()
@@ -262,15 +262,14 @@ def _keep_fresh(book: _Book, panel: JobPanel) -> None:
     """Show how requests stand when the page is opened, another registry is named, or somebody has changed something."""
     shown = gradio.State("")
 
-    def begin(place: str, request: gradio.Request) -> list[Any]:
-        who = request.username if request else None
-        return [who or gradio.skip(), *book.state(place)]
+    def name_user(request: gradio.Request) -> Any:
+        return request.username or getpass.getuser()  # the first where the page has a password
 
     def look(place: str, before: str) -> list[Any]:
         log = book.folder(place) / LOG
         now = f"{log}:{log.stat().st_size}" if log.is_file() else f"{log}"
         return [*([gradio.skip()] * len(book.outputs) if now == before else book.state(place)), now]
 
-    gradio.context.Context.root_block.load(in_one_sentence(begin), book.place, [book.who, *book.outputs], **QUIET)
+    on_load(name_user, book.who)
     for event in (book.place.submit, book.place.blur, panel.timer.tick):
         event(in_one_sentence(look), [book.place, shown], [*book.outputs, shown], **QUIET)

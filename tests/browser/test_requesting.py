@@ -26,7 +26,7 @@ def open_registry(open_page: Callable[..., Page], name: str, *, width: int = 128
 
 def test_requests_are_added_decided_on_and_withdrawn(open_page: Callable[..., Page], server: Server) -> None:
     page = open_registry(open_page, "page-registry", width=400)
-    page.get_by_label("Id").fill("no-mercury")
+    page.get_by_label("Id", exact=True).fill("no-mercury")
     page.get_by_label("Concept", exact=True).fill(EVIL)
     page.get_by_label("Due").fill("2020-01-31")
     page.get_by_role("button", name="Add this request").click()
@@ -38,7 +38,7 @@ def test_requests_are_added_decided_on_and_withdrawn(open_page: Callable[..., Pa
     page.get_by_label("Refuse it").check()
     page.get_by_role("button", name="Decide", exact=True).click()
     expect(page.get_by_text("Refusing no-mercury takes a reason")).to_be_visible()
-    page.get_by_label("Why", exact=True).fill("a planet")
+    page.get_by_label("Why A refusal takes a reason.").fill("a planet")
     page.get_by_role("button", name="Decide", exact=True).click()
     expect(page.get_by_role("cell", name="refused")).to_be_visible()
     page.get_by_role("button", name="Withdraw one").click()
@@ -74,7 +74,7 @@ def test_who_makes_a_change_is_asked(open_page: Callable[..., Page]) -> None:
 @pytest.mark.slow
 def test_a_fleet_erases_what_is_asked_for(open_page: Callable[..., Page]) -> None:
     page = open_registry(open_page, "page-asked")
-    page.get_by_label("Id").fill("no-key")
+    page.get_by_label("Id", exact=True).fill("no-key")
     page.get_by_label("Concept", exact=True).fill("a key")
     page.get_by_role("button", name="Add this request").click()
     expect(page.get_by_text("1 added: no-key.")).to_be_visible()
