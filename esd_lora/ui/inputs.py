@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio
 from gradio.components import Component
-from gradio.context import get_blocks_context
+from gradio.context import Context
 
 from esd_lora.built_in import BUILT_IN
 from esd_lora.ui.workplace import Workplace
@@ -23,9 +23,8 @@ def on_load(handler: Callable[[], Any], output: Component) -> None:
         handler: Returns the component's update.
         output: The component.
     """
-    page = get_blocks_context()
-    assert isinstance(page, gradio.Blocks)
-    page.load(handler, None, output, **QUIET)
+    assert Context.root_block, "handlers are added while a page is built"
+    Context.root_block.load(handler, None, output, **QUIET)
 
 
 def base_input(workplace: Workplace) -> gradio.Dropdown:
