@@ -36,11 +36,11 @@ def ui(base: str, folder: Path, port: int | None, host: str, user: str, password
     from esd_lora.ui.workplace import Workplace, require_gradio
 
     require_gradio()
-    from esd_lora.ui.app import build, serving, wait_for_end
+    from esd_lora.ui.app import serving, wait_for_end
 
     workplace = Workplace(folder, base)
     login = (user, password) if password else None
-    with serving(workplace, build(workplace), host=host, port=port, login=login, browser=browser) as address:
+    with serving(workplace, host=host, port=port, login=login, browser=browser) as address:
         say(f"the page is at {address} (Ctrl-C ends it); erasers in {workplace.folder}")
         wait_for_end()
     for job in workplace.jobs.all():

@@ -89,18 +89,16 @@ def look() -> dict[str, Any]:
 @contextmanager
 def serving(
     workplace: Workplace,
-    page: gradio.Blocks,
     *,
     host: str = LOOPBACK[0],
     port: int | None = None,
     login: tuple[str, str] | None = None,
     browser: bool = False,
 ) -> Generator[str]:
-    """Show a page for the length of a `with` block. Jobs go on after that, and a server that is started again finds them.
+    """Show the page for the length of a `with` block. Jobs go on after that, and a server that is started again finds them.
 
     Args:
         workplace: What the tabs share; its folder becomes the working directory, from which alone files are shown.
-        page: From `build`.
         host: Address to listen on.
         port: The first free one from 7860 on unless given.
         login: Name and password.
@@ -116,6 +114,7 @@ def serving(
         if not login:
             raise EsdLoraError(f"--host {host} lets other machines in: give a --password, or leave it out.")
         warnings.warn(f"whoever reaches {host} and knows the password can start jobs on this machine.", stacklevel=3)
+    page = build(workplace)
     os.chdir(workplace.folder)
     workplace.jobs.take_up()
     page.queue(default_concurrency_limit=_AT_ONCE)

@@ -106,7 +106,7 @@ def describe(job: Job | None, progress: Progress | None = None, line: str = "") 
     if job is None:
         return '<p class="job-state" role="status">Nothing was started here yet.</p>'
     words = _WORDS[job.state]
-    if job.over and job.started and job.ended:
+    if job.over and job.started is not None and job.ended is not None:
         words += f" after {_duration(job.ended - job.started)}"
     lines = [f'<p class="job-state job-{job.state}" role="status"><b>{html.escape(job.title)}:</b> {words}.']
     if job.sentence:

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from esd_lora.erasers.eraser import CHECKPOINT_NAME
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import reporting_write_errors, write_atomically
 
@@ -166,6 +165,8 @@ class Jobs:
         (folder / STOP_NAME).unlink(missing_ok=True)
         arguments = [argument for argument in current.arguments if argument not in ("--resume", "--force")]
         if current.out and arguments[0] == "train":  # what is there is its own
+            from esd_lora.erasers.eraser import CHECKPOINT_NAME
+
             checkpoint = self.workplace / current.out / CHECKPOINT_NAME
             arguments.append("--resume" if checkpoint.is_file() else "--force")
         changes = {"state": "waiting", "sentence": "", "started": None, "ended": None, "arguments": tuple(arguments)}

@@ -100,7 +100,7 @@ class Workplace:
         Raises:
             EsdLoraError: If it would lie elsewhere, or there is something already.
         """
-        name = name.strip().strip("/")
+        name = name.strip().rstrip("/")
         path = (self.folder / name).resolve()
         if not name or not path.is_relative_to(self.folder) or path == self.folder or name.startswith((".", "-")):
             raise EsdLoraError(f"{name!r} is no name for a folder in {self.folder}. Give one such as no-cat.")
