@@ -150,12 +150,17 @@ def estimate_merge(erasers: Sequence[Weighted], base: str, out: Path) -> str:
     Raises:
         EsdLoraError: If base or erasers cannot be read or do not fit.
     """
+    from esd_lora.estimates.estimate import spell_time
     from esd_lora.estimates.merging import estimate_merging
 
     check_weighted(erasers)
     estimate = estimate_merging([eraser.place for eraser in erasers], base, out, weights=[eraser.weight for eraser in erasers])
-    changed, size, time = estimate.lines()
-    return f"{changed}. {size}. {time[:1].upper()}{time[1:]}, and about as long again to verify."
+    room = "" if estimate.free >= estimate.size else f" Only {estimate.free / 1e6:,.0f} MB are free there: make room."
+    return (
+        f"{estimate.changed} of {estimate.tensors} tensors change. {estimate.size / 1e6:,.0f} MB are read and written:"
+        f" {spell_time(estimate.seconds)} as fast as copying goes here, and about as long again to verify; below 200 MB of"
+        f" memory.{room}"
+    )
 
 
 def export_for_others(place: str, folder: Path) -> Path:
@@ -219,7 +224,8 @@ def describe_stack(place: str) -> str:
         "Layers": f"{len(eraser.pairs)}, {f'ranks {ranks[0]} to {ranks[-1]}' if len(ranks) > 1 else f'rank {ranks[0]}'}",
         "Size": _size(place, eraser),
     }
-    if made := header.making():
+    joined = [step.describe() for step in (*header.fusions, *header.distillations)]
+    if made := joined or header.making():
         rows["How it was made"] = "; ".join(made)
     return figures(rows | losses(eraser))
 
