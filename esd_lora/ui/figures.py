@@ -1,4 +1,4 @@
-"""Pictures inside the page that say in words what they show, for those who do not see them."""
+"""Pictures and lines of a terminal inside the page, with words for those who do not see them, and reached by keys."""
 
 from __future__ import annotations
 
@@ -17,4 +17,19 @@ def figure(png: bytes, alt: str) -> str:
     return (
         f'<figure class="figure"><img src="data:image/png;base64,{content}" alt="{text}">'
         f'<figcaption aria-hidden="true">{text}</figcaption></figure>'
+    )
+
+
+def lines_of_terminal(text: str, label: str) -> str:
+    """Return text as a terminal shows it, to be read, reached by keys and copied; nothing where there is none.
+
+    Args:
+        text: Any number of lines.
+        label: What it is, written above it.
+    """
+    if not text:
+        return ""
+    name = html.escape(label)
+    return (
+        f'<p class="terminal-label">{name}</p><pre class="terminal" tabindex="0" aria-label="{name}">{html.escape(text)}</pre>'
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio
 
+from esd_lora.ui.figures import lines_of_terminal
 from esd_lora.ui.inputs import QUIET, on_load
 from esd_lora.ui.jobs import Job, Progress
 from esd_lora.ui.workplace import Workplace, in_one_sentence
@@ -44,7 +45,7 @@ def job_panel(workplace: Workplace, tab: str) -> JobPanel:
         stop = gradio.Button("Stop", size="sm", interactive=False)
         resume = gradio.Button("Resume", size="sm", interactive=False)
     with gradio.Accordion("Log", open=False):
-        log = gradio.Textbox("", label="Last lines of the log", lines=8, max_lines=8, interactive=False, elem_classes="job-log")
+        log = gradio.HTML("")
     timer = gradio.Timer(_EVERY)
     shown = [status, stop, resume, log]
 
@@ -59,7 +60,7 @@ def job_panel(workplace: Workplace, tab: str) -> JobPanel:
             text,
             gradio.update(interactive=current is not None and not current.over),
             gradio.update(interactive=stopped),
-            jobs.log(job) if job else "",
+            lines_of_terminal(jobs.log(job), "Last lines of the log") if job else "",
         ]
 
     def begin() -> Any:

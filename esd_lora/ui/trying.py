@@ -10,7 +10,7 @@ from typing import Any
 import gradio
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.ui.figures import figure
+from esd_lora.ui.figures import figure, lines_of_terminal
 from esd_lora.ui.inputs import base_input, erasers_input
 from esd_lora.ui.painting import Applied, Painter, Scene, command_of, settings_of
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
@@ -21,6 +21,7 @@ _SMALL = 256  # pixels of a picture's side: one as small is enlarged without blu
 _EXAMPLES = ("a cat in ink style", "a dog in twemoji style", "a rocket, noto style")
 _STRENGTHS = "-1, 0, 0.5, 1, 1.5"
 _MOST_PICTURES = 8
+_TERMINAL = "The same in a terminal"
 
 
 def try_tab(workplace: Workplace) -> None:
@@ -56,9 +57,7 @@ def try_tab(workplace: Workplace) -> None:
             with gradio.Row():
                 picture = gradio.DownloadButton("Download pictures", size="sm", interactive=False)
                 settings = gradio.DownloadButton("Download settings", size="sm", interactive=False)
-            command = gradio.Textbox(
-                "", label="The same in a terminal", lines=2, interactive=False, buttons=["copy"], visible=False
-            )
+            command = gradio.HTML("")
             with gradio.Accordion("A grid over strengths", open=False):
                 strengths = gradio.Textbox(_STRENGTHS, label="Strengths of all erasers together")
                 paint_grid = gradio.Button("Paint the grid")
@@ -84,7 +83,7 @@ def try_tab(workplace: Workplace) -> None:
             f"{scene.count} {'pictures' if scene.count > 1 else 'picture'} a side in {seconds:.1f} s.{kept}{alone}{both}",
             gradio.DownloadButton(value=workplace.download("before-and-after.png", _sheet(painted, scene)), interactive=True),
             gradio.DownloadButton(value=workplace.download("settings.json", _json(scene, applied)), interactive=True),
-            gradio.Textbox(command_of(scene, applied), visible=True),
+            lines_of_terminal(command_of(scene, applied), _TERMINAL),
         ]
 
     def paint_again(*values: Any) -> list[Any]:
@@ -100,7 +99,7 @@ def try_tab(workplace: Workplace) -> None:
         picture = png(grid(rows, [f"seed {seed}" for seed in scene.seeds]), scene.prompt)
         alt = f"{scene.prompt}: a row for each strength ({', '.join(rows)}), a column for each seed"
         file = gradio.DownloadButton(value=workplace.download("strengths.png", picture), visible=True)
-        return [figure(picture, alt), file, gradio.Textbox(command_of(scene, applied, numbers), visible=True)]
+        return [figure(picture, alt), file, lines_of_terminal(command_of(scene, applied, numbers), _TERMINAL)]
 
     erasers.change(name_sliders, erasers, sliders, show_progress="hidden", api_visibility="private")
     shown_with: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [before, after], **MODEL_WORK}

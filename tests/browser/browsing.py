@@ -22,6 +22,11 @@ class Server(NamedTuple):
     """Its workplace."""
     process: subprocess.Popen[str]
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.address.rstrip("/").rpartition(":")[2])
+
 
 def start_server(folder: Path, *options: str) -> Server:
     """Start `esd-lora ui` on a free port, and return once it says where the page is."""
@@ -39,6 +44,14 @@ def start_server(folder: Path, *options: str) -> Server:
         if address := re.search(r"the page is at (\S+)", line):
             return Server(address[1], folder, process)
     raise AssertionError("".join(lines))
+
+
+def refused_server(folder: Path, port: int) -> str:
+    """Return what a second server on a port ends with."""
+    command = [sys.executable, "-m", "esd_lora", "ui", "--no-open", "--port", str(port), "--dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr
 
 
 def end_server(server: Server) -> str:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from browsing import Server, choose_tab, end_server, start_server
 from esd_lora.recipe_files import load_recipe
@@ -31,22 +31,32 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests, on the built-in base, its workplace empty at first."""
-    running = start_server(tmp_path_factory.mktemp("workplace"))
+    """One server for all tests, on the built-in base; its workplace holds an eraser, `no-cat`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    recipe = load_recipe("instant", {"train.preview_every": 0}, base="emoji", concepts=["a cat"])
+    train(recipe, out=folder / "no-cat", progress=False)
+    running = start_server(folder)
     yield running
     end_server(running)
 
 
 @pytest.fixture
 def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
-    """Open the page as a user of one's own: `open_page("Erase", width=400)`. What a test leaves open is closed."""
+    """Open the page as a user of one's own: `open_page("Erase", width=400)`; `watch` sees its requests.
+
+    What a test leaves open is closed.
+    """
     contexts: list[BrowserContext] = []
 
-    def open_one(tab: str, *, width: int = 1280, address: str | None = None) -> Page:
+    def open_one(
+        tab: str, *, width: int = 1280, address: str | None = None, watch: Callable[[Request], object] | None = None
+    ) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 900})
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
+        if watch:
+            page.on("request", watch)
         page.goto(address or server.address)
         choose_tab(page, tab)
         return page

@@ -21,7 +21,7 @@ from esd_lora.cli import main
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe import Recipe
 from esd_lora.ui.app import TABS, build, look, serving
-from esd_lora.ui.figures import figure
+from esd_lora.ui.figures import figure, lines_of_terminal
 from esd_lora.ui.painting import Applied, Painter, Scene, command_of, settings_of
 from esd_lora.ui.training_plan import TrainingPlan, presets_for
 from esd_lora.ui.trying import _numbers, _read
@@ -112,6 +112,8 @@ def test_pictures_say_what_they_show() -> None:
     text = figure(b"\x89PNG", 'a "cat" <b>')
     assert 'alt="a &quot;cat&quot; &lt;b&gt;"' in text
     assert "base64,iVBORw==" in text
+    assert lines_of_terminal("", "Log") == ""
+    assert "a &lt;b&gt;\nc</pre>" in lines_of_terminal("a <b>\nc", "Log")
 
 
 SCENE = Scene("emoji", "a cat's hat", 3, 2, None, 5.0)
