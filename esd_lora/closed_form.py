@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,8 +152,30 @@ def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
     return list(dict.fromkeys([*preserved, *anchors, ""]))
 
 
+class TriedAnchor(NamedTuple):
+    """A kept prompt that could take a concept's place, as the closed form finds it."""
+
+    anchor: str
+    score: float
+    """What it costs and leaves: the lower the better."""
+    distance: float
+    """How far the concept's text is from it."""
+    left: float
+    """Share of that way which is left, from 0 to 1."""
+    moved: float
+    """How far kept text moves, in units of its size."""
+
+
 def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]:
-    """Return the anchor of every concept that has none: name to a kept prompt that can take its place.
+    """Return the anchor of every concept that has none, the best that `try_anchors` finds, by the concept's name.
+
+    Where no kept prompt could be one, there is none: the anchor is the empty prompt.
+    """
+    return {name: tried[0].anchor for name, tried in try_anchors(recipe, base, encode).items()}
+
+
+def try_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, list[TriedAnchor]]:
+    """Return the kept prompts that could take the place of every concept without an anchor, by its name, the best first.
 
     Of the prompts near the concept it is the one for which the closed form leaves least to do and moves least of what is kept:
     the smallest product of `TextMoments.moved`, the size of D, which stands for all that no list names, and the root of `left`,
@@ -165,7 +188,7 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]
         encode: From prompts to their condition.
 
     Returns:
-        Nothing for a concept where no kept prompt could be one: its anchor is the empty prompt.
+        Nothing for a concept that has an anchor, or that no kept prompt could stand for.
     """
     listed = _known_prompts(recipe, base.keep)
     candidates = plain_prompts(listed)
@@ -176,20 +199,22 @@ def choose_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, str]
     rows = rows_of(encode, "prompt_embeds")
     kept = second_moment(rows, listed)
     spec = recipe.closed_form or ClosedFormSpec(keep=1.0, push=0.0, ridge=1e-3)
-    chosen: dict[str, str] = {}
+    ranked: dict[str, list[TriedAnchor]] = {}
     for concept in unanchored:
         prompt = concept.pairs()[0][0]
         near = likeness_to([prompt], candidates, base, encode)[0].argsort(descending=True)[:_CANDIDATES].tolist()
 
-        tried: list[tuple[float, float, str]] = []
+        tried: list[TriedAnchor] = []
         for anchor in [candidates[i] for i in near]:
             moments = way_moments(rows, [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames], kept)
             change = moments.solve(spec)[0]
-            score = moments.moved(change) * float(change.norm()) * math.sqrt(moments.left(change))
-            tried.append((score, math.sqrt(moments.distance), anchor))
-        usual = median(distance for _, distance, _ in tried)
-        chosen[concept.name] = min(each for each in tried if each[1] >= usual / 2)[2]
-    return chosen
+            left, moved = moments.left(change), moments.moved(change)
+            score = moved * float(change.norm()) * math.sqrt(left)
+            tried.append(TriedAnchor(anchor, score, math.sqrt(moments.distance), left, moved))
+        usual = median(each.distance for each in tried)
+        far = [each for each in tried if each.distance >= usual / 2]
+        ranked[concept.name] = sorted(far, key=lambda each: (each.score, each.distance, each.anchor))
+    return ranked
 
 
 def choose_guarded(recipe: Recipe, count: int, keep: Sequence[str], encode: Encode) -> tuple[str, ...]:

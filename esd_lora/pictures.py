@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -305,6 +306,19 @@ def clean_png(path: Path, prompt: str | None) -> bytes:
     clean = open_picture(path)
     clean.info.clear()
     return png(clean, prompt)
+
+
+def data_uri(picture: Image.Image, side: int) -> str:
+    """Return a picture as an address that holds it, for a page that asks for nothing: PNG, or JPEG of one that was large.
+
+    Args:
+        picture: Any picture; it may become smaller.
+        side: Most pixels of its longer side.
+    """
+    kind, content = "png" if max(picture.size) < side else "jpeg", io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(content, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def png(picture: Image.Image, prompt: str | None = None) -> bytes:

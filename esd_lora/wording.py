@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esd_lora.files import PICKLES
 
@@ -116,6 +116,11 @@ def in_one_line(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return a text of several lines as a terminal or a page may have it; its line breaks stay."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_value(value: Any) -> Any:
+    """Return a value of a page, printable where it is text: for jinja2's `finalize`; what was escaped stays so."""
+    return type(value)(printable_lines(value)) if isinstance(value, str) else value
 
 
 class HubId(NamedTuple):

@@ -16,6 +16,7 @@ from esd_lora.cli.recipes import recipes
 from esd_lora.cli.requests import requests
 from esd_lora.cli.sharing import catalog, pull, push, search
 from esd_lora.cli.stacks import stack
+from esd_lora.cli.ui import ui
 
 
 @click.group("esd-lora", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -26,6 +27,6 @@ def main() -> None:
 
 for command in (
     *(train, generate, stack, merge, evaluate, inspect, diff, export, import_, extract),
-    *(push, pull, search, catalog, recipes, requests, fleet, release, demo, doctor, completion),
+    *(push, pull, search, catalog, recipes, requests, fleet, release, demo, doctor, ui, completion),
 ):
     main.add_command(command)

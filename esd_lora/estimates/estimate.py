@@ -66,6 +66,13 @@ class Estimate(NamedTuple):
         """Return how long the run takes at least and at most."""
         return self.around + self.pace.seconds(self.least), self.around + self.pace.seconds(self.most)
 
+    def sentence(self) -> str:
+        """Return time, and memory where it is known, in a sentence."""
+        least, most = map(spell_time, self.seconds())
+        time = most if least == most else f"{least} to {most}"
+        memory = f"; at most {self.memory / _GIB:,.1f} GiB of memory" if self.memory else ""
+        return f"About {time}, beside loading the base{memory}."
+
     def lines(self) -> list[str]:
         """Return the estimate as lines of text, a row for each kind of work."""
         names = ("texts to encode", "evaluations", "student samples", "pictures to decode")
@@ -80,6 +87,14 @@ class Estimate(NamedTuple):
         if self.eraser:
             lines.append(f"{'eraser':<20}{'':>18}   {self.eraser / 1e6:,.2f} MB")
         return lines
+
+
+def spell_time(seconds: float) -> str:
+    """Return a time in words, as exactly as an estimate is: `20 seconds`, `3 minutes`, `2.5 hours`."""
+    if seconds < 100:
+        count = max(1, round(seconds))
+        return f"{count} second{'s' * (count > 1)}"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def _span(least: float, most: float, form: str) -> str:

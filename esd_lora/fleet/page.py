@@ -14,7 +14,7 @@ from jinja2 import Environment
 from esd_lora.files import write_atomically
 from esd_lora.fleet.request import Request
 from esd_lora.fleet.status import ERASERS, Status, folder_of
-from esd_lora.wording import mask_of, printable_lines
+from esd_lora.wording import mask_of, printable_value
 
 _SELDOM = 200
 """A page is written again after so many times what writing it took: half a percent of the time."""
@@ -56,7 +56,7 @@ class Page:
         states = Counter(status.state for status in self.statuses.values())
         waiting, ended = states["queued"] + states["running"], states["done"] - self._done_before
         hours = (time.monotonic() - self._begun) / 3600
-        template = Environment(autoescape=True, finalize=_shown).from_string(
+        template = Environment(autoescape=True, finalize=printable_value).from_string(
             Path(__file__).with_name("page.html").read_text("utf-8")
         )
         return template.render(
@@ -113,8 +113,3 @@ def _duration(hours: float) -> str:
     """Return hours in words: `about 3 h 20 min`."""
     minutes = round(60 * hours)
     return f"about {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"about {max(1, minutes)} min"
-
-
-def _shown(value: Any) -> Any:
-    """Return a value of the page with nothing in it that changes how the rest is read, such as marks of direction."""
-    return type(value)(printable_lines(value)) if isinstance(value, str) else value

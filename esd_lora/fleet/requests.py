@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -199,6 +199,19 @@ def _checked(row: _Row) -> tuple[Request | None, list[str]]:
         return None, [*map(_sentence, faults_of(error)), *sentences]
 
 
+def make_request(record: Mapping[str, Any]) -> Request:
+    """Return the request that a record of columns is of; what is empty counts as not given.
+
+    Raises:
+        EsdLoraError: With every fault at once.
+    """
+    values = {name: value for name, value in record.items() if value not in (None, "")}
+    request, sentences = _checked(_Row(0, values))
+    if sentences or request is None:
+        raise EsdLoraError("the request has faults:\n  " + "\n  ".join(sentences))
+    return request
+
+
 def _sentence(fault: Fault) -> str:
     name = ".".join(map(str, fault.place))
     if not fault.place:  # of several fields together
@@ -281,7 +294,13 @@ def overlapping(requests: Iterable[Request]) -> tuple[tuple[Request, ...], ...]:
 
 
 def warn_of_overlaps(requests: Iterable[Request], where: Callable[[Request], str], new: Collection[str] | None = None) -> None:
-    """Warn of each group of `overlapping` requests, those refused and withdrawn aside.
+    """Warn of `overlaps`; arguments as there."""
+    for sentence in listed(overlaps(requests, where, new)):
+        warnings.warn(sentence, stacklevel=3)
+
+
+def overlaps(requests: Iterable[Request], where: Callable[[Request], str], new: Collection[str] | None = None) -> list[str]:
+    """Return a sentence for each group of `overlapping` requests, those refused and withdrawn aside.
 
     Args:
         requests: All that there are.
@@ -296,8 +315,7 @@ def warn_of_overlaps(requests: Iterable[Request], where: Callable[[Request], str
             shared = ", ".join(repr(key) for key, number in times.items() if number > 1)
             places = ", ".join(f"{request.id} ({where(request)})" for request in group)
             sentences.append(f"{shortened(places)} share names: {shortened(shared)}. Are they one request, or namesakes?")
-    for sentence in listed(sentences):
-        warnings.warn(sentence, stacklevel=3)
+    return sentences
 
 
 def write_requests(requests: Iterable[Request], file: str | Path) -> None:

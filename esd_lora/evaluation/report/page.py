@@ -6,7 +6,6 @@ It holds no script and asks for nothing from outside; whatever a prompt, a label
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from esd_lora.evaluation.picture_files import open_painted
 from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
 from esd_lora.evaluation.scoring import Pictures, Scores
 from esd_lora.evaluation.suites.suite_files import Suite
-from esd_lora.pictures import heat_maps, png
-from esd_lora.wording import printable_lines
+from esd_lora.pictures import data_uri, heat_maps, png
+from esd_lora.wording import printable_value
 
 _SAMPLES = 10  # pictures of each role on the page
 _SIDE = 256  # pixels; larger ones are made smaller for the page
@@ -57,7 +56,7 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
                 ],
             }
         )
-    template = Environment(autoescape=True, finalize=_shown).from_string(
+    template = Environment(autoescape=True, finalize=printable_value).from_string(
         Path(__file__).with_name("page.html").read_text("utf-8")
     )
     return template.render(
@@ -74,11 +73,6 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
         matrix=base64.b64encode(heat_map(report.stack)).decode() if report.stack else "",
         record=json.dumps(report.record, indent=1, ensure_ascii=False),
     )
-
-
-def _shown(value: Any) -> Any:
-    """Return a value of the page with nothing in it that changes how the rest is read, such as marks of direction."""
-    return type(value)(printable_lines(value)) if isinstance(value, str) else value
 
 
 def heat_map(stack: StackNumbers) -> bytes:
@@ -110,17 +104,13 @@ def _show(file: Path, case: Case, variant: str, scores: Scores) -> dict[str, Any
     """Return a picture of the page, embedded, with its scores as a caption."""
     image = open_painted(file)
     small = max(image.size) < _SIDE
-    image.thumbnail((_SIDE, _SIDE))
-    content = io.BytesIO()
-    kind = "png" if small else "jpeg"
-    image.save(content, kind)
     own = scores[variant, case.id].values()
     seen = [str(score.details["seen"]) for score in own if "seen" in score.details]
     values = {metric: value for score in own for metric, value in score.values.items()}
     words = [f"{m}: {'yes' if v else 'no'}" if isinstance(v, bool) else f"{m}: {v:.3g}" for m, v in values.items()]
     return {
         "variant": variant,
-        "data": f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}",
+        "data": data_uri(image, _SIDE),
         "small": small,
         "alt": f"{variant}: {case.prompt}",
         "caption": ", ".join(seen) or "; ".join(words[:4]),
