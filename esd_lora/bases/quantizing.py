@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, how_to_install
 from esd_lora.families.family import ModelFamily
 
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -36,7 +36,7 @@ def require_library(kind: str) -> None:
     """
     if find_spec(QUANTIZED[kind]) is None:
         raise EsdLoraError(
-            f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed. Run: pip install 'esd-lora[{kind}]'."
+            f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed: {how_to_install(kind)}."
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError, how_to_install, shortened
 from esd_lora.fleet.engines import EARLY_ENDS, Lost, MakeWorker
 from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.status import folder_of
@@ -64,7 +64,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise EsdLoraError('--engine ray needs Ray, which is not installed: pip install "esd-lora[ray]".') from error
+            raise EsdLoraError(f"--engine ray needs Ray, which is not installed: {how_to_install('ray')}.") from error
         self.out, self.workers, self.timeout = out.resolve(), workers, timeout
         self._ray: Any = ray
         if not ray.is_initialized():
