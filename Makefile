@@ -80,4 +80,4 @@ $(VENV)/.docs: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) out build dist
+	rm -rf $(VENV) $(LOWEST) out build dist .cache

@@ -74,9 +74,7 @@ def operations(base: Base, recipe: Recipe) -> dict[str, float]:
 
 def total(work: Work, each: dict[str, float]) -> float:
     """Return the floating-point operations of some work."""
-    return (
-        work.texts * each["text"] + work.evaluations * each["evaluation"] + work.student_samples * each["student sample"]
-    )
+    return work.texts * each["text"] + work.evaluations * each["evaluation"] + work.student_samples * each["student sample"]
 
 
 def row(model: str, toy: str, card: int, rate: float) -> list[str]:
@@ -88,11 +86,14 @@ def row(model: str, toy: str, card: int, rate: float) -> list[str]:
     each = operations(base, chosen)
     least, most = (total(work, each) for work in rehearse(toy, base.family.preset))
     weights = 2 * sum(
-        weight.numel() for part in base.pipe.components.values() if isinstance(part, torch.nn.Module) for weight in part.parameters()
+        weight.numel()
+        for part in base.pipe.components.values()
+        if isinstance(part, torch.nn.Module)
+        for weight in part.parameters()
     )
     trained = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, 0)
     size = sum(4 * parameter.numel() for parameter in trained)
-    minutes = [f"{operations_ / rate / 60:.0f}" for operations_ in (least, most)]
+    minutes = [f"{count / rate / 60:.0f}" if count > 60 * rate else "under 1" for count in (least, most)]
     return [
         model,
         f"{card} GB",

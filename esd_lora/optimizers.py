@@ -45,7 +45,9 @@ def make_optimizer(
     try:
         make = OPTIMIZERS.get(name, allow_code)
     except ModuleNotFoundError as error:
-        raise EsdLoraError(f"optimizer {name!r} needs {error.name}, which is not installed: {how_to_install('8bit')}.") from error
+        raise EsdLoraError(
+            f"optimizer {name!r} needs {error.name}, which is not installed: {how_to_install('8bit')}."
+        ) from error
     try:
         made = make(parameters, lr=lr, **arguments)
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The notebooks of the documentation: run, and kept with what they print.
 
-    make notebooks    # runs them all and keeps their outputs
+make notebooks    # runs them all and keeps their outputs
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def run(file: Path, folder: Path) -> Any:
     """
     notebook = read(file)
     client = NotebookClient(
-        notebook, timeout=_PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, store_widget_state=False
+        notebook,
+        timeout=_PATIENCE,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        store_widget_state=False,
     )
     return client.execute()
 
@@ -68,7 +72,10 @@ def without_traces(notebook: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     language = {"name": "python"}
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": language}
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": language,
+    }
     return notebook
 
 

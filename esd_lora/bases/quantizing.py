@@ -35,9 +35,7 @@ def require_library(kind: str) -> None:
         EsdLoraError: With how to install it.
     """
     if find_spec(QUANTIZED[kind]) is None:
-        raise EsdLoraError(
-            f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed: {how_to_install(kind)}."
-        )
+        raise EsdLoraError(f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed: {how_to_install(kind)}.")
 
 
 def quantized_layers(model: nn.Module, family: ModelFamily) -> Iterator[tuple[str, nn.Linear]]:

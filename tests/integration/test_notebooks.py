@@ -13,7 +13,8 @@ RUN_BY_MAKE_TEST = ("quick_start",)
 
 
 @pytest.mark.parametrize(
-    "file", [pytest.param(file, id=file.stem, marks=() if file.stem in RUN_BY_MAKE_TEST else pytest.mark.slow) for file in notebooks()]
+    "file",
+    [pytest.param(file, id=file.stem, marks=() if file.stem in RUN_BY_MAKE_TEST else pytest.mark.slow) for file in notebooks()],
 )
 def test_notebook_prints_what_is_kept(file: Path, tmp_path: Path) -> None:
     assert texts(run(file, tmp_path)) == texts(read(file))

@@ -48,7 +48,9 @@ def test_every_command_stands_on_the_page_of_the_command_line() -> None:
     assert sorted(headings) == sorted(["esd-lora", *(f"esd-lora {name}" for name in main.commands), *below])
     page = SimpleNamespace(file=SimpleNamespace(src_uri="cli.md"))
     text = hook.on_page_markdown("", page)
-    for option in (option for command in main.commands.values() for option in command.params if isinstance(option, click.Option)):
+    for option in (
+        option for command in main.commands.values() for option in command.params if isinstance(option, click.Option)
+    ):
         assert option.opts[-1] in text
     assert hook.on_page_markdown("words", SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))) == "words"
 
