@@ -62,7 +62,7 @@ def unfenced(page: Path) -> str:
 
 
 def commands(text: str) -> Iterator[str]:
-    """Yield the commands of a shell block: a line each, with the lines that it goes on in, or up to the end of what it reads."""
+    """Yield the commands of a shell block: a line each, and what it goes on in or reads from."""
     lines = iter(text.splitlines())
     for line in lines:
         if not line.strip() or line.lstrip().startswith("#"):

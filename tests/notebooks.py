@@ -88,7 +88,6 @@ def main() -> None:
         text = nbformat.writes(notebook)
         assert not re.search(re.escape(str(Path.home())) + "/|/tmp/", text), f"{file.name} names a place on this machine"
         file.write_text(f"{text}\n", "utf-8")
-        print(file)
 
 
 if __name__ == "__main__":
