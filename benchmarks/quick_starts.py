@@ -2,12 +2,12 @@
 
     python benchmarks/quick_starts.py [--rate 20]
 
-Work is what `train --dry-run` counts for the family's preset beside the package's keep list: rehearsed on a toy of the family,
-for how many latents and texts go through a model does not depend on its size. What one of each costs is counted on the published
-configuration, in floating-point operations, on the meta device. Both together, divided by `--rate`, are minutes: the rate is
-an assumption, to be replaced by one's own. Memory is `train --fit`'s plan (`esd_lora.memory_plans`); disk is the weights in 16
-bits. Loading, previews and solving the layers in closed form are left out: the last takes 20 s on SD 1.5 and 150 s on SDXL, on
-two CPU cores, text included (`real_size.py`).
+Work is what `train --dry-run` counts for the family's preset beside the package's keep list: rehearsed on a toy of the
+family, for how many latents and texts go through a model does not depend on its size. What one of each costs is counted on
+the published configuration, in floating-point operations, on the meta device. Both together, divided by `--rate`, are
+minutes: the rate is an assumption, to be replaced by one's own. Memory is `train --fit`'s plan (`esd_lora.memory_plans`);
+disk is the weights in 16 bits. Loading, previews and solving the layers in closed form are left out: the last takes 20 s on
+SD 1.5 and 150 s on SDXL, on two CPU cores, text included (`real_size.py`).
 """
 
 from __future__ import annotations
