@@ -78,6 +78,18 @@ def commands(text: str) -> Iterator[str]:
         yield command
 
 
+def words_of(command: str) -> list[str]:
+    """Return the words of a command, without its comment; what a shell reads between them (`|`, `>`) is a word of its own."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(lexer)
+
+
+def is_operator(word: str) -> bool:
+    """Return whether a word is the shell's: `|`, `>`, `&&`."""
+    return re.fullmatch(r"[();<>|&]+", word) is not None
+
+
 def run_blocks(page: Path, folder: Path) -> int:
     """Run a page's blocks in their order, in the working directory, and return how many there were.
 
@@ -105,10 +117,8 @@ def run_blocks(page: Path, folder: Path) -> int:
 
 def _run(command: str, folder: Path) -> tuple[int, str]:
     """Run a command and return its exit code and output: one of ours in this process, anything else in bash."""
-    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    words = list(lexer)
-    if words[0] == "esd-lora" and "$" not in command and not any(re.fullmatch(r"[();<>|&]+", word) for word in words):
+    words = words_of(command)
+    if words[0] == "esd-lora" and "$" not in command and not any(map(is_operator, words)):
         result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
         return result.exit_code, result.output
     environment = {

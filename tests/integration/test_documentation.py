@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 
-from documentation import PROJECT, RUN, SHOWN, blocks, commands, name_of, pages, run_blocks, unfenced
+from documentation import PROJECT, RUN, SHOWN, blocks, commands, is_operator, name_of, pages, run_blocks, unfenced, words_of
+from esd_lora.cli import main
 
 NOT_RUN: dict[str, dict[str, int]] = {
     "README.md": {"needs the network": 1, "needs the weights of a published model": 3},
@@ -46,6 +49,39 @@ def test_commands_run_as_they_are_printed(page: str, tmp_path: Path, monkeypatch
 def test_what_is_not_run_is_counted() -> None:
     counted = {name_of(page): Counter(block.reason for block in blocks(page) if block.reason) for page in pages()}
     assert {page: dict(reasons) for page, reasons in counted.items() if reasons} == NOT_RUN
+
+
+def fault_of(words: Sequence[str]) -> str:
+    """Return what click says of the arguments of a command line of ours; nothing where they are as they should be."""
+    command: click.Command | None = main
+    context = click.Context(main)
+    arguments = list(words)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+        context = click.Context(command or main, info_name=name, parent=context)
+    try:
+        command.make_context(context.info_name, arguments, parent=context.parent) if command else None
+    except click.UsageError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
+    """Those that are not run, too."""
+    for block in blocks(page):
+        for command in commands(block.text) if block.language == "sh" else ():
+            words = words_of(command)
+            end = next((place for place, word in enumerate(words) if is_operator(word)), len(words))
+            if words[0] == "esd-lora" and not words[1].startswith("-"):
+                fault = fault_of(words[1:end])
+                assert not fault or "does not exist" in fault, f"{block.page}:{block.line}: {command}: {fault}"
+
+
+def test_an_option_that_there_is_not_is_seen() -> None:
+    assert fault_of(["requests", "list", "-r", "registry"]) == ""
+    assert "'--registri'" in fault_of(["requests", "list", "--registri", "registry"])
+    assert "'--lora'" in fault_of(["generate", "a cat", "--lora", "no-cat", "-o", "pictures"])
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
