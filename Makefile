@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo test test-slow test-lowest mutation lint format docs licenses wheel setup benchmark clean
+.PHONY: demo test test-slow test-lowest mutation lint format docs notebooks licenses wheel setup benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/esd-lora demo -o out/demo --force
@@ -35,6 +35,10 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# What the notebooks of the documentation print, kept anew.
+notebooks: $(VENV)/.dev
+	$(BIN)/python tests/notebooks.py
 
 licenses: $(VENV)/.dev
 	$(BIN)/python benchmarks/licenses.py
@@ -76,4 +80,4 @@ $(VENV)/.docs: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) out build dist
+	rm -rf $(VENV) $(LOWEST) out build dist .cache

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, how_to_install
 from esd_lora.settings import FILE_VARIABLE, SETTINGS, config_file, read_config, variable
 
 _GIB = 2**30
@@ -96,7 +96,7 @@ def _packages() -> Iterator[Finding]:
     of_extra = {extra: [r for r in wanted if r.marker and r.marker.evaluate({"extra": extra})] for extra in extras}
     complete = {extra: all(_installed(each.name) for each in of_extra[extra] if each not in needed) for extra in extras}
     here, absent = ([extra for extra in extras if complete[extra] == there] for there in (True, False))
-    lacking = f"; not installed: {', '.join(absent)} (pip install 'esd-lora[{absent[0]}]')" if absent else ""
+    lacking = f"; not installed: {', '.join(absent)} ({how_to_install(absent[0])})" if absent else ""
     yield Finding("extras", f"installed: {', '.join(here) or 'none'}{lacking}")
 
 

@@ -27,6 +27,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def how_to_install(extra: str) -> str:
+    """Return what to run for a package that an extra of this project brings.
+
+    The project is on no registry yet, so this is the form that works from a clone.
+
+    Args:
+        extra: A name in pyproject.toml's optional dependencies.
+    """
+    return f"run in your clone of esd-lora: pip install '.[{extra}]'"
+
+
 def shortened(text: str) -> str:
     """Return a stranger's text in one line of a length to be read."""
     line = " ".join(text.split())

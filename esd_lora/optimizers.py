@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, how_to_install
 from esd_lora.registry import Registry
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def make_optimizer(
     try:
         make = OPTIMIZERS.get(name, allow_code)
     except ModuleNotFoundError as error:
-        raise EsdLoraError(f"optimizer {name!r} needs {error.name}. Run: pip install 'esd-lora[8bit]'.") from error
+        raise EsdLoraError(
+            f"optimizer {name!r} needs {error.name}, which is not installed: {how_to_install('8bit')}."
+        ) from error
     try:
         made = make(parameters, lr=lr, **arguments)
     except (TypeError, ValueError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, how_to_install
 from esd_lora.families.family import ModelFamily
 
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -35,9 +35,7 @@ def require_library(kind: str) -> None:
         EsdLoraError: With how to install it.
     """
     if find_spec(QUANTIZED[kind]) is None:
-        raise EsdLoraError(
-            f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed. Run: pip install 'esd-lora[{kind}]'."
-        )
+        raise EsdLoraError(f"dtype {kind!r} needs {QUANTIZED[kind]}, which is not installed: {how_to_install(kind)}.")
 
 
 def quantized_layers(model: nn.Module, family: ModelFamily) -> Iterator[tuple[str, nn.Linear]]:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError, how_to_install, shortened
 from esd_lora.fleet.engines import EARLY_ENDS, Lost, MakeWorker
 from esd_lora.fleet.jobs import Job, Plan
 from esd_lora.fleet.parcels import pack, unpack
@@ -87,7 +87,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise EsdLoraError('--engine ray needs Ray, which is not installed: pip install "esd-lora[ray]".') from error
+            raise EsdLoraError(f"--engine ray needs Ray, which is not installed: {how_to_install('ray')}.") from error
         self.out, self.workers, self.timeout, self._make_worker = out.resolve(), workers, timeout, make_worker
         self._ray: Any = ray
         if not ray.is_initialized():

@@ -659,7 +659,7 @@ MISTAKES = {
     "unknown dtype": (f"{TRAIN} --dtype float17", "did you mean 'float16'?"),
     "unknown tracker": (f"{TRAIN} --track tensorbord", "did you mean 'tensorboard'?"),
     "regular expression without a layer": (f"{TRAIN} --scope re:nothing$", "down_blocks.N.resnets.N.conv1"),
-    "optimizer that is not installed": (f"{TRAIN} -s train.optimizer=adamw8bit", "esd-lora[8bit]"),
+    "optimizer that is not installed": (f"{TRAIN} -s train.optimizer=adamw8bit", "pip install '.[8bit]'"),
     "optimizer's argument": (f"{TRAIN} -s train.optimizer_args={{{{momentum:1}}}}", "does not take"),
     "anchor without a concept": ("train fast --anchor dog -o {out}", "--concept"),
     "preserve names the concept": (f"{TRAIN} -s preserve=[cat]", "preserve"),

@@ -119,7 +119,9 @@ def test_nudity_reports_every_protocol_and_all_it_saw(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("name", "package", "extra"), [(name, *needs) for name, needs in PACKAGES.items()], ids=PACKAGES)
 def test_missing_package_is_not_run(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, package)
-    with pytest.raises(NotRun, match=rf"{package} is not installed; pip install 'esd-lora\[{extra}\]'"):
+    with pytest.raises(
+        NotRun, match=rf"{package} is not installed; run in your clone of esd-lora: pip install '\.\[{extra}\]'"
+    ):
         DETECTORS.get(name)()
 
 

@@ -9,7 +9,10 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
+
 import esd_lora
+from esd_lora.cli import main
 
 PACKAGE = Path(esd_lora.__file__).parent
 DOCS = PACKAGE.parent / "docs"
@@ -34,6 +37,22 @@ def test_every_public_name_has_a_row() -> None:
 def test_every_page_of_the_reference_is_in_the_menu() -> None:
     menu = re.findall(r"api/\w+\.md", (PACKAGE.parent / "mkdocs.yml").read_text("utf-8"))
     assert sorted(menu) == sorted(f"api/{page.name}" for page in (DOCS / "api").glob("*.md"))
+
+
+def test_every_command_stands_on_the_page_of_the_command_line() -> None:
+    hook = SimpleNamespace(**runpy.run_path(str(DOCS / "cli_reference.py")))
+    lines = list(hook.reference(main))
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    groups = [command for command in main.commands.values() if isinstance(command, click.Group)]
+    below = [f"esd-lora {group.name} {name}" for group in groups for name in group.commands]
+    assert sorted(headings) == sorted(["esd-lora", *(f"esd-lora {name}" for name in main.commands), *below])
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="cli.md"))
+    text = hook.on_page_markdown("", page)
+    for option in (
+        option for command in main.commands.values() for option in command.params if isinstance(option, click.Option)
+    ):
+        assert option.opts[-1] in text
+    assert hook.on_page_markdown("words", SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))) == "words"
 
 
 def test_security_names_tests_that_there_are() -> None:

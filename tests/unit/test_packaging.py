@@ -29,7 +29,10 @@ PROJECT = Path(__file__).parents[2]
 
 INSTALLED = ("", "dev", "classify", "faces", "int8", "metrics", "nsfw", "nudity", "ray")
 """Extras that `dev` installs, and what everyone gets."""
-NOT_FOLLOWED = {"bitsandbytes", "mkdocs", "mkdocs-material", "mkdocstrings", "resvg-py", "trackio", "wandb"}
+NOT_FOLLOWED = {
+    *("bitsandbytes", "resvg-py", "trackio", "wandb"),
+    *("mkdocs", "mkdocs-jupyter", "mkdocs-material", "mkdocstrings"),
+}
 """Packages of extras that `dev` does not install. Offline nobody knows what they need: they themselves are looked at."""
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL.Image import Image
 
+from esd_lora.errors import how_to_install
+
 
 class Picture(NamedTuple):
     """A picture to score."""
@@ -75,4 +77,4 @@ def package_record(name: str, extra: str) -> dict[str, str]:
     try:
         return {"package": name, "version": version(name)}
     except PackageNotFoundError:
-        raise NotRun(f"the package {name} is not installed; pip install 'esd-lora[{extra}]'") from None
+        raise NotRun(f"the package {name} is not installed; {how_to_install(extra)}") from None
