@@ -14,6 +14,7 @@ from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
 
 QUICK = {"steps": 2, "trajectories": 2, "trajectory_steps": 2, "preserve_trajectories": 1, "preview_every": 0, "lr": 1e-3}
+PAPER = ["paper", "-s", "train.steps=1", "-s", "train.trajectory_steps=2", "-s", "train.preview_every=0"]
 SETTINGS = [part for key, value in QUICK.items() for part in ("-s", f"train.{key}={value}")]
 
 
@@ -35,7 +36,7 @@ def bad(*args: object) -> str:
 
 
 def test_training_without_an_output(tiny_dir: Path) -> None:
-    train = ["train", "--concept", "a cat", "--base", tiny_dir, *SETTINGS]
+    train = ["train", *PAPER, "--concept", "a cat", "--base", tiny_dir]
     first, second = good(*train), good(*train)
     assert first.startswith("output: erasers/a-cat\n")
     assert first.endswith(": erasers/a-cat\n")
@@ -101,8 +102,8 @@ def test_output_folder_of_the_environment(tiny_dir: Path, monkeypatch: pytest.Mo
 def test_base_of_the_environment(tiny_dir: Path, cat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the place of a preset's base and of none, not of a recipe's own, and never makes a stack another."""
     monkeypatch.setenv("ESD_LORA_BASE", str(tiny_dir))
-    for number, recipes in enumerate([[], ["instant"]]):
-        good("train", *recipes, "--concept", "a cat", *SETTINGS, "-o", f"{number}")
+    for number, preset in enumerate([SETTINGS, PAPER]):
+        good("train", *preset, "--concept", "a cat", "-o", f"{number}")
         assert Eraser.load(f"{number}").header.base == str(tiny_dir)
     Path("mine.yaml").write_text("extends: fast\nconcepts: [a cat]\nbase: emojy\n")
     assert "'emojy'" in bad("train", "mine.yaml", "-o", "out")
