@@ -129,11 +129,17 @@ class _Nowhere(io.TextIOBase):
 
 
 class _Lines(logging.Handler):
-    """Prints what the package logs as lines on standard error."""
+    """Prints what the package logs as lines on standard error, each once: a file may be opened several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        say(f"{level}{record.getMessage()}", err=True)
+        line = ("" if record.levelno == logging.INFO else f"{record.levelname.lower()}: ") + record.getMessage()
+        if line not in self._printed:
+            say(line, err=True)
+        self._printed.add(line)
 
 
 def _peak() -> str:

@@ -79,7 +79,8 @@ def test_commands_take_any_layout(files: dict[str, Path], cat_dir: Path, tiny_di
         out = tmp_path / name
         on = ["--base", tiny_dir]
         _, told = good("generate", "a cat", *on, "--steps", 2, "--eraser", eraser, "-o", out / "pictures")
-        good("merge", eraser, *on, "-o", out / "merged", "--verify")
+        _, merging = good("merge", eraser, *on, "-o", out / "merged", "--verify")
+        assert merging.count("converted in memory") == (name == "foreign"), "once, though it is opened again to verify"
         if layout != "stranger":  # whose layers fit several families where no base is at hand
             good("stack", eraser, "-o", out / "stack")
             good("inspect", eraser)
