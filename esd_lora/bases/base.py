@@ -135,6 +135,8 @@ class Base:
         """
         own = self.pipe.scheduler
         if name is not None:
+            if self.family.needs_own_scheduler(self.pipe):
+                raise EsdLoraError(f"base {self.id!r} is painted by its own scheduler alone: leave {name} out.")
             self.pipe.scheduler = make_scheduler(name, own, self.prediction_type)
         try:
             yield

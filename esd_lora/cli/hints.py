@@ -12,18 +12,18 @@ WEIGHT = "ERASER:WEIGHT"
 """Stands for the weight that is written behind an eraser."""
 _SETTING = "-s "  # begins a field of a recipe
 _ALIKE = (
-    ("lora loras lora-path adapter adapters eraser erasers", ("--eraser", "erasers", "eraser", "file")),
+    ("lora loras lora-path adapter adapters eraser erasers", ("--eraser", "erasers", "eraser", "file", "-s lora.KEY=VALUE")),
     ("weight weights strength lora-scale lora-weight lora-strength multiplier", (WEIGHT, "--strengths")),
     ("alpha network-alpha", ("-s lora.alpha=NUMBER", WEIGHT)),
     ("rank dim network-dim", ("--rank", "-s lora.rank=N")),
     ("num-images num-images-per-prompt num-samples images count n", ("-n", "--limit", "--pictures")),
     ("batch-size train-batch-size", ("-n", "-s train.batch_size=N")),
-    ("num-inference-steps inference-steps sampling-steps ddim-steps", ("--steps", "-s train.trajectory_steps=N")),
+    ("num-inference-steps inference-steps sampling-steps ddim-steps", ("-s train.trajectory_steps=N", "--steps")),
     ("iterations max-train-steps max-steps train-steps epochs", ("--steps", "-s train.steps=N")),
     ("learning-rate", ("--lr", "-s train.lr=NUMBER")),
     ("eta", ("-s eta=NUMBER",)),
     ("preserve retain keep", ("--keep", "-s preserve=[TEXT,...]")),
-    ("cfg cfg-scale guidance-scale scale", ("--guidance",)),
+    ("cfg cfg-scale guidance-scale scale", ("--guidance", "-s train.guidance=NUMBER")),
     ("prompt text", ("prompts", "--prompts", "--concept", "text")),
     ("prompt-file prompts-file from-file", ("--prompts", "--keep")),
     ("negative neg", ("--negative-prompt",)),

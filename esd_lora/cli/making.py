@@ -272,7 +272,7 @@ def _export_kohya(eraser: Eraser, out: Path) -> Path:
 
 @click.command(cls=HeavyCommand, sections=_GENERATE_SECTIONS)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--prompts", "prompt_file", metavar="FILE", help="Take the prompts of a .txt, one a line, or a .csv, too.")
+@click.option("--prompts", "prompt_file", metavar="FILE", help="Also paint the prompts of a .txt, one a line, or of a .csv.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from, in the place of the empty prompt.")
 @base_option("emoji")
 @click.option("--eraser", "erasers", multiple=True, type=ERASER, help="Eraser to apply; may be given several times.")

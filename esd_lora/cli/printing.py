@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from esd_lora.estimates.estimate import Estimate
 
 _META = "esd_lora.output"  # under which the context of a command, and those above it, hold its `Output`
-_NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""What tqdm and huggingface_hub read when they are imported, which commands do once they run."""
 _REFUSED = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
@@ -104,32 +102,44 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def printing(output: Output) -> Generator[None]:
-    """Print as `output` says for the length of a `with` block, also what other libraries print and log."""
-    streams = redirect_stdout(sys.stderr) if output.as_json else redirect_stdout(io.StringIO()) if output.quiet else None
+    """Print as `output` says for the length of a `with` block, also what libraries print and log, and their bars."""
     log, started = logging.getLogger("esd_lora"), time.monotonic()
-    handler, level, before = _Lines(), log.level, {name: os.environ.get(name) for name in _NO_BARS}
+    handler, level = _Lines(), log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if output.verbose else logging.INFO)
-    if output.quiet:
-        os.environ.update(_NO_BARS)
     try:
-        with streams or nullcontext():
+        with ExitStack() as streams:
+            if output.quiet:
+                streams.enter_context(redirect_stderr(_Nowhere()))
+            if output.quiet or output.as_json:
+                streams.enter_context(redirect_stdout(sys.stderr))
             yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         if output.verbose:
             say(f"took {time.monotonic() - started:.1f} s{_peak()}", err=True)
 
 
+class _Nowhere(io.TextIOBase):
+    """Takes text and keeps nothing of it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class _Lines(logging.Handler):
-    """Prints what the package logs as lines on standard error."""
+    """Prints what the package logs as lines on standard error, each once: a file may be opened several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        say(f"{level}{record.getMessage()}", err=True)
+        line = ("" if record.levelno == logging.INFO else f"{record.levelname.lower()}: ") + record.getMessage()
+        if line not in self._printed:
+            say(line, err=True)
+        self._printed.add(line)
 
 
 def _peak() -> str:

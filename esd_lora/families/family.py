@@ -146,6 +146,10 @@ class ModelFamily(ABC):
         """Return whether the pipeline puts a negative prompt opposite the prompt in classifier-free guidance."""
         return "negative_prompt" in signature(pipe.__call__).parameters
 
+    def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
+        """Return whether pictures cannot be painted by any scheduler but the pipeline's own."""
+        return False
+
     def largest_side(self, pipe: Any) -> int | None:  # noqa: ARG002
         """Return the largest height, and width, of latents; `None` where the model has no bound of its own."""
         return None

@@ -79,6 +79,22 @@ def test_torchvision_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     assert ("nms does not exist" in finding.state) == bool(code)
 
 
+def test_configuration_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def finding() -> doctor.Finding:
+        return next(finding for finding in doctor.examine() if finding.name == "configuration")
+
+    assert finding().state == "no file, by ESD_LORA_CONFIG; nothing is set"
+    file = tmp_path / "config.toml"
+    file.write_text('base = "sd15"\ndevice = "mps"\n', "utf-8")
+    monkeypatch.setenv("ESD_LORA_CONFIG", str(file))
+    monkeypatch.setenv("ESD_LORA_DEVICE", "cpu")
+    assert finding().ok
+    assert finding().state == f"{file}; base sd15 ({file}), device cpu (ESD_LORA_DEVICE)"
+    file.write_text('bsae = "sd15"\n', "utf-8")
+    assert not finding().ok
+    assert "has 'bsae' (did you mean 'base'?)" in finding().state
+
+
 def test_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
     monkeypatch.setattr(doctor, "_MEMORY", 2**60)

@@ -68,6 +68,8 @@ def test_sections_of_the_help_name_options_once(name: str) -> None:
 
 TYPED = {
     "generate --lora no-cat": "no such option --lora: here it is --eraser.",
+    "train --lora x": "here it is -s lora.KEY=VALUE.",
+    "train --num-inference-steps 20": "here it is -s train.trajectory_steps=N.",
     "merge --lora no-cat": "here it is an argument, ERASERS.",
     "inspect --eraser no-cat": "here it is an argument, FILE.",
     "export --lora no-cat": "here it is an argument, ERASER.",
