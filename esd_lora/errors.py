@@ -27,6 +27,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def near_ones(word: str, known: Iterable[str], count: int = 5) -> list[str]:
+    """Return the known words that are most like one that is not known, the nearest first."""
+    return difflib.get_close_matches(word[:100], list(known), n=count, cutoff=0.0)
+
+
 def shortened(text: str) -> str:
     """Return a stranger's text in one line of a length to be read."""
     line = " ".join(text.split())

@@ -58,10 +58,10 @@ def reserve_file(output: Path, force: bool, inputs: Iterable[str | Path] = ()) -
     Raises:
         EsdLoraError: If another run writes it, it is an input or a directory, or it exists and `force` is not set.
     """
-    _check_file(output, force)
+    check_file(output, force)
     refuse_inputs(output, inputs)
     with lock_output(output):
-        _check_file(output, force)
+        check_file(output, force)
         yield
 
 
@@ -93,7 +93,12 @@ def _holds_here(output: Path) -> bool:
         return False
 
 
-def _check_file(output: Path, force: bool) -> None:
+def check_file(output: Path, force: bool) -> None:
+    """Refuse an output file that may not be written over, or is a directory.
+
+    Raises:
+        EsdLoraError: With what is in the way.
+    """
     with reporting_write_errors(output):
         if output.is_dir():
             raise EsdLoraError(f"output {output} is a directory, expected a file. Choose another.")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from tqdm.auto import trange
 
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError
+from esd_lora.progress import advance, stage
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -82,7 +82,6 @@ def paint(
     negative_prompt: str | None = None,
     encode: Encode | None = None,
     batch: int = _BATCH,
-    desc: str | None = None,
 ) -> list[Image.Image]:
     """Paint one picture for each prompt, with the base as it stands (adapters included).
 
@@ -99,28 +98,35 @@ def paint(
         encode: Returns the condition of prompts where the base's text encoders are gone.
         batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have
             more than `_DECODED` pixels together, they are denoised together and decoded one by one.
-        desc: Label of a progress bar; without one there is none.
     """
+
+    def count(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        advance(len(part))
+        return kwargs
+
     pictures: list[Image.Image] = []
+    steps = steps or base.steps
     _, height, width = base.latent_shape()
     size = pictures_at_once(base, batch)
     native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
-    for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
-        part = list(prompts[first : first + size])
-        text: dict[str, Any] = {"prompt": part}
-        if negative_prompt:
-            text["negative_prompt"] = [negative_prompt] * len(part)
-        if encode:
-            text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
-        with base.vae_in_place(), _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
-            pictures += base.pipe(
-                **text,
-                **native,
-                **base.family.call_kwargs(base.pipe),
-                num_inference_steps=steps or base.steps,
-                guidance_scale=base.guidance if guidance is None else guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
-            ).images
+    with stage(f"painting {len(prompts)} pictures", len(prompts) * steps, "step"):
+        for first in range(0, len(prompts), size):
+            part = list(prompts[first : first + size])
+            text: dict[str, Any] = {"prompt": part}
+            if negative_prompt:
+                text["negative_prompt"] = [negative_prompt] * len(part)
+            if encode:
+                text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
+            with base.vae_in_place(), _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
+                pictures += base.pipe(
+                    **text,
+                    **native,
+                    **base.family.call_kwargs(base.pipe),
+                    num_inference_steps=steps,
+                    guidance_scale=base.guidance if guidance is None else guidance,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
+                    callback_on_step_end=count,
+                ).images
     return pictures
 
 

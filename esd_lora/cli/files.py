@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from esd_lora.cli.options import ERASER, HeavyCommand, Weighted, dry_run_option, force_option, say, unweighted
+from esd_lora.preflight import check_inputs, check_output
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -24,6 +25,8 @@ _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT",
 @force_option
 def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, dry_run: bool, force: bool) -> None:
     """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
+    check_inputs(base, erasers)
+    check_output(out, force or dry_run, file=out.suffix == ".safetensors")
     from esd_lora.weights.merging import merge as run
 
     paths, strengths = unweighted(erasers)
@@ -120,6 +123,8 @@ def extract(
     base: str, tuned: str, out: Path, rank: int | None, energy: float | None, concepts: tuple[str, ...], force: bool
 ) -> None:
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
+    check_inputs(base)
+    check_output(out, force)
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import reserve_directory
     from esd_lora.formats.cards import save_with_card

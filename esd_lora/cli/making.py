@@ -23,11 +23,11 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import refuse_inputs
 from esd_lora.negative_guidance import with_negative_guidance
+from esd_lora.preflight import check_inputs, check_output, check_strengths
 from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
+from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -104,10 +104,11 @@ def train(
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
+    check_inputs(base)
     recipe = load_recipe(_with_preset(recipes, base), overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
-    refuse_inputs(out, () if resume else recipes)
+    check_output(out, force or resume or dry_run, () if resume else recipes)
     if fit:
         recipe, dtype = _fitted(recipe, fit, device, dtype)
     if dry_run:
@@ -119,10 +120,17 @@ def train(
         options = {"resume": resume, "force": force, "device": device, "dtype": dtype, "track": track}
         eraser = run(recipe, out=out, allow_code=allow_code, teacher_cache=teacher_cache, **options)
     except KeyboardInterrupt:
-        raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
+        raise EsdLoraError(_how_to_go_on(out, recipe)) from None
     if kohya and is_main():
         say(f"kohya LoRA: {_export_kohya(eraser, out)}")
     say(f"{_summary(eraser)}: {out}")
+
+
+def _how_to_go_on(out: Path, recipe: Recipe) -> str:
+    """Return what to do after a training was interrupted."""
+    from esd_lora.train_state import how_to_go_on
+
+    return how_to_go_on(out, dump_recipe(recipe))
 
 
 def _summary(eraser: Eraser) -> str:
@@ -165,10 +173,13 @@ def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
-    if any(recipe_kind(name) != "concept" for name in recipes) or (recipes and not base):
+    if recipes and not base:
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
-    from esd_lora.bases.presets import DEFAULT, preset_for
+    from esd_lora.bases.presets import DEFAULT, preset_for, require_fitting
 
+    if base and any(recipe_kind(name) != "concept" for name in recipes):
+        require_fitting(recipes, base)
+        return list(recipes)
     preset = preset_for(base) if base else DEFAULT
     if preset != DEFAULT:
         say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
@@ -233,13 +244,15 @@ def generate(
     esd-lora generate "a cat" --eraser no-cat:1,mid=0 --strengths=-1,0,0.5,1,1.5 -o pictures
     esd-lora generate "a cat" "a dog" --eraser no-cat --eraser no-car --gate -o pictures
     """
+    gate = gate or gate_threshold is not None
+    _check_erasers(erasers, strengths, gate)
+    check_inputs(base, erasers)
+    check_output(out, force or dry_run, [path for path, *_ in erasers])
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser
     from esd_lora.gating import Gate
     from esd_lora.sampling import write_pictures
 
-    gate = gate or gate_threshold is not None
-    _check_erasers(erasers, strengths, gate)
     members = [load_eraser(path) for path, *_ in erasers]
     loaded = load_base(base, device=device, dtype=dtype, config=base_config, text_first=not dry_run)
     pictures = len(prompts) * count
@@ -269,6 +282,7 @@ def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None,
         raise EsdLoraError("--strengths needs an --eraser whose strength to change.")
     if gate and not erasers:
         raise EsdLoraError("--gate needs an --eraser to switch by prompt.")
+    check_strengths(strengths or (), "--strengths")
 
 
 @click.command(cls=HeavyCommand)
@@ -278,6 +292,7 @@ def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None,
 @force_option
 def demo(out: Path, force: bool) -> None:
     """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""
+    check_output(out, force)
     from esd_lora.demo import demo as run
 
     say(*run(out, force=force).split("\n"))

@@ -22,7 +22,7 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import refuse_inputs
+from esd_lora.preflight import check_inputs, check_output
 from esd_lora.ranks import is_main
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def evaluate(
     esd-lora evaluate no-nudity --base sd15 --suite nudity --prompts unsafe-prompts4703.csv -o measured
     esd-lora evaluate --suite nudity --prompts unsafe-prompts4703.csv --score-only pictures --concept nudity -o measured
     """
+    check_inputs(base, erasers)
+    check_output(out, True, filter(None, (suite, prompts)))  # an evaluation that lies there may be gone on with
     from esd_lora.bases.loading import load_base
     from esd_lora.evaluation import evaluating
     from esd_lora.evaluation.report.attaching import attach as write_into
@@ -87,7 +89,6 @@ def evaluate(
 
     paths, weights = unweighted(erasers)
     _check_options(paths, weights, base, against, pictures, attach, dry_run)
-    refuse_inputs(out, filter(None, (suite, prompts)))
     loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
     options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force, "allow_code": allow_code}
     if base is None:

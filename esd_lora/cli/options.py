@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import logging
 import math
 import os
@@ -10,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -52,8 +54,10 @@ def say(*lines: str, err: bool = False) -> None:
 
 def _echo(lines: Sequence[str], err: bool) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    for line in lines:
-        click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+    bars = sys.modules.get("esd_lora.bars")  # no bar is shown before that is imported
+    with bars.lines_between_bars() if bars else nullcontext():
+        for line in lines:
+            click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 _OTHERS_LOGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -67,6 +71,8 @@ def reporting_faults() -> Generator[None]:
         yield
     except EsdLoraError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted. Nothing half-written was left; the same command begins again.")
     except (OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
         sentence = _outer_fault(error)
         if sentence is None:
@@ -163,12 +169,16 @@ class Commands(click.Group):
 
 
 class HeavyCommand(click.Command):
-    """Says that it is at work before it loads torch and diffusers, which takes seconds; on a terminal alone."""
+    """Says that it is at work before it loads torch and diffusers, which takes seconds, and later on; on a terminal alone."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if sys.stderr.isatty():
             say(f"{ctx.info_name}: loading ...", err=True)
-        return super().invoke(ctx)
+        atexit.register(gc.freeze)  # or Python looks through all of torch's objects for seconds before it ends
+        from esd_lora.bars import Pulse, watched
+
+        with watched(True), Pulse(f"{ctx.info_name}: at work"):
+            return super().invoke(ctx)
 
 
 class EraserType(click.ParamType):

@@ -23,6 +23,7 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
+from esd_lora.preflight import check_inputs, check_output
 from esd_lora.recipe_files import load_harmonise_spec
 
 if TYPE_CHECKING:
@@ -99,12 +100,14 @@ def stack(
     esd-lora stack two --add no-hat --base emoji -o three
     esd-lora stack three --remove "a cat" --base emoji -o others
     """
+    manifest = out.suffix.lower() in (".yaml", ".yml")
+    check_inputs(base, (*erasers, *add))
+    check_output(out, force or dry_run, file=manifest)
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser
     from esd_lora.files import reserve_directory, reserve_file
 
     paths, strengths = unweighted((*erasers, *add))
-    manifest = out.suffix.lower() in (".yaml", ".yml")
     settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     change = given(add=add or None, remove=remove or None)

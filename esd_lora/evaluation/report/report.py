@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from esd_lora.erasers.measured import (
     HEAD,
@@ -23,6 +23,7 @@ from esd_lora.erasers.measured import (
     worst_line,
 )
 from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.faults import first_fault
 from esd_lora.files import read_bounded
 from esd_lora.wording import in_one_line, printable_lines
 
@@ -184,7 +185,7 @@ class Report(_Frozen):
         try:
             return cls.model_validate(json.loads(read_bounded(file, _LARGEST).decode("utf-8")))
         except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or not of this shape
-            reason = " ".join(str(error).split())
+            reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(str(error))
             raise EsdLoraError(f"no report can be read from {file} ({reason}). Expected an evaluation's directory.") from error
 
 
