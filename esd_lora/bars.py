@@ -48,7 +48,7 @@ class Bar(tqdm):
     @property
     def format_dict(self) -> Any:
         """What is shown, as tqdm has it."""
-        return super().format_dict | {"rate": self.rate()}
+        return {**super().format_dict, "rate": self.rate()}
 
     def rate(self) -> float:
         """Return the units in a second since the first, 0 while there are too few to tell."""
@@ -83,7 +83,12 @@ def _on_terminal(desc: str, total: float | None, unit: str) -> Generator[Advance
 
 def lines_between_bars() -> AbstractContextManager[None]:
     """Have bars make room for lines that are printed inside a `with` block."""
-    return tqdm.external_write_mode(file=sys.stderr) if len(tqdm._instances) else nullcontext()
+    return tqdm.external_write_mode(file=sys.stderr) if _open_bars() else nullcontext()
+
+
+def _open_bars() -> list[Any]:
+    """Return the bars that are shown, other libraries' among them."""
+    return list(getattr(tqdm, "_instances", ()))
 
 
 class Pulse:
@@ -102,6 +107,8 @@ class Pulse:
         self._desc, self._clock = desc, None
         self._began = self._gap_began = time.time()
         self._over = threading.Event()
+        self.paused = False
+        """Whether nothing is drawn, for a person types."""
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
     def __enter__(self) -> Pulse:
@@ -128,13 +135,15 @@ class Pulse:
             now: On the system's clock.
         """
         with tqdm.get_lock():
-            if any(bar is not self._clock for bar in tqdm._instances):
+            if self.paused:
+                return
+            if any(bar is not self._clock for bar in _open_bars()):
                 self.hide()
                 self._gap_began = now
             elif self._clock is None and now - self._gap_began >= _GAP:
-                self._clock = tqdm(desc=printable(self._desc), bar_format=_CLOCK, leave=False)
-                self._clock.start_t = self._began
-            for bar in list(tqdm._instances):
+                self._clock = tqdm(desc=printable(self._desc), bar_format=_CLOCK, leave=False, delay=_BEAT)
+                self._clock.start_t = self._began  # which has passed long ago, so it is drawn now
+            for bar in _open_bars():
                 if now >= getattr(bar, "start_t", now + 1) + bar.delay:  # one that is just made has none yet
                     bar.refresh()
                     bar.last_print_t = now
@@ -146,3 +155,18 @@ class Pulse:
                 self._clock.close()
                 self._clock = None
                 self._gap_began = time.time()
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Draw nothing inside a `with` block, in which a person types an answer."""
+    pulse = Pulse.current
+    if pulse is None:
+        yield
+        return
+    pulse.paused = True
+    pulse.hide()
+    try:
+        yield
+    finally:
+        pulse.paused = False

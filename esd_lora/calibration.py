@@ -24,9 +24,9 @@ from torch import Tensor
 
 from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
-from esd_lora.erasers.header import Calibration, Reading
+from esd_lora.erasers.header import Calibration, EraserHeader, Reading
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import HeldOut
+from esd_lora.lessons import HeldOut, Lesson
 from esd_lora.progress import stage
 from esd_lora.ranks import from_main
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
@@ -188,7 +188,7 @@ class Probe:
         self._x_t = torch.stack([sample.x_t for sample in visited], 1)
         """[prompts, steps, ...]."""
         self._t = torch.stack([sample.t for sample in visited], 1)
-        with teacher.adapter_disabled():
+        with stage("preparing the probe"), teacher.adapter_disabled():
             self._null, self._prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
             concept = self._predict([concept for _, concept, _ in held_out.erased])
             anchor = self._predict(["" if anchor == prompt else anchor for prompt, _, anchor in held_out.erased])
@@ -355,6 +355,17 @@ def verdict(reading: Reading, *, anchored: bool) -> str:
     if reading.drift > DRIFT:
         kept = f"short: {kept}, beyond {100 * DRIFT:.0f} % they may draw something else: --guard those that matter most"
     return f"{gone}; {kept}"
+
+
+def outcome(header: EraserHeader) -> str:
+    """Return in a few words what a measured training came to; nothing where none was measured.
+
+    Args:
+        header: Of its eraser.
+    """
+    readings = [reading for calibration in header.calibrations for reading in calibration.readings]
+    lessons = [Lesson(prompt, prompt, anchor, 0.0) for concept in header.concepts for prompt, anchor in concept.pairs]
+    return in_words(readings[-1], anchored=all(lesson.replaces for lesson in lessons)) if readings else ""
 
 
 def ending(state: TrainState) -> str:

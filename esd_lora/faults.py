@@ -107,6 +107,8 @@ def _words(details: ErrorDetails) -> str:
         return details["msg"].partition(", ")[2].removesuffix(".")
     if kind in _WORDS:
         context: Mapping[str, Any] = details.get("ctx", {})
+        if context.get("min_length") == 1:  # of text or of a list
+            return "expected one or more" if kind == "too_short" else "expected text"
         return _WORDS[kind].format(**context)
     return _DATE if kind.startswith("date_") else _TIME if kind.startswith("datetime_") else "expected another kind of value"
 

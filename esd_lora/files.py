@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.progress import advance, stage
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Suffixes of files that may run code when they are opened."""
@@ -317,7 +318,8 @@ def replace_directory(output: Path, new: Path, replaces: Collection[str] | None)
             if replaces is not None:
                 unfinished = (_beside(Path(name), "partial").as_posix() for name in replaces)  # a killed run left them
                 _carry_over(place, new, place, {*replaces, *unfinished})
-        _sync_all(new)
+        with stage("putting it on the disk"):
+            _sync_all(new)
         if place.is_dir() and any(place.iterdir()):
             _exchange(new, place)
         else:
@@ -452,5 +454,10 @@ def hash_file(file: Path) -> str:
 
 def hash_folder(folder: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
     """Return path to SHA-256 of every file below a folder, to any depth, but those in `leave_out`."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out)
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out]
+    hashes: dict[str, str] = {}
+    with stage("hashing", sum(path.stat().st_size for path in files), "B"):
+        for path in files:
+            hashes[path.relative_to(folder).as_posix()] = hash_file(path)
+            advance(path.stat().st_size)
+    return hashes

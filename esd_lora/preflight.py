@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,32 @@ class GivenEraser(NamedTuple):
     weight: float = 1.0
     blocks: Mapping[str, float] = {}
     """Factors by part of the model."""
+
+
+def check(
+    output: Path,
+    force: bool,
+    base: str | None = None,
+    erasers: Sequence[tuple[str, float, Mapping[str, float]]] = (),
+    *,
+    file: bool = False,
+    read: Iterable[str | None] = (),
+) -> None:
+    """Refuse what `check_inputs` and `check_output` refuse.
+
+    Args:
+        output: Directory or file to make.
+        force: Whether it may exist.
+        base: As for `load_base`.
+        erasers: Path or Hub id of each, weight, and factors by part of the model.
+        file: Whether the output is a file.
+        read: What else is read, as far as it is given and a path.
+
+    Raises:
+        EsdLoraError: With the first of them.
+    """
+    check_inputs(base, erasers)
+    check_output(output, force, [*(path for path, *_ in erasers), *filter(None, read)], file=file)
 
 
 def check_output(output: Path, force: bool, inputs: Iterable[str | Path] = (), *, file: bool = False) -> None:

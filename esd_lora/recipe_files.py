@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from esd_lora.errors import EsdLoraError, did_you_mean, near_ones, shortened
+from esd_lora.errors import EsdLoraError, near_ones, shortened
 from esd_lora.faults import Place
 from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
 from esd_lora.recipe import Recipe
@@ -48,9 +48,10 @@ def recipe_paths(name: str) -> list[Path]:
         return shipped[name]
     if (file := _beside(Path(), name)) is not None:
         return [file]
+    nearest, *others = map(repr, near_ones(name, shipped))
     raise EsdLoraError(
-        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name{did_you_mean(name, shipped)}. Near it are"
-        f" {', '.join(near_ones(name, shipped))}; all stand in esd-lora recipes list."
+        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name (did you mean {nearest}? or"
+        f" {', '.join(others)}). All stand in esd-lora recipes list."
     )
 
 

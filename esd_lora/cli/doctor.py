@@ -6,10 +6,10 @@ import json
 
 import click
 
-from esd_lora.cli.options import say
+from esd_lora.cli.options import HeavyCommand, say
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.option("--card", metavar="SIZE", help="Also say how published models train on a card of SIZE: 12GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(card: str | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from esd_lora.cli.options import ERASER, HeavyCommand, Weighted, dry_run_option, force_option, say, unweighted
-from esd_lora.preflight import check_inputs, check_output
+from esd_lora.preflight import check
 
 _out_directory = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 _rank = click.option("--rank", type=click.IntRange(min=1), help="Highest rank of a layer.")
@@ -25,8 +25,7 @@ _concepts = click.option("--concept", "concepts", multiple=True, metavar="TEXT",
 @force_option
 def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, dry_run: bool, force: bool) -> None:
     """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
-    check_inputs(base, erasers)
-    check_output(out, force or dry_run, file=out.suffix == ".safetensors")
+    check(out, force or dry_run, base, erasers, file=out.suffix == ".safetensors")
     from esd_lora.weights.merging import merge as run
 
     paths, strengths = unweighted(erasers)
@@ -44,7 +43,7 @@ def merge(erasers: tuple[Weighted, ...], base: str, out: Path, verify: bool, dry
         say(f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal")
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--layers/--no-layers", default=None, help="Show every layer; default: if there are not too many.")
@@ -56,7 +55,7 @@ def inspect(file: str, as_json: bool, layers: bool | None) -> None:
     say(*(json.dumps(facts.as_json(), indent=2).split("\n") if as_json else facts.lines(layers)))
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("first", type=click.Path())
 @click.argument("second", type=click.Path())
 def diff(first: str, second: str) -> None:
@@ -66,7 +65,7 @@ def diff(first: str, second: str) -> None:
     say(*run(first, second).lines())
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("eraser", type=click.Path())
 @click.option("--layout", required=True, help="kohya (A1111, Forge, ComfyUI), diffusers, or peft.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help=".safetensors file; for peft a directory.")
@@ -81,7 +80,7 @@ def export(eraser: str, layout: str, out: Path, force: bool) -> None:
     say(f"{layout} LoRA: {run(load_eraser(eraser), out, layout=layout, force=force)}")
 
 
-@click.command("import")
+@click.command("import", cls=HeavyCommand)
 @click.argument("file", type=click.Path(path_type=Path))
 @_out_directory
 @_concepts
@@ -123,8 +122,7 @@ def extract(
     base: str, tuned: str, out: Path, rank: int | None, energy: float | None, concepts: tuple[str, ...], force: bool
 ) -> None:
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
-    check_inputs(base)
-    check_output(out, force)
+    check(out, force, base)
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import reserve_directory
     from esd_lora.formats.cards import save_with_card

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import HeavyCommand, base_option, device_options, dry_run_option, overrides, say
+from esd_lora.cli.options import HeavyCommand, base_option, device_options, dry_run_option, going_on_in, overrides, say
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import Registry
 from esd_lora.fleet.requests import read_requests
@@ -93,7 +92,7 @@ def fleet(requests: Path, out: Path, dry_run: bool, hourly: float | None, attemp
 
         say(*estimate_fleet(listed, plan, out, choice, workers=options["workers"], hourly=hourly))
         return
-    with _interruptible(out):
+    with going_on_in(out):
         statuses = run_fleet(listed, plan, out, _engine(options), choice=choice, attempts=attempts)
     _show(statuses, out / f"{choice.shard}.html")
 
@@ -127,18 +126,9 @@ def release(
 
     listed, plan = _plan(requests, options)
     how: dict[str, Any] = {"steps": steps, "gates": gates, "partial": partial, "signed_by": signed_by, "attempts": attempts}
-    with _interruptible(out):
+    with going_on_in(out):
         record = run(listed, plan, out, _engine(options), registry=_registry(requests), **how)
     say(f"release {record.number}, {len(record.requests)} requests erased: {out / PUBLISHED / CARD_NAME}")
-
-
-@contextmanager
-def _interruptible(out: Path) -> Generator[None]:
-    """Make a sentence of Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise EsdLoraError(f"interrupted; the same command goes on in {out}.") from None
 
 
 def _plan(requests: Path, options: dict[str, Any]) -> tuple[tuple[Request, ...], Plan]:

@@ -24,7 +24,7 @@ from esd_lora.cli.options import (
 )
 from esd_lora.errors import EsdLoraError
 from esd_lora.negative_guidance import with_negative_guidance
-from esd_lora.preflight import check_inputs, check_output, check_strengths
+from esd_lora.preflight import check, check_inputs, check_output, check_strengths
 from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_kind, recipe_title
@@ -104,7 +104,6 @@ def train(
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
-    check_inputs(base)
     recipe = load_recipe(_with_preset(recipes, base), overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
@@ -134,10 +133,13 @@ def _how_to_go_on(out: Path, recipe: Recipe) -> str:
 
 
 def _summary(eraser: Eraser) -> str:
-    """Return what was erased, and what it took."""
+    """Return what was erased, what it took, and how far it came where that was measured."""
+    from esd_lora.calibration import outcome
+
     cost = eraser.header.cost
     work = f"{cost['steps']:.0f} steps, {cost['sample_evaluations']:.0f} sample evaluations"
-    return f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {work}"
+    reached = f" ({outcome(eraser.header)})" if eraser.header.calibrations else ""
+    return f"erased {', '.join(eraser.names)} in {cost['seconds']:.1f} s, {work}{reached}"
 
 
 def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_code: tuple[str, ...]) -> None:
@@ -173,6 +175,7 @@ def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
+    check_inputs(base)
     if recipes and not base:
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
     from esd_lora.bases.presets import DEFAULT, preset_for, require_fitting
@@ -246,8 +249,7 @@ def generate(
     """
     gate = gate or gate_threshold is not None
     _check_erasers(erasers, strengths, gate)
-    check_inputs(base, erasers)
-    check_output(out, force or dry_run, [path for path, *_ in erasers])
+    check(out, force or dry_run, base, erasers)
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser
     from esd_lora.gating import Gate

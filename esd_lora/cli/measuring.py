@@ -17,12 +17,13 @@ from esd_lora.cli.options import (
     device_options,
     dry_run_option,
     force_option,
+    going_on_in,
     overrides,
     say,
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
-from esd_lora.preflight import check_inputs, check_output
+from esd_lora.preflight import check
 from esd_lora.ranks import is_main
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def evaluate(
     esd-lora evaluate no-nudity --base sd15 --suite nudity --prompts unsafe-prompts4703.csv -o measured
     esd-lora evaluate --suite nudity --prompts unsafe-prompts4703.csv --score-only pictures --concept nudity -o measured
     """
-    check_inputs(base, erasers)
-    check_output(out, True, filter(None, (suite, prompts)))  # an evaluation that lies there may be gone on with
+    check(out, True, base, erasers, read=(suite, prompts))  # an evaluation that lies there may be gone on with
     from esd_lora.bases.loading import load_base
     from esd_lora.evaluation import evaluating
     from esd_lora.evaluation.report.attaching import attach as write_into
@@ -101,7 +101,8 @@ def evaluate(
         if dry_run:
             _estimate(model, loaded, out, options)
             return
-        report = evaluating.evaluate(model, loaded, out, **options)
+        with going_on_in(out):
+            report = evaluating.evaluate(model, loaded, out, **options)
     if is_main():
         if attach:
             write_into(paths[0], report, None if loaded.sensitive else out)
@@ -109,11 +110,12 @@ def evaluate(
 
 
 def _show(report: Report, out: Path) -> None:
-    """Print the table, what was not run, and where the page is."""
-    say(*(out / "table.md").read_text("utf-8").split("\n"))
-    for name, reason in report.not_run.items():
-        say(f"not run: {name}: {reason}", err=True)
-    say(f"look at {out / 'report.html'}")
+    """Print what came out in a few lines, and where all of it is."""
+    from esd_lora.evaluation.report.brief import brief
+
+    for line in brief(report):
+        say(line.text, colour={"better": "green", "worse": "red"}.get(line.change))
+    say(f"look at {out / 'report.html'}; every number is in {out / 'table.md'}")
 
 
 def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ _REFUSED = {
 """What a system refuses because of the path, the disk or a limit, not because of a bug."""
 
 
-def say(*lines: str, err: bool = False) -> None:
+def say(*lines: str, err: bool = False, colour: str | None = None) -> None:
     """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
 
     Of several ranks the main one prints.
@@ -47,17 +47,19 @@ def say(*lines: str, err: bool = False) -> None:
     Args:
         lines: Each on its own; names, prompts and headers of strangers may be part of them.
         err: Whether to print on standard error.
+        colour: Name of a colour on a terminal, unless NO_COLOR is set (no-color.org).
     """
     if is_main():
-        _echo(lines, err)
+        _echo(lines, err, None if os.environ.get("NO_COLOR") else colour)
 
 
-def _echo(lines: Sequence[str], err: bool) -> None:
+def _echo(lines: Sequence[str], err: bool, colour: str | None = None) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     bars = sys.modules.get("esd_lora.bars")  # no bar is shown before that is imported
     with bars.lines_between_bars() if bars else nullcontext():
         for line in lines:
-            click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+            text = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+            click.echo(click.style(text, fg=colour) if colour else text, err=err)
 
 
 _OTHERS_LOGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -78,6 +80,15 @@ def reporting_faults() -> Generator[None]:
         if sentence is None:
             raise
         _fail(sentence)
+
+
+@contextmanager
+def going_on_in(out: Path) -> Generator[None]:
+    """Make a sentence of Ctrl-C inside a `with` block whose work is gone on with by the same command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise EsdLoraError(f"interrupted; the same command goes on in {out}.") from None
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import force_option, say
+from esd_lora.cli.options import HeavyCommand, force_option, say
 from esd_lora.wording import printable
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from esd_lora.sharing.pushing import Draft
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("eraser", type=click.Path())
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository one that only you see.")
@@ -66,7 +66,7 @@ def push(
 
     def confirm(draft: Draft) -> bool:
         say(*draft.lines())
-        return yes or click.confirm("push this?")
+        return yes or _confirm("push this?")
 
     pushed = run(eraser, repo, private=private, create_pr=create_pr, confirm=confirm, **settings)
     if pushed is None:
@@ -75,7 +75,15 @@ def push(
         say(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
 
 
-@click.command()
+def _confirm(question: str) -> bool:
+    """Return what a person answers, with nothing drawn meanwhile."""
+    from esd_lora.bars import undisturbed
+
+    with undisturbed():
+        return click.confirm(question)
+
+
+@click.command(cls=HeavyCommand)
 @click.argument("repo", metavar="OWNER/NAME[@REVISION]")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
 @force_option
@@ -89,7 +97,7 @@ def pull(repo: str, out: Path, force: bool) -> None:
     say(f"{repo} at {pulled.commit[:12]}, {len(pulled.files)} files: {pulled.directory}")
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("text", required=False)
 @click.option("--concept", help="What it should erase.")
 @click.option("--base", metavar="OWNER/NAME", help="The base it was made for.")
@@ -103,7 +111,7 @@ def search(text: str | None, concept: str | None, base: str | None, tags: tuple[
     _print_table(run(text, concept=concept, base=base, tags=tags, limit=limit), as_json)
 
 
-@click.command()
+@click.command(cls=HeavyCommand)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--cache/--no-cache", default=True, help="List what was fetched from the Hub, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

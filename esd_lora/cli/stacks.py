@@ -23,7 +23,8 @@ from esd_lora.cli.options import (
     unweighted,
 )
 from esd_lora.errors import EsdLoraError
-from esd_lora.preflight import check_inputs, check_output
+from esd_lora.files import reserve_directory, reserve_file
+from esd_lora.preflight import check
 from esd_lora.recipe_files import load_harmonise_spec
 
 if TYPE_CHECKING:
@@ -101,11 +102,9 @@ def stack(
     esd-lora stack three --remove "a cat" --base emoji -o others
     """
     manifest = out.suffix.lower() in (".yaml", ".yml")
-    check_inputs(base, (*erasers, *add))
-    check_output(out, force or dry_run, file=manifest)
+    check(out, force or dry_run, base, (*erasers, *add), file=manifest)
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.manifests import load_eraser
-    from esd_lora.files import reserve_directory, reserve_file
 
     paths, strengths = unweighted((*erasers, *add))
     settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)

@@ -134,7 +134,9 @@ class EventLog:
 
     def damage(self, number: int, what: str) -> EsdLoraError:
         """Return the error of a line that is no event, or cannot be the next one."""
-        return EsdLoraError(f"{self.file}:{number}: is damaged, expected an event: {shortened(what)}. Restore it from a copy.")
+        return EsdLoraError(
+            f"{self.file}:{number}: is damaged, expected an event: {shortened(what).rstrip('.')}. Restore it from a copy."
+        )
 
     def append(self, changes: Iterable[Change], who: str) -> None:
         """Add events, all in one; they are on the disk afterwards, and `read` returns them.

@@ -13,6 +13,7 @@ from esd_lora.erasers.measured import (
     HEAD,
     INTERVALS,
     NOTHING,
+    REST,
     TITLES,
     Number,
     Numbers,
@@ -140,6 +141,7 @@ class Report(_Frozen):
         for role, title in TITLES.items():
             if rows := role_rows(self.variants, role):
                 parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
+                parts += [REST] * any(metric == "rest" for _, metric, _ in rows)
         if self.worst:
             parts.append(markdown_cell(worst_line(self.worst)))
         if self.layout:
