@@ -184,7 +184,9 @@ class Probe:
         bare = [name for name in held_out.concepts for _ in range(TRAJECTORIES)] if held_out.kept else []
         with stage("walking trajectories to probe on", len([*self._prompts, *bare]) * _STEPS, "point"):
             visited = teacher.walk_prompts(self._prompts, shape, generator, _short(teacher.spec))
-            warn_of_unknown(self._shares(visited, bare, shape, generator), teacher.base.id)
+            self.shares = self._shares(visited, bare, shape, generator)
+            """Concept to how far its name moves predictions, in units of kept prompts'; below a threshold it is warned of."""
+        warn_of_unknown(self.shares, teacher.base.id)
         self._x_t = torch.stack([sample.x_t for sample in visited], 1)
         """[prompts, steps, ...]."""
         self._t = torch.stack([sample.t for sample in visited], 1)

@@ -28,7 +28,6 @@ _WORDS = {
     "set_type": _LIST,
     "iterable_type": _LIST,
     "string_type": _TEXT,
-    "string_sub_type": _TEXT,
     "string_unicode": "expected text in UTF-8",
     "string_too_short": "expected text of {min_length} characters or more",
     "string_too_long": "expected text of {max_length} characters or fewer",

@@ -19,6 +19,8 @@ from esd_lora.yaml_files import Document, Model, checked, dump_yaml, laid_over, 
 
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
+DEFAULT_PRESET = "fast"
+"""The preset of small models, and where no base is named; its rate and steps were chosen on the built-in base."""
 _MAX_FILES = 100  # that a recipe and those it extends come to
 
 

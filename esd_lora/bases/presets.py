@@ -12,11 +12,9 @@ from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily, family_of, read_pipeline
 from esd_lora.json_files import read_json
-from esd_lora.recipe_files import recipe_folder
+from esd_lora.recipe_files import DEFAULT_PRESET, recipe_folder
 from esd_lora.wording import HubId
 
-DEFAULT = "fast"
-"""The preset of small models, and where no base is named; its rate and steps were chosen on the built-in base."""
 _SMALL_SIDE = 16  # latents: 128 pixels
 
 
@@ -30,15 +28,15 @@ def preset_for(base: str) -> str:
         EsdLoraError: If the base is of no known family, or its index cannot be read or fetched.
     """
     if base in BUILT_IN:
-        return DEFAULT
+        return DEFAULT_PRESET
     family, place = _family_of(base)
     if family is None:
-        return DEFAULT  # there is no such base, which loading it says
+        return DEFAULT_PRESET  # there is no such base, which loading it says
     if place.is_file():
         return family.preset
     config = place / family.denoiser / "config.json"
     side = read_json(config).get("sample_size") if config.is_file() else None
-    return DEFAULT if isinstance(side, int) and side <= _SMALL_SIDE else family.preset
+    return DEFAULT_PRESET if isinstance(side, int) and side <= _SMALL_SIDE else family.preset
 
 
 def require_fitting(recipes: Sequence[str], base: str) -> None:

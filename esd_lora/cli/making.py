@@ -27,7 +27,7 @@ from esd_lora.negative_guidance import with_negative_guidance
 from esd_lora.preflight import check, check_inputs, check_output, check_strengths
 from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import dump_recipe, load_recipe, recipe_kind, recipe_title
+from esd_lora.recipe_files import DEFAULT_PRESET, dump_recipe, load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -104,10 +104,10 @@ def train(
     if concepts:
         instead = "" if anchor == "none" else anchor
         fields["concepts"] = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
+    check_output(out, force or resume or dry_run, () if resume else recipes)
     recipe = load_recipe(_with_preset(recipes, base), overrides(settings), allow_code=allow_code, **fields)
     if negative_guidance is not None:
         recipe = _guided(recipe, negative_guidance)
-    check_output(out, force or resume or dry_run, () if resume else recipes)
     if fit:
         recipe, dtype = _fitted(recipe, fit, device, dtype)
     if dry_run:
@@ -178,13 +178,15 @@ def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     check_inputs(base)
     if recipes and not base:
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
-    from esd_lora.bases.presets import DEFAULT, preset_for, require_fitting
+    if not base:
+        return [DEFAULT_PRESET]
+    from esd_lora.bases.presets import preset_for, require_fitting
 
-    if base and any(recipe_kind(name) != "concept" for name in recipes):
+    if any(recipe_kind(name) != "concept" for name in recipes):
         require_fitting(recipes, base)
         return list(recipes)
-    preset = preset_for(base) if base else DEFAULT
-    if preset != DEFAULT:
+    preset = preset_for(base)
+    if preset != DEFAULT_PRESET:
         say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
     return [preset, *recipes]
 

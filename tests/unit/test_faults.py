@@ -24,7 +24,7 @@ from esd_lora.recipe_files import load_recipe
 
 FOREIGN = (
     "Input should",
-    "valid",
+    "a valid",
     "pydantic",
     "type=",
     "errors.",
@@ -136,7 +136,7 @@ def test_requests(tmp_path: Path, value: str) -> None:
         columns = {"id": "a", "concept": "cat", "kind": "object"} | {column: value}
         file.write_text(",".join(columns) + "\n" + ",".join(f'"{text}"' for text in columns.values()) + "\n")
         if message := message_of(lambda: read_requests(file)):
-            plain(message.replace("valid YAML", ""))
+            plain(message)
 
 
 def test_every_fault_that_is_worded_is_pydantic_s() -> None:

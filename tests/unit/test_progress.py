@@ -30,12 +30,12 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """A terminal in the place of standard error."""
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Return a terminal that stands in the place of standard error; no fixture, as pytest has its own there in each phase."""
+    terminal = Terminal()
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
 
 
 @pytest.fixture
@@ -160,7 +160,8 @@ def test_stages_are_seen_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert not watchable()
 
 
-def test_clock_stands_where_no_bar_does(terminal: Terminal) -> None:
+def test_clock_stands_where_no_bar_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
     pulse = Pulse("train: at work")
     pulse.look(pulse._began + 0.1)
     assert terminal.getvalue() == "", "not at once"
@@ -183,7 +184,8 @@ def test_clock_stands_where_no_bar_does(terminal: Terminal) -> None:
     assert not list(tqdm._instances)
 
 
-def test_lines_are_printed_between_bars(terminal: Terminal) -> None:
+def test_lines_are_printed_between_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
     with Bar(total=3, desc="painting"):
         say("warning: a line", err=True)
     text = terminal.getvalue()
