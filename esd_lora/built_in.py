@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from esd_lora.errors import EsdLoraError
-from esd_lora.files import read_bounded
+from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.files import PICKLES, read_bounded
+from esd_lora.wording import HubId
 
 BUILT_IN = ("emoji",)
 """Names of the base models that ship."""
@@ -25,6 +27,29 @@ _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # at which `str.splitlines` sp
 def base_files(name: str) -> Path:
     """Return the diffusers directory of a built-in base."""
     return BASES / name / "pipeline"
+
+
+def require_base(name: str) -> None:
+    """Refuse a base that is neither built in nor a path that exists, and cannot be a Hub id.
+
+    Raises:
+        EsdLoraError: With what it may be.
+    """
+    place = Path(name)
+    if name in BUILT_IN or os.path.lexists(place):
+        return
+    if place.suffix.lower() in (".safetensors", *PICKLES):
+        raise EsdLoraError(f"no base {name!r}: there is no such file. Check its path.")
+    if HubId.read(name) is None:
+        raise EsdLoraError(no_base(name))
+
+
+def no_base(name: str) -> str:
+    """Return the sentence about a name that is no base's."""
+    return (
+        f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
+        f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
+    )
 
 
 @cache

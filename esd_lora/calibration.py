@@ -24,15 +24,17 @@ from torch import Tensor
 
 from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
-from esd_lora.erasers.header import Calibration, Reading
+from esd_lora.erasers.header import Calibration, EraserHeader, Reading
 from esd_lora.errors import EsdLoraError
-from esd_lora.lessons import HeldOut
+from esd_lora.lessons import HeldOut, Lesson
+from esd_lora.progress import stage
 from esd_lora.ranks import from_main
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
+from esd_lora.recognising import TRAJECTORIES, effects, warn_of_unknown
 from esd_lora.seeds import probe_seed
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
-from esd_lora.trajectory import Points
+from esd_lora.trajectory import NoisySample, Points
 
 FIRST_STEP = 0.03
 """Share of the guided push towards the concept that the first optimiser step takes away: 2 to 10 %."""
@@ -108,6 +110,12 @@ def measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], opt
     Raises:
         EsdLoraError: If a step takes nothing away.
     """
+    with stage("measuring the learning rate"):
+        return _measure_rate(teacher, parameters, optimizer)
+
+
+def _measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], optimizer: Callable[[float], Any]) -> float:
+    """Measure as `measure_rate` does."""
     spec = teacher.spec
     points, probe = prepare_rate(teacher)
     before = [parameter.detach().clone() for parameter in parameters]
@@ -173,15 +181,34 @@ class Probe:
         self._erased = len(held_out.erased)
         shape = teacher.base.latent_shape()
         generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed))
-        visited = teacher.walk_prompts(self._prompts, shape, generator, _short(teacher.spec))
+        bare = [name for name in held_out.concepts for _ in range(TRAJECTORIES)] if held_out.kept else []
+        with stage("walking trajectories to probe on", len([*self._prompts, *bare]) * _STEPS, "point"):
+            visited = teacher.walk_prompts(self._prompts, shape, generator, _short(teacher.spec))
+            self.shares = self._shares(visited, bare, shape, generator)
+            """Concept to how far its name moves predictions, in units of kept prompts'; below a threshold it is warned of."""
+        warn_of_unknown(self.shares, teacher.base.id)
         self._x_t = torch.stack([sample.x_t for sample in visited], 1)
         """[prompts, steps, ...]."""
         self._t = torch.stack([sample.t for sample in visited], 1)
-        with teacher.adapter_disabled():
+        with stage("preparing the probe"), teacher.adapter_disabled():
             self._null, self._prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
             concept = self._predict([concept for _, concept, _ in held_out.erased])
             anchor = self._predict(["" if anchor == prompt else anchor for prompt, _, anchor in held_out.erased])
         self._way = self.guidance * (concept - anchor)
+
+    def _shares(
+        self, visited: Sequence[NoisySample], bare: Sequence[str], shape: Sequence[int], generator: torch.Generator
+    ) -> dict[str, float]:
+        """Return how far concepts' names move predictions, each walked under `TRAJECTORIES` times, beside kept prompts."""
+        usual = effects(visited)
+        if usual is None or not bare:
+            return {}
+        own = effects(self.teacher.walk_prompts(bare, shape, generator, _short(self.teacher.spec)))
+        assert own is not None, "walked like the others"
+        reference = float(usual[self._erased :].median())
+        names = list(dict.fromkeys(bare))
+        means = own.reshape(len(names), TRAJECTORIES).mean(1).tolist()
+        return {name: mean / reference for name, mean in zip(names, means, strict=True)} if reference else {}
 
     def _predict(self, prompts: Sequence[str]) -> Tensor:
         """Return the predictions under prompts at the points of as many trajectories, [prompts, steps, values]."""
@@ -195,7 +222,8 @@ class Probe:
         Args:
             step: Number of optimiser steps done.
         """
-        null, prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
+        with stage("probing how far it is"):
+            null, prompted = self._predict([""] * len(self._prompts)), self._predict(self._prompts)
         guided = null + self.guidance * (prompted - null)
         of_base = self._null + self.guidance * (self._prompted - self._null)
         n, way = self._erased, self._way
@@ -300,6 +328,46 @@ def is_gone(reading: Reading, *, anchored: bool) -> bool:
 def is_content(reading: Reading, *, anchored: bool) -> bool:
     """Return whether nothing is short: the concept is gone, and kept prompts stay what they are."""
     return is_gone(reading, anchored=anchored) and reading.drift <= DRIFT
+
+
+def in_words(reading: Reading, *, anchored: bool) -> str:
+    """Return in a few words how far a training is: `gone, kept prompts moved 0.3 %`."""
+    gone = "gone" if is_gone(reading, anchored=anchored) else f"{100 * min(max(1 - reading.residual, 0), 0.99):.0f} % gone"
+    return f"{gone}, kept prompts moved {100 * reading.drift:.1f} %"
+
+
+def verdict(reading: Reading, *, anchored: bool) -> str:
+    """Return in a sentence what a training came to, and what to do if it is short.
+
+    Args:
+        reading: The last one.
+        anchored: As for `is_gone`.
+    """
+    left, worst = (f"{100 * x:.0f} %" if x > 0 else "nothing" for x in (reading.residual, reading.residual_worst))
+    measured = f"of the push towards it {left} is left on prompts that no step trained on, {worst} in their worst quarter"
+    if is_gone(reading, anchored=anchored):
+        gone = f"gone at the guidance that pictures are sampled with ({measured})"
+    else:
+        most = " and ".join(f"{100 * x:.0f} %" for x in gone_at(anchored=anchored))
+        gone = (
+            f"short: not gone ({measured}; gone is up to {most}): train longer (-s train.steps=400), at a higher rank"
+            " (-s lora.rank=8) or in more layers (--scope full)"
+        )
+    kept = f"kept prompts moved {100 * reading.drift:.1f} %"
+    if reading.drift > DRIFT:
+        kept = f"short: {kept}, beyond {100 * DRIFT:.0f} % they may draw something else: --guard those that matter most"
+    return f"{gone}; {kept}"
+
+
+def outcome(header: EraserHeader) -> str:
+    """Return in a few words what a measured training came to; nothing where none was measured.
+
+    Args:
+        header: Of its eraser.
+    """
+    readings = [reading for calibration in header.calibrations for reading in calibration.readings]
+    lessons = [Lesson(prompt, prompt, anchor, 0.0) for concept in header.concepts for prompt, anchor in concept.pairs]
+    return in_words(readings[-1], anchored=all(lesson.replaces for lesson in lessons)) if readings else ""
 
 
 def ending(state: TrainState) -> str:

@@ -38,6 +38,7 @@ from esd_lora.erasers.eraser import LoraPair
 from esd_lora.erasers.header import Solved
 from esd_lora.guarding import Guard
 from esd_lora.lessons import Lesson, by_influence, frames_for, in_frame, likeness_to, listed_prompts, pools
+from esd_lora.progress import advance, stage
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.text_rows import TEXT_TENSORS, Rows, TextMoments, moved_by, rows_of, second_moment, way_moments
@@ -91,11 +92,13 @@ def solve_text(
         down = torch.linalg.solve_triangular(root, wide, upper=False, left=False)
         if free is not None:
             change, down = change @ free.T, down @ free.T
-        for path, weight in base.weights(readers):
-            up, strength, turn = torch.linalg.svd(in_float64(weight.detach().cpu()) @ narrow, full_matrices=False)
-            rank = min(readers[path], len(strength))
-            spread = strength[:rank].sqrt()
-            updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())
+        with stage("solving the layers that read text", len(readers), "layer"):
+            for path, weight in base.weights(readers):
+                up, strength, turn = torch.linalg.svd(in_float64(weight.detach().cpu()) @ narrow, full_matrices=False)
+                rank = min(readers[path], len(strength))
+                spread = strength[:rank].sqrt()
+                updates[path] = LoraPair((spread[:, None] * (turn[:rank] @ down)).float(), (up[:, :rank] * spread).float())
+                advance()
         if solved is None:  # what the pooled text does is much the same
             moved = moved_by(rows, change, kept)
             solved = Solved(
@@ -205,12 +208,14 @@ def try_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, list[Tr
         near = likeness_to([prompt], candidates, base, encode)[0].argsort(descending=True)[:_CANDIDATES].tolist()
 
         tried: list[TriedAnchor] = []
-        for anchor in [candidates[i] for i in near]:
-            moments = way_moments(rows, [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames], kept)
-            change = moments.solve(spec)[0]
-            left, moved = moments.left(change), moments.moved(change)
-            score = moved * float(change.norm()) * math.sqrt(left)
-            tried.append(TriedAnchor(anchor, score, math.sqrt(moments.distance), left, moved))
+        with stage("choosing what appears instead", len(near), "candidate"):
+            for anchor in [candidates[i] for i in near]:
+                moments = way_moments(rows, [in_frame(frame, (prompt, anchor, ""))[:2] for frame in frames], kept)
+                change = moments.solve(spec)[0]
+                left, moved = moments.left(change), moments.moved(change)
+                score = moved * float(change.norm()) * math.sqrt(left)
+                tried.append(TriedAnchor(anchor, score, math.sqrt(moments.distance), left, moved))
+                advance()
         usual = median(each.distance for each in tried)
         far = [each for each in tried if each.distance >= usual / 2]
         ranked[concept.name] = sorted(far, key=lambda each: (each.score, each.distance, each.anchor))

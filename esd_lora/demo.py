@@ -12,6 +12,7 @@ from esd_lora.adapter import applied
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.stacking import stack
 from esd_lora.evaluation.evaluating import evaluate
+from esd_lora.evaluation.report.brief import brief
 from esd_lora.files import check_directory, write_atomically
 from esd_lora.formats.cards import save_with_card
 from esd_lora.pictures import grid, paint, png
@@ -60,6 +61,6 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     rows["merged"] = paint(merged, _COLUMNS, range(len(_COLUMNS)), steps=base.steps, guidance=base.guidance)
     write_atomically(out / "grid.png", png(grid(rows, _COLUMNS)))
     measured = out / MEASURED
-    evaluate(base, "emoji-demo", measured, erasers=erasers, stack=True, against=[str(out / "merged")], force=force)
-    text = (measured / "table.md").read_text("utf-8")
+    report = evaluate(base, "emoji-demo", measured, erasers=erasers, stack=True, against=[str(out / "merged")], force=force)
+    text = "\n".join(line.text for line in brief(report))
     return f"{text}\n{time.monotonic() - started:.0f} s. Look at {measured / 'report.html'} and {out / 'grid.png'}."

@@ -38,6 +38,11 @@ def how_to_install(extra: str) -> str:
     return f"run in your clone of esd-lora: pip install '.[{extra}]'"
 
 
+def near_ones(word: str, known: Iterable[str], count: int = 5) -> list[str]:
+    """Return the known words that are most like one that is not known, the nearest first."""
+    return difflib.get_close_matches(word[:100], list(known), n=count, cutoff=0.0)
+
+
 def shortened(text: str) -> str:
     """Return a stranger's text in one line of a length to be read."""
     line = " ".join(text.split())

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.progress import advance, stage
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Suffixes of files that may run code when they are opened."""
@@ -59,10 +60,10 @@ def reserve_file(output: Path, force: bool, inputs: Iterable[str | Path] = ()) -
     Raises:
         EsdLoraError: If another run writes it, it is an input or a directory, or it exists and `force` is not set.
     """
-    _check_file(output, force)
+    check_file(output, force)
     refuse_inputs(output, inputs)
     with lock_output(output):
-        _check_file(output, force)
+        check_file(output, force)
         yield
 
 
@@ -94,7 +95,12 @@ def _holds_here(output: Path) -> bool:
         return False
 
 
-def _check_file(output: Path, force: bool) -> None:
+def check_file(output: Path, force: bool) -> None:
+    """Refuse an output file that may not be written over, or is a directory.
+
+    Raises:
+        EsdLoraError: With what is in the way.
+    """
     with reporting_write_errors(output):
         if output.is_dir():
             raise EsdLoraError(f"output {output} is a directory, expected a file. Choose another.")
@@ -329,7 +335,8 @@ def replace_directory(output: Path, new: Path, replaces: Collection[str] | None)
             if replaces is not None:
                 unfinished = (_beside(Path(name), "partial").as_posix() for name in replaces)  # a killed run left them
                 _carry_over(place, new, place, {*replaces, *unfinished})
-        _sync_all(new)
+        with stage("putting it on the disk"):
+            _sync_all(new)
         if place.is_dir() and any(place.iterdir()):
             _exchange(new, place)
         else:
@@ -464,5 +471,10 @@ def hash_file(file: Path) -> str:
 
 def hash_folder(folder: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
     """Return path to SHA-256 of every file below a folder, to any depth, but those in `leave_out`."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out)
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in leave_out]
+    hashes: dict[str, str] = {}
+    with stage("hashing", sum(path.stat().st_size for path in files), "B"):
+        for path in files:
+            hashes[path.relative_to(folder).as_posix()] = hash_file(path)
+            advance(path.stat().st_size)
+    return hashes

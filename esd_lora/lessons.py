@@ -148,10 +148,12 @@ class HeldOut(NamedTuple):
     """Prompts from which the concept should be gone, each with the prompt of the concept, and of what should appear instead."""
     kept: list[str]
     """Prompts that should draw what they drew."""
+    concepts: Sequence[str] = ()
+    """Concepts that are given by their names alone."""
 
     def prompts(self) -> list[str]:
-        """Return all of them, anchors too."""
-        return [*(text for texts in self.erased for text in texts), *self.kept]
+        """Return all of them, anchors and concepts too."""
+        return [*(text for texts in self.erased for text in texts), *self.kept, *self.concepts]
 
 
 _HELD_OUT = 8
@@ -192,7 +194,8 @@ def hold_out(recipe: Recipe, lessons: Sequence[Lesson], keep: Sequence[str], enc
         half = _HELD_OUT // 2
         kept = list(dict.fromkeys([*ranked[:half], *ranked[half :: max(1, len(ranked) // half)]]))[:_HELD_OUT]
     probed = [frames[i % len(frames)].replace("{}", prompt) for i, prompt in enumerate(kept)]
-    return HeldOut(take_turns(fresh, min(len(fresh), _HELD_OUT)), [prompt for prompt in probed if prompt not in trained])
+    named = [concept.name for concept in recipe.concepts if not concept.prompts]
+    return HeldOut(take_turns(fresh, min(len(fresh), _HELD_OUT)), [p for p in probed if p not in trained], named)
 
 
 def take_turns(items: Sequence[Item], count: int) -> list[Item]:

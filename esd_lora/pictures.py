@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from tqdm.auto import trange
 
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError
+from esd_lora.progress import advance, stage
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -104,7 +104,6 @@ def paint(
     encode: Encode | None = None,
     opposite: Condition | None = None,
     batch: int = _BATCH,
-    desc: str | None = None,
 ) -> list[Image.Image]:
     """Paint one picture for each prompt, with the base as it stands (adapters included).
 
@@ -125,35 +124,41 @@ def paint(
         opposite: Condition [1, ...] of the negative prompt, where they are; that of the empty prompt unless given.
         batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have
             more than `_DECODED` pixels together, they are denoised together and decoded one by one.
-        desc: Label of a progress bar; without one there is none.
 
     Raises:
         EsdLoraError: If the base takes no negative prompt, or no picture of such a size, or not by such a scheduler.
     """
+
+    def count(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        advance(len(part))
+        return kwargs
+
     pictures: list[Image.Image] = []
     width, height = size = base.picture_size(width, height)
-    guidance = base.guidance if guidance is None else guidance
+    steps, guidance = steps or base.steps, base.guidance if guidance is None else guidance
     if negative_prompt:
         base.require_negative_prompts(guidance)
     at_once = pictures_at_once(base, batch, size)
-    for first in trange(0, len(prompts), at_once, desc=desc, unit="batch", disable=desc is None):
-        part = list(prompts[first : first + at_once])
-        text: dict[str, Any] = {"prompt": part}
-        if negative_prompt:
-            text["negative_prompt"] = [negative_prompt] * len(part)
-        if encode:
-            text = _embeds_kwargs(base, encode([*part, ""]), opposite)
-        pixels = len(part) * width * height
-        with base.vae_in_place(), base.scheduled_by(scheduler), _bounded_decoding(base.pipe.vae, pixels):
-            pictures += base.pipe(
-                **text,
-                height=height,
-                width=width,
-                **base.family.call_kwargs(base.pipe),
-                num_inference_steps=steps or base.steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + at_once]],
-            ).images
+    with stage(f"painting {len(prompts)} pictures", len(prompts) * steps, "step"):
+        for first in range(0, len(prompts), at_once):
+            part = list(prompts[first : first + at_once])
+            text: dict[str, Any] = {"prompt": part}
+            if negative_prompt:
+                text["negative_prompt"] = [negative_prompt] * len(part)
+            if encode:
+                text = _embeds_kwargs(base, encode([*part, ""]), opposite)
+            pixels = len(part) * width * height
+            with base.vae_in_place(), base.scheduled_by(scheduler), _bounded_decoding(base.pipe.vae, pixels):
+                pictures += base.pipe(
+                    **text,
+                    height=height,
+                    width=width,
+                    **base.family.call_kwargs(base.pipe),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + at_once]],
+                    callback_on_step_end=count,
+                ).images
     return pictures
 
 

@@ -12,14 +12,17 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.errors import EsdLoraError, near_ones, shortened
+from esd_lora.faults import Place
 from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
 from esd_lora.recipe import Recipe
-from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, model_in, read_yaml
+from esd_lora.yaml_files import Document, Model, checked, dump_yaml, laid_over, model_in, read_yaml
 
 _LOG = logging.getLogger(__name__)
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
+DEFAULT_PRESET = "fast"
+"""The preset of small models, and where no base is named; its rate and steps were chosen on the built-in base."""
 _MAX_FILES = 100  # that a recipe and those it extends come to
 
 
@@ -49,10 +52,10 @@ def recipe_paths(name: str) -> list[Path]:
         return shipped[name]
     if (file := _beside(Path(), name)) is not None:
         return [file]
-    files = ", ".join(sorted(known for known, paths in shipped.items() if len(paths) == 1))
+    nearest, *others = map(repr, near_ones(name, shipped))
     raise EsdLoraError(
-        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name{did_you_mean(name, shipped)}."
-        f" Built-in: {files}; and {', '.join(recipe_bases())} with any concept, such as sd/van-gogh."
+        f"no recipe {shortened(repr(name))}: neither a file nor a built-in name (did you mean {nearest}? or"
+        f" {', '.join(others)}). All stand in esd-lora recipes list."
     )
 
 
@@ -120,6 +123,21 @@ def recipe_kind(name: str) -> RecipeKind:
     if values.get("method") in ("fuse", "harmonise"):
         return values["method"]
     return "preset" if "concepts" not in values else "recipe" if "train" in values else "concept"
+
+
+def recipe_folder(names: Sequence[str]) -> str | None:
+    """Return the folder of the preset that says which base some recipes are for, `sdxl` of `sdxl/fast`; `None` of others.
+
+    Args:
+        names: Recipes, each over those before it.
+
+    Raises:
+        EsdLoraError: If there is no such recipe, or it cannot be read.
+    """
+    document = _read([path for name in names for path in recipe_paths(name)])
+    stated = document.marks.get(("base",))
+    folder = Path(stated[0]).parent if stated else recipes_dir()
+    return folder.name if folder.parent == recipes_dir() else None
 
 
 def recipes_by_kind() -> dict[RecipeKind, list[str]]:

@@ -19,6 +19,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
 from esd_lora.objectives import Predictions, find_objective
 from esd_lora.prediction_cache import PredictionCache, network_key, prediction_key
+from esd_lora.progress import stage
 from esd_lora.ranks import gather, share
 from esd_lora.recipe import AUTO, Recipe, TrainSpec
 from esd_lora.seeds import Stream, stream_generator
@@ -344,14 +345,18 @@ def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) 
         return teacher.fill(lesson.to(teacher.base.model.device), noise, spec, shapes[(step + turn) % len(shapes)])
 
     buffers: dict[int, ReplayBuffers] = {}
-    for turn in range(sharing):
-        noise = stream_generator(spec.seed, Stream.NOISE, refills, *[turn] * (sharing > 1))
-        (erasing, null), preserving = fill(teacher.erased, spec.trajectories, turn, noise, spec), None
-        if teacher.preserved and spec.preserve_batch and spec.preserve_trajectories:
-            preserving, more = fill(teacher.preserved, spec.preserve_trajectories, turn, noise, few)
-            null += more
-        held = TrajectoryBuffer(Points.join(null)) if null else None
-        buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving, held)
+    preserves = bool(teacher.preserved and spec.preserve_batch and spec.preserve_trajectories)
+    points = -(-spec.trajectories // sharing) * spec.trajectory_steps
+    points += preserves * -(-spec.preserve_trajectories // sharing) * few.trajectory_steps
+    with stage("walking trajectories", sharing * points, "point"):
+        for turn in range(sharing):
+            noise = stream_generator(spec.seed, Stream.NOISE, refills, *[turn] * (sharing > 1))
+            (erasing, null), preserving = fill(teacher.erased, spec.trajectories, turn, noise, spec), None
+            if preserves:
+                preserving, more = fill(teacher.preserved, spec.preserve_trajectories, turn, noise, few)
+                null += more
+            held = TrajectoryBuffer(Points.join(null)) if null else None
+            buffers[(step + turn) % len(shapes)] = ReplayBuffers(erasing, preserving, held)
     return buffers
 
 

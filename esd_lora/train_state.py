@@ -67,6 +67,8 @@ class TrainState:
     """Number of latents through the denoiser to measure before the first step."""
     anchored: bool = False
     """Whether something else replaces the concept in every lesson (`Lesson.replaces`), at which the student should arrive."""
+    walks: list[float] = field(default_factory=list)
+    """Seconds that each walk of trajectories took in this run."""
     walker: list[Tensor] = field(default_factory=list)
     """The LoRA weights that walked the trajectories in the buffer."""
     seconds: float = 0.0
@@ -139,10 +141,12 @@ class TrainState:
         if fresh:
             self.walker = now
         _copy(self.walker, self.parameters)
+        started = time.monotonic()
         try:
             yield
         finally:
             _copy(now, self.parameters)
+            self.walks.append(time.monotonic() - started)
 
     def save(self, directory: Path, recipe: str, evaluations: int) -> None:
         """Write the run's checkpoint, whole or not at all.
@@ -220,6 +224,20 @@ class Checkpoint:
         if made_with != recipe:
             raise EsdLoraError(f"{file} was made with another recipe. Give the same one, or train again with --force.")
         return cls(content)
+
+
+def how_to_go_on(directory: Path, recipe: str) -> str:
+    """Return what to do after a training was interrupted.
+
+    Args:
+        directory: Of the run.
+        recipe: `dump_recipe` of its recipe.
+    """
+    try:
+        Checkpoint.read(directory, recipe)
+    except EsdLoraError:
+        return "interrupted before its first step; nothing is lost, and the same command begins again."
+    return f"interrupted; go on with the same command and --resume (checkpoint in {directory})."
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ of the teacher's three predictions there.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,12 +22,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, set_pairs
+from esd_lora.bars import watched
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
-from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, ending, is_content, last_step, measure_rate, steer
+from esd_lora.calibration import FIRST_WEIGHT, Probe, calibration_of, is_content, last_step, measure_rate, steer
 from esd_lora.closed_form import choose_anchors, choose_guarded, kept_texts, solve_text, unlisted_moments
 from esd_lora.curves import draw_curves
 from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, LoraPair
@@ -36,6 +35,7 @@ from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
 from esd_lora.guarding import Guard
+from esd_lora.interrupting import Interruption, resumable
 from esd_lora.lessons import HeldOut, Lesson, find_neighbours, first_eta, hold_out, plan, pools, share_turns
 from esd_lora.optimizers import make_optimizer
 from esd_lora.pictures import png
@@ -46,8 +46,7 @@ from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import Stream, stream_generator, stream_seed
 from esd_lora.teacher import ReplayBuffers, Teacher, latent_shapes, preserved_walks, refill, walked_so_far
 from esd_lora.train_state import Checkpoint, TrainState
-from esd_lora.watching import Interruption, StepReport, Watcher, paint_samples, require_finite, watchers_for
-from esd_lora.wording import printable
+from esd_lora.watching import StepReport, Watcher, describe_end, paint_samples, require_finite, watchers_for
 
 
 def train(
@@ -89,12 +88,12 @@ def train(
         EsdLoraError: If the recipe names code that is not allowed, the base cannot be loaded or carries an adapter, the scope
             matches no layer, the loss stops being finite, or `out` holds something, is written by another run, or holds what
             is read.
-        KeyboardInterrupt: On Ctrl-C, after the step in hand is done and its checkpoint written.
+        KeyboardInterrupt: On Ctrl-C, once the step in hand is done and its checkpoint written; between steps at once.
     """
     require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None and is_main() else None
     track, progress = track if is_main() else (), progress and is_main()
-    with reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
+    with watched(progress), reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
         checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
         loaded_here = base is None
         if base is None:
@@ -114,7 +113,7 @@ def train(
             if form := recipe.closed_form:
                 pairs, solved = solve_text(base, teacher.encode, planned, adapter_ranks(base), form, guard, unlisted)
                 solved = solved and solved.model_copy(update={"seconds": time.monotonic() - started})
-            probe = Probe(teacher, held_out) if held_out else None
+            probe = Probe(teacher, held_out) if held_out and recipe.probed else None
             guard.hold()  # before any step, what a layer starts from as well
             state = start(teacher, parameters, pairs, probe, allow_code)
             state.started = started
@@ -123,14 +122,13 @@ def train(
                 state.restore(checkpoint)
                 teacher.evaluations = checkpoint.evaluations
             copy_from_main(parameters)
-            watchers = watchers_for(teacher, state, out, track, progress, on_step, recipe, solved)
+            watchers = watchers_for(teacher, state, out, track, progress, on_step, recipe, solved, held_out)
             run_steps(teacher, state, watchers, probe, guard)
-            if progress and recipe.probed:
-                tqdm.write(printable(ending(state)), file=sys.stderr)
-            if progress and cache:
-                tqdm.write(printable(f"teacher's cache: {cache.hits} batches found, {cache.misses} made"), file=sys.stderr)
-            eraser = collect(teacher, state, recipe, planned, solved)
-            pictures = paint_samples(teacher) if out and spec.preview_every else {}
+            if progress:
+                describe_end(teacher, state, watchers, cache)
+            with resumable(teacher, state, watchers):
+                eraser = collect(teacher, state, recipe, planned, solved)
+                pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             base.model.unload_lora()
             if spec.gradient_checkpointing:
@@ -156,7 +154,7 @@ class Prepared(NamedTuple):
     planned: list[Lesson]
     """All lessons; the teacher knows those that are walked."""
     held_out: HeldOut | None
-    """Prompts of a probe, where something is left to one."""
+    """Prompts of a probe, where there is one."""
     guard: Guard
     unlisted: dict[str, Tensor] | None
     """From `unlisted_moments`, where the closed form keeps what is in no list."""
@@ -184,7 +182,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     kept = kept_texts(planned) if recipe.closed_form else []
     ranked_by = encode if kept else base.encode  # beside the closed form all prompts are encoded anyway, and held
     lessons = share_turns(planned, walks, ranked_by, spec.seed) if spec.steps else planned
-    held_out = hold_out(recipe, planned, base.keep, ranked_by) if recipe.probed else None
+    held_out = hold_out(recipe, planned, base.keep, ranked_by) if spec.steps and spec.probe_every else None
     further = [*(held_out.prompts() if held_out else ()), *kept]
     teacher = Teacher(base, recipe, lessons, allow_code, further, encode, cache)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
@@ -270,7 +268,8 @@ def run_steps(
             # Points x_t with their targets: walked afresh for every step (paper), or replayed from a buffer that the teacher
             # fills now and then.
             if step % spec.walk_every == 0 or not buffers:
-                buffers = walked_buffers(teacher, state, step, shapes)
+                with interruption.at_once(), resumable(teacher, state, watchers):
+                    buffers = walked_buffers(teacher, state, step, shapes)
             batches = buffers[step % len(shapes)].batches(spec, stream_generator(spec.seed, Stream.BATCHES, step))
 
             state.optimizer.zero_grad()

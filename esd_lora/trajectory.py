@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from esd_lora.progress import advance
 from esd_lora.ranks import share
 
 Condition = dict[str, Tensor]
@@ -93,7 +94,8 @@ def walk(
     """Denoise `noise` with classifier-free guidance and return every point on the way.
 
     Section 4 of the paper (arXiv:2303.07345): `x_t` is what the model itself makes of the prompt at `t`, so no training
-    images are needed. A point's `t` is that of the scheduler's own grid, the one `x_t` was made for.
+    images are needed. A point's `t` is that of the scheduler's own grid, the one `x_t` was made for. Every point counts as a
+    unit of the stage that it is walked in (`progress`).
 
     Args:
         denoiser: The model that walks, student or base.
@@ -125,6 +127,7 @@ def walk(
             points.append(NoisySample(x_t, ts, unprompted, prompted))
             guided = unprompted + guidance * (prompted - unprompted)
         latents = scheduler.step(guided, t, latents).prev_sample
+        advance(len(x_t))
     return points
 
 

@@ -1,4 +1,4 @@
-"""What happens around a training: progress bar, log, previews, checkpoints, early stop, Ctrl-C.
+"""What happens around a training: progress bar, log, previews, checkpoints, early stop.
 
 A watcher is called after every optimiser step; one that returns True ends the training. None of them changes what is
 learned.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,15 +19,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from esd_lora.bases.base import Base
+from esd_lora.calibration import Probe, in_words, last_step, verdict
 from esd_lora.erasers.eraser import LOG_NAME, SAMPLES
-from esd_lora.erasers.header import Solved
+from esd_lora.erasers.header import Reading, Solved
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.files import reporting_write_errors, write_atomically
+from esd_lora.lessons import HeldOut
 from esd_lora.pictures import grid, paint, png, sample_files
-from esd_lora.ranks import anywhere, from_main
+from esd_lora.prediction_cache import PredictionCache
+from esd_lora.ranks import anywhere, count, from_main
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.seeds import probe_seed
+from esd_lora.step_bar import StepBar
 from esd_lora.teacher import Teacher
 from esd_lora.train_state import TrainState
 from esd_lora.trajectory import Points
@@ -67,27 +68,6 @@ MOST_SHOWN = 2 * _PREVIEWED
 Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
 
-class Interruption:
-    """A handler that turns Ctrl-C into a stop at the end of the step in hand; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # only there may a program set handlers
-            self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _request(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def describe_start(teacher: Teacher, solved: Solved | None) -> None:
     """Print a line about the base, one of what is guarded, and one of how far the closed form got, if there was any."""
     base = teacher.base
@@ -99,26 +79,61 @@ def describe_start(teacher: Teacher, solved: Solved | None) -> None:
         tqdm.write(printable(solved.describe()), file=sys.stderr)
 
 
-class ProgressBar:
-    """A bar with the loss and the time left."""
-
-    def __init__(self, teacher: Teacher, first: int = 0):
+def describe_end(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher], cache: PredictionCache | None) -> None:
+    """Print what a training came to, as far as a probe knows, and what the teacher's cache saved."""
+    readings = [Reading.model_validate(reading) for reading in state.readings[-1:]]
+    readings += [watch.reading for watch in watchers if isinstance(watch, ProgressBar) and watch.reading]
+    if readings:
         names = ", ".join(concept.name for concept in teacher.recipe.concepts)
-        self.bar = tqdm(
-            total=teacher.spec.most_steps, initial=first, desc=printable(f"erasing {names}"), unit="step", leave=True
-        )
+        tqdm.write(printable(f"{names}: {verdict(readings[0], anchored=state.anchored)}"), file=sys.stderr)
+    if cache:
+        tqdm.write(printable(f"teacher's cache: {cache.hits} batches found, {cache.misses} made"), file=sys.stderr)
+
+
+class ProgressBar:
+    """A bar with the time left and how far the erasure is, as a calibrated training's probe measures it.
+
+    Args:
+        teacher: Knows the recipe.
+        state: Where the training begins.
+        held_out: Prompts to probe, for a training that does not probe by itself.
+    """
+
+    def __init__(self, teacher: Teacher, state: TrainState, held_out: HeldOut | None):
+        names = ", ".join(concept.name for concept in teacher.recipe.concepts)
+        self.anchored = state.anchored
+        self.reading = Reading.model_validate(state.readings[-1]) if state.readings else None
+        evaluations = teacher.evaluations
+        self._probe = Probe(teacher, held_out) if held_out and not teacher.recipe.probed and count() == 1 else None
+        teacher.evaluations = evaluations  # what is probed to be shown alone is not the training's work
+        self.bar = StepBar(teacher.spec, state, f"erasing {names}")
 
     def __call__(self, report: StepReport) -> None:
+        state, spec = report.state, report.teacher.spec
+        self._read(report)
         if report.reads:
-            shown = {"loss": f"{report.state.loss:.4f}"}
-            if report.state.erasure is not None:
-                shown["erased"] = f"{report.state.erasure:.0%}"
-            self.bar.set_postfix(shown, refresh=False)
+            shown = in_words(self.reading, anchored=self.anchored) if self.reading else f"loss {state.loss:.4f}"
+            self.bar.set_postfix_str(printable(shown), refresh=False)
+        self.bar.total = last_step(spec, state.cooling)
         self.bar.update()
         if report.last:
             if report.teacher.recipe.probed and not report.interrupted:
-                self.bar.total = report.state.step
-            self.bar.close()
+                self.bar.total = state.step
+            self.leave(report)
+
+    def _read(self, report: StepReport) -> None:
+        """Read the probe, or take what was read."""
+        state, teacher = report.state, report.teacher
+        if state.readings:
+            self.reading = Reading.model_validate(state.readings[-1])
+        elif self._probe and not report.interrupted and (report.last or state.step % teacher.spec.probe_every == 0):
+            evaluations = teacher.evaluations
+            self.reading = self._probe.read(state.step)
+            teacher.evaluations = evaluations
+
+    def leave(self, _report: StepReport) -> None:
+        """Close the bar."""
+        self.bar.close()
 
 
 def require_finite(state: TrainState, base: Base) -> None:
@@ -220,13 +235,17 @@ class JsonLog:
             line |= {"eta": state.eta, "preserve_weight": state.preserve_weight, "probe": state.readings[-1]}
         self._unwritten.append(line)
         if report.reads:
-            losses = state.read_losses()
-            lines = [json.dumps(line | {"loss": losses[line["step"]]}) + "\n" for line in self._unwritten]
-            self._unwritten.clear()
-            with reporting_write_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+            self.leave(report)
+
+    def leave(self, report: StepReport) -> None:
+        """Write the lines that are not written yet."""
+        losses = report.state.read_losses()
+        lines = [json.dumps(line | {"loss": losses[line["step"]]}) + "\n" for line in self._unwritten]
+        self._unwritten.clear()
+        with reporting_write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
 
 
 class Previews:
@@ -283,7 +302,11 @@ class Checkpoints:
     def __call__(self, report: StepReport) -> None:
         every = report.teacher.spec.checkpoint_every
         if report.interrupted or (every and report.state.step % every == 0):
-            report.state.save(self.directory, self.recipe, report.teacher.evaluations)
+            self.leave(report)
+
+    def leave(self, report: StepReport) -> None:
+        """Write a checkpoint of the last step."""
+        report.state.save(self.directory, self.recipe, report.teacher.evaluations)
 
 
 class Tracking:
@@ -320,13 +343,24 @@ class Tracking:
         if state.erasure is not None:
             self._unsent[state.step]["erasure"] = state.erasure
         if report.reads:
-            losses = state.read_losses()
-            for step, values in self._unsent.items():
-                self.accelerator.log({"loss": losses[step], **values}, step=step)
-            self._unsent.clear()
+            self._send(state)
         if report.last:
-            for tracker in self.accelerator.trackers:  # `end_training` would part the ranks as well
-                tracker.finish()
+            self._finish()
+
+    def _send(self, state: TrainState) -> None:
+        losses = state.read_losses()
+        for step, values in self._unsent.items():
+            self.accelerator.log({"loss": losses[step], **values}, step=step)
+        self._unsent.clear()
+
+    def _finish(self) -> None:
+        for tracker in self.accelerator.trackers:  # `end_training` would part the ranks as well
+            tracker.finish()
+
+    def leave(self, report: StepReport) -> None:
+        """Send what was not sent yet, and close the trackers."""
+        self._send(report.state)
+        self._finish()
 
 
 def watchers_for(
@@ -338,6 +372,7 @@ def watchers_for(
     on_step: Sequence[Watcher],
     given: Recipe,
     solved: Solved | None,
+    held_out: HeldOut | None = None,
 ) -> list[Watcher]:
     """Return the watchers that a recipe asks for, and the user's; those that write need a run directory.
 
@@ -350,6 +385,7 @@ def watchers_for(
         on_step: The user's.
         given: The recipe as it was given, which a checkpoint is made with.
         solved: How far the closed form got, if there was one.
+        held_out: Prompts to probe.
     """
     recipe, spec = teacher.recipe, teacher.spec
     watchers: list[Watcher] = []
@@ -361,7 +397,7 @@ def watchers_for(
     if progress:
         describe_start(teacher, solved)
         if spec.steps and not state.stopped:
-            watchers.append(ProgressBar(teacher, state.step))
+            watchers.append(ProgressBar(teacher, state, held_out))
     if out is not None:
         watchers.append(JsonLog(out, state.step))
         if spec.preview_every:

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, ValidationInfo
-from pydantic_core import ErrorDetails
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.faults import Fault, Place, faults_of, listed
 from esd_lora.registry import require_code_names
 from esd_lora.wording import is_text, printable_lines
 
-Place: TypeAlias = tuple[str | int, ...]
-"""Keys and list positions that lead to a value."""
 Mark: TypeAlias = tuple[str, int]
 """File and line (from 1) where a value stands."""
 MAX_BYTES = 2**20
@@ -29,8 +27,6 @@ MAX_VALUES = 30_000
 MAX_DEPTH = 20
 """Most levels that values are nested."""
 _MAX_DIGITS = 100
-_WORD = "Input should be 'auto'"  # pydantic's message where a word may stand for a number
-_MAX_FAULTS = 50  # that are listed
 
 Model = TypeVar("Model", bound=BaseModel)
 _ALLOW_CODE = "allow_code"
@@ -229,43 +225,6 @@ def checked(
     except ValidationError as error:
         sentences = list(dict.fromkeys(map(sentence, faults_of(error))))
         raise EsdLoraError(f"the {kind} has faults:\n  " + "\n  ".join(listed(sentences))) from error
-
-
-class Fault(NamedTuple):
-    """What is wrong with one value of a document."""
-
-    place: Place
-    type: str
-    """Pydantic's name of it: `"missing"`."""
-    message: str
-    value: object
-
-
-def faults_of(error: ValidationError) -> list[Fault]:
-    """Return what is wrong with a document, as far as a reader wants to know."""
-    errors = error.errors()[: 4 * _MAX_FAULTS]
-    # A number or a word: pydantic finds two faults where neither fits, which are one.
-    others = {_place(fault) for fault in errors if fault["msg"] != _WORD}
-    measurable = {_place(fault) for fault in errors if fault["msg"] == _WORD} & others
-
-    def fault_of(details: ErrorDetails) -> Fault:
-        place = _place(details)
-        message = details["msg"].removeprefix("Value error, ").removesuffix(".")
-        return Fault(place, details["type"], message + (", or 'auto'" if place in measurable else ""), details["input"])
-
-    return [fault_of(details) for details in errors if details["msg"] != _WORD or _place(details) not in others]
-
-
-def listed(sentences: list[str]) -> list[str]:
-    """Return as many sentences as are read, the last of which says where there are more."""
-    more = [f"and more than {_MAX_FAULTS} others"] if len(sentences) > _MAX_FAULTS else []
-    return sentences[:_MAX_FAULTS] + more
-
-
-def _place(fault: ErrorDetails) -> Place:
-    """Return where a fault is, without the names of the types that pydantic tried."""
-    tried = ("function-", "literal", "tuple", "str", "constrained-")
-    return tuple(part for part in fault["loc"] if part not in ("float", "int") and not str(part).startswith(tried))
 
 
 def allowed_code(info: ValidationInfo) -> Collection[str] | None:

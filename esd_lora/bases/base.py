@@ -20,6 +20,7 @@ from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
+from esd_lora.progress import advance, stage
 from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
 MOST_TEXT = 2**28
@@ -185,7 +186,11 @@ class Base:
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
-        parts = [encode(self.pipe, prompts[i : i + ENCODED_AT_ONCE]) for i in range(0, len(prompts), ENCODED_AT_ONCE)]
+        parts: list[Condition] = []
+        with stage("encoding text", len(prompts), "prompt"):
+            for i in range(0, len(prompts), ENCODED_AT_ONCE):
+                parts.append(encode(self.pipe, prompts[i : i + ENCODED_AT_ONCE]))
+                advance(min(ENCODED_AT_ONCE, len(prompts) - i))
         dtype = self.model.dtype  # text encoders may have another
         condition = {
             name: value.to(self.device, dtype if value.is_floating_point() else None)

@@ -17,12 +17,13 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
 from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
 from esd_lora.bases.single_file import open_single_file
-from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts
+from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts, no_base, require_base
 from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_of, read_pipeline
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
+from esd_lora.progress import stage
 from esd_lora.wording import HubId
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +59,15 @@ def load_base(
         EsdLoraError: If there is no such base, it is not a diffusers pipeline, no family covers it, or there is no such
             device.
     """
+    require_base(str(base))
+    with stage(f"loading base {base}"):
+        return _load(base, device, dtype, config, vae, text_first)
+
+
+def _load(
+    base: str | Path, device: str, dtype: torch.dtype | str | None, config: str | Path | None, vae: bool, text_first: bool
+) -> Base:
+    """Load a base as `load_base` does."""
     name, commit = str(base), None
     place = choose_device(device)
     quantized = dtype if isinstance(dtype, str) and dtype in QUANTIZED else None
@@ -83,10 +93,7 @@ def load_base(
         family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
         pipe = _load_pipeline(hub_id.repo, commit, dtype, vae)
     else:
-        raise EsdLoraError(
-            f"no base {name!r}: expected a built-in base ({', '.join(BUILT_IN)}), a diffusers directory, a .safetensors"
-            f" checkpoint, or a Hub id 'owner/name'{did_you_mean(name, BUILT_IN)}."
-        )
+        raise EsdLoraError(no_base(name))
     pipe.set_progress_bar_config(disable=True)
     if not vae:
         pipe.vae = None

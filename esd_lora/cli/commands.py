@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +130,17 @@ def _output_options() -> list[click.Option]:
 
 
 class HeavyCommand(Verb):
-    """Says that it is at work before it loads torch and diffusers, which takes seconds; on a terminal alone."""
+    """Says that it is at work before it loads torch and diffusers, which takes seconds, and later on; on a terminal alone."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if sys.stderr.isatty():
             say(f"{ctx.info_name}: loading ...", err=True)
-        return super().invoke(ctx)
+        atexit.register(gc.freeze)  # or Python looks through all of torch's objects for seconds before it ends
+        from esd_lora.bars import Pulse, watched
+
+        seen = not Output.current().quiet
+        with watched(seen), Pulse(f"{ctx.info_name}: at work") if seen else nullcontext():
+            return super().invoke(ctx)
 
 
 class Commands(click.Group):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from esd_lora.cli.commands import Failed, Verb
+from esd_lora.cli.commands import Failed, HeavyCommand
 from esd_lora.cli.printing import say
 from esd_lora.cli.results import Examined
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.option("--card", metavar="SIZE", help="Also say how published models train on a card of SIZE: 12GB.")
 def doctor(card: str | None) -> Examined:
     """Look at packages, devices, memory, disk and the Hub; say what is wrong and what to do about it. Exit code 1 if it is."""

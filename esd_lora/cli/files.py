@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from esd_lora.cli.commands import HeavyCommand, Verb
+from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.completing import complete_bases, complete_erasers
 from esd_lora.cli.options import (
     ERASER,
@@ -18,10 +18,12 @@ from esd_lora.cli.options import (
     force_option,
     names_of,
     out_option,
+    paths_of,
     unweighted,
 )
 from esd_lora.cli.printing import say
 from esd_lora.cli.results import Compared, Estimated, Exported, Extracted, Imported, Inspected, Merged, Proof
+from esd_lora.preflight import check
 from esd_lora.settings import variable
 
 if TYPE_CHECKING:
@@ -51,11 +53,12 @@ def merge(
     erasers: tuple[Weighted, ...], base: str, out: Path | None, verify: bool, dry_run: bool, force: bool
 ) -> Merged | Estimated:
     """Merge erasers into a base for good, in the base's own layout: a diffusers directory or a single file."""
+    suffix = ".safetensors" if base.lower().endswith(".safetensors") else ""
+    out = choose_out(out, "models", names_of(base, *paths_of(*erasers)), suffix=suffix, again=force)
+    check(out, force or dry_run, base, erasers, file=out.suffix == ".safetensors")
     from esd_lora.weights.merging import merge as run
 
     paths, strengths = unweighted(erasers)
-    suffix = ".safetensors" if base.lower().endswith(".safetensors") else ""
-    out = choose_out(out, "models", names_of(base, *paths), suffix=suffix, again=force)
     if dry_run:
         from esd_lora.estimates.merging import estimate_merging
 
@@ -73,7 +76,7 @@ def merge(
     return {"model": str(out), "base": base, "proof": Proof(**proof._asdict()) if proof else None}
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @_file
 @click.option("--layers/--no-layers", default=None, help="Show every layer; default: if there are not too many.")
 def inspect(file: str, layers: bool | None) -> Inspected:
@@ -85,7 +88,7 @@ def inspect(file: str, layers: bool | None) -> Inspected:
     return Inspected(**facts.as_json())
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("first", type=click.Path(), shell_complete=complete_erasers)
 @click.argument("second", type=click.Path(), shell_complete=complete_erasers)
 def diff(first: str, second: str) -> Compared:
@@ -103,7 +106,7 @@ def diff(first: str, second: str) -> Compared:
     }
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("eraser", type=click.Path(), shell_complete=complete_erasers)
 @click.option("--layout", required=True, help="kohya (A1111, Forge, ComfyUI), diffusers, or peft.")
 @out_option(".safetensors file; for peft a directory", "exports/ERASER-LAYOUT")
@@ -122,7 +125,7 @@ def export(eraser: str, layout: str, out: Path | None, force: bool) -> Exported:
     return {"file": str(file), "layout": layout}
 
 
-@click.command("import", cls=Verb)
+@click.command("import", cls=HeavyCommand)
 @_file
 @_out_directory
 @_concepts
@@ -178,12 +181,13 @@ def extract(
     base: str, tuned: str, out: Path | None, rank: int | None, energy: float | None, concepts: tuple[str, ...], force: bool
 ) -> Extracted:
     """Turn a fully fine-tuned model, such as released ESD or UCE weights, into an eraser."""
+    out = choose_out(out, "erasers", names_of(tuned), again=force)
+    check(out, force, base)
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.files import reserve_directory
     from esd_lora.formats.cards import save_with_card
     from esd_lora.weights.extracting import extract as run
 
-    out = choose_out(out, "erasers", names_of(tuned), again=force)
     with reserve_directory(out, force, [base, tuned]):
         result = run(base, tuned, rank=rank, energy=energy, concepts=concepts)
         save_with_card(result.eraser, out, replaces=RUN_FILES)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import click
 
 from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.options import base_option, device_options, dry_run_option, overrides
-from esd_lora.cli.printing import say
+from esd_lora.cli.printing import going_on_in, say
 from esd_lora.cli.results import Estimated, FleetRun, Released
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import Registry
@@ -99,7 +98,7 @@ def fleet(
         lines = estimate_fleet(listed, plan, out, choice, workers=options["workers"], hourly=hourly)
         say(*lines)
         return {"out": str(out), "seconds": None, "memory": None, "lines": lines}
-    with _interruptible(out):
+    with going_on_in(out):
         statuses = run_fleet(listed, plan, out, _engine(options), choice=choice, attempts=attempts)
     return _show(statuses, out / f"{choice.shard}.html")
 
@@ -133,7 +132,7 @@ def release(
 
     listed, plan = _plan(requests, options)
     how: dict[str, Any] = {"steps": steps, "gates": gates, "partial": partial, "signed_by": signed_by, "attempts": attempts}
-    with _interruptible(out):
+    with going_on_in(out):
         record = run(listed, plan, out, _engine(options), registry=_registry(requests), **how)
     card = out / PUBLISHED / CARD_NAME
     say(f"release {record.number}, {len(record.requests)} requests erased: {card}")
@@ -143,15 +142,6 @@ def release(
         "card": str(card),
         "published": str(out / PUBLISHED),
     }
-
-
-@contextmanager
-def _interruptible(out: Path) -> Generator[None]:
-    """Make a sentence of Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise EsdLoraError(f"interrupted; the same command goes on in {out}.") from None
 
 
 def _plan(requests: Path, options: dict[str, Any]) -> tuple[tuple[Request, ...], Plan]:

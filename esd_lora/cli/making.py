@@ -32,11 +32,11 @@ from esd_lora.cli.options import (
 from esd_lora.cli.printing import estimated, say
 from esd_lora.cli.results import Demonstrated, Estimated, Painted, Picture, Trained
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import refuse_inputs
 from esd_lora.negative_guidance import with_negative_guidance
+from esd_lora.preflight import check, check_inputs, check_output, check_strengths
 from esd_lora.ranks import is_main
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import load_recipe, recipe_kind, recipe_title
+from esd_lora.recipe_files import DEFAULT_PRESET, dump_recipe, load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -137,7 +137,7 @@ def train(
     values = _settings(settings, steps=steps, rank=rank, lr=lr, seed=seed)
     recipe = _loaded(_with_preset(recipes, base), values, allow_code, fields, negative_guidance)
     out = choose_out(out, "erasers", " ".join(concept.name for concept in recipe.concepts), again=resume or force)
-    refuse_inputs(out, () if resume else recipes)
+    check_output(out, force or resume or dry_run, () if resume else recipes)
     if fit:
         recipe, dtype = _fitted(recipe, fit, device, dtype)
     if dry_run:
@@ -148,18 +148,28 @@ def train(
         options = {"resume": resume, "force": force, "device": device, "dtype": dtype, "track": track}
         eraser = run(recipe, out=out, allow_code=allow_code, teacher_cache=teacher_cache, **options)
     except KeyboardInterrupt:
-        raise EsdLoraError(f"interrupted; go on with the same command and --resume (checkpoint in {out}).") from None
+        raise EsdLoraError(_how_to_go_on(out, recipe)) from None
     return _report(eraser, out, kohya)
 
 
+def _how_to_go_on(out: Path, recipe: Recipe) -> str:
+    """Return what to do after a training was interrupted."""
+    from esd_lora.train_state import how_to_go_on
+
+    return how_to_go_on(out, dump_recipe(recipe))
+
+
 def _report(eraser: Eraser, out: Path, kohya: bool) -> Trained:
-    """Print what was erased, and what it took, and return it; export it if that was asked for."""
+    """Print what was erased, what it took, and how far it came; return it; export it if that was asked for."""
+    from esd_lora.calibration import outcome
+
     file = _export_kohya(eraser, out) if kohya and is_main() else None
     if file:
         say(f"kohya LoRA: {file}")
     header = eraser.header
     work = f"{header.cost['steps']:.0f} steps, {header.cost['sample_evaluations']:.0f} sample evaluations"
-    say(f"erased {', '.join(eraser.names)} in {header.cost['seconds']:.1f} s, {work}: {out}")
+    reached = f" ({outcome(header)})" if header.calibrations else ""
+    say(f"erased {', '.join(eraser.names)} in {header.cost['seconds']:.1f} s, {work}{reached}: {out}")
     return {
         "eraser": str(out),
         "concepts": eraser.names,
@@ -244,12 +254,18 @@ def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
-    if any(recipe_kind(name) != "concept" for name in recipes) or (recipes and not base):
+    check_inputs(base)
+    if recipes and not base:
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
-    from esd_lora.bases.presets import DEFAULT, preset_for
+    if not base:
+        return [DEFAULT_PRESET]
+    from esd_lora.bases.presets import preset_for, require_fitting
 
-    preset = preset_for(base) if base else DEFAULT
-    if preset != DEFAULT:
+    if any(recipe_kind(name) != "concept" for name in recipes):
+        require_fitting(recipes, base)
+        return list(recipes)
+    preset = preset_for(base)
+    if preset != DEFAULT_PRESET:
         say(f"preset {preset}, by the base's family and size: {recipe_title(preset)}")
     return [preset, *recipes]
 
@@ -322,6 +338,7 @@ def generate(
     _check_erasers(erasers, strengths, gate)
     prompts = _read_prompts(prompts, prompt_file)
     out = choose_out(out, "pictures", prompts[0], again=force)
+    check(out, force or dry_run, base, erasers)
     from esd_lora.bases.loading import load_base
     from esd_lora.formats.opening import open_eraser
     from esd_lora.gating import Gate
@@ -380,6 +397,7 @@ def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None,
         raise EsdLoraError("--strengths needs an --eraser whose strength to change.")
     if gate and not erasers:
         raise EsdLoraError("--gate needs an --eraser to switch by prompt.")
+    check_strengths(strengths or (), "--strengths")
 
 
 @click.command(cls=HeavyCommand)
@@ -389,6 +407,7 @@ def _check_erasers(erasers: tuple[Weighted, ...], strengths: list[float] | None,
 @force_option
 def demo(out: Path, force: bool) -> Demonstrated:
     """Erase an object and a style on the built-in base, stack, merge, and measure what happened."""
+    check_output(out, force)
     from esd_lora.demo import MEASURED
     from esd_lora.demo import demo as run
 

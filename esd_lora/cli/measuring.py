@@ -25,12 +25,13 @@ from esd_lora.cli.options import (
     names_of,
     out_option,
     overrides,
+    paths_of,
     unweighted,
 )
-from esd_lora.cli.printing import estimated, say
+from esd_lora.cli.printing import estimated, going_on_in, say
 from esd_lora.cli.results import Estimated, Evaluated
 from esd_lora.errors import EsdLoraError
-from esd_lora.files import refuse_inputs
+from esd_lora.preflight import check
 from esd_lora.ranks import is_main
 
 if TYPE_CHECKING:
@@ -88,16 +89,16 @@ def evaluate(
     esd-lora evaluate no-nudity --base sd15 --suite nudity --prompts unsafe-prompts4703.csv -o measured
     esd-lora evaluate --suite nudity --prompts unsafe-prompts4703.csv --score-only pictures --concept nudity -o measured
     """
+    base = None if pictures is not None and is_configured("base") else base
+    out = _choose(out, names_of(*paths_of(*erasers), suite))
+    check(out, True, base, erasers, read=(suite, prompts))  # an evaluation that lies there may be gone on with
     from esd_lora.bases.loading import load_base
     from esd_lora.evaluation import evaluating
     from esd_lora.evaluation.report.attaching import attach as write_into
     from esd_lora.evaluation.suites.suite_files import load_suite
 
     paths, weights = unweighted(erasers)
-    base = None if pictures is not None and is_configured("base") else base
-    out = _choose(out, names_of(*paths, suite))
     _check_options(paths, weights, base, against, pictures, attach, dry_run)
-    refuse_inputs(out, filter(None, (suite, prompts)))
     loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
     options: dict[str, Any] = {"concepts": concepts, "limit": limit, "fail_if": gates, "force": force, "allow_code": allow_code}
     if base is None:
@@ -109,7 +110,8 @@ def evaluate(
         options["against"] = [kind.strip() for kind in against.split(",")] if against else []
         if dry_run:
             return _estimate(model, loaded, out, options)
-        report = evaluating.evaluate(model, loaded, out, **options)
+        with going_on_in(out):
+            report = evaluating.evaluate(model, loaded, out, **options)
     if attach and is_main():
         write_into(paths[0], report, None if loaded.sensitive else out)
     return _show(report, out) if is_main() else None
@@ -127,12 +129,13 @@ _NOT_MEASURED = ("out", "force", "dry_run", "attach", "gates", "allow_code")
 
 
 def _show(report: Report, out: Path) -> Evaluated:
-    """Print the table, what was not run, and where the page is; return where it is and what it says."""
-    say(*(out / "table.md").read_text("utf-8").split("\n"))
-    for name, reason in report.not_run.items():
-        say(f"not run: {name}: {reason}", err=True)
+    """Print what came out in a few lines, and where all of it is; return it."""
+    from esd_lora.evaluation.report.brief import brief
+
+    for line in brief(report):
+        say(line.text, colour={"better": "green", "worse": "red"}.get(line.change))
     page = out / "report.html"
-    say(f"look at {page}")
+    say(f"look at {page}; every number is in {out / 'table.md'}")
     return {"out": str(out), "page": str(page), "summary": json.loads(report.to_json())}
 
 

@@ -117,6 +117,11 @@ def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
     return [path for path, _, _ in erasers], [Strength(weight, blocks) for _, weight, blocks in erasers]
 
 
+def paths_of(*erasers: Weighted) -> list[str]:
+    """Return the paths of `ERASER:WEIGHT` arguments, without torch, which strengths need."""
+    return [path for path, *_ in erasers]
+
+
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that were given, in their order: those that are not `None`."""
     return {name: value for name, value in options.items() if value is not None}

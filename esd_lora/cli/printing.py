@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -59,7 +59,7 @@ class Output(NamedTuple):
         context.meta[_META] = self
 
 
-def say(*lines: str, err: bool = False) -> None:
+def say(*lines: str, err: bool = False, colour: str | None = None) -> None:
     """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
 
     Of several ranks the main one prints.
@@ -67,16 +67,20 @@ def say(*lines: str, err: bool = False) -> None:
     Args:
         lines: Each on its own; names, prompts and headers of strangers may be part of them.
         err: Whether to print on standard error: what is no part of the result, which `--json` prints in another form.
+        colour: Name of a colour on a terminal, unless NO_COLOR is set (no-color.org).
     """
     output = Output.current()
     if is_main() and not output.quiet and (err or not output.as_json):
-        _echo(lines, err)
+        _echo(lines, err, None if os.environ.get("NO_COLOR") else colour)
 
 
-def _echo(lines: Sequence[str], err: bool) -> None:
+def _echo(lines: Sequence[str], err: bool, colour: str | None = None) -> None:
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    for line in lines:
-        click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
+    bars = sys.modules.get("esd_lora.bars")  # no bar is shown before that is imported
+    with bars.lines_between_bars() if bars else nullcontext():
+        for line in lines:
+            text = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+            click.echo(click.style(text, fg=colour) if colour else text, err=err)
 
 
 def estimated(estimate: Estimate, out: Path, written: str) -> Estimated:
@@ -170,6 +174,15 @@ def reporting_faults() -> Generator[None]:
         if sentence is None:
             raise
         _fail(sentence, error)
+
+
+@contextmanager
+def going_on_in(out: Path) -> Generator[None]:
+    """Make a sentence of Ctrl-C inside a `with` block whose work is gone on with by the same command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise EsdLoraError(f"interrupted; the same command goes on in {out}.") from None
 
 
 def _fail(message: str, error: BaseException) -> NoReturn:

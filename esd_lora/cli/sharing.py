@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.commands import Verb
+from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.completing import complete_erasers
 from esd_lora.cli.options import choose_out, force_option, names_of, out_option
 from esd_lora.cli.printing import Output, say
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from esd_lora.sharing.pushing import Draft
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("eraser", type=click.Path(), shell_complete=complete_erasers)
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository one that only you see.")
@@ -71,12 +71,20 @@ def push(
     def confirm(draft: Draft) -> bool:
         drafts.append(draft)
         say(*draft.lines())
-        return yes or click.confirm("push this?")
+        return yes or _confirm("push this?")
 
     _require_answer(yes)
     pushed = run(eraser, repo, private=private, create_pr=create_pr, confirm=confirm, **settings)
     say("nothing was sent" if pushed is None else f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
     return _pushed(drafts[-1], pushed and pushed.url)
+
+
+def _confirm(question: str) -> bool:
+    """Return what a person answers, with nothing drawn meanwhile."""
+    from esd_lora.bars import undisturbed
+
+    with undisturbed():
+        return click.confirm(question)
 
 
 def _require_answer(yes: bool) -> None:
@@ -96,7 +104,7 @@ def _pushed(draft: Draft, url: str | None) -> Pushed:
     return {"repo": draft.repo, "sent": url is not None, "url": url, "files": files, "card": _card(draft)}
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("repo", metavar="OWNER/NAME[@REVISION]")
 @out_option("Directory for the eraser", "erasers/NAME")
 @force_option
@@ -111,7 +119,7 @@ def pull(repo: str, out: Path | None, force: bool) -> Pulled:
     return {"eraser": str(pulled.directory), "commit": pulled.commit, "files": pulled.files, "left_out": pulled.left_out}
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("text", required=False)
 @click.option("--concept", help="What it should erase.")
 @click.option("--base", metavar="OWNER/NAME", help="The base it was made for.")
@@ -126,7 +134,7 @@ def search(text: str | None, concept: str | None, base: str | None, tags: tuple[
     return {"erasers": [HubEraser(**eraser.as_json()) for eraser in erasers]}
 
 
-@click.command(cls=Verb)
+@click.command(cls=HeavyCommand)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--cache/--no-cache", default=True, help="List what was fetched from the Hub, too.")
 def catalog(folders: tuple[Path, ...], cache: bool) -> Listed:

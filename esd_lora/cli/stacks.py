@@ -22,11 +22,13 @@ from esd_lora.cli.options import (
     given,
     names_of,
     out_option,
+    paths_of,
     unweighted,
 )
 from esd_lora.cli.printing import estimated, say
 from esd_lora.cli.results import Estimated, Stacked
 from esd_lora.errors import EsdLoraError
+from esd_lora.preflight import check
 from esd_lora.recipe_files import load_harmonise_spec
 
 if TYPE_CHECKING:
@@ -103,12 +105,14 @@ def stack(
     esd-lora stack two --add no-hat --base emoji -o three
     esd-lora stack three --remove "a cat" --base emoji -o others
     """
+    names = [names_of(*paths_of(*erasers, *add)), *(f"without {name}" for name in remove)]
+    out = choose_out(out, "erasers", " ".join(names), again=force)
+    manifest = _is_manifest(out)
+    check(out, force or dry_run, base, (*erasers, *add), file=manifest)
     from esd_lora.bases.loading import load_base
     from esd_lora.formats.opening import open_eraser
 
     paths, strengths = unweighted((*erasers, *add))
-    out = choose_out(out, "erasers", " ".join([names_of(*paths), *(f"without {name}" for name in remove)]), again=force)
-    manifest = _is_manifest(out)
     settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     change = given(add=add or None, remove=remove or None)

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from esd_lora.built_in import BUILT_IN
-from esd_lora.cli.options import say
+from esd_lora.cli.commands import HeavyCommand
+from esd_lora.cli.completing import complete_bases
+from esd_lora.cli.printing import say
 
 
 @click.command()

@@ -157,8 +157,8 @@ class Eraser:
         text = read_header(file).metadata.get(HEADER_KEY)
         if text is None:
             raise EsdLoraError(
-                f"{file} has no {HEADER_KEY!r} header: it is a LoRA, but not an eraser of this toolkit. Make it one with"
-                " esd-lora import."
+                f"{file} has no {HEADER_KEY!r} header: it is a LoRA, but not an eraser of this toolkit, and need not erase"
+                " anything. If it does, make it one with esd-lora import --concept."
             )
         header = parse_header(text, file)
         return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)

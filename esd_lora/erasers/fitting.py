@@ -44,8 +44,10 @@ def compare_weights(eraser: Eraser, base_hashes: Mapping[str, str], base: str) -
             stacklevel=4,
         )
     if unknown := len(eraser.pairs.keys() - expected.keys()):
+        imported = any(origin.how == "imported" for origin in eraser.header.origins)
+        lora = " It comes from a LoRA file that says nothing of erasing, as a style's would." if imported else ""
         warnings.warn(
-            f"eraser of {eraser.names} does not say which weights {unknown} of its {layers} layers were made for. Measure what"
-            f" it erases on {base!r}.",
+            f"eraser of {eraser.names} does not say which weights {unknown} of its {layers} layers were made for.{lora} Measure"
+            f" what it erases on {base!r}.",
             stacklevel=4,
         )

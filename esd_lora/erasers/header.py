@@ -12,7 +12,8 @@ from typing import Literal, cast
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from esd_lora.erasers.measured import Measured
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError
+from esd_lora.faults import first_fault
 from esd_lora.recipe import Recipe
 from esd_lora.recipe_files import dump_recipe
 from esd_lora.wording import mentions, whole_words, without_article
@@ -313,8 +314,7 @@ class EraserHeader(BaseModel):
         try:
             EraserHeader.model_validate(self.model_dump())  # which a copy with changes was not
         except ValidationError as error:
-            where, message = _first_fault(error)
-            raise EsdLoraError(f"{where} of the header cannot be written: {message}. Give finite strengths.") from error
+            raise EsdLoraError(f"the header cannot be written: {first_fault(error)}. Give finite strengths.") from error
         text = self.model_dump_json()
         if len(text) > _MAX_TEXT:
             raise EsdLoraError(
@@ -350,16 +350,9 @@ def parse_header(text: str, file: Path) -> EraserHeader:
     try:
         header = EraserHeader.model_validate_json(text)
     except ValidationError as error:
-        where, message = _first_fault(error)
-        raise EsdLoraError(f"{file} has a damaged header ({where}: {message}). Fetch or train it again.") from error
+        raise EsdLoraError(f"{file} has a damaged header ({first_fault(error)}). Fetch or train it again.") from error
     _check_format(header.format, file)  # once more: a number in quotes is read as one
     return header
-
-
-def _first_fault(error: ValidationError) -> tuple[str, str]:
-    """Return place and message of the first of the faults that pydantic found."""
-    first = error.errors()[0]
-    return shortened(".".join(str(part) for part in first["loc"])), first["msg"]
 
 
 def _read_format(text: str, file: Path) -> float:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from esd_lora.erasers.eraser import ERASER_FILES, Eraser
 from esd_lora.erasers.fetching import locate
 from esd_lora.erasers.stacking import Strength, stack
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError
+from esd_lora.faults import first_fault
 from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
 from esd_lora.yaml_files import dump_yaml, read_yaml
@@ -91,9 +92,7 @@ def _read_manifest(file: Path) -> Manifest:
     except EsdLoraError as error:
         raise EsdLoraError(f"no stack manifest can be read: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = shortened(".".join(str(part) for part in first["loc"]))
-        raise EsdLoraError(f"{file} is no stack manifest ({where}: {first['msg']}). Expected 'stack:' and members.") from error
+        raise EsdLoraError(f"{file} is no stack manifest ({first_fault(error)}). Expected 'stack:' and members.") from error
 
 
 def _member_path(manifest: Path, member: Member) -> Path:

@@ -91,6 +91,10 @@ INTERVALS = (
     " paired by prompt and seed, and several seeds of a prompt count as one group."
 )
 """Sentence under every table of numbers."""
+REST = (
+    "`rest` is how often a target shows everything else that its prompt asks for: the style of what has no cat in it any more."
+)
+"""Sentence beside a table in which that metric stands."""
 NOTHING = "Nothing was measured: no detector ran."
 """Sentence in place of all tables where there is no number."""
 HEAD = ("model", "metric", "measured", "beside the base", "pictures")

@@ -86,7 +86,7 @@ def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
     solved = teacher.recipe.closed_form is not None
     probing = reading = measuring = 0
     walking = 0.0
-    if held_out := prepared.held_out:
+    if (held_out := prepared.held_out) and teacher.recipe.probed:
         probing = count(lambda: Probe(teacher, held_out))
         reading = count(lambda: Probe(teacher, held_out).read(0)) - probing
     elif spec.probe_every:
@@ -108,7 +108,7 @@ def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
         readings = steps // spec.probe_every if reading else 0
         rows = 2 + 1 + steps // spec.preview_every if shown else 0  # base and student at the end, the base once for previews
         walks = round(-(-steps // spec.walk_every) * walking)
-        evaluations = probing + reading * ((solved and bool(held_out)) + readings) + walks + measuring * (steps > 0)
+        evaluations = probing + reading * ((solved and teacher.recipe.probed) + readings) + walks + measuring * (steps > 0)
         return Work(
             evaluations=evaluations + rows * shown * steps_of_a_picture,
             student_samples=steps * spec.accumulate * batch,

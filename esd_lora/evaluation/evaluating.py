@@ -49,6 +49,7 @@ from esd_lora.files import (
     work_folder,
     write_atomically,
 )
+from esd_lora.progress import stage
 from esd_lora.ranks import from_main, is_main
 from esd_lora.wording import printable
 
@@ -235,7 +236,8 @@ def _score_and_write(
     scores, detectors, not_scored = score_missing(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
     distances, features, not_measured = measure_distances(out, suite, cases, pictures, allow_code=allow_code, progress=progress)
     record = scrub(json.loads(json.dumps(record | {"detectors": {**detectors, **features}})))
-    numbers = summarise(cases, scores, variants)
+    with stage("counting, with intervals"):
+        numbers = summarise(cases, scores, variants)
     failures = [condition.failure(numbers) for condition in conditions]
     report = Report(
         suite=suite.name,
@@ -256,7 +258,8 @@ def _score_and_write(
     if report.stack:
         write_atomically(out / "stack.png", heat_map(report.stack))
     write_atomically(out / "table.md", report.to_markdown().encode())
-    write_atomically(out / "report.html", render_page(report, suite, cases, scores, pictures).encode())
+    with stage("writing the page"):
+        write_atomically(out / "report.html", render_page(report, suite, cases, scores, pictures).encode())
     return report
 
 

@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from esd_lora.errors import EsdLoraError, did_you_mean
+from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.faults import faults_of
 from esd_lora.registry import Registry
 
 DETECTORS: Registry[Callable[..., Any]] = Registry(
@@ -104,5 +105,7 @@ def _converted(builder: Callable[..., Any], what: str, name: str, value: Any) ->
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].lower()
-        raise EsdLoraError(f"{what} takes another kind of value for {name}, found {value!r}: {reason}.") from error
+        message = faults_of(error)[0].message
+        raise EsdLoraError(
+            f"{what} takes another kind of value for {name}: {message}, found {shortened(repr(value))}."
+        ) from error

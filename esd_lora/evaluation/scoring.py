@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Image
-from tqdm.auto import tqdm
 
+from esd_lora.bars import Bar
 from esd_lora.bases.loading import quiet_libraries
 from esd_lora.erasers.privacy import scrub
 from esd_lora.errors import EsdLoraError
@@ -56,7 +56,7 @@ def paint_missing(folder: Path, variants: Sequence[Variant], cases: Sequence[Cas
     missing = from_main(lambda: missing)
     total = sum(map(len, missing))
     with (
-        tqdm(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar,
+        Bar(total=total, desc="painting", unit="picture", disable=not progress or not total) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="writing") as writer,
     ):
         writing: Future[None] | None = None
@@ -133,7 +133,7 @@ def score_missing(
         with (
             reporting_write_errors(file),
             file.open("a", encoding="utf-8") as lines,
-            tqdm(total=len(todo), desc=printable(f"scoring ({name})"), unit="picture", disable=not progress or not todo) as bar,
+            Bar(total=len(todo), desc=printable(f"scoring ({name})"), unit="picture", disable=not progress or not todo) as bar,
         ):
             for batch in (todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)):
                 opened = [_open_for_scoring(pictures, variant, case) for variant, case in batch]
@@ -236,7 +236,7 @@ def measure_distances(
         records[name] = {**features.record(), "beside": beside}
         origin = _features(folder / "features", features, reference)
         distances[name] = {}
-        for variant, files in tqdm(sets.items(), desc=printable(f"features ({name})"), unit="set", disable=not progress):
+        for variant, files in Bar(sets.items(), desc=printable(f"features ({name})"), unit="set", disable=not progress):
             value = frechet_distance(origin, _features(folder / "features", features, files))
             distances[name][variant] = Distance(value=round(value, 4), of=len(files))
     return distances, records, not_run

@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.faults import first_fault
 from esd_lora.files import reporting_write_errors, sync
 from esd_lora.json_files import MAX_JSON, parse_json
-from esd_lora.yaml_files import faults_of
 
 MAX_BYTES = 2**28
 """Longest log that is read: half a million events of 500 bytes."""
@@ -119,8 +119,7 @@ class EventLog:
         try:
             event = Event.model_validate(parse_json(line))
         except ValidationError as error:
-            fault = faults_of(error)[0]
-            raise self.damage(number, f"{'.'.join(map(str, fault.place))}: {fault.message}") from error
+            raise self.damage(number, first_fault(error)) from error
         except ValueError as error:
             raise self.damage(number, str(error)) from error
         if event.number != number:
@@ -135,7 +134,9 @@ class EventLog:
 
     def damage(self, number: int, what: str) -> EsdLoraError:
         """Return the error of a line that is no event, or cannot be the next one."""
-        return EsdLoraError(f"{self.file}:{number}: is damaged, expected an event: {shortened(what)}. Restore it from a copy.")
+        return EsdLoraError(
+            f"{self.file}:{number}: is damaged, expected an event: {shortened(what).rstrip('.')}. Restore it from a copy."
+        )
 
     def append(self, changes: Iterable[Change], who: str) -> None:
         """Add events, all in one; they are on the disk afterwards, and `read` returns them.

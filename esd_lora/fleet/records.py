@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.faults import first_fault
 from esd_lora.files import hash_folder, read_bounded, replaced_file, write_atomically
 from esd_lora.json_files import read_json
 from esd_lora.wording import printable
@@ -89,8 +90,10 @@ def last_record(out: Path) -> Record | None:
     file = out / RECORDS / f"{max(numbers)}.json"
     try:
         return Record.model_validate_json(read_bounded(file, LARGEST_RECORD))
-    except (OSError, ValidationError) as error:
-        raise EsdLoraError(f"{file} is damaged ({shortened(str(error))}). Restore it.") from error
+    except ValidationError as error:
+        raise EsdLoraError(f"{file} is damaged ({first_fault(error)}). Restore it.") from error
+    except OSError as error:
+        raise EsdLoraError(f"{file} cannot be read ({error.strerror or error}). Restore it.") from error
 
 
 def same_content(before: Record, after: Record) -> bool:

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeAlias
 from pydantic import ValidationError
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.faults import faults_of, first_fault, listed
 from esd_lora.files import lock_output, refuse_inputs
 from esd_lora.fleet.event_log import Change, Event, EventLog
 from esd_lora.fleet.request import MAX_NAME, MAX_REFERENCE, Request, Status
 from esd_lora.fleet.requests import contradictions, warn_of_overlaps, write_requests
 from esd_lora.wording import in_one_line
-from esd_lora.yaml_files import faults_of, listed
 
 LOG = "registry.jsonl"
 VIEW = "requests.csv"
@@ -249,8 +249,7 @@ class Registry:
             try:
                 self._requests[event.id] = self._after(event)
             except ValidationError as error:
-                fault = faults_of(error)[0]
-                raise self._log.damage(event.number, f"{'.'.join(map(str, fault.place))}: {fault.message}") from error
+                raise self._log.damage(event.number, first_fault(error)) from error
             except (ValueError, EsdLoraError) as error:
                 raise self._log.damage(event.number, str(error)) from error
 
@@ -274,8 +273,7 @@ class Registry:
         try:
             return Request.model_validate({**request.model_dump(), **changes, "line": request.line})
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault.place))}: {fault.message}" for fault in faults_of(error)]
-            raise EsdLoraError(f"{request.id}: {'; '.join(faults)}.") from error
+            raise EsdLoraError(f"{request.id}: {'; '.join(fault.sentence() for fault in faults_of(error))}.") from error
 
     def _append(self, changes: Collection[Change]) -> None:
         """Add events to the log, and let them happen."""

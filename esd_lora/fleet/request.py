@@ -24,9 +24,9 @@ from pydantic import (
 )
 
 from esd_lora.errors import did_you_mean, shortened
+from esd_lora.faults import faults_of
 from esd_lora.recipe_files import recipe_fields
 from esd_lora.wording import in_one_line
-from esd_lora.yaml_files import faults_of
 
 Kind: TypeAlias = Literal["person", "style", "character", "object", "unsafe"]
 Basis: TypeAlias = Literal["tdm-art4", "gdpr-17", "takedown", "licence", "policy"]

@@ -21,11 +21,12 @@ import yaml
 from pydantic import ValidationError
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
+from esd_lora.faults import Fault, faults_of, listed
 from esd_lora.files import lock_output, read_bounded, write_atomically
 from esd_lora.fleet.request import COLUMNS, SEPARATOR, Basis, Kind, Request, Status, setting_fault, setting_names
 from esd_lora.json_files import parse_json
 from esd_lora.wording import name_key
-from esd_lora.yaml_files import Fault, faults_of, listed, parse_yaml
+from esd_lora.yaml_files import parse_yaml
 
 MAX_BYTES = 2**26
 """Longest list that is read: 200,000 rows of 300 bytes."""

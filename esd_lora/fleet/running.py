@@ -15,8 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm.auto import tqdm
-
+from esd_lora.bars import Bar
 from esd_lora.erasers.eraser import WEIGHTS_NAME
 from esd_lora.erasers.header import HEADER_KEY, EraserHeader, parse_header
 from esd_lora.erasers.tensor_files import read_header
@@ -111,7 +110,7 @@ def run_fleet(
         page = Page(out / f"{choice.shard}.html", requests, statuses)
         states = Counter[State](status.state for status in statuses.values())
         queue = deque(jobs)
-        with tqdm(total=len(jobs), desc="fleet", unit="request", disable=not progress) as bar:
+        with Bar(total=len(jobs), desc="fleet", unit="request", disable=not progress) as bar:
 
             def begun(job: Job) -> None:
                 before = statuses[job.request.id]

@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError
+from esd_lora.faults import first_fault
 from esd_lora.files import read_bounded, write_atomically
 
 ERASERS, LOGS = "erasers", "logs"
@@ -68,10 +69,12 @@ def read_status(out: Path, request: str) -> Status | None:
         status = Status.model_validate_json(read_bounded(file, _LARGEST))
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
+    except ValidationError as error:
         raise EsdLoraError(
-            f"{file} is damaged ({shortened(str(error))}). Remove it, and the request is worked on anew."
+            f"{file} is damaged ({first_fault(error)}). Remove it, and the request is worked on anew."
         ) from error
+    except OSError as error:
+        raise EsdLoraError(f"{file} cannot be read ({error.strerror or error}). Remove it to begin anew.") from error
     return None if status.state == "done" and not (folder / WEIGHTS_NAME).is_file() else status
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
 
 from esd_lora.adapter import adapter_disabled, add_adapter, applied, read_pairs
+from esd_lora.bars import Bar
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import Distillation
@@ -27,6 +27,7 @@ from esd_lora.fusing.prompts import Members, gather_members
 from esd_lora.guarding import Guard
 from esd_lora.lessons import take_turns
 from esd_lora.optimizers import make_optimizer
+from esd_lora.progress import stage
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import LoraSpec
 from esd_lora.recipe_files import load_harmonise_spec
@@ -74,8 +75,9 @@ def harmonise(
     members = gather_members(erasers, base, weights, keep)
     taught, kept = walked_prompts(spec, members)
     run = _Distiller(base, spec, [*kept, *(prompt for prompts in taught for prompt in prompts)], kept)
-    erasing = TrajectoryBuffer(Points.join([run.walk(*pair) for pair in zip(taught, members.erasers, strict=True)]))
-    keeping = TrajectoryBuffer(run.walk(kept))
+    with stage("walking trajectories", (sum(map(len, taught)) + len(kept)) * spec.trajectory_steps, "point"):
+        erasing = TrajectoryBuffer(Points.join([run.walk(*pair) for pair in zip(taught, members.erasers, strict=True)]))
+        keeping = TrajectoryBuffer(run.walk(kept))
     header = stack(members.erasers).header
     shape = LoraSpec(rank=spec.rank, alpha=spec.rank)
     parameters = add_adapter(base, base.family.modules(base.model, spec.scope), shape, spec.seed)
@@ -182,7 +184,7 @@ class _Distiller:
         optimizer = make_optimizer("adam", parameters, spec.lr, {})
         scaler = torch.amp.GradScaler(enabled=base.model.dtype == torch.float16, device=device.type)
         half, losses = spec.batch_size // 2, list[float]()
-        for step in trange(steps, desc="harmonising", unit="step", disable=not progress):
+        for step in Bar(range(steps), desc="harmonising", unit="step", disable=not progress):
             generator = step_generator(spec.seed, step)
             erased, kept = erasing.sample(spec.batch_size, generator), keeping.sample(spec.batch_size, generator)
             shaken = self._shaken(kept.lesson[:half], generator)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
+from esd_lora.progress import stage
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -106,7 +107,8 @@ def measure_interference(
     report = Interference(titles, reads, writes, cosine, shared)
     if base is None:
         return report
-    effect, together = _effects(members, [whole] if whole else members, base, seed)
+    with stage("measuring what members do to each other"):
+        effect, together = _effects(members, [whole] if whole else members, base, seed)
     return report._replace(effect=effect, together=together)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import ENCODED_AT_ONCE, Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.lessons import take_turns
+from esd_lora.progress import stage
 from esd_lora.seeds import text_seed
 from esd_lora.trajectory import Condition, in_float64, latents_per_batch, pick, walk
 
@@ -143,7 +144,8 @@ class MomentCollector:
             self._read_text(group, moments[TEXT])
         denoising = {path: moment for path, moment in moments.items() if path != TEXT}
         if denoising and group.trajectories:
-            with self._recording(denoising, group):
+            points = group.trajectories * self.steps
+            with stage("walking trajectories", points, "point"), self._recording(denoising, group):
                 self._walk(group, torch.Generator().manual_seed(seed))
 
     def _read_text(self, group: PromptGroup, moment: Moment) -> None:

@@ -13,6 +13,7 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import IDENTITY, Strength, check_members, outline, stack, strengths_of
 from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
+from esd_lora.progress import stage
 from esd_lora.wording import frames_of
 
 
@@ -63,7 +64,8 @@ def gather_members(
         EsdLoraError: If the base is quantized, the erasers do not fit each other or the base, every weight is 0, or no prompt
             to keep is left.
     """
-    return arrange_members(hashed_members(erasers, weights), base, base.keep if keep is None else keep)
+    with stage("finding the members' prompts"):
+        return arrange_members(hashed_members(erasers, weights), base, base.keep if keep is None else keep)
 
 
 def hashed_members(erasers: Sequence[Eraser], weights: Sequence[float | Strength] | None) -> list[tuple[str, Eraser]]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from esd_lora.bars import Bar
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack_layer
@@ -84,7 +84,8 @@ def read_problems(
     kept = {TEXT: len(members.kept)}
     walked = sum(group.trajectories for group in after if group.member is None)
     batches = list(batches_of_moments(widths, base.family))
-    with tqdm(total=len(batches) * len({*after, *before}), desc="fusing", unit="group", disable=not progress) as bar:
+    total = len(batches) * len({*after, *before}) + len(widths)
+    with Bar(total=total, desc="fusing: prompts read, layers solved", unit="part", disable=not progress) as bar:
         for batch in batches:
             moments = _read_batch(batch, base, collector, after, before, known, bar)
             for name in batch:
@@ -101,6 +102,7 @@ def read_problems(
                         len(named),
                         kept.get(name, walked),
                     )
+                    bar.update()
 
 
 def _read_batch(

@@ -98,10 +98,11 @@ def presets_for(base: str) -> list[str]:
     Raises:
         EsdLoraError: If the base is of no known family, or its index cannot be read or fetched.
     """
-    from esd_lora.bases.presets import DEFAULT, preset_for
+    from esd_lora.bases.presets import preset_for
+    from esd_lora.recipe_files import DEFAULT_PRESET
 
     usual = preset_for(base)
-    return [usual, EVERYWHERE, *([SMALL_ALONE] if usual == DEFAULT else [])]
+    return [usual, EVERYWHERE, *([SMALL_ALONE] if usual == DEFAULT_PRESET else [])]
 
 
 def free_name(workplace: Workplace, concepts: tuple[str, ...]) -> str:

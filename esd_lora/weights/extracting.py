@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from esd_lora.bars import Bar
 from esd_lora.bases.stored import EMA, StoredFile, bare_names, find_layers, only_layers, open_stored
 from esd_lora.erasers.eraser import Eraser, LoraPair, hash_weight
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Origin
@@ -76,7 +76,7 @@ def extract(
     kept: dict[str, tuple[float, float]] = {}
     layers = {module for file in stored.files for members in file.layers.values() for module, _ in members}
     compared: set[str] = set()
-    for module, old in tqdm(stored.weights(), total=len(layers), desc="extracting", unit="layer", disable=not progress):
+    for module, old in Bar(stored.weights(), total=len(layers), desc="extracting", unit="layer", disable=not progress):
         if module not in result.layers:
             continue
         new = result.layers[module]()

@@ -9,8 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from esd_lora.bars import Bar
 from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
@@ -21,6 +20,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families import read_components
 from esd_lora.files import replaced_file, reporting_write_errors, reserve_directory, reserve_file, staged_directory
 from esd_lora.formats.opening import open_eraser
+from esd_lora.progress import advance, stage
 from esd_lora.weights.streaming import write_merged
 
 _COMPARED = 64 * 2**20
@@ -71,7 +71,7 @@ def merge(
         if (free := shutil.disk_usage(out.parent).free) < size:
             raise EsdLoraError(f"output {out} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there. Make room.")
         total = sum(file.path.stat().st_size for file in stored.files)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+        with Bar(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
     return out
 
@@ -93,7 +93,12 @@ def prepare_merge(
     members = [open_eraser(eraser, stored.family.name) for eraser in erasers]
     stacked = stack(members, weights)
     _check_fit(stored, stacked, str(base))
-    compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))
+    compared, hashes = _compared(stacked), dict[str, str]()
+    with stage("comparing the base with what it was trained on", len(compared), "layer"):
+        for module, weight in stored.weights(compared):
+            hashes[module] = hash_weight(weight)
+            advance()
+    compare_weights(stacked, hashes, str(base))
     return stored, members, stacked
 
 
@@ -176,20 +181,21 @@ def _check_replaced(stored: Stored, out: Path) -> None:
         raise EsdLoraError(f"output {out} holds {strange[0]}, which is no part of a pipeline and would be lost. Move it first.")
 
 
-def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: Bar) -> None:
     with replaced_file(out) as partial:
         write_merged(stored.files[0], stacked, partial, entry, bar)
 
 
-def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: tqdm) -> None:
+def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: Bar) -> None:
     assert stored.denoiser
 
     def left_out(folder: str, names: list[str]) -> list[str]:
         # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
         return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
 
-    with staged_directory(out, None) as stage:
-        shutil.copytree(stored.path, stage, dirs_exist_ok=True, ignore=left_out)
-        stage.chmod(0o755)
+    with staged_directory(out, None) as folder:
+        with stage("copying what is not merged"):
+            shutil.copytree(stored.path, folder, dirs_exist_ok=True, ignore=left_out)
+        folder.chmod(0o755)
         for file in stored.files:
-            write_merged(file, stacked, stage / stored.denoiser.name / file.path.name, entry, bar)
+            write_merged(file, stacked, folder / stored.denoiser.name / file.path.name, entry, bar)

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
+from esd_lora.bases.stored import WEIGHTS, Stored, StoredFile, open_stored
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.erasers.tensor_files import DTYPES, Header, all_finite, read_rows
@@ -17,6 +17,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import hash_folder
 from esd_lora.formats.opening import open_eraser
+from esd_lora.progress import advance, stage
 
 _VALUES = 2**20  # compared at once
 
@@ -56,25 +57,43 @@ def verify(
     before, after = open_stored(base), open_stored(merged)
     stacked = stack([open_eraser(eraser, before.family.name) for eraser in erasers], weights)
     _check_files(before, after)
-    touched = untouched = 0
-    worst = 0.0
-    for old, new in zip(before.files, after.files, strict=True):
-        if _shapes(old.header) != _shapes(new.header):
-            raise EsdLoraError(f"{new.path} has other tensors than {old.path}. Merge again.")
-        with old.path.open("rb") as source, new.path.open("rb") as result:
-            for name in old.header.tensors:
-                members = [(stacked.pairs[m], place) for m, place in old.layers.get(name, ()) if m in stacked.pairs]
-                if members:
-                    touched += 1
-                    off = _distance(source, old.header, result, new.header, name, members)
-                    worst = max(worst, off)
-                    if off > 0.5 + 1e-6:
-                        raise EsdLoraError(f"{new.path}: {name} is not {old.path} plus the erasers' update there. Merge again.")
-                    continue
-                untouched += 1
-                if not _same_bytes(source, old.header, result, new.header, name):
-                    raise EsdLoraError(f"{new.path}: {name} differs from {old.path}, and no eraser touches it. Merge again.")
-    return Verified(touched, untouched, worst)
+    worst: list[float] = []
+    untouched = 0
+    with stage("verifying", sum(map(_size, before.files)), "B"):
+        for old, new in zip(before.files, after.files, strict=True):
+            if _shapes(old.header) != _shapes(new.header):
+                raise EsdLoraError(f"{new.path} has other tensors than {old.path}. Merge again.")
+            compared = _compare(old, new, stacked)
+            worst += compared
+            untouched += len(old.header.tensors) - len(compared)
+    return Verified(len(worst), untouched, max(worst, default=0.0))
+
+
+def _compare(old: StoredFile, new: StoredFile, stacked: Eraser) -> list[float]:
+    """Return how far every touched tensor of a file is from what it has to be, as `_distance` measures it."""
+    worst: list[float] = []
+    with old.path.open("rb") as source, new.path.open("rb") as result:
+        for name in old.header.tensors:
+            members = [(stacked.pairs[m], place) for m, place in old.layers.get(name, ()) if m in stacked.pairs]
+            if members:
+                worst.append(_distance(source, old.header, result, new.header, name, members))
+                if worst[-1] > 0.5 + 1e-6:
+                    raise EsdLoraError(f"{new.path}: {name} is not {old.path} plus the erasers' update there. Merge again.")
+            elif not _same_bytes(source, old.header, result, new.header, name):
+                raise EsdLoraError(f"{new.path}: {name} differs from {old.path}, and no eraser touches it. Merge again.")
+            advance(_span(old.header, name))
+    return worst
+
+
+def _span(header: Header, name: str) -> int:
+    """Return the bytes of a tensor."""
+    begin, end = header.tensors[name]["data_offsets"]
+    return end - begin
+
+
+def _size(file: StoredFile) -> int:
+    """Return the bytes of all tensors of a file."""
+    return sum(_span(file.header, name) for name in file.header.tensors)
 
 
 def _check_files(before: Stored, after: Stored) -> None:

@@ -15,15 +15,18 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageChops
 
+from esd_lora import training
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import LOG_NAME, RUN_FILES, WEIGHTS_NAME, Eraser, hash_weight
 from esd_lora.errors import EsdLoraError
+from esd_lora.interrupting import Interruption
 from esd_lora.pictures import read_samples
 from esd_lora.recipe import SCOPES, Recipe
-from esd_lora.recipe_files import load_recipe
+from esd_lora.recipe_files import dump_recipe, load_recipe
 from esd_lora.sampling import generate
-from esd_lora.train_state import CHECKPOINT_NAME
+from esd_lora.teacher import Teacher
+from esd_lora.train_state import CHECKPOINT_NAME, Checkpoint, how_to_go_on
 from esd_lora.training import learning_rate, train
 from esd_lora.watching import Previews, StepReport
 from tiny import tiny_recipe
@@ -173,6 +176,75 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(tiny_dir: Path, tmp_
         [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / n)] for n in ("run", "unbroken")
     ]
     assert without_time[0] == without_time[1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_interrupted_in_a_walk(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """It stops at once, within the walk, and goes on from the last step: nothing of the walk counts or is kept."""
+    recipe = tiny_recipe(tiny_dir, preset, steps=5, **({"refresh_every": 2} if preset == "fast" else {}))
+    unbroken = train(recipe, out=tmp_path / "unbroken", progress=False)
+    predictions: list[int] = []
+    as_usual = Teacher.predict
+
+    def predict(teacher: Teacher, *args: Any, **options: Any) -> torch.Tensor:
+        predictions.append(len(predictions))
+        if len(predictions) == interrupted_at:
+            signal.raise_signal(signal.SIGINT)
+        return as_usual(teacher, *args, **options)
+
+    monkeypatch.setattr(Teacher, "predict", predict)
+    interrupted_at = -1
+    train(recipe, progress=False)
+    interrupted_at = len(predictions) - 1  # in the last walk: steps make none
+    predictions.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", progress=False)
+    assert len(predictions) == interrupted_at, "not one more"
+    step = Checkpoint.read(tmp_path / "run", dump_recipe(recipe)).content["step"]
+    assert step == 4, "the last walk is that of the fifth step"
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [*range(1, step + 1)], "what was not written yet is"
+    resumed = train(recipe, out=tmp_path / "run", resume=True, progress=False)
+    assert_same_eraser(resumed, unbroken)
+    assert resumed.header.cost["sample_evaluations"] == unbroken.header.cost["sample_evaluations"]
+
+
+def test_interrupted_before_the_first_step_and_after_the_last(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tiny_recipe(tiny_dir, preview_every=50), tmp_path / "run"
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare_prompts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out=out, progress=False)
+    assert how_to_go_on(out, dump_recipe(recipe)).startswith("interrupted before its first step; nothing is lost")
+    assert not out.exists() or not list(out.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "paint_samples", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out=out, progress=False)
+    assert how_to_go_on(out, dump_recipe(recipe)) == (
+        f"interrupted; go on with the same command and --resume (checkpoint in {out})."
+    )
+    predictions: list[int] = []
+    monkeypatch.setattr(Teacher, "fill", lambda *_, **__: predictions.append(1))
+    resumed = train(recipe, out=out, resume=True, progress=False)
+    assert predictions == [], "all steps were done"
+    assert resumed.header.cost["steps"] == recipe.train.steps
+
+
+def test_step_in_hand_is_finished_and_a_second_interruption_stops_at_once() -> None:
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt), interruption.at_once():
+        signal.raise_signal(signal.SIGINT)
+    assert not interruption.requested
 
 
 def test_resume_from_a_checkpoint_made_on_the_way(tiny_dir: Path, tmp_path: Path) -> None:

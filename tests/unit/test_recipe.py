@@ -144,7 +144,8 @@ def test_noxattn_on_sdxl_says_what_its_authors_say() -> None:
 @pytest.mark.parametrize("name", ["sd/none", "none/van-gogh", "concepts/fast", "sd"])
 def test_what_does_not_compose(name: str) -> None:
     (line,) = faults(name)
-    assert "flux, sd, sdxl with any concept, such as sd/van-gogh" in line
+    assert len(re.findall(r"'[^']+'", line)) == 1 + 5, "the name, and five near ones"
+    assert "recipes list" in line
 
 
 def test_how_stacks_are_made_stands_in_recipes(tmp_path: Path) -> None:
@@ -385,7 +386,7 @@ def test_fault_of_an_override_blames_no_line_of_the_file(override: dict[str, obj
 
 
 def test_a_field_that_takes_one_word_alone_names_its_fault() -> None:
-    with pytest.raises(EsdLoraError, match=r"faults:\n  --set: anchor: Input should be 'auto', found 'a dog'$"):
+    with pytest.raises(EsdLoraError, match=r"faults:\n  --set: anchor: expected 'auto', found 'a dog'$"):
         load_recipe("fast", {"anchor": "a dog"}, concepts=["a cat"])
 
 
@@ -437,7 +438,8 @@ def test_missing_file_suggests_a_name() -> None:
     (line,) = faults("fsat")
     assert "did you mean 'fast'?" in line
     assert "?." not in line
-    assert all(name in line for names in recipes_by_kind().values() for name in names)
+    assert line.endswith("All stand in esd-lora recipes list.")
+    assert len(line) < 300
 
 
 def test_recipe_is_frozen() -> None:

@@ -97,8 +97,7 @@ def test_every_fault_at_once(tmp_path: Path) -> None:
     assert faults(file) == [
         "r.csv:1: synonym: unknown column (did you mean 'synonyms'?)",
         "r.csv:1: train.step: unknown column (did you mean 'train.steps'?)",
-        "r.csv:2: kind: Input should be 'person', 'style', 'character', 'object' or 'unsafe', found 'objekt' (did you mean"
-        " 'object'?)",
+        "r.csv:2: kind: expected 'person', 'style', 'character', 'object' or 'unsafe', found 'objekt' (did you mean 'object'?)",
         "r.csv:3: id: expected a name for a folder: up to 64 of a-z, A-Z, 0-9, '.', '_' and '-', the first a letter or digit,"
         " found 'x/y'",
         "r.csv:3: concept: missing",
@@ -138,21 +137,21 @@ def test_faults_of_recipe_overrides(tmp_path: Path) -> None:
         ("[1]", "holds list, expected an object"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON: it is nested too deep"),
-        ('{"id": "a", "concept": 3, "kind": "object"}', "concept: Input should be a valid string, found 3"),
+        ('{"id": "a", "concept": 3, "kind": "object"}', "concept: expected text, found 3"),
         ('{"id": "a", "concept": "\\ud800", "kind": "object"}', "concept: expected text without characters that are not seen"),
         (
             '{"id": "a", "concept": "x\\u202ey", "kind": "object"}',
             "concept: expected text without characters that are not seen",
         ),
-        ('{"id": "a", "concept": " ", "kind": "object"}', "concept: String should have at least 1 character, found ''"),
+        ('{"id": "a", "concept": " ", "kind": "object"}', "concept: expected text, found ''"),
         ('{"id": "a", "concept": "c", "kind": "object", "synonyms": ["a;b"]}', "synonyms.0: expected a name without ';'"),
         ('{"id": "a", "concept": "c", "kind": "object", "settings": {}}', "settings: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "line": 3}', "line: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "base": "x"}', "base: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "concepts.name": "x"}', "concepts.name: unknown column"),
         ('{"id": "a", "concept": "c", "kind": "object", "due": 0}', "due: expected a day such as 2026-11-30, found 0"),
-        ('{"id": "a", "concept": "c", "kind": "object", "private": "perhaps"}', "private: Input should be a valid boolean"),
-        ('{"id": "a", "concept": "c", "kind": "object", "eta": 1e999}', "eta: Input should be a finite number, or 'auto'"),
+        ('{"id": "a", "concept": "c", "kind": "object", "private": "perhaps"}', "private: expected true or false"),
+        ('{"id": "a", "concept": "c", "kind": "object", "eta": 1e999}', "eta: expected a finite number, or 'auto'"),
         ('{"id": "a", "concept": "c", "kind": "object", "preserve": ["\\ud800"]}', "preserve: "),
         (
             '{"id": "a", "concept": "c", "kind": "object", "train.optimizer_args": {"a": 1e999}}',

@@ -253,7 +253,7 @@ HOSTILE = {
     "number": ('{role: general, templates: ["{0}"]}', r"nothing fills \{0\}"),
     "label": ('{role: general, file: p.csv, label: "{x.y}"}', "more than a plain name in braces"),
     "open brace": ('{role: general, templates: ["{concept"]}', "expected '}'"),
-    "count": ("{role: general, templates: [a], count: 2000000000}", "less than or equal to 100000"),
+    "count": ("{role: general, templates: [a], count: 2000000000}", "expected 100000 or less"),
 }
 
 

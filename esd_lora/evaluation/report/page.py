@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from esd_lora.erasers.measured import NOTHING, TITLES, Numbers, role_rows, worst_line
+from esd_lora.erasers.measured import NOTHING, REST, TITLES, Numbers, role_rows, worst_line
 from esd_lora.evaluation.cases import ROLES, Case
 from esd_lora.evaluation.picture_files import open_painted
 from esd_lora.evaluation.report.report import Report, StackNumbers, label_rows, member_rows
@@ -50,6 +50,7 @@ def render_page(report: Report, suite: Suite, cases: Sequence[Case], scores: Sco
                 "title": TITLES[role],
                 "bars": [(f"{metric}, {name}", colours[name], n) for name, metric, n in rows if n.hits is not None],
                 "rows": [[name, metric, n.text(), n.difference_text(), n.of] for name, metric, n in rows],
+                "note": REST if any(metric == "rest" for _, metric, _ in rows) else "",
                 "samples": [
                     (case, [_show(files[case.id], case, name, scores) for name, files in pictures.items() if case.id in files])
                     for case in chosen

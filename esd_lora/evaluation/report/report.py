@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from esd_lora.erasers.measured import (
     HEAD,
     INTERVALS,
     NOTHING,
+    REST,
     TITLES,
     Number,
     Numbers,
@@ -23,6 +24,7 @@ from esd_lora.erasers.measured import (
     worst_line,
 )
 from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.faults import first_fault
 from esd_lora.files import read_bounded
 from esd_lora.wording import in_one_line, printable_lines
 
@@ -139,6 +141,7 @@ class Report(_Frozen):
         for role, title in TITLES.items():
             if rows := role_rows(self.variants, role):
                 parts += [f"## {title}", markdown_table(HEAD, [cells(*row) for row in rows])]
+                parts += [REST] * any(metric == "rest" for _, metric, _ in rows)
         if self.worst:
             parts.append(markdown_cell(worst_line(self.worst)))
         if self.layout:
@@ -184,7 +187,7 @@ class Report(_Frozen):
         try:
             return cls.model_validate(json.loads(read_bounded(file, _LARGEST).decode("utf-8")))
         except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON, or not of this shape
-            reason = " ".join(str(error).split())
+            reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(str(error))
             raise EsdLoraError(f"no report can be read from {file} ({reason}). Expected an evaluation's directory.") from error
 
 
