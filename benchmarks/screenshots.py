@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from esd_lora.ui.app import serving
+from esd_lora.ui.jobs import Jobs
 from esd_lora.ui.workplace import Workplace
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -83,12 +85,24 @@ def take(browser: Browser, address: str, file: Path, width: int, height: int, ac
 
 def main() -> None:
     program = next(path for name in ("chromium-headless-shell", "chromium") if (path := shutil.which(name)))
-    with tempfile.TemporaryDirectory() as folder, serving(Workplace(folder)) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for name, width, height, act in SHOTS:
-            take(browser, address, DOCS / name, width, height, act)
-            print(DOCS / name)
-        browser.close()
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        workplace = Workplace(folder)
+        with serving(workplace) as address:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            for name, width, height, act in SHOTS:
+                take(browser, address, DOCS / name, width, height, act)
+                print(DOCS / name)
+            browser.close()
+        end_jobs(workplace.jobs)
+
+
+def end_jobs(jobs: Jobs) -> None:
+    """Stop what still runs, and wait until it has ended: its folder is removed."""
+    for job in jobs.all():
+        if not job.over:
+            jobs.stop(job.id)
+    while not all(job.over for job in jobs.all()):
+        time.sleep(0.2)
 
 
 if __name__ == "__main__":

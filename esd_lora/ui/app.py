@@ -44,6 +44,7 @@ _CSS = """
 .terminal { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; margin: 0.2rem 0; }
 .terminal-label { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .gradio-container .prose pre, .gradio-container .prose code { white-space: pre-wrap; overflow-wrap: anywhere; }
+.gradio-container .prose pre { margin-bottom: 0.8rem; }
 .gradio-container .prose table { display: block; overflow-x: auto; }
 .figure { margin: 0; }
 .figure img { max-width: 100%; height: auto; }
