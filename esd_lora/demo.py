@@ -20,6 +20,8 @@ from esd_lora.training import train
 from esd_lora.weights.merging import merge
 
 OBJECT, STYLE = "cat", "twemoji"
+MEASURED = "measured"
+"""Folder of the evaluation below the demo's."""
 _COLUMNS = (
     f"a {OBJECT} in ink style",
     f"a picture of a {OBJECT} in blob style",
@@ -57,7 +59,7 @@ def demo(out: str | Path, *, force: bool = False) -> str:
     # The merged pipeline is a directory like any other and has no defaults of its own.
     rows["merged"] = paint(merged, _COLUMNS, range(len(_COLUMNS)), steps=base.steps, guidance=base.guidance)
     write_atomically(out / "grid.png", png(grid(rows, _COLUMNS)))
-    measured = out / "measured"
+    measured = out / MEASURED
     evaluate(base, "emoji-demo", measured, erasers=erasers, stack=True, against=[str(out / "merged")], force=force)
     text = (measured / "table.md").read_text("utf-8")
     return f"{text}\n{time.monotonic() - started:.0f} s. Look at {measured / 'report.html'} and {out / 'grid.png'}."

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 
 from esd_lora.errors import EsdLoraError, how_to_install
+from esd_lora.settings import FILE_VARIABLE, SETTINGS, config_file, read_config, variable
 
 _GIB = 2**30
 _BASE = 8 * _GIB
@@ -52,10 +53,6 @@ class Finding(NamedTuple):
         """Return the finding as a line of text."""
         return f"{'ok' if self.ok else 'PROBLEM':<9}{self.name}: {self.state}{f'. {self.remedy}' if self.remedy else ''}"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the finding as plain data."""
-        return {"name": self.name, "ok": self.ok, "state": self.state, "remedy": self.remedy or None}
-
 
 def examine(card: int | None = None) -> Iterator[Finding]:
     """Yield one finding after the other, quick ones first.
@@ -69,6 +66,7 @@ def examine(card: int | None = None) -> Iterator[Finding]:
     yield Finding("python", f"{sys.version.split()[0]} on {sys.platform}")
     yield from _packages()
     yield _torchvision()
+    yield _configuration()
     yield from _disk()
     yield _memory()
     yield from _hub()
@@ -120,6 +118,19 @@ def _torchvision() -> Finding:
     reason = (tried.stderr.strip().splitlines() or ["it cannot be imported"])[-1]
     remedy = "Run: pip uninstall torchvision; nothing here needs it, and diffusers fails beside one that does not fit."
     return Finding("torchvision", f"{version('torchvision')} does not fit torch {version('torch')} ({reason})", remedy)
+
+
+def _configuration() -> Finding:
+    """Say which configuration file is read, and which settings there are."""
+    file = config_file()
+    try:
+        settings = {name: f"{value} ({file})" for name, value in read_config().items()}
+    except EsdLoraError as error:
+        return Finding("configuration", str(error).rstrip("."), "Until then every command that reads it ends so.")
+    settings |= {name: f"{value} ({variable(name)})" for name in SETTINGS if (value := os.environ.get(variable(name)))}
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    where = f"{file}{'' if file.exists() else ' (not there)'}" if file else f"no file, by {FILE_VARIABLE}"
+    return Finding("configuration", f"{where}; {shown or 'nothing is set'}")
 
 
 def _disk() -> Iterator[Finding]:

@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,22 @@ def _check_file(output: Path, force: bool) -> None:
             raise EsdLoraError(f"output {output} is a directory, expected a file. Choose another.")
         if output.exists() and not force:
             raise EsdLoraError(f"output {output} already exists. Choose another, or add --force.")
+
+
+def fresh_output(place: Path) -> Path:
+    """Return a place, or the first with -2, -3 and so on behind its name, where nothing is and no other run writes."""
+    return next(path for path in _numbered(place) if not os.path.lexists(path) and not _beside(_real(path), "lock").exists())
+
+
+def last_output(place: Path) -> Path:
+    """Return the last of the places that `fresh_output` has given where something is; the first where nothing is anywhere."""
+    there = list(takewhile(os.path.lexists, _numbered(place)))
+    return there[-1] if there else place
+
+
+def _numbered(place: Path) -> Iterator[Path]:
+    yield place
+    yield from (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in count(2))
 
 
 def refuse_inputs(output: Path, inputs: Iterable[str | Path]) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import family_of
+from esd_lora.formats.opening import open_eraser
 from esd_lora.wording import without_article
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESH
         erasers: Paths of erasers.
         threshold: As in `Gate`.
     """
-    loaded = [load_eraser(path) for path in erasers]
     base = Base(pipe, family_of(type(pipe).__name__), getattr(pipe.config, "_name_or_path", "") or "the pipeline")
+    loaded = [open_eraser(path, base.family.name) for path in erasers]
     gate = Gate(base, loaded, threshold=threshold)
     for number, eraser in enumerate(loaded):
         pipe.load_lora_weights(eraser.state_dict(), adapter_name=f"esd_{number}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -30,6 +30,23 @@ MOST_PIXELS = 2**26
 _BATCH = 32
 _DECODED = 2**20
 """Most pixels that the VAE decodes at once, 4 pictures of 512 x 512. Stable Diffusion's takes 3.1 kB a pixel in float32."""
+
+
+class Sampling(TypedDict, total=False):
+    """How a picture is painted, where it is not as the base does by default."""
+
+    steps: int | None
+    """Denoising steps; the base's default unless given."""
+    guidance: float | None
+    """Classifier-free guidance scale; the base's default unless given."""
+    negative_prompt: str | None
+    """Takes the place of the empty prompt in guidance; a model without guidance against a prompt refuses it."""
+    width: int | None
+    """Pixels, a multiple of what the model takes; the base's native side unless given."""
+    height: int | None
+    """The same of the other side."""
+    scheduler: str | None
+    """One of `schedulers.SCHEDULERS`; the base's own unless given."""
 
 
 def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -80,7 +97,11 @@ def paint(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    scheduler: str | None = None,
     encode: Encode | None = None,
+    opposite: Condition | None = None,
     batch: int = _BATCH,
     desc: str | None = None,
 ) -> list[Image.Image]:
@@ -93,33 +114,44 @@ def paint(
         base: From `load_base`.
         prompts: N prompts.
         seeds: N seeds.
-        steps: Denoising steps; the base's default unless given.
-        guidance: Classifier-free guidance scale; the base's default unless given.
-        negative_prompt: Takes the place of the empty prompt in guidance.
+        steps: As in `Sampling`, and so is what follows up to `scheduler`.
+        guidance: See `Sampling`.
+        negative_prompt: See `Sampling`.
+        width: See `Sampling`.
+        height: See `Sampling`.
+        scheduler: See `Sampling`.
         encode: Returns the condition of prompts where the base's text encoders are gone.
+        opposite: Condition [1, ...] of the negative prompt, where they are; that of the empty prompt unless given.
         batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have
             more than `_DECODED` pixels together, they are denoised together and decoded one by one.
         desc: Label of a progress bar; without one there is none.
+
+    Raises:
+        EsdLoraError: If the base takes no negative prompt, or no picture of such a size, or not by such a scheduler.
     """
     pictures: list[Image.Image] = []
-    _, height, width = base.latent_shape()
-    size = pictures_at_once(base, batch)
-    native = {"height": height * base.pipe.vae_scale_factor, "width": width * base.pipe.vae_scale_factor}
-    for first in trange(0, len(prompts), size, desc=desc, unit="batch", disable=desc is None):
-        part = list(prompts[first : first + size])
+    width, height = size = base.picture_size(width, height)
+    guidance = base.guidance if guidance is None else guidance
+    if negative_prompt:
+        base.require_negative_prompts(guidance)
+    at_once = pictures_at_once(base, batch, size)
+    for first in trange(0, len(prompts), at_once, desc=desc, unit="batch", disable=desc is None):
+        part = list(prompts[first : first + at_once])
         text: dict[str, Any] = {"prompt": part}
         if negative_prompt:
             text["negative_prompt"] = [negative_prompt] * len(part)
         if encode:
-            text = _embeds_kwargs(base, encode([*part, *[""] * len(part)]))
-        with base.vae_in_place(), _bounded_decoding(base.pipe.vae, len(part) * native["height"] * native["width"]):
+            text = _embeds_kwargs(base, encode([*part, ""]), opposite)
+        pixels = len(part) * width * height
+        with base.vae_in_place(), base.scheduled_by(scheduler), _bounded_decoding(base.pipe.vae, pixels):
             pictures += base.pipe(
                 **text,
-                **native,
+                height=height,
+                width=width,
                 **base.family.call_kwargs(base.pipe),
                 num_inference_steps=steps or base.steps,
-                guidance_scale=base.guidance if guidance is None else guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + size]],
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + at_once]],
             ).images
     return pictures
 
@@ -137,9 +169,15 @@ def _bounded_decoding(vae: Any, pixels: int) -> Generator[None]:
         vae.disable_slicing()
 
 
-def pictures_at_once(base: Base, batch: int = _BATCH) -> int:
-    """Return how many pictures `paint` paints side by side."""
-    _, height, width = base.latent_shape()
+def pictures_at_once(base: Base, batch: int = _BATCH, size: tuple[int, int] | None = None) -> int:
+    """Return how many pictures `paint` paints side by side.
+
+    Args:
+        base: From `load_base`.
+        batch: Most of them.
+        size: Width and height in pixels, as `Base.picture_size` returns them; the native ones unless given.
+    """
+    _, height, width = base.latent_shape((size[1], size[0]) if size else None)
     return max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
 
 
@@ -156,12 +194,18 @@ def even_batches(count: int, most: int) -> list[range]:
     return [range(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
 
 
-def _embeds_kwargs(base: Base, condition: Condition) -> dict[str, Tensor | None]:
-    """Return what the pipeline's call takes instead of N prompts and N negative ones, the halves of `condition`."""
+def _embeds_kwargs(base: Base, condition: Condition, opposite: Condition | None) -> dict[str, Tensor | None]:
+    """Return what the pipeline's call takes instead of N prompts and N negative ones.
+
+    Args:
+        base: From `load_base`.
+        condition: Of the prompts, and of the empty one behind them.
+        opposite: Of the negative prompt, if it is not the empty one.
+    """
     kwargs: dict[str, Tensor | None] = {"negative_prompt": None}
     for name, value in condition.items():
-        prompted, null = value.chunk(2)
-        kwargs |= {name: prompted, f"negative_{name}": null}
+        null = value[-1:] if opposite is None else opposite[name].to(value.device)
+        kwargs |= {name: value[:-1], f"negative_{name}": null.expand(len(value) - 1, *null.shape[1:])}
     known = signature(base.pipe.__call__).parameters
     return {name: value for name, value in kwargs.items() if name in known}
 
@@ -186,7 +230,9 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], *, t
         draw.text((6, top + y * (tile + 4) + tile // 2 - 8), label, fill="black", font=font)
         for x, picture in enumerate(pictures):
             resample = Image.Resampling.NEAREST if picture.width <= tile else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize((tile, tile), resample), (left + x * (tile + 4), top + y * (tile + 4)))
+            fitted = ImageOps.contain(picture, (tile, tile), resample)
+            middle = (tile - fitted.width) // 2, (tile - fitted.height) // 2
+            sheet.paste(fitted, (left + x * (tile + 4) + middle[0], top + y * (tile + 4) + middle[1]))
     return sheet
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from esd_lora.fuse_specs import FuseSpec, HarmoniseSpec
 from esd_lora.recipe import Recipe
 from esd_lora.yaml_files import Document, Model, Place, checked, dump_yaml, laid_over, model_in, read_yaml
 
+_LOG = logging.getLogger(__name__)
 RecipeKind: TypeAlias = Literal["preset", "concept", "recipe", "fuse", "harmonise"]
 """A preset names no concept, a concept has no hyper-parameters, a recipe has both; the others are for stacks (`method`)."""
 _MAX_FILES = 100  # that a recipe and those it extends come to
@@ -237,6 +239,7 @@ def _checked(
         return checked(model, Document(source.model_dump(), {}), overrides, fields, kind="recipe", source="given", hint=hint)
     paths = [path for name in ([source] if isinstance(source, str | Path) else source) for path in recipe_paths(str(name))]
     document, where = _read(paths), " ".join(map(str, paths))
+    _LOG.debug("recipe %s", where)
     method = document.values.get("method")
     if model is Recipe and method in ("fuse", "harmonise"):
         raise EsdLoraError(f"{where} says how to {method} a stack, and nothing to train. Give another recipe.")

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Unpack
 
 from PIL.Image import Image
 
@@ -15,11 +16,11 @@ from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.files import reserve_directory, write_files
+from esd_lora.formats.opening import open_eraser
 from esd_lora.gating import Gate
-from esd_lora.pictures import even_batches, grid, paint, pictures_at_once, png
+from esd_lora.pictures import Sampling, even_batches, grid, paint, pictures_at_once, png
 from esd_lora.ranks import is_main, merge, share
 
 COMPARISON, STRENGTHS, GATES = "comparison.png", "strengths.png", "gates.json"
@@ -34,8 +35,7 @@ def generate(
     weights: Sequence[float | Strength] | None = None,
     gate: Gate | None = None,
     seeds: Sequence[int] = (0,),
-    steps: int | None = None,
-    guidance: float | None = None,
+    **sampling: Unpack[Sampling],
 ) -> list[Image]:
     """Generate one picture for each prompt and seed, prompts first: `[p0 s0, p0 s1, ..., p1 s0, ...]`.
 
@@ -47,15 +47,12 @@ def generate(
         weights: Strength of each eraser, 1 by default.
         gate: Says for every prompt how far each eraser is on, on top of `weights`; without one all are on for all.
         seeds: Seeds of the noise; the same seed with and without erasers starts from the same noise.
-        steps: Denoising steps; the base's default unless given.
-        guidance: Classifier-free guidance scale; the base's default unless given.
+        sampling: Steps, guidance, negative prompt, size and scheduler: see `pictures.Sampling`.
 
     Raises:
-        EsdLoraError: If the base or an eraser cannot be loaded, or they do not fit each other.
+        EsdLoraError: If the base or an eraser cannot be loaded, they do not fit each other, or the base cannot paint so.
     """
-    return sweep(
-        base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
-    )[1.0]
+    return sweep(base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, seeds=seeds, **sampling)[1.0]
 
 
 def sweep(
@@ -67,8 +64,7 @@ def sweep(
     weights: Sequence[float | Strength] | None = None,
     gate: Gate | None = None,
     seeds: Sequence[int] = (0,),
-    steps: int | None = None,
-    guidance: float | None = None,
+    **sampling: Unpack[Sampling],
 ) -> dict[float, list[Image]]:
     """Generate the same pictures at several strengths of the whole stack; ranks, if there are several, share the batches.
 
@@ -81,8 +77,7 @@ def sweep(
         weights: As in `generate`.
         gate: As in `generate`.
         seeds: As in `generate`.
-        steps: As in `generate`.
-        guidance: As in `generate`.
+        sampling: As in `generate`.
 
     Returns:
         Strength to pictures, in `generate`'s order.
@@ -91,15 +86,18 @@ def sweep(
         EsdLoraError: As `generate` does.
     """
     base = base if isinstance(base, Base) else load_base(base, text_first=True)
-    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    members = [open_eraser(eraser, base.family.name) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
+    size = base.picture_size(sampling.get("width"), sampling.get("height"))
+    negative = sampling.get("negative_prompt")
+    opposite = base.encode_opposite(negative) if negative and base.destination is not None else None
     encode = base.encode_last(prompts)
     batches: list[tuple[tuple[float, ...], float, list[int]]] = []
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
-        parts = [[places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base))]
+        parts = [[places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base, size=size))]
         batches += [(opening, strength, part) for strength in dict.fromkeys(strengths) for part in parts]
     painted: dict[tuple[float, int], Image] = {}
     for opening, turns in groupby(share(batches), itemgetter(0)):
@@ -109,7 +107,7 @@ def sweep(
                 fused.set_strength(strength)
                 for _, _, part in parts:
                     texts, numbers = zip(*(cases[i] for i in part), strict=True)
-                    images = paint(base, texts, numbers, steps=steps, guidance=guidance, encode=encode)
+                    images = paint(base, texts, numbers, encode=encode, opposite=opposite, **sampling)
                     painted |= {(strength, place): image for place, image in zip(part, images, strict=True)}
     painted = merge(painted)
     return {strength: [painted[strength, place] for place in range(len(cases))] for strength in strengths}
@@ -126,9 +124,8 @@ def write_pictures(
     compare: bool = False,
     strengths: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
-    steps: int | None = None,
-    guidance: float | None = None,
     force: bool = False,
+    **sampling: Unpack[Sampling],
 ) -> list[Path]:
     """Generate pictures into a folder: `000_seed0.png` and so on, by prompt and seed.
 
@@ -142,9 +139,8 @@ def write_pictures(
         compare: Whether to write `comparison.png`, the base's pictures above and the erased ones below.
         strengths: As in `sweep`; `strengths.png` gets a row for each, if there are any.
         seeds: As in `generate`.
-        steps: As in `generate`.
-        guidance: As in `generate`.
         force: Write over an earlier run in the folder.
+        sampling: As in `generate`.
 
     Returns:
         The pictures, and after them the sheets.
@@ -157,9 +153,7 @@ def write_pictures(
     wanted = [1.0, *strengths, *([0.0] if compare else [])]
     read = [base.source or base.id if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
     with reserve_directory(out, force, read) if is_main() else nullcontext():
-        pictures = sweep(
-            base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, steps=steps, guidance=guidance
-        )
+        pictures = sweep(base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, **sampling)
         files = {name: png(picture) for name, picture in zip(names, pictures[1.0], strict=True)}
         columns = [prompt for prompt in prompts for _ in seeds]
         if compare:

@@ -33,6 +33,9 @@ NOT_OURS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name in [name for name in os.environ if name.startswith("ESD_LORA_")]:
+        del os.environ[name]  # what whoever runs the tests has set for work of their own
+    os.environ["ESD_LORA_CONFIG"] = ""  # and no file of theirs is read
     for warning in NOT_OURS:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")

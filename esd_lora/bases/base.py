@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esd_lora.bases.quantizing import dequantized
+from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
@@ -83,6 +84,64 @@ class Base:
         multiple = self.family.multiple
         height, width = (max(1, round(s / self.pipe.vae_scale_factor / multiple)) * multiple for s in size)
         return self.family.channels(self.pipe), height, width
+
+    def picture_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+        """Return width and height of a picture in pixels: the given ones, or the base's native side.
+
+        Raises:
+            EsdLoraError: If one is no multiple of what the model takes, or more than it can place.
+        """
+        scale, (_, *native) = self.pipe.vae_scale_factor, self.latent_shape()
+        most, multiple = self.family.largest_side(self.pipe), scale * self.family.multiple
+        for name, side in (("width", width), ("height", height)):
+            if side is not None and (side < multiple or side % multiple):
+                near = max(1, side // multiple) * multiple
+                raise EsdLoraError(
+                    f"{name} {side}: base {self.id!r} draws multiples of {multiple} pixels. Take {near} or {near + multiple}."
+                )
+            if side is not None and most is not None and side > most * scale:
+                raise EsdLoraError(f"{name} {side}: base {self.id!r} draws up to {most * scale} pixels. Take fewer.")
+        return width or native[1] * scale, height or native[0] * scale
+
+    def require_negative_prompts(self, guidance: float) -> None:
+        """Refuse a negative prompt where nothing would read it.
+
+        Args:
+            guidance: The scale of classifier-free guidance, against whose other side it would stand.
+
+        Raises:
+            EsdLoraError: If the base has no such side, or the scale takes none.
+        """
+        if not self.family.takes_negative_prompt(self.pipe):
+            raise EsdLoraError(
+                f"base {self.id!r} takes no negative prompt: its guidance is distilled into it, and is against no prompt."
+                " Leave it out."
+            )
+        if guidance <= 1:
+            raise EsdLoraError(
+                f"guidance {guidance:g} is against no prompt, so a negative one changes nothing. Leave it out, or guide by more"
+                " than 1."
+            )
+
+    @contextmanager
+    def scheduled_by(self, name: str | None) -> Generator[None]:
+        """Have pictures painted by another scheduler with the same noise schedule for the length of a `with` block.
+
+        Args:
+            name: As for `schedulers.scheduler_name`; `None` leaves the base's own.
+
+        Raises:
+            EsdLoraError: If it is unknown, or not one for such a model.
+        """
+        own = self.pipe.scheduler
+        if name is not None:
+            if self.family.needs_own_scheduler(self.pipe):
+                raise EsdLoraError(f"base {self.id!r} is painted by its own scheduler alone: leave {name} out.")
+            self.pipe.scheduler = make_scheduler(name, own, self.prediction_type)
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the denoiser's prediction, as a `trajectory.Denoiser`: made in the model's dtype, given in float32 or better.
@@ -185,6 +244,11 @@ class Base:
         if self.destination is not None:
             self.model.to(self.destination)
             self.destination = None
+
+    @torch.no_grad()
+    def encode_opposite(self, negative_prompt: str) -> Condition:
+        """Return the condition [1, ...] of a negative prompt, as the pipeline puts it on the other side of guidance."""
+        return self._encode_by(self.family.encode_opposite, [negative_prompt])
 
     def encode_last(self, prompts: Iterable[str]) -> Encode | None:
         """Encode the last prompts that a base is loaded for and drop its text encoders, if its denoiser waits for that.

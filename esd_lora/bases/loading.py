@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
 
+_LOG = logging.getLogger(__name__)
 _ENCODING = 1.2
 """Times the size of text encoders is taken while they encode."""
 
@@ -100,6 +102,7 @@ def load_base(
     steps, guidance = family.default_sampling(pipe)
     sampling = domain(name)["sampling"] if name in BUILT_IN else {"steps": steps, "guidance": guidance}
     waits = place if text_first else None
+    _LOG.debug("base %s: family %s from %s, %s, %s", name, family.name, source, quantized or dtype, place)
     return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=waits, quantized=quantized)
 
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import HeavyCommand, base_option, device_options, dry_run_option, overrides, say
+from esd_lora.cli.commands import HeavyCommand
+from esd_lora.cli.options import base_option, device_options, dry_run_option, overrides
+from esd_lora.cli.printing import say
+from esd_lora.cli.results import Estimated, FleetRun, Released
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import Registry
 from esd_lora.fleet.requests import read_requests
@@ -76,7 +79,9 @@ def _fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--retry-failed", is_flag=True, help="Try again what failed or was refused.")
 @click.option("--hourly", type=click.FloatRange(min=0), help="Price of an hour of a worker, for --dry-run.")
 @dry_run_option
-def fleet(requests: Path, out: Path, dry_run: bool, hourly: float | None, attempts: int, **options: Any) -> None:
+def fleet(
+    requests: Path, out: Path, dry_run: bool, hourly: float | None, attempts: int, **options: Any
+) -> FleetRun | Estimated:
     """Make and measure an eraser for every open request of REQUESTS: a CSV, JSON Lines, or the folder of a registry.
 
     \b
@@ -91,11 +96,12 @@ def fleet(requests: Path, out: Path, dry_run: bool, hourly: float | None, attemp
     if dry_run:
         from esd_lora.estimates.fleet import estimate_fleet
 
-        say(*estimate_fleet(listed, plan, out, choice, workers=options["workers"], hourly=hourly))
-        return
+        lines = estimate_fleet(listed, plan, out, choice, workers=options["workers"], hourly=hourly)
+        say(*lines)
+        return {"out": str(out), "seconds": None, "memory": None, "lines": lines}
     with _interruptible(out):
         statuses = run_fleet(listed, plan, out, _engine(options), choice=choice, attempts=attempts)
-    _show(statuses, out / f"{choice.shard}.html")
+    return _show(statuses, out / f"{choice.shard}.html")
 
 
 @click.command(cls=HeavyCommand)
@@ -114,7 +120,7 @@ def release(
     signed_by: str | None,
     attempts: int,
     **options: Any,
-) -> None:
+) -> Released:
     """Make a model without what REQUESTS name: erasers, stack, merge, measurement, card, manifest.
 
     \b
@@ -129,7 +135,14 @@ def release(
     how: dict[str, Any] = {"steps": steps, "gates": gates, "partial": partial, "signed_by": signed_by, "attempts": attempts}
     with _interruptible(out):
         record = run(listed, plan, out, _engine(options), registry=_registry(requests), **how)
-    say(f"release {record.number}, {len(record.requests)} requests erased: {out / PUBLISHED / CARD_NAME}")
+    card = out / PUBLISHED / CARD_NAME
+    say(f"release {record.number}, {len(record.requests)} requests erased: {card}")
+    return {
+        "number": record.number,
+        "requests": list(record.requests),
+        "card": str(card),
+        "published": str(out / PUBLISHED),
+    }
 
 
 @contextmanager
@@ -190,10 +203,15 @@ def _engine(options: dict[str, Any]) -> MakeEngine:
     return bound(LocalEngine, **shared)
 
 
-def _show(statuses: dict[str, Status], page: Path) -> None:
-    """Print how many requests stand how, and what a person has to look at."""
+def _show(statuses: dict[str, Status], page: Path) -> FleetRun:
+    """Print how many requests stand how, and what a person has to look at; return all of them."""
     states = Counter(status.state for status in statuses.values())
     for status in statuses.values():
         if status.state in ("failed", "refused"):
             say(f"{status.id} {status.state}: {status.reason}", err=True)
     say(f"{', '.join(f'{count} {state}' for state, count in states.items()) or 'nothing to do'}: look at {page}")
+    listed = statuses.values()
+    return {
+        "page": str(page),
+        "requests": [{"id": status.id, "state": status.state, "reason": status.reason} for status in listed],
+    }

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.options import (
     ERASER,
-    HeavyCommand,
     Weighted,
     allow_code_option,
     base_option,
+    choose_out,
+    concept_option,
     device_options,
     dry_run_option,
     force_option,
+    is_configured,
+    names_of,
+    out_option,
     overrides,
-    say,
     unweighted,
 )
+from esd_lora.cli.printing import estimated, say
+from esd_lora.cli.results import Estimated, Evaluated
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import refuse_inputs
 from esd_lora.ranks import is_main
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 @click.argument("erasers", nargs=-1, type=ERASER)
 @base_option()
 @click.option("--suite", required=True, metavar="SUITE", help="emoji-object, emoji-style, nudity, objects, ... or a YAML file.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory; the same command goes on in it.")
+@out_option("Directory; the same command goes on in it", "measured/ERASERS-SUITE-...")
 @click.option("--prompts", metavar="FILE", help="CSV or text file of the suite's first prompt set that takes one.")
 @click.option(
     "-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override the suite: detectors.clip.path=DIR."
@@ -44,7 +52,7 @@ if TYPE_CHECKING:
 @allow_code_option
 @click.option("--against", metavar="LIST", help="Compare with negative-prompt, sld, safety-checker, ... or another base.")
 @click.option("--stack", is_flag=True, help="Measure each eraser alone, too, and what is kept as their number grows.")
-@click.option("--concept", "concepts", multiple=True, metavar="TEXT", help="What counts as erased; default: the headers say.")
+@concept_option("What counts as erased; default: the headers say.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most pictures of each prompt set, evenly spaced among all.")
 @click.option("--score-only", "pictures", metavar="DIR", help="Measure pictures made elsewhere: DIR/MODEL/CASE.png.")
 @click.option("--fail-if", "gates", multiple=True, metavar="GATE", help="Exit with 1 if so: 'erased.accuracy>0.05'.")
@@ -57,7 +65,7 @@ def evaluate(
     base: str | None,
     base_config: str | None,
     suite: str,
-    out: Path,
+    out: Path | None,
     prompts: str | None,
     settings: tuple[str, ...],
     allow_code: tuple[str, ...],
@@ -72,7 +80,7 @@ def evaluate(
     dtype: str | None,
     dry_run: bool,
     force: bool,
-) -> None:
+) -> Evaluated | Estimated | None:
     """Measure ERASERS on a base: paint, score, count, and show it on a page.
 
     \b
@@ -86,6 +94,8 @@ def evaluate(
     from esd_lora.evaluation.suites.suite_files import load_suite
 
     paths, weights = unweighted(erasers)
+    base = None if pictures is not None and is_configured("base") else base
+    out = _choose(out, names_of(*paths, suite))
     _check_options(paths, weights, base, against, pictures, attach, dry_run)
     refuse_inputs(out, filter(None, (suite, prompts)))
     loaded = load_suite(suite, overrides(settings), prompts, allow_code=allow_code)
@@ -98,24 +108,35 @@ def evaluate(
         options |= {"erasers": paths, "weights": weights, "stack": stack}
         options["against"] = [kind.strip() for kind in against.split(",")] if against else []
         if dry_run:
-            _estimate(model, loaded, out, options)
-            return
+            return _estimate(model, loaded, out, options)
         report = evaluating.evaluate(model, loaded, out, **options)
-    if is_main():
-        if attach:
-            write_into(paths[0], report, None if loaded.sensitive else out)
-        _show(report, out)
+    if attach and is_main():
+        write_into(paths[0], report, None if loaded.sensitive else out)
+    return _show(report, out) if is_main() else None
 
 
-def _show(report: Report, out: Path) -> None:
-    """Print the table, what was not run, and where the page is."""
+def _choose(out: Path | None, name: str) -> Path:
+    """Return the directory: the given one, or one that is the same for the same command, and goes on there."""
+    named = {key: value for key, value in click.get_current_context().params.items() if key not in _NOT_MEASURED}
+    digest = hashlib.sha256(repr(sorted(named.items())).encode()).hexdigest()[:6]
+    return choose_out(out, "measured", f"{name} {digest}", again=True)
+
+
+_NOT_MEASURED = ("out", "force", "dry_run", "attach", "gates", "allow_code")
+"""Parameters of `evaluate` on which no picture depends."""
+
+
+def _show(report: Report, out: Path) -> Evaluated:
+    """Print the table, what was not run, and where the page is; return where it is and what it says."""
     say(*(out / "table.md").read_text("utf-8").split("\n"))
     for name, reason in report.not_run.items():
         say(f"not run: {name}: {reason}", err=True)
-    say(f"look at {out / 'report.html'}")
+    page = out / "report.html"
+    say(f"look at {page}")
+    return {"out": str(out), "page": str(page), "summary": json.loads(report.to_json())}
 
 
-def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> None:
+def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> Estimated:
     """Print what an evaluation would take, and what it would write."""
     from esd_lora.estimates.pictures import estimate_evaluation
     from esd_lora.evaluation.preparing import prepare_evaluation
@@ -123,9 +144,9 @@ def _estimate(base: Base, suite: Suite, out: Path, options: dict[str, Any]) -> N
     del options["force"]
     prepared = prepare_evaluation(base, suite, out, **options)
     estimate = estimate_evaluation(prepared, options["allow_code"])
-    say(*estimate.lines())
     models = ", ".join(variant.name for variant in prepared.variants)
-    say(f"would be written into {out}: {estimate.most.pictures} pictures of {models}; scores, table.md, report.html")
+    written = f"would be written into {out}: {estimate.most.pictures} pictures of {models}; scores, table.md, report.html"
+    return estimated(estimate, out, written)
 
 
 def _check_options(

@@ -1,174 +1,34 @@
-"""What every command shares: how it prints, faults as one sentence, `ERASER:WEIGHT` arguments, `-s key=value` settings."""
+"""Options that commands share: `ERASER:WEIGHT` arguments, `-s key=value` settings, bases, devices, concepts, outputs."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
-import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.ranks import count, is_main, rank
+from esd_lora.bases.schedulers import scheduler_name
+from esd_lora.cli.completing import complete_bases, complete_erasers, complete_schedulers
+from esd_lora.cli.printing import say
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import fresh_output, last_output
+from esd_lora.ranks import count
 from esd_lora.registry import require_code_names
-from esd_lora.wording import is_text, printable
+from esd_lora.settings import setting, variable
+from esd_lora.wording import slug
 from esd_lora.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from esd_lora.erasers.stacking import Strength
 
 Weighted = tuple[str, float, dict[str, float]]
 """Path of an eraser, its weight, and factors by block."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-_REFUSED = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EISDIR, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
-}
-"""What a system refuses because of the path, the disk or a limit, not because of a bug."""
-
-
-def say(*lines: str, err: bool = False) -> None:
-    """Print lines of text: what a terminal would obey is shown instead, and so is a line break within a line.
-
-    Of several ranks the main one prints.
-
-    Args:
-        lines: Each on its own; names, prompts and headers of strangers may be part of them.
-        err: Whether to print on standard error.
-    """
-    if is_main():
-        _echo(lines, err)
-
-
-def _echo(lines: Sequence[str], err: bool) -> None:
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    for line in lines:
-        click.echo(printable(line).encode(encoding, "backslashreplace").decode(encoding), err=err)
-
-
-_OTHERS_LOGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Where torchao, which others import as soon as it is installed, tells of kernels that are not there."""
-
-
-@contextmanager
-def reporting_faults() -> Generator[None]:
-    """Turn the faults a user can cause inside a `with` block into one sentence and exit code 1; a bug keeps its traceback."""
-    try:
-        yield
-    except EsdLoraError as error:
-        _fail(str(error))
-    except (OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
-        sentence = _outer_fault(error)
-        if sentence is None:
-            raise
-        _fail(sentence)
-
-
-def _fail(message: str) -> NoReturn:
-    """Print an error and exit; only its own further lines, which are indented, stay lines."""
-    first, *others = message.split("\n  ")
-    where = f" (rank {rank()})" if count() > 1 else ""  # each says what ended it
-    _echo([f"error{where}: {first}", *(f"  {line}" for line in others)], err=True)
-    sys.exit(1)
-
-
-def _outer_fault(error: Exception) -> str | None:
-    """Return what is wrong with the machine or a path where that is why something failed; `None` for a bug."""
-    number = getattr(error, "errno", None)
-    if number in _REFUSED:
-        place = getattr(error, "filename", None)
-        where = os.fsdecode(place) if isinstance(place, str | bytes) else "what was to be done"
-        return f"the system refuses {where}: {os.strerror(number)}. Choose another path, or mend this one."
-    if str(error).startswith("Symlink loop from"):  # a RuntimeError of Path.resolve, before Python 3.13
-        return f"{str(error)[0].lower()}{str(error)[1:]}: its links lead back to it. Choose another path, or mend this one."
-    if isinstance(error, UnicodeEncodeError):
-        encoding = sys.getfilesystemencoding()
-        lacks = f"the system's encoding, {encoding}, has no {error.object[error.start]!r} for a file's name. Set PYTHONUTF8=1."
-        return lacks if error.encoding == encoding != "utf-8" else None
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
-        detail = " ".join(str(error).split())[:200]
-        return (
-            f"there is not enough memory{f' ({detail})' if detail else ''}. Close other programs, or take a machine with more."
-        )
-    return None
-
-
-_NO_MEMORY = re.compile(
-    r"(can.t|cannot|unable to) allocate memory|out of memory|not enough memory|can't start new thread|failed to map segment"
-    r"|could not create a primitive",
-    re.IGNORECASE,
-)
-"""What the system's, torch's and Python's own messages say where memory is gone."""
-
-
-def _check_directory() -> None:
-    """Refuse to begin where the working directory was deleted: torch's libraries end the process when they are loaded there."""
-    try:
-        Path.cwd()
-    except FileNotFoundError as error:
-        raise EsdLoraError("the working directory is gone. Change into one that exists.") from error
-
-
-SHARED = ("train", "generate", "evaluate")
-"""Commands that several ranks may run together."""
-
-
-class Commands(click.Group):
-    """Turns the faults a user can cause into one sentence and exit code 1."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with reporting_faults():
-            for text in args:
-                if not is_text(text):
-                    raise EsdLoraError(
-                        f"argument {text!r} is no UTF-8, which headers, records and cards need. Rename the file."
-                    )
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if "OMP_WAIT_POLICY" not in os.environ:
-            # OpenMP threads that spin long at barriers are slow on a busy machine, those that sleep at once are slow on
-            # a quiet one; benchmarks/sample_evaluation.py compares.
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        if not is_main():
-            os.environ.setdefault("TQDM_DISABLE", "1")
-        with reporting_faults(), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            for name in _OTHERS_LOGS:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            _check_directory()
-            return super().invoke(ctx)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
-        if count() > 1 and args[0] in self.commands and args[0] not in SHARED:
-            raise EsdLoraError(
-                f"{args[0]} is the work of one process, and {count()} were started; {', '.join(SHARED)} share theirs. Start it"
-                " without torchrun or accelerate launch."
-            )
-        return super().resolve_command(ctx, args)
-
-
-class HeavyCommand(click.Command):
-    """Says that it is at work before it loads torch and diffusers, which takes seconds; on a terminal alone."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if sys.stderr.isatty():
-            say(f"{ctx.info_name}: loading ...", err=True)
-        return super().invoke(ctx)
+_LITERAL = "esd_lora.literal"  # where a context holds whether --literal was given
 
 
 class EraserType(click.ParamType):
@@ -196,6 +56,10 @@ class EraserType(click.ParamType):
             else:
                 weight = factor
         return path, weight, blocks
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the erasers in and below the working directory."""
+        return complete_erasers(ctx, param, incomplete)
 
 
 ERASER = EraserType()
@@ -225,6 +89,27 @@ class NumbersType(click.ParamType):
 NUMBERS = NumbersType()
 
 
+class SchedulerType(click.ParamType):
+    """One of diffusers' schedulers, by a short name."""
+
+    name = "NAME"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        """Return its name in full.
+
+        Raises:
+            EsdLoraError: If there is no such scheduler.
+        """
+        return scheduler_name(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the names that begin so."""
+        return complete_schedulers(ctx, param, incomplete)
+
+
+SCHEDULER = SchedulerType()
+
+
 def unweighted(erasers: Sequence[Weighted]) -> tuple[list[str], list[Strength]]:
     """Return paths and strengths of `ERASER:WEIGHT` arguments."""
     from esd_lora.erasers.stacking import Strength
@@ -237,23 +122,108 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def base_option(default: str | None = None) -> Callable[[_Command], _Command]:
-    """Add `--base` and what a single-file base may need."""
+def base_option(
+    default: str | None = None, *, required: bool = False, configurable: bool = True
+) -> Callable[[_Command], _Command]:
+    """Add `--base` and what a single-file base may need.
+
+    Args:
+        default: The base where nothing says one.
+        required: Whether there is no doing without.
+        configurable: Whether the environment and the configuration may give it.
+    """
 
     def add(command: _Command) -> _Command:
         known = "Built-in base, diffusers directory, .safetensors checkpoint, or Hub id[@revision]."
         config = "Diffusers directory of a single-file base's architecture."
         command = click.option("--base-config", metavar="DIR", help=config)(command)
-        return click.option("--base", default=default, show_default=default is not None, help=known)(command)
+        return click.option(
+            "--base",
+            default=default,
+            required=required,
+            show_default=default is not None,
+            envvar=variable("base") if configurable else None,
+            shell_complete=complete_bases,
+            help=known,
+        )(command)
 
     return add
+
+
+def is_configured(name: str) -> bool:
+    """Return whether an option's value comes from the environment or the configuration, and not from the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (click.core.ParameterSource.ENVIRONMENT, click.core.ParameterSource.DEFAULT_MAP)
 
 
 def device_options(command: _Command) -> _Command:
     """Add `--device` and `--dtype`."""
     dtype = "Type of the frozen base: float32, bfloat16, float16, int8, nf4; default: what suits the device."
-    command = click.option("--dtype", help=dtype)(command)
-    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")(command)
+    command = click.option("--dtype", envvar=variable("dtype"), help=dtype)(command)
+    device = "auto, cpu, cuda, mps."
+    return click.option("--device", default="auto", show_default=True, envvar=variable("device"), help=device)(command)
+
+
+def concept_option(text: str) -> Callable[[_Command], _Command]:
+    """Add `--concept`, given once for each concept, and `--literal` for names with a comma.
+
+    Args:
+        text: What a concept is to the command.
+    """
+
+    def read(ctx: click.Context, _param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in () if ctx.meta.get(_LITERAL) else names:
+            parts = [part.strip() for part in name.split(",") if part.strip()]
+            if len(parts) > 1:
+                several = " ".join(f'--concept "{part}"' for part in parts)
+                raise EsdLoraError(f'--concept "{name}" has a comma: give {several}, or add --literal if it is one name.')
+        return names
+
+    def keep(ctx: click.Context, _param: click.Parameter, literal: bool) -> None:
+        ctx.meta[_LITERAL] = literal
+
+    def add(command: _Command) -> _Command:
+        literal = "Take a concept with a comma as one name."
+        command = click.option("--literal", is_flag=True, is_eager=True, expose_value=False, callback=keep, help=literal)(
+            command
+        )
+        return click.option("--concept", "concepts", multiple=True, metavar="TEXT", callback=read, help=text)(command)
+
+    return add
+
+
+def out_option(text: str, default: str) -> Callable[[_Command], _Command]:
+    """Add `-o`, without which `choose_out` chooses.
+
+    Args:
+        text: What is written there.
+        default: What is chosen, with a word in capitals for what depends on the command.
+    """
+    return click.option("-o", "--out", type=click.Path(path_type=Path), help=f"{text}; {default} unless given.")
+
+
+def choose_out(out: Path | None, folder: str, name: str, *, suffix: str = "", again: bool = False) -> Path:
+    """Return the output of a command: the given one, or one that is free, which is printed.
+
+    Args:
+        out: What was given.
+        folder: Kind of output, below the configured output folder: `erasers`.
+        name: What it holds, in words: `a cat` comes to `erasers/a-cat`, or `erasers/a-cat-2` where that is taken.
+        suffix: Of a file: `.safetensors`.
+        again: Whether the command goes on in the last one, or may write over it.
+    """
+    if out is not None:
+        return out
+    place = Path(setting("output") or "") / folder / f"{slug(name)}{suffix}"
+    place = last_output(place) if again else fresh_output(place)
+    say(f"output: {place}")
+    return place
+
+
+def names_of(*paths: str) -> str:
+    """Return what files, folders or repositories are called, for the name of an output."""
+    places = [Path(path) for path in paths]
+    return " ".join(place.stem if place.suffix in (".safetensors", ".yaml", ".yml", ".pt") else place.name for place in places)
 
 
 force_option = click.option("--force", is_flag=True, help="Write over an existing output.")
@@ -283,16 +253,16 @@ def allow_code_option(command: _Command) -> _Command:
     return click.option("--allow-code", multiple=True, metavar="MODULE:NAME", callback=convert, help=text)(command)
 
 
-def overrides(settings: tuple[str, ...]) -> dict[str, Any]:
+def overrides(settings: Sequence[str]) -> dict[str, Any]:
     """Return `-s key=value` settings by key; values are YAML.
 
     Raises:
         EsdLoraError: If one has no `=`, or its value is not YAML or no text.
     """
     values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
+    for text in settings:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise EsdLoraError(f"-s {setting}: expected key=value, such as train.steps=200.")
-        values[key.strip()] = parse_yaml(value, f"-s {setting}")[1]
+            raise EsdLoraError(f"-s {text}: expected key=value, such as train.steps=200.")
+        values[key.strip()] = parse_yaml(value, f"-s {text}")[1]
     return values

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from esd_lora.cli.options import say
+from esd_lora.cli.commands import Commands, Failed
+from esd_lora.cli.printing import say
+from esd_lora.cli.results import Requests, RequestsAdded
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet.registry import Decision, Registry
 from esd_lora.fleet.request import Request, Status
@@ -22,10 +23,9 @@ registry_option = click.option(
 who_option = click.option(
     "--who", envvar=["USER", "USERNAME"], default="unknown", help="Whom the log names for the change; your account by default."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print requests as JSON.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def requests() -> None:
     """Keep a list of what is to be erased: add requests, decide on them, withdraw them, see which are overdue."""
 
@@ -34,21 +34,22 @@ def requests() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @registry_option
 @who_option
-def requests_add(file: Path, registry: Path, who: str) -> None:
+def requests_add(file: Path, registry: Path, who: str) -> RequestsAdded:
     """Add the requests of FILE, a CSV or JSON Lines; all of them or, if anything is wrong with one, none."""
     read = read_requests(file)
     new = Registry.open(registry, who, new=True).add(read, file)
-    say(f"added: {len(new)}; there already: {len(read) - len(new)}; registry: {registry}")
+    old = len(read) - len(new)
+    say(f"added: {len(new)}; there already: {old}; registry: {registry}")
+    return {"added": len(new), "there_already": old, "registry": str(registry)}
 
 
 @requests.command("list")
 @registry_option
 @click.option("--status", "statuses", type=click.Choice(get_args(Status)), multiple=True, help="Only these; repeatable.")
-@json_option
-def requests_list(registry: Path, statuses: tuple[str, ...], as_json: bool) -> None:
+def requests_list(registry: Path, statuses: tuple[str, ...]) -> Requests:
     """List requests as they stand."""
     everyone = Registry.open(registry).requests()
-    _print([request for request in everyone if not statuses or request.status in statuses], as_json)
+    return _show([request for request in everyone if not statuses or request.status in statuses])
 
 
 @requests.command("decide")
@@ -63,12 +64,11 @@ def requests_list(registry: Path, statuses: tuple[str, ...], as_json: bool) -> N
 @who_option
 def requests_decide(
     id: str, registry: Path, decision: Decision | None, reason: str, synonyms: tuple[str, ...], who: str, **names: Any
-) -> None:
+) -> Requests:
     """Decide on an ambiguous or open request: what exactly is meant, or that it is refused."""
     if decision is None:
         raise EsdLoraError("nothing is decided: give --open or --refuse.")
-    decided = Registry.open(registry, who).decide(id, decision, reason, synonyms=synonyms or None, **names)
-    _print([decided], as_json=False)
+    return _show([Registry.open(registry, who).decide(id, decision, reason, synonyms=synonyms or None, **names)])
 
 
 @requests.command("withdraw")
@@ -76,9 +76,9 @@ def requests_decide(
 @registry_option
 @click.option("--reason", default="", metavar="TEXT", help="Why.")
 @who_option
-def requests_withdraw(id: str, registry: Path, reason: str, who: str) -> None:
+def requests_withdraw(id: str, registry: Path, reason: str, who: str) -> Requests:
     """Withdraw a request. It stays in the log."""
-    _print([Registry.open(registry, who).withdraw(id, reason)], as_json=False)
+    return _show([Registry.open(registry, who).withdraw(id, reason)])
 
 
 @requests.command("overdue")
@@ -87,24 +87,21 @@ def requests_withdraw(id: str, registry: Path, reason: str, who: str) -> None:
     "--on", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="The day to look from: 2026-11-30; today by default."
 )
 @click.option("--fail", is_flag=True, help="Exit with 1 if any is.")
-@json_option
-def requests_overdue(registry: Path, on: datetime | None, fail: bool, as_json: bool) -> None:
+def requests_overdue(registry: Path, on: datetime | None, fail: bool) -> Requests:
     """List open and ambiguous requests whose day has passed, the longest overdue first."""
     today = on.date() if on else datetime.now(UTC).date()
     late = Registry.open(registry).overdue(today)
-    if late or as_json:
-        _print(late, as_json)
-    else:
+    listed = _show(late)
+    if not late:
         say(f"nothing is overdue on {today}")
     if late and fail:
-        raise click.exceptions.Exit(1)
+        raise Failed(listed)
+    return listed
 
 
-def _print(requests: Iterable[Request], as_json: bool) -> None:
-    """Print requests, one a line, or as a list in JSON."""
-    if as_json:
-        say(*json.dumps([request.record() for request in requests], indent=2, ensure_ascii=False).split("\n"))
-        return
+def _show(requests: Sequence[Request]) -> Requests:
+    """Print requests, one a line, and return them."""
     for request in requests:
         due = f"due {request.due}" if request.due else ""
         say(f"{request.id:<24} {request.status:<10} {request.kind:<10} {due:<15} {request.concept}")
+    return {"requests": [request.record() for request in requests]}

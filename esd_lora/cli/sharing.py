@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from esd_lora.cli.options import force_option, say
+from esd_lora.cli.commands import Verb
+from esd_lora.cli.completing import complete_erasers
+from esd_lora.cli.options import choose_out, force_option, names_of, out_option
+from esd_lora.cli.printing import Output, say
+from esd_lora.cli.results import HubEraser, Listed, LocalEraser, Pulled, Pushed, Searched
+from esd_lora.errors import EsdLoraError
 from esd_lora.wording import printable
 
 if TYPE_CHECKING:
-    from esd_lora.sharing.catalog import HubEraser, LocalEraser
+    from esd_lora.sharing import catalog as catalogs
     from esd_lora.sharing.pushing import Draft
 
 
-@click.command()
-@click.argument("eraser", type=click.Path())
+@click.command(cls=Verb)
+@click.argument("eraser", type=click.Path(), shell_complete=complete_erasers)
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository one that only you see.")
 @click.option("--revision", help="Branch to push to; made if it is not there.")
@@ -41,7 +45,7 @@ def push(
     sensitive: bool,
     dry_run: bool,
     yes: bool,
-) -> None:
+) -> Pushed:
     """Publish an eraser on the Hugging Face Hub, with its card, recipe and pictures.
 
     \b
@@ -60,65 +64,83 @@ def push(
     }
     if dry_run:
         draft = drafted(eraser, repo, **settings)
-        card = draft.files["README.md"].decode().split("\n")
-        say(*draft.lines(), "", "The card:", "", *card, "nothing was sent")
-        return
+        say(*draft.lines(), "", "The card:", "", *_card(draft).split("\n"), "nothing was sent")
+        return _pushed(draft, None)
+    drafts: list[Draft] = []
 
     def confirm(draft: Draft) -> bool:
+        drafts.append(draft)
         say(*draft.lines())
         return yes or click.confirm("push this?")
 
+    _require_answer(yes)
     pushed = run(eraser, repo, private=private, create_pr=create_pr, confirm=confirm, **settings)
-    if pushed is None:
-        say("nothing was sent")
-    else:
-        say(f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
+    say("nothing was sent" if pushed is None else f"{'pushed' if pushed.changed else 'nothing changed'}: {pushed.url}")
+    return _pushed(drafts[-1], pushed and pushed.url)
 
 
-@click.command()
+def _require_answer(yes: bool) -> None:
+    """Refuse to ask where nobody reads the question."""
+    output = Output.current()
+    if not yes and (output.quiet or output.as_json):
+        raise EsdLoraError("push shows what becomes public and asks, which --quiet and --json leave no place for: add --yes.")
+
+
+def _card(draft: Draft) -> str:
+    return draft.files["README.md"].decode()
+
+
+def _pushed(draft: Draft, url: str | None) -> Pushed:
+    """Return what was sent, or would be."""
+    files = {place: len(content) for place, content in draft.files.items()}
+    return {"repo": draft.repo, "sent": url is not None, "url": url, "files": files, "card": _card(draft)}
+
+
+@click.command(cls=Verb)
 @click.argument("repo", metavar="OWNER/NAME[@REVISION]")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the eraser.")
+@out_option("Directory for the eraser", "erasers/NAME")
 @force_option
-def pull(repo: str, out: Path, force: bool) -> None:
+def pull(repo: str, out: Path | None, force: bool) -> Pulled:
     """Fetch an eraser from the Hub with its card and pictures, checked before anything is written."""
     from esd_lora.sharing.pulling import pull as run
 
-    pulled = run(repo, out, force=force)
+    pulled = run(repo, choose_out(out, "erasers", names_of(repo), again=force), force=force)
     for name in pulled.left_out:
         say(f"left out: {name!r}, not a kind of file that is taken", err=True)
     say(f"{repo} at {pulled.commit[:12]}, {len(pulled.files)} files: {pulled.directory}")
+    return {"eraser": str(pulled.directory), "commit": pulled.commit, "files": pulled.files, "left_out": pulled.left_out}
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("text", required=False)
 @click.option("--concept", help="What it should erase.")
 @click.option("--base", metavar="OWNER/NAME", help="The base it was made for.")
 @click.option("--tag", "tags", multiple=True, help="Further tags it must have.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int, as_json: bool) -> None:
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="At most so many.")
+def search(text: str | None, concept: str | None, base: str | None, tags: tuple[str, ...], limit: int) -> Searched:
     """Find erasers on the Hub, by words of their name, concept, base and tags."""
     from esd_lora.sharing.catalog import search as run
 
-    _print_table(run(text, concept=concept, base=base, tags=tags, limit=limit), as_json)
+    erasers = run(text, concept=concept, base=base, tags=tags, limit=limit)
+    _print_table(erasers)
+    return {"erasers": [HubEraser(**eraser.as_json()) for eraser in erasers]}
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--cache/--no-cache", default=True, help="List what was fetched from the Hub, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def catalog(folders: tuple[Path, ...], cache: bool, as_json: bool) -> None:
+def catalog(folders: tuple[Path, ...], cache: bool) -> Listed:
     """List the erasers below FOLDERS (default: here) and in the Hub's cache."""
     from esd_lora.sharing.catalog import catalog as run
 
-    _print_table(run(folders or (Path(),), cache=cache), as_json)
+    erasers = run(folders or (Path(),), cache=cache)
+    _print_table(erasers)
+    return {"erasers": [LocalEraser(**eraser.as_json()) for eraser in erasers]}
 
 
-def _print_table(erasers: Sequence[LocalEraser | HubEraser], as_json: bool) -> None:
-    """Print erasers as JSON, or a line each in columns; control characters of a stranger's file are shown, not obeyed."""
-    if as_json:
-        say(*json.dumps([eraser.as_json() for eraser in erasers], indent=2).split("\n"))
-    elif not erasers:
+def _print_table(erasers: Sequence[catalogs.LocalEraser | catalogs.HubEraser]) -> None:
+    """Print erasers, a line each in columns; control characters of a stranger's file are shown, not obeyed."""
+    if not erasers:
         say("none found")
     else:
         lines = [erasers[0].COLUMNS, *(list(map(printable, eraser.row())) for eraser in erasers)]

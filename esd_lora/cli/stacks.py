@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.options import (
     ERASER,
-    HeavyCommand,
     Weighted,
     base_option,
+    choose_out,
     device_options,
     dry_run_option,
     force_option,
     given,
-    say,
+    names_of,
+    out_option,
     unweighted,
 )
+from esd_lora.cli.printing import estimated, say
+from esd_lora.cli.results import Estimated, Stacked
 from esd_lora.errors import EsdLoraError
 from esd_lora.recipe_files import load_harmonise_spec
 
@@ -46,8 +50,8 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "
 
 @click.command(cls=HeavyCommand)
 @click.argument("erasers", nargs=-1, required=True, type=ERASER)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory, or manifest (.yaml), to make.")
-@base_option()
+@out_option("Directory, or manifest (.yaml), to make", "erasers/ERASERS")
+@base_option(configurable=False)
 @click.option("--fuse", "how", type=click.Choice(["closed-form", "sum"]), help="Default: closed-form on a --base, else sum.")
 @click.option(
     "--harmonise", help="Distil what members do alone instead, in steps for each: erases and keeps more.", **_harmonise
@@ -68,7 +72,7 @@ _harmonise: dict[str, Any] = {"type": HarmoniseSteps(min=1), "is_flag": False, "
 @force_option
 def stack(
     erasers: tuple[Weighted, ...],
-    out: Path,
+    out: Path | None,
     base: str | None,
     base_config: str | None,
     how: str | None,
@@ -86,7 +90,7 @@ def stack(
     dtype: str | None,
     dry_run: bool,
     force: bool,
-) -> None:
+) -> Stacked | Estimated:
     """Stack erasers into one: fused on a base so that they leave the rest alone, or their exact sum.
 
     \b
@@ -100,30 +104,40 @@ def stack(
     esd-lora stack three --remove "a cat" --base emoji -o others
     """
     from esd_lora.bases.loading import load_base
-    from esd_lora.erasers.manifests import load_eraser
-    from esd_lora.files import reserve_directory, reserve_file
+    from esd_lora.formats.opening import open_eraser
 
     paths, strengths = unweighted((*erasers, *add))
-    manifest = out.suffix.lower() in (".yaml", ".yml")
+    out = choose_out(out, "erasers", " ".join([names_of(*paths), *(f"without {name}" for name in remove)]), again=force)
+    manifest = _is_manifest(out)
     settings, ranks = given(lam=lam, harmonise=harmonise, seed=seed, keep=keep), given(rank=rank, energy=energy)
     how = how or ("closed-form" if base and not manifest else "sum")
     change = given(add=add or None, remove=remove or None)
     _check_change(change, erasers, how, base, {**settings, **given(report=report or None, dry_run=dry_run or None)})
     _check(how, base, settings, ranks, manifest=manifest, report=report, keep_state=keep_state)
-    reserve = (reserve_file if manifest else reserve_directory)(out, force, filter(None, [*paths, base, keep]))
-    with nullcontext() if dry_run else reserve, _state_beside(out, (keep_state or bool(change)) and not dry_run) as state:
-        members = [] if change else [load_eraser(path) for path in paths]
+    reserved = nullcontext() if dry_run else _reserved(out, force, [*paths, base, keep])
+    with reserved, _state_beside(out, (keep_state or bool(change)) and not dry_run) as state:
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
+        members = [] if change or manifest else [open_eraser(path, loaded and loaded.family.name) for path in paths]
         if dry_run:
-            _rehearse(members, strengths, loaded if how == "closed-form" else None, out, **given(rank=rank), **settings)
-            return
+            return _rehearse(members, strengths, loaded if how == "closed-form" else None, out, **given(rank=rank), **settings)
         if loaded and change:
             stacked = _change(paths[0], loaded, ranks, state, **change)
         elif loaded and how == "closed-form":
             stacked = _fuse(members, strengths, loaded, ranks, state, **settings)
         else:
             stacked = _name(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
-        _save(stacked, out, _report(members, strengths, loaded, stacked) if report else {}, state, manifest=manifest)
+        return _save(stacked, out, _report(members, strengths, loaded, stacked) if report else {}, state, manifest=manifest)
+
+
+def _reserved(out: Path, force: bool, inputs: Sequence[str | None]) -> AbstractContextManager[None]:
+    """Return what holds the output: a file for a manifest, else a directory."""
+    from esd_lora.files import reserve_directory, reserve_file
+
+    return (reserve_file if _is_manifest(out) else reserve_directory)(out, force, filter(None, inputs))
+
+
+def _is_manifest(out: Path) -> bool:
+    return out.suffix.lower() in (".yaml", ".yml")
 
 
 @contextmanager
@@ -147,21 +161,21 @@ def _rehearse(
     harmonise: int | None = None,
     keep: str = "default",
     **fields: Any,
-) -> None:
+) -> Estimated:
     """Print what stacking would take, and what it would write."""
     from esd_lora.built_in import read_prompts
     from esd_lora.erasers.eraser import WEIGHTS_NAME
     from esd_lora.estimates.stacking import estimate_fusing, estimate_harmonising
 
     options = {"weights": strengths, "keep": None if keep == "default" else read_prompts(keep), **fields}
+    written = f"would be written: {out}" if _is_manifest(out) else f"would be written into {out}: {WEIGHTS_NAME}, README.md"
     if base is None:
-        say("a sum of weights: no evaluation of a base, and about as much memory as the erasers take")
-    elif harmonise:
-        say(*estimate_harmonising(members, base, steps=harmonise, **options).lines())
-    else:
-        say(*estimate_fusing(members, base, **options).lines())
-    manifest = out.suffix.lower() in (".yaml", ".yml")
-    say(f"would be written: {out}" if manifest else f"would be written into {out}: {WEIGHTS_NAME}, README.md")
+        lines = ["a sum of weights: no evaluation of a base, and about as much memory as the erasers take", written]
+        say(*lines)
+        return {"out": str(out), "seconds": None, "memory": None, "lines": lines}
+    if harmonise:
+        return estimated(estimate_harmonising(members, base, steps=harmonise, **options), out, written)
+    return estimated(estimate_fusing(members, base, **options), out, written)
 
 
 def _check(
@@ -212,8 +226,8 @@ def _check_change(
         )
 
 
-def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], state: Path | None, *, manifest: bool) -> None:
-    """Write the stack's directory in the place of an earlier one, beside a manifest the report alone, and say so."""
+def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], state: Path | None, *, manifest: bool) -> Stacked:
+    """Write the stack's directory in the place of an earlier one, beside a manifest the report alone; say so, and return it."""
     from esd_lora.erasers.eraser import RUN_FILES, STATE_NAME
     from esd_lora.files import write_atomically
     from esd_lora.formats.cards import save_with_card
@@ -228,6 +242,14 @@ def _save(stacked: Eraser, out: Path, sheets: Mapping[str, bytes], state: Path |
         write_atomically(out.with_name(name), content)
     names = [f"{c.name} (amplified, weight {c.weight:g})" if c.weight < 0 else c.name for c in stacked.header.concepts]
     say(f"stack of {', '.join(names)}: {out}")
+    ranks = sorted({pair.rank for pair in stacked.pairs.values()})
+    return {
+        "eraser": str(out),
+        "concepts": [{"name": concept.name, "weight": concept.weight} for concept in stacked.header.concepts],
+        "ranks": [ranks[0], ranks[-1]],
+        "making": stacked.header.making(),
+        "files": [*sheets, *([state.name] if state else [])],
+    }
 
 
 def _fuse(
@@ -268,14 +290,15 @@ def _change(
     remove: Sequence[str] = (),
 ) -> Eraser:
     """Add members to a stack or remove some, and print what was done."""
-    from esd_lora.erasers.manifests import load_eraser
+    from esd_lora.formats.opening import open_eraser
     from esd_lora.fusing.growing import add_members, remove_members
 
     paths, strengths = unweighted(add)
     if remove:
         changed = remove_members(stack, remove, base, state=state, **ranks)
     else:
-        changed = add_members(stack, [load_eraser(path) for path in paths], base, weights=strengths, state=state, **ranks)
+        members = [open_eraser(path, base.family.name) for path in paths]
+        changed = add_members(stack, members, base, weights=strengths, state=state, **ranks)
     _say_how(changed, changed.header.fusions[-1].dropped)
     return changed
 

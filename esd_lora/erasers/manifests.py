@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,7 @@ from esd_lora.files import hash_file, lock_output, write_atomically
 from esd_lora.wording import HubId
 from esd_lora.yaml_files import dump_yaml, read_yaml
 
+_LOG = logging.getLogger(__name__)
 _SUFFIXES = (".yaml", ".yml")
 _MAX_ERASERS = 1000  # that a manifest and those it names come to
 
@@ -67,7 +69,9 @@ def _load(path: Path, within: tuple[Path, ...], loaded: list[Path]) -> Eraser:
     if len(loaded) > _MAX_ERASERS:
         raise EsdLoraError(f"{within[0]} stands for more than {_MAX_ERASERS} erasers. Stack fewer.")
     if file.suffix.lower() not in _SUFFIXES:
-        return Eraser.load(path)
+        eraser = Eraser.load(path)
+        _LOG.debug("eraser %s: %s, %d layers", file, ", ".join(eraser.names), len(eraser.pairs))
+        return eraser
     if file.resolve() in within:
         raise EsdLoraError(f"{file} is a member of itself. Take it out of the manifests that name it.")
     members = _read_manifest(file).stack

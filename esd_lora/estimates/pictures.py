@@ -6,29 +6,31 @@ import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Unpack
 
 from esd_lora.bases.base import Base
 from esd_lora.estimates.estimate import Estimate, Pace, Work, clock, peak_memory, time_text
 from esd_lora.evaluation.preparing import PreparedEvaluation
 from esd_lora.evaluation.scoring import score_missing
-from esd_lora.pictures import paint, pictures_at_once, png
+from esd_lora.pictures import Sampling, paint, pictures_at_once, png
 
 _SCORED = 16  # pictures that detectors are timed on
 _LENGTHS = (2, 4)  # steps of pictures that are timed
 
 
-def estimate_pictures(base: Base, pictures: int, *, steps: int | None = None, guidance: float | None = None) -> Estimate:
+def estimate_pictures(base: Base, pictures: int, **sampling: Unpack[Sampling]) -> Estimate:
     """Return what painting takes.
 
     Args:
         base: The loaded base.
         pictures: Number of pictures.
-        steps: Denoising steps; the base's default unless given.
-        guidance: Classifier-free guidance scale; the base's default unless given.
+        sampling: How they are painted: see `pictures.Sampling`.
     """
+    guidance, steps = sampling.pop("guidance", None), sampling.pop("steps", None) or base.steps
     guided = 1 + ((base.guidance if guidance is None else guidance) > 1)
-    work = Work(texts=pictures * guided, evaluations=pictures * guided * (steps or base.steps), pictures=pictures)
-    return Estimate(work, work, measure_painting(base, min(pictures, pictures_at_once(base))), 0.0, peak_memory(base))
+    work = Work(texts=pictures * guided, evaluations=pictures * guided * steps, pictures=pictures)
+    at_once = pictures_at_once(base, size=base.picture_size(sampling.get("width"), sampling.get("height")))
+    return Estimate(work, work, measure_painting(base, min(pictures, at_once), **sampling), 0.0, peak_memory(base))
 
 
 def estimate_evaluation(prepared: PreparedEvaluation, allow_code: Collection[str] = ()) -> Estimate:
@@ -59,11 +61,10 @@ def estimate_evaluation(prepared: PreparedEvaluation, allow_code: Collection[str
     return painting._replace(around=around, memory=peak_memory(prepared.base))
 
 
-def measure_painting(base: Base, count: int) -> Pace:
+def measure_painting(base: Base, count: int, **sampling: Unpack[Sampling]) -> Pace:
     """Return how long pictures take that are painted `count` at a time; two lengths of denoising tell steps from the rest."""
     prompts, text = [f"a photograph of {number}" for number in range(count)], time_text(base)
-    short, long = (
-        clock(base, lambda steps=steps: paint(base, prompts, range(count), steps=steps), count) for steps in _LENGTHS
-    )
+    lengths = [Sampling(**{**sampling, "steps": steps}) for steps in _LENGTHS]
+    short, long = (clock(base, lambda like=like: paint(base, prompts, range(count), **like), count) for like in lengths)
     evaluation = max(0.0, long - short) / (2 * (_LENGTHS[1] - _LENGTHS[0]))
     return Pace(text, evaluation, 0.0, max(0.0, short - 2 * _LENGTHS[0] * evaluation - 2 * text))

@@ -15,7 +15,6 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.victim import Victim
@@ -28,6 +27,7 @@ from esd_lora.evaluation.report.summarising import FailCondition, read_condition
 from esd_lora.evaluation.suites.suite_files import Suite, load_suite
 from esd_lora.evaluation.variants import Variant, bare, base_record, erased, members_erased
 from esd_lora.files import refuse_inputs
+from esd_lora.formats.opening import open_eraser
 from esd_lora.lessons import likeness_to
 
 
@@ -68,7 +68,7 @@ def prepare_evaluation(
     refuse_inputs(Path(out), filter(None, read))
     suite = suite if isinstance(suite, Suite) else load_suite(suite, settings, allow_code=allow_code)
     suite.require_allowed(allow_code)
-    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    members = [open_eraser(eraser, base.family.name if isinstance(base, Base) else None) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
     painted_alone = not (against or suite.attacks)  # nothing else needs the text encoders once all prompts are encoded
     if suite.needs_text_encoder and removed and not isinstance(base, Base):

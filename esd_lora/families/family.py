@@ -104,6 +104,10 @@ class ModelFamily(ABC):
         """Return the condition of N prompts as `encode` does, but the empty one as any other prompt: a text without words."""
         return self.encode(pipe, prompts)
 
+    def encode_opposite(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        """Return the condition of N negative prompts, none of them empty, as the pipeline puts them opposite the prompt."""
+        return self.encode(pipe, prompts)
+
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
@@ -137,6 +141,18 @@ class ModelFamily(ABC):
     def takes_guidance(self, pipe: Any) -> bool:
         """Return whether the denoiser reads a guidance scale as an input: guidance-distilled models."""
         return getattr(getattr(pipe, self.denoiser).config, "time_cond_proj_dim", None) is not None
+
+    def takes_negative_prompt(self, pipe: Any) -> bool:
+        """Return whether the pipeline puts a negative prompt opposite the prompt in classifier-free guidance."""
+        return "negative_prompt" in signature(pipe.__call__).parameters
+
+    def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
+        """Return whether pictures cannot be painted by any scheduler but the pipeline's own."""
+        return False
+
+    def largest_side(self, pipe: Any) -> int | None:  # noqa: ARG002
+        """Return the largest height, and width, of latents; `None` where the model has no bound of its own."""
+        return None
 
     def default_sampling(self, pipe: Any) -> tuple[int, float]:
         """Return denoising steps and guidance scale of a picture by default: those of the pipeline's call."""

@@ -49,6 +49,12 @@ class Flux(ModelFamily):
     def takes_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
 
+    def takes_negative_prompt(self, pipe: Any) -> bool:  # noqa: ARG002
+        return False  # but by a second, true guidance, at twice the time, which these models were not trained for
+
+    def needs_own_scheduler(self, pipe: Any) -> bool:
+        return not pipe.scheduler.config["use_dynamic_shifting"]  # the pipeline shifts all the same, and others mind
+
     def default_sampling(self, pipe: Any) -> tuple[int, float]:
         return super().default_sampling(pipe) if self.takes_guidance(pipe) else (4, 0.0)
 

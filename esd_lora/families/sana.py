@@ -41,6 +41,9 @@ class Sana(ModelFamily):
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return concatenate(*(_encode_prompt(pipe, prompt, instructed=True) for prompt in prompts))
 
+    def encode_opposite(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        return concatenate(*(_encode_prompt(pipe, prompt, instructed=False) for prompt in prompts))
+
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
         tokens = signature(pipe.__call__).parameters["max_sequence_length"].default
         return {

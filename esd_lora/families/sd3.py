@@ -55,6 +55,9 @@ class StableDiffusion3(ModelFamily):
         text, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, **options, **self.call_kwargs(pipe))
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
+    def largest_side(self, pipe: Any) -> int:
+        return pipe.transformer.config.pos_embed_max_size * pipe.transformer.config.patch_size
+
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
         tokens = pipe.text_encoder.config.max_position_embeddings + self.call_kwargs(pipe)["max_sequence_length"]
         config = pipe.transformer.config

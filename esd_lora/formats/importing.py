@@ -143,7 +143,7 @@ def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tu
     if texts and not without_text:
         raise EsdLoraError(
             f"{file} changes a text encoder too ({texts} tensors), which an eraser does not hold: without them its effect is"
-            " another. To leave them out all the same, add --without-text-encoder."
+            " another. To leave them out all the same, take esd-lora import --without-text-encoder."
         )
     if not layers:
         raise EsdLoraError(f"{file} holds no layer of a LoRA on a denoiser. Expected names such as {KOHYA_PREFIX}....")
@@ -184,7 +184,7 @@ def _choose_family(
     if len(fitting) != 1:
         shown = ", ".join(list(layers)[:3])
         names = " and ".join(family.name for family in fitting)
-        remedy = f"fit {names} alike: say which with --family" if fitting else "are of no model known here"
+        remedy = f"fit {names} alike: say which with esd-lora import --family" if fitting else "are of no model known here"
         raise EsdLoraError(f"the layers of {file} ({shown}{', ...' if len(layers) > 3 else ''}) {remedy}.")
     return fitting[0]
 

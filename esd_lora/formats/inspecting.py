@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.erasers.fetching import locate
-from esd_lora.erasers.header import HEADER_KEY
-from esd_lora.erasers.manifests import load_eraser
-from esd_lora.erasers.tensor_files import hash_tensors, read_header
+from esd_lora.erasers.tensor_files import hash_tensors
 from esd_lora.errors import EsdLoraError
 from esd_lora.files import hash_file
 from esd_lora.formats.cards import measured_line
-from esd_lora.formats.importing import import_lora
+from esd_lora.formats.opening import open_eraser
 
 _BAR = 30  # characters of the longest bar
 
@@ -118,19 +116,14 @@ class Inspected(NamedTuple):
 
 
 def inspect_file(path: str | Path) -> Inspected:
-    """Look into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `importing.import_lora` reads.
+    """Look into an eraser, a stack manifest, one of these on the Hub, or any LoRA file that `opening.open_eraser` converts.
 
     Raises:
         EsdLoraError: If there is no such file, it is damaged, or no plain LoRA.
     """
     path = locate(path)
     file = path / WEIGHTS_NAME if (path / WEIGHTS_NAME).is_file() else path
-    foreign = file.is_file() and file.suffix.lower() not in (".yaml", ".yml")
-    if foreign and file.suffix.lower() == ".safetensors":
-        metadata = read_header(file).metadata
-        foreign = HEADER_KEY not in metadata or "ss_network_module" in metadata
-    foreign = foreign or (path / "adapter_config.json").is_file()
-    eraser = import_lora(path) if foreign else load_eraser(path)
+    eraser = open_eraser(path)
     layers = {module: LayerFacts(pair.rank, pair.shape, pair.norm()) for module, pair in eraser.pairs.items()}
     tensors = eraser.state_dict()
     size = file.stat().st_size if file.is_file() else sum(tensor.nbytes for tensor in tensors.values())

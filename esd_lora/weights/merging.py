@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.privacy import scrub, without_folders
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
 from esd_lora.erasers.tensor_files import hash_tensors, read_header
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import read_components
 from esd_lora.files import replaced_file, reporting_write_errors, reserve_directory, reserve_file, staged_directory
+from esd_lora.formats.opening import open_eraser
 from esd_lora.weights.streaming import write_merged
 
 _COMPARED = 64 * 2**20
@@ -90,7 +90,7 @@ def prepare_merge(
         EsdLoraError: If base or erasers cannot be read or do not fit.
     """
     stored = open_stored(base)
-    members = [eraser if isinstance(eraser, Eraser) else load_eraser(eraser) for eraser in erasers]
+    members = [open_eraser(eraser, stored.family.name) for eraser in erasers]
     stacked = stack(members, weights)
     _check_fit(stored, stacked, str(base))
     compare_weights(stacked, {m: hash_weight(weight) for m, weight in stored.weights(_compared(stacked))}, str(base))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from esd_lora.bases.stored import WEIGHTS, Stored, open_stored
 from esd_lora.erasers.eraser import Eraser, LoraPair
-from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.erasers.tensor_files import DTYPES, Header, all_finite, read_rows
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import hash_folder
+from esd_lora.formats.opening import open_eraser
 
 _VALUES = 2**20  # compared at once
 
@@ -54,7 +54,7 @@ def verify(
         EsdLoraError: With the first tensor or file that is not what it has to be.
     """
     before, after = open_stored(base), open_stored(merged)
-    stacked = stack([e if isinstance(e, Eraser) else load_eraser(e) for e in erasers], weights)
+    stacked = stack([open_eraser(eraser, before.family.name) for eraser in erasers], weights)
     _check_files(before, after)
     touched = untouched = 0
     worst = 0.0

@@ -50,7 +50,7 @@ def test_as_json_with_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10**4)
     result = run("--json")
     assert result.exit_code == 1
-    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert findings["cpu"]["ok"] is False
     assert "OMP_NUM_THREADS" in findings["cpu"]["remedy"]
     assert findings["python"] == {"name": "python", "ok": True, "state": findings["python"]["state"], "remedy": None}
@@ -77,6 +77,22 @@ def test_torchvision_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     assert state in finding.state
     assert finding.ok == (not code)
     assert ("nms does not exist" in finding.state) == bool(code)
+
+
+def test_configuration_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def finding() -> doctor.Finding:
+        return next(finding for finding in doctor.examine() if finding.name == "configuration")
+
+    assert finding().state == "no file, by ESD_LORA_CONFIG; nothing is set"
+    file = tmp_path / "config.toml"
+    file.write_text('base = "sd15"\ndevice = "mps"\n', "utf-8")
+    monkeypatch.setenv("ESD_LORA_CONFIG", str(file))
+    monkeypatch.setenv("ESD_LORA_DEVICE", "cpu")
+    assert finding().ok
+    assert finding().state == f"{file}; base sd15 ({file}), device cpu (ESD_LORA_DEVICE)"
+    file.write_text('bsae = "sd15"\n', "utf-8")
+    assert not finding().ok
+    assert "has 'bsae' (did you mean 'base'?)" in finding().state
 
 
 def test_little_room(monkeypatch: pytest.MonkeyPatch) -> None:

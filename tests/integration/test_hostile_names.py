@@ -113,7 +113,7 @@ def test_what_a_push_would_show(evil: Path) -> None:
 
 def test_catalog(evil: Path) -> None:
     assert "owned" in prints("catalog", "--no-cache", evil.parent)
-    assert json.loads(prints("catalog", "--no-cache", "--json", evil.parent))
+    assert json.loads(prints("catalog", "--no-cache", "--json", evil.parent))["erasers"]
 
 
 def test_recipes(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ _SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from esd_lora.bases.loading import load_base
-from esd_lora.cli.options import reporting_faults
+from esd_lora.cli.printing import reporting_faults
 from esd_lora.ranks import rank
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train

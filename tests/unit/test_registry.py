@@ -405,7 +405,9 @@ def test_commands(tmp_path: Path) -> None:
         ["no-mercury", "ambiguous", "object"],
     ]
     assert "due 2026-12-01" in table[0]
-    assert [row["id"] for row in json.loads(good("list", "-r", folder, "--status", "ambiguous", "--json"))] == ["no-mercury"]
+    assert [row["id"] for row in json.loads(good("list", "-r", folder, "--status", "ambiguous", "--json"))["requests"]] == [
+        "no-mercury"
+    ]
     decided = good(*("decide", "no-mercury", "-r", folder, "--open", "--concept", "Freddie Mercury", "--synonym", "Queen's"))
     assert decided.split() == ["no-mercury", "open", "object", "due", "2026-11-15", "Freddie", "Mercury"]
     assert "refused" in good("decide", "no-dog", "-r", folder, "--refuse", "--reason", "a common animal", "--who", "ada")
@@ -417,7 +419,7 @@ def test_commands(tmp_path: Path) -> None:
 
 def test_overdue_command(folder: Path) -> None:
     assert good("overdue", "-r", folder, "--on", "2026-10-01", "--fail") == "nothing is overdue on 2026-10-01\n"
-    assert good("overdue", "-r", folder, "--on", "2026-10-01", "--json") == "[]\n"
+    assert json.loads(good("overdue", "-r", folder, "--on", "2026-10-01", "--json")) == {"requests": []}
     assert [line.split()[0] for line in good("overdue", "-r", folder, "--on", "2026-11-16").splitlines()] == [
         "no-dog",
         "no-mercury",
@@ -425,7 +427,7 @@ def test_overdue_command(folder: Path) -> None:
     late = invoke("overdue", "-r", folder, "--on", "2026-11-02", "--json", "--fail")
     assert late.exit_code == 1
     assert late.stderr == ""
-    assert [row["id"] for row in json.loads(late.stdout)] == ["no-dog"]
+    assert [row["id"] for row in json.loads(late.stdout)["requests"]] == ["no-dog"]
     assert "no-cat" in good("overdue", "-r", folder, "--on", "2099-01-01")
 
 
