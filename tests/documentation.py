@@ -18,7 +18,7 @@ from esd_lora.cli import main
 PROJECT = Path(__file__).parents[1]
 RUN = ("sh", "python")
 """Languages of blocks that are run unless a comment before them says why not."""
-SHOWN = ("text", "yaml", "json", "csv", "bibtex")
+SHOWN = ("text", "yaml", "toml", "json", "csv")
 """Languages of blocks to look at."""
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
