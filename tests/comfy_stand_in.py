@@ -1,6 +1,6 @@
-"""A small stand-in for the interfaces of ComfyUI that the nodes use, written from their documented behaviour.
+"""A small stand-in for the interfaces of ComfyUI that the nodes use.
 
-Its tables of names come from esd-lora's own, which `test_comfyui_itself.py` compares with ComfyUI's where a checkout is given.
+Its tables of names come from esd-lora's own; `test_comfyui_itself.py` does the same with ComfyUI's where a checkout is given.
 """
 
 from __future__ import annotations
