@@ -94,7 +94,6 @@ def evaluate(
     check(out, True, base, erasers, read=(suite, prompts))  # an evaluation that lies there may be gone on with
     from esd_lora.bases.loading import load_base
     from esd_lora.evaluation import evaluating
-    from esd_lora.evaluation.report.attaching import attach as write_into
     from esd_lora.evaluation.suites.suite_files import load_suite
 
     paths, weights = unweighted(erasers)
@@ -104,17 +103,24 @@ def evaluate(
     if base is None:
         report = evaluating.score_pictures(str(pictures), loaded, out, **options)
     else:
-        painted_alone = not (dry_run or against or loaded.attacks)
-        model = load_base(base, device=device, dtype=dtype, config=base_config, text_first=painted_alone)
-        options |= {"erasers": paths, "weights": weights, "stack": stack}
-        options["against"] = [kind.strip() for kind in against.split(",")] if against else []
+        alone = not (dry_run or against or loaded.attacks)
+        model = load_base(base, device=device, dtype=dtype, config=base_config, text_first=alone)
+        kinds = [kind.strip() for kind in against.split(",")] if against else []
+        options |= {"erasers": paths, "weights": weights, "stack": stack, "against": kinds}
         if dry_run:
             return _estimate(model, loaded, out, options)
         with going_on_in(out):
             report = evaluating.evaluate(model, loaded, out, **options)
     if attach and is_main():
-        write_into(paths[0], report, None if loaded.sensitive else out)
+        _attach(paths[0], report, loaded, out)
     return _show(report, out) if is_main() else None
+
+
+def _attach(eraser: str, report: Report, suite: Suite, out: Path) -> None:
+    """Write the numbers into the eraser, with pictures where people may see them."""
+    from esd_lora.evaluation.report.attaching import attach as write_into
+
+    write_into(eraser, report, None if suite.sensitive else out)
 
 
 def _choose(out: Path | None, name: str) -> Path:

@@ -105,10 +105,8 @@ def stack(
     esd-lora stack two --add no-hat --base emoji -o three
     esd-lora stack three --remove "a cat" --base emoji -o others
     """
-    names = [names_of(*paths_of(*erasers, *add)), *(f"without {name}" for name in remove)]
-    out = choose_out(out, "erasers", " ".join(names), again=force)
-    manifest = _is_manifest(out)
-    check(out, force or dry_run, base, (*erasers, *add), file=manifest)
+    out = _choose(out, (*erasers, *add), remove, force)
+    check(out, force or dry_run, base, (*erasers, *add), file=(manifest := _is_manifest(out)))
     from esd_lora.bases.loading import load_base
     from esd_lora.formats.opening import open_eraser
 
@@ -123,9 +121,8 @@ def stack(
         loaded = load_base(base, config=base_config, device=device, dtype=dtype, vae=False) if base else None
         members = [] if change or manifest else [open_eraser(path, loaded and loaded.family.name) for path in paths]
         if dry_run:
-            return _rehearse(
-                members, strengths, None if how == "sum" else loaded, out, keep_state, **given(rank=rank), **settings
-            )
+            on = None if how == "sum" else loaded
+            return _rehearse(members, strengths, on, out, keep_state, **given(rank=rank), **settings)
         if loaded and change:
             stacked = _change(paths[0], loaded, ranks, state, **change)
         elif loaded and how == "closed-form":
@@ -133,6 +130,12 @@ def stack(
         else:
             stacked = _name(out, paths, strengths) if manifest else _add_up(members, strengths, ranks)
         return _save(stacked, out, _report(members, strengths, loaded, stacked) if report else {}, state, manifest=manifest)
+
+
+def _choose(out: Path | None, erasers: Sequence[Weighted], removed: Sequence[str], force: bool) -> Path:
+    """Return where the stack is to lie, as given or by its members."""
+    names = [names_of(*paths_of(*erasers)), *(f"without {name}" for name in removed)]
+    return choose_out(out, "erasers", " ".join(names), again=force)
 
 
 def _reserved(out: Path, force: bool, inputs: Sequence[str | None]) -> AbstractContextManager[None]:

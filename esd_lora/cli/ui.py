@@ -7,13 +7,20 @@ from pathlib import Path
 import click
 
 from esd_lora.built_in import BUILT_IN
-from esd_lora.cli.commands import HeavyCommand
 from esd_lora.cli.completing import complete_bases
 from esd_lora.cli.printing import say
+from esd_lora.settings import variable
 
 
 @click.command()
-@click.option("--base", default=BUILT_IN[0], show_default=True, help="Base that the page begins with, as for train.")
+@click.option(
+    "--base",
+    default=BUILT_IN[0],
+    show_default=True,
+    envvar=variable("base"),
+    shell_complete=complete_bases,
+    help="Base that the page begins with, as for train.",
+)
 @click.option(
     "--dir",
     "folder",
