@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -44,6 +45,9 @@ class StableDiffusion(ModelFamily):
     metadata_pattern = r"^(?!.*(sdxl|-xl-)).*(sd_v|-v1|-v2)"
     kohya_keeps_diffusers_names = True
     checkpoints = (_SD_1, _SD_2)
+
+    def needs_own_scheduler(self, pipe: Any) -> bool:
+        return "original_inference_steps" in signature(pipe.__call__).parameters  # LCM's, which it hands to the scheduler
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)[0]}

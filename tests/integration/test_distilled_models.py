@@ -55,6 +55,14 @@ def distilled(distilled_dir: Path) -> Base:
     return load_toy(distilled_dir)
 
 
+def test_what_is_distilled_in_is_not_asked_for_another_way(distilled: Base) -> None:
+    with pytest.raises(EsdLoraError, match="takes no negative prompt: its guidance is distilled into it"):
+        generate(distilled, ["a cat"], steps=2, negative_prompt="a dog")
+    if distilled.family.name == "sd":  # LCM's pipeline hands its scheduler what no other takes
+        with pytest.raises(EsdLoraError, match="is painted by its own scheduler alone: leave DDIM out"):
+            generate(distilled, ["a cat"], steps=2, scheduler="DDIM")
+
+
 @torch.no_grad()
 def test_scale_reaches_the_denoiser_as_in_its_pipeline(distilled: Base) -> None:
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
