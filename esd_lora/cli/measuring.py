@@ -111,10 +111,11 @@ def evaluate(
 
 def _show(report: Report, out: Path) -> None:
     """Print what came out in a few lines, and where all of it is."""
-    from esd_lora.evaluation.report.brief import brief
+    from esd_lora.evaluation.report.brief import brief, not_run
 
     for line in brief(report):
         say(line.text, colour={"better": "green", "worse": "red"}.get(line.change))
+    say(*not_run(report), err=True)
     say(f"look at {out / 'report.html'}; every number is in {out / 'table.md'}")
 
 
