@@ -96,8 +96,7 @@ def evaluate(
     else:
         painted_alone = not (dry_run or against or loaded.attacks)
         model = load_base(base, device=device, dtype=dtype, config=base_config, text_first=painted_alone)
-        options |= {"erasers": paths, "weights": weights, "stack": stack}
-        options["against"] = [kind.strip() for kind in against.split(",")] if against else []
+        options |= {"erasers": paths, "weights": weights, "stack": stack, "against": _kinds(against)}
         if dry_run:
             _estimate(model, loaded, out, options)
             return
@@ -107,6 +106,11 @@ def evaluate(
         if attach:
             write_into(paths[0], report, None if loaded.sensitive else out)
         _show(report, out)
+
+
+def _kinds(against: str | None) -> list[str]:
+    """Return what `--against` names."""
+    return [kind.strip() for kind in against.split(",")] if against else []
 
 
 def _show(report: Report, out: Path) -> None:

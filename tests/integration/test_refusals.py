@@ -18,7 +18,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from esd_lora.cli import main
-from esd_lora.cli.options import Commands
+from esd_lora.cli.options import Commands, going_on_in
+from esd_lora.errors import EsdLoraError
 from esd_lora.weights import merging
 
 LONG = "n" * 300
@@ -75,6 +76,17 @@ def test_what_the_system_refuses(name: str) -> None:
     )
     assert "what was to be done" in sentence(failing(OSError(number, os.strerror(number))))
     assert os.fsdecode(b"x") in sentence(failing(OSError(number, os.strerror(number), b"x")))
+
+
+def test_interruption_is_a_sentence(tmp_path: Path) -> None:
+    assert sentence(failing(KeyboardInterrupt())) == (
+        "error: interrupted. Nothing half-written was left; the same command begins again."
+    )
+    with (
+        pytest.raises(EsdLoraError, match=r"interrupted; the same command goes on in .*measured\."),
+        going_on_in(tmp_path / "measured"),
+    ):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -251,7 +263,8 @@ def test_file_system_of_few_characters() -> None:
     """Where the locale knows ASCII alone, a name that is not becomes no file."""
     code = r"""import click
 from pathlib import Path
-from esd_lora.cli.options import Commands
+from esd_lora.cli.options import Commands, going_on_in
+from esd_lora.errors import EsdLoraError
 make = click.command("make")(lambda: Path("caf\u00e9").mkdir())
 Commands("esd-lora", commands={"make": make})(["make"])
 """

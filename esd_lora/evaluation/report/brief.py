@@ -59,8 +59,8 @@ def _line(report: Report, shown: str, role: str) -> BriefLine:
     number, before = numbers[metric], report.variants.get("base", {}).get(role, {}).get(metric)
     change = _change(role, metric, number)
     was = f"base {_short(before)}" if before and shown != "base" else f"{number.of} pictures"
-    text = f"  {_ROLES[role]:<17}{shorten(in_one_line(metric), 12):<13}{number.text():<25}{was:<14}"
-    return BriefLine(f"{text}{change}".rstrip(), change)
+    text = f"  {_ROLES[role]:<16}{in_one_line(metric)[:9]:<10}{number.text():<24}{was:<13}"
+    return BriefLine(f"{text}{change}".rstrip()[:_WIDTH], change)
 
 
 def _short(number: Number) -> str:
