@@ -16,6 +16,7 @@ import warnings
 
 from tables import add_publish, show
 
+from esd_lora.adapter import add_adapter
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
 from esd_lora.calibration import Probe
@@ -43,6 +44,7 @@ def shares(base_name: str, words: list[str]) -> list[float]:
     recipe = load_recipe("fast", base=base_name, concepts=["a cat"], anchor=None)
     held_out = hold_out(recipe, plan(recipe, KEEP), KEEP, base.encode)
     teacher = Teacher(base, recipe, plan(recipe, KEEP), probed=[*held_out.prompts(), *words])
+    add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, recipe.train.seed)  # off while it is measured
     return list(Probe(teacher, HeldOut(held_out.erased, held_out.kept, words)).shares.values())
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from esd_lora.progress import Advance, shown_by
+from esd_lora.progress import Advance, is_shown, shown_by
 from esd_lora.wording import printable
 
 _FEW = 3
@@ -64,12 +64,14 @@ def watchable() -> bool:
 
 
 def watched(progress: bool) -> AbstractContextManager[None]:
-    """Show the stages inside a `with` block on a terminal, if there is one.
+    """Show the stages inside a `with` block on a terminal, if there is one and nobody else shows them already.
 
     Args:
         progress: Whether to show anything at all.
     """
-    return shown_by(_on_terminal if progress and watchable() else None)
+    if not progress:
+        return shown_by(None)
+    return shown_by(_on_terminal) if watchable() and not is_shown() else nullcontext()
 
 
 @contextmanager

@@ -48,6 +48,11 @@ def shown_by(display: Display | None) -> Generator[None]:
         _display.reset(token)
 
 
+def is_shown() -> bool:
+    """Return whether a display hears of stages here."""
+    return _display.get() is not None
+
+
 @contextmanager
 def stage(desc: str, total: float | None = None, unit: str = "it") -> Generator[None]:
     """Say what is done inside a `with` block; `advance` there counts for the innermost stage.

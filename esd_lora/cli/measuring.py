@@ -105,8 +105,7 @@ def evaluate(
     else:
         alone = not (dry_run or against or loaded.attacks)
         model = load_base(base, device=device, dtype=dtype, config=base_config, text_first=alone)
-        kinds = [kind.strip() for kind in against.split(",")] if against else []
-        options |= {"erasers": paths, "weights": weights, "stack": stack, "against": kinds}
+        options |= {"erasers": paths, "weights": weights, "stack": stack, "against": _kinds(against)}
         if dry_run:
             return _estimate(model, loaded, out, options)
         with going_on_in(out):
@@ -114,6 +113,11 @@ def evaluate(
     if attach and is_main():
         _attach(paths[0], report, loaded, out)
     return _show(report, out) if is_main() else None
+
+
+def _kinds(against: str | None) -> list[str]:
+    """Return what `--against` names."""
+    return [kind.strip() for kind in against.split(",")] if against else []
 
 
 def _attach(eraser: str, report: Report, suite: Suite, out: Path) -> None:
@@ -136,10 +140,11 @@ _NOT_MEASURED = ("out", "force", "dry_run", "attach", "gates", "allow_code")
 
 def _show(report: Report, out: Path) -> Evaluated:
     """Print what came out in a few lines, and where all of it is; return it."""
-    from esd_lora.evaluation.report.brief import brief
+    from esd_lora.evaluation.report.brief import brief, not_run
 
     for line in brief(report):
         say(line.text, colour={"better": "green", "worse": "red"}.get(line.change))
+    say(*not_run(report), err=True)
     page = out / "report.html"
     say(f"look at {page}; every number is in {out / 'table.md'}")
     return {"out": str(out), "page": str(page), "summary": json.loads(report.to_json())}

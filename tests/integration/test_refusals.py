@@ -19,6 +19,8 @@ from click.testing import CliRunner, Result
 
 from esd_lora.cli import main
 from esd_lora.cli.commands import Commands
+from esd_lora.cli.printing import going_on_in
+from esd_lora.errors import EsdLoraError
 from esd_lora.weights import merging
 
 LONG = "n" * 300
@@ -75,6 +77,17 @@ def test_what_the_system_refuses(name: str) -> None:
     )
     assert "what was to be done" in sentence(failing(OSError(number, os.strerror(number))))
     assert os.fsdecode(b"x") in sentence(failing(OSError(number, os.strerror(number), b"x")))
+
+
+def test_interruption_is_a_sentence(tmp_path: Path) -> None:
+    assert sentence(failing(KeyboardInterrupt())) == (
+        "error: interrupted. Nothing half-written was left; the same command begins again."
+    )
+    with (
+        pytest.raises(EsdLoraError, match=r"interrupted; the same command goes on in .*measured\."),
+        going_on_in(tmp_path / "measured"),
+    ):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_what_is_wrong_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
         code, text, loaded = json.loads(line)
         assert code == 1, name
         assert text.startswith("error: "), name
-        assert text.count("\n") == 1, name
+        assert text.count("\n") <= 2, name  # a fault of a recipe has a line of its own
         assert expected.format(**places) in text, name
         assert loaded == [], f"{name}: {loaded} were loaded for nothing"
     assert sorted(tmp_path.rglob("*")) == before, "and nothing was written"

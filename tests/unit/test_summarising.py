@@ -8,6 +8,7 @@ from esd_lora.erasers.measured import Number, worst_line
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Score
+from esd_lora.evaluation.report.brief import brief, not_run
 from esd_lora.evaluation.report.intervals import paired_difference, paired_rate_difference, wilson
 from esd_lora.evaluation.report.report import Distance, Report, label_rows
 from esd_lora.evaluation.report.summarising import (
@@ -140,6 +141,54 @@ def test_table_escapes_what_users_say() -> None:
         "## Frechet distance, beside base\n\n| model | efficientnet | pictures |\n| --- | --- | --- |\n| erased | 1.5 | 2 |"
         in text
     )
+
+
+def report_of(seen: dict[str, list[bool]], cases: list[Case], **fields: object) -> Report:
+    scores = {(v, c.id): {"judge": Score({"accuracy": seen[v][i], "rest": True})} for v in seen for i, c in enumerate(cases)}
+    nothing = {"labels": {}, "stack": None, "layout": {}, "distances": {}, "record": {}, "not_run": {}, "gates": ()}
+    numbers = summarise(cases, scores, list(seen))
+    return Report(suite="mine", concepts=("a cat",), variants=numbers, worst=worst_kept(cases, scores), **{**nothing, **fields})
+
+
+def test_five_lines_for_a_terminal() -> None:
+    """Gone is better, what is kept and lost is worse; within 80 columns, whatever a stranger's names are."""
+    roles = ("target", "paraphrase", "neighbour", "general")
+    cases = [Case(f"{role}-{i}", role, f"{role} {i}", i, role) for role in roles for i in range(30)]
+    seen = {"base": [True] * 120, "erased": [False] * 60 + [i > 40 for i in range(30)] + [True] * 30}
+    lines = brief(report_of(seen, cases))
+    assert [line.change for line in lines] == ["", "better", "better", "worse", "no change seen", ""]
+    assert lines[0].text == "mine: a cat, erased beside the base"
+    assert " ".join(lines[1].text.split()) == "prompts about it accuracy 0.0 % (0.0 to 11.4) base 100.0 % better"
+    assert lines[3].text.endswith("worse")
+    assert lines[-1].text == "Hurt most: neighbour 0 of 30 (base 30 of 30)."
+    assert all(len(line.text) < 80 for line in lines)
+    long = brief(report_of(seen, cases).model_copy(update={"suite": "s" * 300, "concepts": ("c\x1b[31m" * 50,)}))
+    assert len(long[0].text) < 80
+    assert "\x1b" not in long[0].text
+
+
+def test_lines_of_the_base_alone_and_of_what_has_no_better() -> None:
+    alone = brief(report_of({"base": [True] * 6}, CASES))
+    assert [line.change for line in alone] == [""] * 3
+    assert "4 pictures" in alone[1].text
+    report = report_of(SEEN, CASES)
+    clip = report.variants["erased"]["target"]["accuracy"].model_copy(update={"hits": None})
+    report.variants["erased"]["target"] = {"clip": clip}
+    assert brief(report)[1].change == "", "of a mean nobody knows which way is better"
+
+
+def test_what_was_not_run_is_a_few_lines() -> None:
+    reasons = {f"metric {i}": "no weights, " * 30 for i in range(9)}
+    lines = not_run(report_of(SEEN, CASES, not_run=reasons))
+    assert len(lines) == 5
+    assert lines[-1] == "not run either: 5 more, in table.md"
+    assert all(len(line) < 80 for line in lines)
+    assert not_run(report_of(SEEN, CASES, not_run={"clip": "no weights"})) == ["not run: clip: no weights"]
+
+
+def test_rest_is_explained_where_it_stands() -> None:
+    text = report_of(SEEN, CASES).to_markdown()
+    assert "`rest` is how often a target shows everything else that its prompt asks for" in text
 
 
 def test_what_lost_most_is_named() -> None:

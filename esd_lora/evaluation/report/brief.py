@@ -30,7 +30,7 @@ class BriefLine(NamedTuple):
 
 
 def brief(report: Report) -> list[BriefLine]:
-    """Return a report in a few lines: what was erased, the first metric of every role, what was hurt most, what was not run.
+    """Return a report in a few lines: what was erased, the first metric of every role, and what was hurt most.
 
     Args:
         report: Of any evaluation; of several models the one that is erased is shown, else the first beside the base.
@@ -42,11 +42,14 @@ def brief(report: Report) -> list[BriefLine]:
     lines += [_line(report, shown, role) for role in _ROLES if report.variants.get(shown, {}).get(role)]
     if report.worst:
         lines.append(BriefLine(_cut(worst_line(report.worst))))
-    reasons = [_cut(f"not run: {name}: {reason}") for name, reason in report.not_run.items()]
-    lines += [BriefLine(reason) for reason in reasons[:_MOST_REASONS]]
-    if len(reasons) > _MOST_REASONS:
-        lines.append(BriefLine(f"not run either: {len(reasons) - _MOST_REASONS} more, in table.md"))
     return lines
+
+
+def not_run(report: Report) -> list[str]:
+    """Return what was not run and why, a line each, as many as anyone reads."""
+    lines = [_cut(f"not run: {name}: {reason}") for name, reason in report.not_run.items()]
+    more = len(lines) - _MOST_REASONS
+    return lines[:_MOST_REASONS] + [f"not run either: {more} more, in table.md"] * (more > 0)
 
 
 def _line(report: Report, shown: str, role: str) -> BriefLine:
@@ -56,8 +59,8 @@ def _line(report: Report, shown: str, role: str) -> BriefLine:
     number, before = numbers[metric], report.variants.get("base", {}).get(role, {}).get(metric)
     change = _change(role, metric, number)
     was = f"base {_short(before)}" if before and shown != "base" else f"{number.of} pictures"
-    text = f"  {_ROLES[role]:<17}{shorten(in_one_line(metric), 12):<13}{number.text():<25}{was:<14}"
-    return BriefLine(f"{text}{change}".rstrip(), change)
+    text = f"  {_ROLES[role]:<16}{in_one_line(metric)[:9]:<10}{number.text():<24}{was:<13}"
+    return BriefLine(f"{text}{change}".rstrip()[:_WIDTH], change)
 
 
 def _short(number: Number) -> str:
