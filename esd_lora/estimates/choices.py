@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from esd_lora.bases.base import Base
-from esd_lora.closed_form import TriedAnchor, try_anchors
+from esd_lora.closed_form import TriedAnchor, plain_prompts, try_anchors
 from esd_lora.lessons import by_influence, pools
 from esd_lora.recipe import AUTO, Recipe
 from esd_lora.training import prepare_prompts
@@ -31,10 +31,11 @@ class Choices(NamedTuple):
         if guarded := self.recipe.guarded:
             lines.append(f"No update touches the text of {', '.join(map(repr, guarded))}.")
         if self.kept:
-            nearest = ", ".join(map(repr, self.kept[:_NAMED]))
+            plain = {*plain_prompts(self.kept)}
+            nearest = ", ".join([repr(prompt) for prompt in self.kept if prompt in plain][:_NAMED])
             lines.append(
-                f"{len(self.kept)} prompts are kept. Erasing would move {nearest} furthest, so these are what it hurts first;"
-                " a training walks the nearest quarter twice as often."
+                f"{len(self.kept)} prompts are kept. Of the plain ones, erasing would move {nearest} furthest: these are what"
+                " it hurts first."
             )
         return lines
 

@@ -42,10 +42,11 @@ _CSS = (
 .grid-wrap.fixed-height { min-height: 0 !important; }
 .gradio-container .row > *, .gradio-container .column > * { min-width: 0; }
 .job-state { margin: 0.5rem 0; }
-.terminal { background: var(--code-background-fill); padding: 0.6rem; border-radius: var(--radius-md); font-size: var(--text-sm); }
+.terminal { background: var(--code-background-fill); padding: 0.6rem; font-size: var(--text-sm); }
 .terminal { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; margin: 0.2rem 0; }
 .terminal-label { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .gradio-container .prose pre, .gradio-container .prose code { white-space: pre-wrap; overflow-wrap: anywhere; }
+.gradio-container .prose pre { margin-bottom: 0.8rem; }
 .gradio-container .prose table { display: block; overflow-x: auto; }
 .figure { margin: 0; }
 .figure img { max-width: 100%; height: auto; }

@@ -52,13 +52,12 @@ def erase_tab(workplace: Workplace) -> None:
                 )
                 out = gradio.Textbox("", label="Name of the eraser", info="Empty: after what it erases.")
             with gradio.Row():
-                ask = gradio.Button("What will it take?")
-                start = gradio.Button("Erase", variant="primary")
+                ask = gradio.Button("What will it take?", size="md", min_width=120)
+                start = gradio.Button("Erase", variant="primary", size="md", min_width=120)
         with gradio.Column(scale=3, min_width=320):
             answer = gradio.Markdown("", container=False)
             panel = job_panel(workplace, TAB)
-            curves = gradio.HTML("")
-            preview = gradio.HTML("")
+            curves, preview = gradio.HTML(visible=False), gradio.HTML(visible=False)
             measure = gradio.Button("Measure it with a small evaluation", visible=False)
             with gradio.Accordion("Model card", open=True, visible=False) as card_box:
                 card = gradio.Markdown("", container=False)
@@ -95,8 +94,8 @@ def erase_tab(workplace: Workplace) -> None:
         text = _card(folder) if done and folder else ""
         return [
             state,
-            _curves(folder) if folder else "",
-            _preview(folder, done=done) if folder else "",
+            _shown(_curves(folder) if folder else ""),
+            _shown(_preview(folder, done=done) if folder else ""),
             gradio.Button(
                 visible=done and current is not None and current.arguments[0] == "train" and _suite(current) is not None
             ),
@@ -129,6 +128,10 @@ def _span(least: float, most: float) -> str:
     """Return seconds in words."""
     low, high = (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes" for seconds in (least, most))
     return low if low == high else f"{low} to {high}"
+
+
+def _shown(text: str) -> Any:
+    return gradio.HTML(text, visible=bool(text))
 
 
 def _signature(job: Job | None, folder: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from esd_lora.evaluation.suites.suite_files import load_suite
 from esd_lora.formats.licenses import license_of
 from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
+from esd_lora.ui.painting import Applied, Painter, Scene
 from loopback_hub import LoopbackHub
 
 hub = loopback_hub.hub  # the fixture
@@ -106,12 +108,21 @@ def test_publishing(
         PUBLISH.publish(collection, tmp_path / "out", ["god"])
 
 
-def test_the_space_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_shows_its_erasers_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("emoji-cat", {"train.steps": 0, "train.preview_every": 0})
     train(recipe, out=tmp_path / "cat", progress=False)
     monkeypatch.setenv("ERASERS", str(tmp_path / "cat"))
-    space = script("space/app.py")
-    before, untouched = space.paint("a cat", 3, 0.0)
-    same, erased = space.paint("a cat", 3.0, 1.0)
-    assert before.size == (256, 256)
-    assert before.tobytes() == untouched.tobytes() == same.tobytes() != erased.tobytes()
+
+    async def load() -> ModuleType:  # gradio makes an event loop that it never closes where none is running
+        return script("space/app.py")
+
+    space = asyncio.run(load())
+    components = [component["props"] for component in space.page.get_config_file()["components"]]
+    assert [c["label"] for c in components if str(c.get("label", "")).startswith("Strength of")] == [
+        f"Strength of {tmp_path / 'cat'}"
+    ]
+    painter = Painter(space.workplace)
+    painted = painter.paint(Scene("emoji", "a cat", 3), Applied((str(tmp_path / "cat"),), (1.0,)))
+    assert painted.before[0].tobytes() != painted.after[0].tobytes()
+    with pytest.raises(EsdLoraError, match="not among what this page shows"):
+        painter.paint(Scene("emoji", "a cat"), Applied((str(tmp_path),), (1.0,)))
