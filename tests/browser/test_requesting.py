@@ -78,7 +78,7 @@ def test_a_fleet_erases_what_is_asked_for(open_page: Callable[..., Page]) -> Non
     page.get_by_label("Concept", exact=True).fill("a key")
     page.get_by_role("button", name="Add this request").click()
     expect(page.get_by_text("1 added: no-key.")).to_be_visible()
-    page.get_by_label("Folder", exact=True).fill("page-fleet")
+    page.get_by_label("Folder What was begun in it goes on").fill("page-fleet")
     page.get_by_label("Most pictures of each kind of prompt").last.fill("2")
     page.get_by_role("button", name="Start", exact=True).click()
     job_ends(page, "Fleet of page-asked in page-fleet")
