@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from esd_lora import bars
 from esd_lora.bars import Bar, Pulse, lines_between_bars, undisturbed, watchable, watched
-from esd_lora.cli.options import say
+from esd_lora.cli.printing import say
 from esd_lora.progress import Advance, advance, shown_by, stage
 from esd_lora.recipe_files import load_recipe
 from esd_lora.step_bar import StepBar
