@@ -84,6 +84,7 @@ def show_stacking(page: Page) -> None:
     page.get_by_role("button", name="What will it take?").locator("visible=true").first.click()
     page.get_by_text("The eraser will have").wait_for()
     page.get_by_role("button", name="Make the stack").click()
+    page.get_by_text(": Done").locator("visible=true").wait_for()
     page.get_by_text("What is lost").wait_for()
 
 
@@ -132,7 +133,7 @@ SHOTS: list[tuple[str, int, int, Callable[[Page], None]]] = [
     ("ui-erase.png", WIDE, 1250, show_erasing),
     ("ui-try.png", WIDE, 1250, show_trying),
     ("ui-try-narrow.png", NARROW, 1250, show_trying),
-    ("ui-stack.png", WIDE, 2200, show_stacking),
+    ("ui-stack.png", WIDE, 2500, show_stacking),
     ("ui-measure.png", WIDE, 1900, show_measuring),
     ("ui-requests.png", WIDE, 1250, show_requests),
     ("ui-training.png", WIDE, 1250, show_training),
