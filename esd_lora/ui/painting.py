@@ -28,7 +28,7 @@ class Scene(NamedTuple):
     """Name as the page has it."""
     prompt: str
     seed: int = 0
-    """Of the first picture."""
+    """Seed of the first picture."""
     count: int = 1
     """Number of pictures, from as many seeds in a row."""
     steps: int | None = None
