@@ -180,13 +180,13 @@ def _add_comparison(workplace: Workplace, shown: gradio.Dropdown) -> None:
         which = gradio.Radio(_FILTERS, value="all", label="Show")
         role = gradio.Dropdown([("all", ""), *((title, name) for name, title in TITLES.items())], value="", label="Prompts")
     compare = gradio.Button("Compare", variant="primary")
-    told = gradio.HTML()
+    answer = gradio.HTML()
     sheet = gradio.HTML()
     with gradio.Row():
         back = gradio.Button("Previous", interactive=False)
         on = gradio.Button("Next", interactive=False)
     state = gradio.State(None)
-    outputs = [told, sheet, back, on, state]
+    outputs = [answer, sheet, back, on, state]
 
     def begin(one: str | None, other: str | None, which: str, role: str, progress: Any = gradio.Progress()) -> list[Any]:  # noqa: B008
         ours, theirs = (
@@ -197,8 +197,8 @@ def _add_comparison(workplace: Workplace, shown: gradio.Dropdown) -> None:
         every = pair_pictures(ours, theirs)
         pairs = chosen_pairs(every, cast("Filter", which), role, progress=lambda share: progress(share, "comparing"))
         veiled = any(is_sensitive(Report.load(folder)) for folder in (ours, theirs))
-        told = " ".join([f"{len(pairs)} of {len(every)} prompts and seeds that both have.", differences(ours, theirs)])
-        return [note(told), *turn(_Shown(pairs, (str(one), str(other)), veiled))]
+        answer = " ".join([f"{len(pairs)} of {len(every)} prompts and seeds that both have.", differences(ours, theirs)])
+        return [note(answer), *turn(_Shown(pairs, (str(one), str(other)), veiled))]
 
     def turn(shown: _Shown, by: int = 0) -> list[Any]:
         shown = shown._replace(first=shown.first + by)
@@ -215,7 +215,7 @@ def _add_comparison(workplace: Workplace, shown: gradio.Dropdown) -> None:
         return turn(shown, PAIRS_AT_ONCE)
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    shown.change(lambda name: name, shown, first, **QUIET)
+    shown.change(lambda name: gradio.Dropdown(_evaluations(workplace), value=name), shown, first, **QUIET)
     compare.click(in_one_sentence(begin), [first, second, which, role], outputs, **private)
     back.click(in_one_sentence(turn_back), state, outputs[1:], **private)
     on.click(in_one_sentence(turn_on), state, outputs[1:], **private)

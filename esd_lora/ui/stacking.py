@@ -92,7 +92,7 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
     with gradio.Row():
         ask = gradio.Button("What will it take?")
         start = gradio.Button("Make the stack", variant="primary")
-    told = gradio.HTML()
+    answer = gradio.HTML()
 
     def estimate(base: str, how: str, names: list[str], *strengths: float) -> str:
         erasers = read_choice(workplace, names, strengths)
@@ -109,7 +109,7 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
         command = stack_command(erasers, cast("How", how), place, Path(out), **options)
         return _submit(workplace, f"Stack {_count(erasers)} into {out}", command, out)
 
-    ask.click(in_one_sentence(estimate), [inputs.base, how, *inputs.choice.inputs], told, **MODEL_WORK)
+    ask.click(in_one_sentence(estimate), [inputs.base, how, *inputs.choice.inputs], answer, **MODEL_WORK)
     return start, [inputs.base, how, name, rank, energy, *inputs.choice.inputs], begin
 
 
@@ -124,7 +124,7 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
     with gradio.Row():
         ask = gradio.Button("What will it take?")
         start = gradio.Button("Merge and verify", variant="primary")
-    told = gradio.HTML()
+    answer = gradio.HTML()
 
     def output(base: str, name: str, erasers: list[Weighted]) -> str:
         if name.strip():
@@ -145,7 +145,7 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
         return _submit(workplace, f"Merge {_count(erasers)} into {out}", command, out)
 
     taken = [inputs.base, name, *inputs.choice.inputs]
-    ask.click(in_one_sentence(estimate), taken, told, **MODEL_WORK)
+    ask.click(in_one_sentence(estimate), taken, answer, **MODEL_WORK)
     return start, taken, begin
 
 

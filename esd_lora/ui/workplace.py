@@ -92,7 +92,7 @@ class Workplace:
             raise EsdLoraError("no eraser or base is named. Choose one.")
         if self.shown and name not in (*self.shown, self.base):
             raise EsdLoraError(f"{name!r} is not among what this page shows: {', '.join((self.base, *self.shown))}.")
-        return str(self.folder / name) if (self.folder / name).exists() else name
+        return str(self.folder / name) if name not in BUILT_IN and (self.folder / name).exists() else name
 
     def new_output(self, name: str) -> str:
         """Return the name of something to be made in the folder, once it is seen to be free.

@@ -15,7 +15,7 @@ from esd_lora.bases.loading import load_base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
-from esd_lora.estimates.choices import explain_choices
+from esd_lora.estimates.choices import Choices, explain_choices
 from esd_lora.estimates.estimate import Estimate, Pace, Work
 from esd_lora.estimates.merging import estimate_merging
 from esd_lora.estimates.pictures import estimate_evaluation, estimate_pictures
@@ -224,17 +224,17 @@ def test_dry_runs_write_nothing(tiny_dir: Path, tmp_path: Path) -> None:
 
 
 def test_choices_are_those_of_the_training(base: Base) -> None:
-    recipe = tiny_recipe(base.id, concepts=["a cat", "a rocket"], anchor="auto", preserve=KEPT, guard=1, closed_form=SOLVED)
-    recipe = recipe.model_copy(update={"concepts": (recipe.concepts[0], recipe.concepts[1].model_copy(update={"anchor": ""}))})
+    recipe = tiny_recipe(base.id, concepts=["a cat", "a rocket"], anchor="auto", preserve=KEPT, closed_form=SOLVED)
+    recipe = recipe.anchored({"a rocket": ""})
     choices = explain_choices(recipe, base)
     eraser = train(recipe, base=base, progress=False)
     anchors = {concept.name: {anchor for _, anchor in concept.pairs} for concept in eraser.header.concepts}
     assert anchors == {"a cat": {choices.tried["a cat"][0].anchor}, "a rocket": {""}}
-    assert choices.recipe.guarded == eraser.header.guard
     assert sorted(choices.kept) == sorted(KEPT)
-    first, second, guarded, kept = choices.lines()
+    first, second, kept = choices.lines()
     assert first.startswith(f"Instead of 'a cat' appears {choices.tried['a cat'][0].anchor!r}: of ")
     assert second == "Instead of 'a rocket' appears nothing in particular (the empty prompt), as the recipe says."
-    assert repr(eraser.header.guard[0]) in guarded
+    guarded = Choices(recipe.model_copy(update={"guard": ("a dog",)}), {}, []).lines()
+    assert guarded[-1] == "No update touches the text of 'a dog'."
     assert kept.startswith(f"6 prompts are kept. Of the plain ones, erasing would move {choices.kept[0]!r}, ")
     base.require_bare()
