@@ -92,7 +92,7 @@ def estimated(estimate: Estimate, out: Path, written: str) -> Estimated:
 
 def print_json(result: Mapping[str, Any]) -> None:
     """Print a result as one JSON object; numbers that JSON does not have are null."""
-    click.echo(json.dumps(_finite(result), indent=2))
+    _echo(json.dumps(_finite(result), indent=2).split("\n"), err=False)
 
 
 def _finite(value: Any) -> Any:

@@ -238,7 +238,7 @@ def test_one_function_prints() -> None:
         for call in calls(module)
         if ast.unparse(call.func) in printing
     ]
-    assert [place.partition(":")[0] for place in found] == ["cli/options.py"], found
+    assert [place.partition(":")[0] for place in found] == ["cli/printing.py"], found
 
 
 def test_progress_bars_show_no_foreign_text() -> None:
