@@ -48,13 +48,17 @@ def default_of(kind: Any, options: Mapping[str, Any]) -> Any:
     return kind[0] if isinstance(kind, list) else options["default"]
 
 
+FLUX_INPUTS = {"context_in_dim": "txt_in", "vec_in_dim": "vector_in.in_layer"}
+
+
 def detect(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Return ComfyUI's own reading of a denoiser's configuration; heads of toy models are theirs."""
+    """Return ComfyUI's own reading of a denoiser's configuration; some sizes of Flux it takes as given, which a toy has not."""
     from comfy.model_detection import detect_unet_config  # pyright: ignore[reportMissingImports]
 
     config = detect_unet_config(dict(weights), prefix)
-    if config.get("image_model") == "flux" and config["hidden_size"] < 3072:
-        config |= {"num_heads": 2, "axes_dim": [4, 6, 6], "out_channels": 4}
+    if config.get("image_model") == "flux" and (hidden := weights[f"{prefix}img_in.weight"].shape[0]) < 3072:
+        widths = {name: weights[f"{prefix}{layer}.weight"].shape[1] for name, layer in FLUX_INPUTS.items()}
+        config |= {"hidden_size": hidden, "num_heads": 2, "axes_dim": [4, 6, 6], "out_channels": 4, "in_channels": 4, **widths}
     return config
 
 

@@ -109,9 +109,10 @@ class EmojiBase:
         text = load_file(PIPELINE / "text_encoder" / "model.safetensors")
         text = {f"text_model.{name.removeprefix('text_model.')}": tensor.float() for name, tensor in text.items()}
         target = supported_models_base.ClipTarget(BothTokenizers, BothEncoders)
-        clip = CLIP(
-            target, state_dict=[text], model_options={"dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
-        )
+        clip = CLIP(target, model_options={"dtype": torch.float32, "load_device": CPU, "offload_device": CPU})
+        missing, unexpected = clip.load_sd(text)
+        assert set(missing) <= {"text_projection.weight"}, missing
+        assert not unexpected, unexpected
         return ModelPatcher(model, CPU, CPU), clip, Vae()
 
 

@@ -16,7 +16,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For events that only keep a page up to date."""
 
 
-def on_load(handler: Callable[[], Any], output: Component) -> None:
+def on_load(handler: Callable[..., Any], output: Component) -> None:
     """Call a handler whenever the page that is being built is opened.
 
     Args:
