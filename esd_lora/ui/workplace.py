@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from esd_lora.built_in import BUILT_IN
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, how_to_install
 from esd_lora.ui.jobs import Jobs
 
 if TYPE_CHECKING:
@@ -218,4 +218,4 @@ def require_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise EsdLoraError("the page needs gradio, which is not installed. Install the extra: esd-lora[ui].") from error
+        raise EsdLoraError(f"the page needs gradio, which is not installed: {how_to_install('ui')}.") from error

@@ -17,6 +17,7 @@ from esd_lora.errors import EsdLoraError
 NOT_RUN: dict[str, dict[str, int]] = {
     "README.md": {"needs the network": 1, "needs the weights of a published model": 3},
     "docs/choosing.md": {"a benchmark, which takes minutes to hours": 1},
+    "docs/comfyui.md": {"needs ComfyUI": 2},
     "docs/configuration.md": {"is for the start-up files of a shell": 1},
     "docs/evaluation.md": {"needs the weights of a published model": 1, "a benchmark, which takes minutes to hours": 2},
     "docs/files.md": {"needs the weights of a published model": 2},
@@ -28,6 +29,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "docs/stacking.md": {"a benchmark, which takes minutes to hours": 3},
     "docs/training.md": {"needs the weights of a published model": 1},
     "docs/troubleshooting.md": {"needs the weights of a published model": 1},
+    "docs/ui.md": {"opens a page until it is ended": 2},
     "docs/your-model.md": {"needs the weights of a published model": 1},
 }
 """Page to why blocks of it are not run, and how many: one that is left out by mistake, or without need, changes a count."""
@@ -106,6 +108,9 @@ def test_nothing_is_installed_from_where_it_is_not() -> None:
         wanted += [path for ending in endings for path in (PROJECT / folder).rglob(f"*.{ending}")]
     pattern = re.compile(r"pip install [^\n`]*(?<!/)\besd[-_]lora(?:\[\w+\])?['\"]?(?! @)(?:[\s`'\").]|$)")
     assert [name_of(path) for path in wanted if pattern.search(path.read_text("utf-8"))] == []
+    assert not re.search(
+        r"nstall.*esd-lora\[", "\n".join(path.read_text("utf-8") for path in (PROJECT / "esd_lora").rglob("*.py"))
+    )
     assert pattern.search("`pip install esd-lora`")
     assert pattern.search("pip install 'esd-lora[ray]'.")
     assert not pattern.search('pip install "esd-lora @ git+https://example.org/x"')
