@@ -694,7 +694,7 @@ MISTAKES = {
     "gate that is always open": ("generate cat --base {tiny} --eraser {cat} --gate-threshold 0 -o {out}", "gate threshold 0: "),
     "gate of nothing": ("generate cat --base {tiny} --gate-threshold 0 -o {out}", "--eraser"),
     "strengths of nothing": ("generate cat --base {tiny} --strengths 0,1 -o {out}", "--eraser"),
-    "missing manifest": ("stack {out}.yaml -o {out}", "no stack manifest"),
+    "missing manifest": ("stack {out}.yaml -o {out}", "no eraser at {out}.yaml"),
     "unknown layout": ("export {cat} --layout koyha -o {out}.safetensors", "did you mean 'kohya'?"),
     "export under another name": ("export {cat} --layout kohya -o {out}.ckpt", "ends in .safetensors"),
     "missing file to import": ("import {out}.safetensors -o {out}", "no LoRA at"),

@@ -458,7 +458,11 @@ def test_command(tiny_dir: Path, suite: Path, tmp_path: Path, cat_dir: Path) -> 
     command = ["evaluate", mine, "--base", tiny_dir, "--suite", suite, "--device", "cpu", *ALLOWED, "-o", out]
     result = invoke(*command, "--attach", "--against", "negative-prompt", "--fail-if", "erased.bright.mean>300")
     assert result.exit_code == 0, result.output
-    assert "| negative-prompt | bright.mean |" in result.stdout
+    assert "| negative-prompt | bright.mean |" in (out / "table.md").read_text()
+    assert re.search(r"^ prompts about it +bright .* base ", result.stdout, re.MULTILINE), (
+        "the first rate, without its detector"
+    )
+    assert len(result.stdout.splitlines()) < 10
     assert f"look at {out / 'report.html'}" in result.stdout
     assert "not run: absent: no weights" in result.stderr
     assert f"allowed to run code of its own: {', '.join(OWN)}\n" in result.stderr

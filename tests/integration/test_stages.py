@@ -48,10 +48,10 @@ def test_training_and_pictures(tiny_dir: Path, tmp_path: Path) -> None:
             train(tiny_recipe(tiny_dir, preset, **more), base=base, out=tmp_path / preset, force=True)
         paint(base, ["a cat", "a dog", "a hat"], range(3), steps=2, batch=2)
     assert f"loading base {tiny_dir}" in heard.stages
-    assert heard.whole("walking trajectories") == all(
-        total == done for (total, done) in heard.stages["walking trajectories"][:2]
-    ), "one that stops at random (paper) comes to less"
-    assert heard.stages["walking trajectories"][0] == [16, 16]
+    whole, early = heard.stages["walking trajectories"][:2], heard.stages["walking trajectories"][2:]
+    assert whole == [[16, 16], [16, 16]], "before the first step and the third"
+    assert len(early) == 2
+    assert all(0 <= (done or 0) < (total or 0) for total, done in early), "the paper's stop at random"
     assert heard.whole("encoding text")
     assert heard.whole("painting 3 pictures")
     assert heard.stages["painting 3 pictures"] == [[6, 6]]

@@ -59,7 +59,8 @@ def _line(report: Report, shown: str, role: str) -> BriefLine:
     number, before = numbers[metric], report.variants.get("base", {}).get(role, {}).get(metric)
     change = _change(role, metric, number)
     was = f"base {_short(before)}" if before and shown != "base" else f"{number.of} pictures"
-    text = f"  {_ROLES[role]:<16}{in_one_line(metric)[:9]:<10}{number.text():<24}{was:<13}"
+    name = in_one_line(metric).rpartition(".")[2][:9]  # the detector's own name stands before a point
+    text = f" {_ROLES[role]:<17}{name:<10}{number.text():<24}{was:<13}"
     return BriefLine(f"{text}{change}".rstrip()[:_WIDTH], change)
 
 
