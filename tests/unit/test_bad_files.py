@@ -177,7 +177,7 @@ HEADERS = {
     "deep": ('"weight":1.0', '"weight":' + "[" * 100_000, "damaged header"),
     "many digits": ('"weight":1.0', '"weight":' + "9" * 5000, "damaged header"),
     "long name": ('"versions":{', f'"versions":{{"{"x" * 100_000}":3,', "damaged header"),
-    "long": ('"weight":1.0', f'"weight":1.0,"x":"{"x" * 2**24}"', "more than 16,777,216: it is no eraser's"),
+    "long": ('"weight":1.0', f'"weight":1.0,"x":"{"x" * 2**26}"', "more than 67,108,864: it is no eraser's"),
 }
 
 

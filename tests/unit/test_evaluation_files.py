@@ -36,7 +36,7 @@ def saved(folder: Path, **values: Any) -> Path:
         ({"distances": FID, "record": {"detectors": 7}}, "does not say"),
         ({"distances": FID, "record": {"detectors": {"fid": {"metric": "x"}}}}, "does not say"),
         ({"layout": {"a": {"x": 0.5}, "b": {"y": 0.5}}}, "different columns"),
-        ({"variants": [[]]}, "valid dictionary"),
+        ({"variants": [[]]}, "expected a mapping of names"),
     ],
 )
 def test_report_that_is_not_whole(tmp_path: Path, values: dict[str, Any], words: str) -> None:

@@ -332,10 +332,11 @@ def test_documentation_lists_every_column_and_its_example_is_read(tmp_path: Path
     columns, states = text.split("## States")
     assert tuple(re.findall(r"^\| `(\w+)` \|", columns, re.MULTILINE)) == COLUMNS
     assert tuple(re.findall(r"^\| `(\w+)` \|", states, re.MULTILINE)) == get_args(Status)
-    (example,) = re.findall(r"^    id,.*\n(?:    .*\n)+", text, re.MULTILINE)
+    (example,) = re.findall(r"<<'END'\n(id,.*?\n)END\n", text, re.DOTALL)
     file = tmp_path / "requests.csv"
-    file.write_text(re.sub("^    ", "", example, flags=re.MULTILINE), "utf-8")
+    file.write_text(example, "utf-8")
     read = read_requests(file)
-    assert [(r.concept, r.kind) for r in read] == [("a cat", "object"), ("a pizza", "object"), ("twemoji", "style")]
+    assert [(r.concept, r.kind) for r in read[:3]] == [("a cat", "object"), ("a pizza", "object"), ("twemoji", "style")]
+    assert [r.status for r in read[3:]] == ["ambiguous"] * 2
     for one in read:
         assert load_recipe("instant", one.settings, base="emoji", concepts=[one.concept])

@@ -292,7 +292,8 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str, there: bool) -> N
     file = tmp_path / f"model{suffix}"
     if there:
         file.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(EsdLoraError, match=r"is a pickle, and opening one runs whatever code.*\.safetensors"):
+    refusal = r"is a pickle, and opening one runs whatever code.*\.safetensors" if there else "there is no such file"
+    with pytest.raises(EsdLoraError, match=refusal):
         load_base(file)
 
 
@@ -315,7 +316,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(EsdLoraError, match=r"no file .*expected a \.safetensors file"):
+    with pytest.raises(EsdLoraError, match=r"no base .*there is no such file"):
         load_base(tmp_path / "model.safetensors")
 
 
