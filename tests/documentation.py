@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +108,9 @@ def run_blocks(page: Path, folder: Path) -> int:
             continue
         count += 1
         if block.language == "python":
-            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")  # as for a reader; pytest makes errors of them
+                exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names)
             continue
         for command in commands(block.text):
             code, output = _run(command, folder)
