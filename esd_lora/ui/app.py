@@ -138,6 +138,7 @@ def serving(
 
 def wait_for_end() -> None:
     """Wait for Ctrl-C, or for the system's request to end."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background programs ignore the first, unless they say otherwise
+        signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -13,7 +13,7 @@ from esd_lora.recipe_files import load_recipe
 from esd_lora.training import train
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-PATIENCE = 60_000
+PATIENCE = 120_000
 """Milliseconds until something that should appear counts as missing: torch alone may take ten seconds to load."""
 
 
