@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 THREADS = "1"
 """Of torch in both runs: sums in parallel are added in another order on another number of threads."""
 TIMES = re.compile(
@@ -102,6 +104,7 @@ def timeless(file: Path) -> bytes:
     return TIMES.sub(b"", DIGESTS.sub(b"", content))
 
 
+@pytest.mark.slow
 def test_same_files_whatever_the_process(tiny_dir: Path, tmp_path: Path) -> None:
     plain = made_in(tmp_path / "a", tiny_dir, PYTHONHASHSEED="1", LC_ALL="C.UTF-8", TZ="UTC", COLUMNS="200")
     odd = made_in(tmp_path / "else where" / "b", tiny_dir, PYTHONHASHSEED="2", LC_ALL="C", TZ="XXX-13:45", COLUMNS="40")

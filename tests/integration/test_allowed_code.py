@@ -100,7 +100,7 @@ def test_suite_alone_runs_no_code(own: Path, tmp_path: Path, part: str) -> None:
         with pytest.raises(EsdLoraError, match=r"theirs\.yaml:\d: .*'own_code:Needy' is code.*add --allow-code own_code:Needy"):
             read()
     assert "--allow-code own_code:Needy" in refusal(
-        invoke("evaluate", "--base", "no base", "--suite", file, "-o", tmp_path / "o")
+        invoke("evaluate", "--base", "emoji", "--suite", file, "-o", tmp_path / "o")
     )
     given = invoke("evaluate", "--base", "emoji", "--suite", "emoji-demo", "-s", f"{part}={SPEC}", "-o", tmp_path / "o")
     assert "--allow-code own_code:Needy" in refusal(given)

@@ -413,6 +413,7 @@ def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
         assert len(painted(attack(victim, "token-noise"), CASES[:1])) == 1
 
 
+@pytest.mark.slow
 def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "BATCH", _BATCH)
     concepts = [{"name": "cat", "prompts": ["a cat"], "anchor": "a house"}]

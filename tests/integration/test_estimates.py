@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "a rate to be measured": {"lr": "auto"},
     "a closed form": {"closed_form": SOLVED, "anchor": "auto", "preserve": ["a dog", "a hat", "a key", "a house"]},
     "closed form alone": {"closed_form": SOLVED, "steps": 0},
-    "aspects": {"aspects": ["1:1", "2:1"], "resolution": 128, "refresh_every": 2},
+    "aspects": {"aspects": ["1:1", "2:1"], "resolution": 64, "refresh_every": 2},
     "accumulated": {"accumulate": 3, "preserve": []},
 }
 

@@ -119,6 +119,7 @@ def test_what_stands_is_not_done_again(first: Path, tmp_path: Path) -> None:
     assert record.number == 1
 
 
+@pytest.mark.slow
 def test_a_stack_without_a_request_is_the_stack_that_never_had_it(first: Path, tmp_path: Path) -> None:
     out = shutil.copytree(first, tmp_path / "withdrawn")
     assert released([CAT, PIZZA.model_copy(update={"status": "withdrawn"}), STYLE], out) == []
@@ -167,6 +168,7 @@ def test_a_gate_that_holds_keeps_the_release_back(first: Path, tmp_path: Path) -
     assert "withdrawn r3" in (out / PUBLISHED / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_request_without_an_eraser_keeps_the_release_back(tmp_path: Path) -> None:
     nothing = Request(id="r6", concept="zzz", kind="object")
     with pytest.raises(EsdLoraError, match=r"1 of 2 requests have no eraser \(r6 refused: no prompt of this suite"):
@@ -194,6 +196,7 @@ def test_what_breaks_is_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Traceback" in (tmp_path / LOGS / "r1.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_a_fleet_and_says_what_is_wrong(tmp_path: Path) -> None:
     listed = tmp_path / "requests.csv"
     listed.write_text("id,concept,kind\nr1,a cat,object\nr6,zzz,object\n")

@@ -74,6 +74,7 @@ def evil(cat: Eraser, tmp_path: Path) -> Path:
     return save_with_card(Eraser(cat.pairs, header), tmp_path / "evil")
 
 
+@pytest.mark.filterwarnings("ignore:.* is given twice")
 def test_stack_and_report(evil: Path, tmp_path: Path, tiny_dir: Path) -> None:
     out = tmp_path / "out"
     assert "owned" in prints("stack", evil, f"{evil}:-1", "-o", out, "--fuse", "sum", "--report", "--base", tiny_dir)
@@ -145,6 +146,7 @@ class Brightness:
         return [Score({NAME: i % 2 == 0}, {"seen": NAME}) for i, _ in enumerate(pictures)]
 
 
+@pytest.mark.filterwarnings("ignore:.* is given twice")
 def test_evaluate(evil: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DETECTORS.entries, "bright", "test_hostile_names:Brightness")
     suite = tmp_path / "owned\u202e.yaml"
