@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -45,7 +46,8 @@ def ui(base: str, folder: Path, port: int | None, host: str, user: str, password
     from esd_lora.ui.workplace import Workplace, require_gradio
 
     require_gradio()
-    say("ui: loading ...", err=True)
+    if sys.stderr.isatty():
+        say("ui: loading ...", err=True)
     from esd_lora.ui.app import serving, wait_for_end
 
     workplace = Workplace(folder, base)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 
 class Server(NamedTuple):
@@ -69,3 +69,16 @@ def choose_tab(page: Page, tab: str) -> None:
     if not button.is_visible():
         page.get_by_role("button", name="More tabs").click()
     button.click()
+
+
+def choose(page: Page, label: str, *names: str) -> None:
+    """Choose options of an input that takes one or several."""
+    page.get_by_label(label).click()
+    for name in names:
+        page.get_by_role("option", name=name, exact=True).click()
+    page.keyboard.press("Escape")
+
+
+def job_ends(page: Page, title: str) -> None:
+    """Wait until the page says that a job is done."""
+    expect(page.get_by_text(f"{title}: Done")).to_be_visible()

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Page, expect
 
-from browsing import Server
+from browsing import Server, choose, job_ends
 from evaluations import Seen, made_evaluation
-from test_stacking import choose, job_ends
 
 EVIL = "a {{value}} ${document.title='evil'} <img src=x onerror=\"document.title='evil'\">"
 """What a page that shows it as HTML, or takes it for a template, would obey."""

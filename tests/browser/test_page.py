@@ -108,6 +108,7 @@ def test_erasers_are_tried_with_the_same_seeds(open_page: OpenPage, server: Serv
     assert download.value.suggested_filename == "before-and-after.png"
 
 
+@pytest.mark.slow
 def test_the_command_line_paints_the_same(
     open_page: OpenPage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from browsing import Server
+from browsing import Server, choose, job_ends
 from esd_lora.fleet.registry import Registry
-from test_stacking import choose, job_ends
 
 EVIL = "<img src=x onerror=alert(1)> ${1+1}"
 
@@ -19,6 +18,7 @@ def open_registry(open_page: Callable[..., Page], name: str, *, width: int = 128
     """Open the tab on a registry of one's own."""
     page = open_page("Requests", width=width)
     page.get_by_label("Registry").fill(name)
+    expect(page.get_by_label("Who you are")).not_to_have_value("")  # the page names the user who runs it, once it is open
     page.get_by_label("Who you are").fill("ada")
     page.get_by_role("button", name="Add requests").click()
     return page

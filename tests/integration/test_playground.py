@@ -31,6 +31,7 @@ def test_a_learned_base_draws_what_it_is_asked_for(name: str) -> None:
     assert sum(verdict.style == "noto" for verdict in verdicts) >= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_a_learned_base_is_trained_on(name: str) -> None:
     base = dataclasses.replace(load_base(PLAYGROUND / name), keep=tuple(domain("emoji")["keep"]))

@@ -258,7 +258,7 @@ train(load_recipe(sys.argv[1]), out=sys.argv[2], progress=False, device="cpu")
 """
 
 
-@pytest.mark.parametrize("x_t_from", ["base", "student"])
+@pytest.mark.parametrize("x_t_from", ["base", pytest.param("student", marks=pytest.mark.slow)])
 def test_killed_training_resumes_to_the_same_bits(tiny_dir: Path, tmp_path: Path, x_t_from: str) -> None:
     """SIGKILL at a random step, twice; the checkpoints are wherever they are."""
     from esd_lora.recipe_files import dump_recipe

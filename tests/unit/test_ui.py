@@ -237,7 +237,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "give a --password" in refusal("--host", "0.0.0.0")
     assert "no directory" in refusal("--dir", str(tmp_path / "gone"))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "esd-lora[ui]" in refusal()
+    assert "pip install '.[ui]'" in refusal()
 
 
 def test_others_are_let_in_with_a_password_and_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

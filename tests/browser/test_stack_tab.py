@@ -5,24 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
-from browsing import Server
+from browsing import Server, choose, job_ends
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import stack
 from esd_lora.erasers.tensor_files import read_header
-
-
-def choose(page: Page, label: str, *names: str) -> None:
-    """Choose options of an input that takes one or several."""
-    page.get_by_label(label).click()
-    for name in names:
-        page.get_by_role("option", name=name, exact=True).click()
-    page.keyboard.press("Escape")
-
-
-def job_ends(page: Page, title: str) -> None:
-    expect(page.get_by_text(f"{title}: Done")).to_be_visible()
 
 
 def test_two_become_one_and_a_file_for_other_programs(
@@ -51,6 +40,7 @@ def test_two_become_one_and_a_file_for_other_programs(
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
 
 
+@pytest.mark.slow
 def test_merging_says_what_was_checked(open_page: Callable[..., Page], server: Server, two_erasers: list[str]) -> None:
     page = open_page("Stack and merge")
     choose(page, "Erasers to put together", two_erasers[0])
