@@ -85,6 +85,11 @@ def slug(text: str) -> str:
     return name or "eraser"
 
 
+def eraser_name(concepts: Iterable[str]) -> str:
+    """Return what an eraser is called as a file or folder: `no-cat`, `no-cat-dog`."""
+    return slug(" ".join(["no", *map(without_article, concepts)]))
+
+
 def printable(text: str) -> str:
     """Return a stranger's text as a terminal or a page may have it: what would be obeyed, or is not seen, is shown by its code.
 

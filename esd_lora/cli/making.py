@@ -281,9 +281,9 @@ def _guided(recipe: Recipe, guidance: float) -> Recipe:
 def _export_kohya(eraser: Eraser, out: Path) -> Path:
     """Write an eraser for A1111, Forge and ComfyUI, in a folder of its own: load_lora_weights takes one with one file in it."""
     from esd_lora.formats.exporting import export
-    from esd_lora.wording import slug
+    from esd_lora.wording import eraser_name
 
-    return export(eraser, out / "kohya" / f"{slug('no ' + ' '.join(eraser.names))}.safetensors", layout="kohya", force=True)
+    return export(eraser, out / "kohya" / f"{eraser_name(eraser.names)}.safetensors", layout="kohya", force=True)
 
 
 @click.command(cls=HeavyCommand, sections=_GENERATE_SECTIONS)

@@ -18,7 +18,7 @@ from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.families import family_named
 from esd_lora.families.layer_names import OriginalLayer
 from esd_lora.files import reserve_directory, reserve_file, write_atomically, write_files
-from esd_lora.wording import slug
+from esd_lora.wording import eraser_name
 
 LAYOUTS = ("kohya", "diffusers", "peft")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -123,7 +123,7 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
     created = datetime.fromisoformat(header.created)
     digest = hash_tensors(tensors)
     metadata = {
-        "ss_output_name": slug(f"no {names}"),
+        "ss_output_name": eraser_name(eraser.names),
         "ss_sd_model_name": without_folders(header.base),
         "ss_network_module": "networks.lora",
         "ss_network_dim": alpha if len(ranks) == 1 else "Dynamic",

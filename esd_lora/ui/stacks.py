@@ -14,7 +14,7 @@ from esd_lora.erasers.manifests import load_eraser
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.markup import Cell, figures, heat_map
-from esd_lora.wording import slug, without_article
+from esd_lora.wording import eraser_name
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
@@ -60,7 +60,7 @@ def output_name(erasers: Sequence[Weighted]) -> str:
         EsdLoraError: If one cannot be read.
     """
     names = [name for eraser in erasers for name in load_eraser(eraser.place).names]
-    return slug(" ".join(["no", *map(without_article, names)]))
+    return eraser_name(names)
 
 
 def first_free(folder: Path, name: str) -> str:
@@ -176,8 +176,7 @@ def export_for_others(place: str, folder: Path) -> Path:
     from esd_lora.formats.exporting import export
 
     eraser = load_eraser(place)
-    name = slug(" ".join(["no", *map(without_article, eraser.names)]))
-    return export(eraser, folder / "kohya" / f"{name}.safetensors", layout="kohya", force=True)
+    return export(eraser, folder / "kohya" / f"{eraser_name(eraser.names)}.safetensors", layout="kohya", force=True)
 
 
 def interference(erasers: Sequence[Weighted], base: Base | None = None) -> str:

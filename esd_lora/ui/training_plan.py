@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esd_lora.errors import EsdLoraError
 from esd_lora.ui.workplace import Workplace
-from esd_lora.wording import slug, without_article
+from esd_lora.wording import eraser_name
 
 if TYPE_CHECKING:
     from esd_lora.estimates.estimate import Estimate
@@ -107,7 +107,7 @@ def presets_for(base: str) -> list[str]:
 
 def free_name(workplace: Workplace, concepts: tuple[str, ...]) -> str:
     """Return a name for an eraser that is not taken yet, by what it erases: `no-cat`, `no-cat-2`."""
-    name = slug("no " + " ".join(map(without_article, concepts)))
+    name = eraser_name(concepts)
     others = [f"{name}-{number}" for number in range(2, 1000)]
     return next(each for each in (name, *others) if not (workplace.folder / each).exists())
 

@@ -528,7 +528,7 @@ def test_extract(tiny_dir: Path, tmp_path: Path, cat_dir: Path) -> None:
 def test_kohya_file_beside_the_eraser(tiny_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     good("train", "--concept", "a cat", "--base", tiny_dir, *SETTINGS, "--kohya", "-o", out)
-    beside = out / "kohya" / "no-a-cat.safetensors"
+    beside = out / "kohya" / "no-cat.safetensors"
     assert "the updates differ by 0.000%" in good("diff", out, beside)
     # load_lora_weights takes a directory with one file in it.
     assert [file.name for file in out.glob("*.safetensors")] == [WEIGHTS_NAME]

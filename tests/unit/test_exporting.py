@@ -240,7 +240,7 @@ def test_metadata_says_what_is_known(tmp_path: Path) -> None:
     assert metadata["ss_base_model_version"] == "sd_v1"
     assert metadata["ss_v2"] == "False"
     assert metadata["ss_sd_model_name"] == "owner/model"
-    assert metadata["ss_output_name"] == "no-a-cat"
+    assert metadata["ss_output_name"] == "no-cat"
     assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
         "networks.lora",
         "4",
