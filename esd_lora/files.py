@@ -121,7 +121,8 @@ def last_output(place: Path) -> Path:
 
 def _numbered(place: Path) -> Iterator[Path]:
     yield place
-    yield from (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in count(2))
+    suffix = ".safetensors" if place.suffix == ".safetensors" else ""  # other points belong to a name, such as v1.5
+    yield from (place.with_name(f"{place.name.removesuffix(suffix)}-{number}{suffix}") for number in count(2))
 
 
 def refuse_inputs(output: Path, inputs: Iterable[str | Path]) -> None:

@@ -29,21 +29,24 @@ class Choice(NamedTuple):
         return [self.names, *self.sliders]
 
 
-def choose_erasers(workplace: Workplace, label: str) -> Choice:
+def choose_erasers(workplace: Workplace, label: str = "Erasers", *, most: int = MOST) -> Choice:
     """Add an input for several erasers, and below it a slider for the strength of each that is chosen.
 
     Args:
         workplace: Lists the erasers.
         label: Name of the input.
+        most: Erasers that have a slider.
     """
     names = erasers_input(workplace, label)
-    sliders = [gradio.Slider(-1, 1.5, 1, step=0.05, label=f"Strength {i + 1}", visible=False) for i in range(MOST)]
-    shown = gradio.State([])
+    labels = [f"Strength of {name}" for name in workplace.shown[:most]]
+    sliders = [gradio.Slider(-1, 1.5, 1, step=0.05, label=label) for label in labels]
+    sliders += [gradio.Slider(-1, 1.5, 1, step=0.05, label="Strength", visible=False) for _ in range(most - len(labels))]
+    shown = gradio.State(list(workplace.shown))
 
     def arrange(chosen: list[str], before: list[str], *values: float) -> list[Any]:
         known = dict(zip(before, values, strict=False))  # a strength stays with its eraser, whichever slider it moves to
         updates: list[Any] = []
-        for i in range(MOST):
+        for i in range(most):
             name = chosen[i] if i < len(chosen) else None
             updates.append(
                 gradio.update(visible=False)

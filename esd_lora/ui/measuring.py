@@ -12,6 +12,7 @@ from esd_lora.erasers.measured import TITLES
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.report.comparing import find_evaluations, pair_pictures
 from esd_lora.evaluation.report.report import Report
+from esd_lora.files import fresh_output
 from esd_lora.ui.choosing import choose_erasers, optional_number, read_choice, read_number
 from esd_lora.ui.evaluations import (
     PAIRS_AT_ONCE,
@@ -30,7 +31,7 @@ from esd_lora.ui.evaluations import (
 from esd_lora.ui.inputs import QUIET, base_input, on_load
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
 from esd_lora.ui.markup import figures, frame, note
-from esd_lora.ui.stacks import first_free, output_name
+from esd_lora.ui.stacks import output_name
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
 
 TAB = "measure"
@@ -88,7 +89,7 @@ def _add_inputs(workplace: Workplace) -> tuple[gradio.Button, list[Any], Any]:
 
     def estimate(base: str, suite: str, limit: str, prompts: str, names: list[str], *strengths: float) -> str:
         erasers = read_choice(workplace, names, strengths)
-        out = workplace.folder / first_free(workplace.folder, "measured")
+        out = fresh_output(workplace.folder / "measured")
         with workplace.base_in_use(base) as loaded:
             size = measure_size(erasers, loaded, suite, out, **options_of(limit, prompts))
         return note(size.sentence()) + figures({f"Not run: {name}": reason for name, reason in size.not_run.items()})
@@ -96,7 +97,7 @@ def _add_inputs(workplace: Workplace) -> tuple[gradio.Button, list[Any], Any]:
     def begin(base: str, suite: str, limit: str, prompts: str, names: list[str], *strengths: float) -> Any:
         erasers = read_choice(workplace, names, strengths)
         name = f"{output_name(erasers)}-measured" if erasers else "base-measured"
-        out = first_free(workplace.folder, name)
+        out = fresh_output(workplace.folder / name).name
         command = evaluate_command(erasers, workplace.place(base), suite, Path(out), **options_of(limit, prompts))
         job = workplace.jobs.submit(TAB, f"Measure {', '.join(names) or 'the base'} by {suite}", command, out)
         return choose(workplace, TAB, job.id)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import gradio
 
+from esd_lora.files import fresh_output
 from esd_lora.ui.choosing import Choice, choose_erasers, optional_number, read_choice, read_number
 from esd_lora.ui.inputs import QUIET, base_input, erasers_input
 from esd_lora.ui.job_panel import JobPanel, choose, job_panel
@@ -19,7 +20,6 @@ from esd_lora.ui.stacks import (
     estimate_merge,
     estimate_stack,
     export_for_others,
-    first_free,
     interference,
     merge_command,
     merged_name,
@@ -105,7 +105,7 @@ def _add_stacking(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button,
         erasers = read_choice(workplace, names, strengths)
         place = workplace.place(base) if how != "sum" else ""
         options: dict[str, Any] = {"rank": read_number(rank, _RANK), "energy": read_number(energy, _ENERGY, whole=False)}
-        out = workplace.new_output(name) if name.strip() else first_free(workplace.folder, output_name(erasers))
+        out = workplace.new_output(name) if name.strip() else fresh_output(workplace.folder / output_name(erasers)).name
         command = stack_command(erasers, cast("How", how), place, Path(out), **options)
         return _submit(workplace, f"Stack {_count(erasers)} into {out}", command, out)
 
@@ -130,7 +130,7 @@ def _add_merging(workplace: Workplace, inputs: _Inputs) -> tuple[gradio.Button, 
         if name.strip():
             return workplace.new_output(merged_name(name.strip(), base))
         stem = Path(base).name.removesuffix(".safetensors")
-        return first_free(workplace.folder, merged_name(f"{stem}-{output_name(erasers)}", base))
+        return fresh_output(workplace.folder / merged_name(f"{stem}-{output_name(erasers)}", base)).name
 
     def estimate(base: str, name: str, names: list[str], *strengths: float) -> str:
         erasers = read_choice(workplace, names, strengths)

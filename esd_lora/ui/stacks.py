@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -61,14 +60,6 @@ def output_name(erasers: Sequence[Weighted]) -> str:
     """
     names = [name for eraser in erasers for name in load_eraser(eraser.place).names]
     return eraser_name(names)
-
-
-def first_free(folder: Path, name: str) -> str:
-    """Return a name that nothing in a folder has yet: `no-cat`, `no-cat-2`."""
-    path = Path(name)
-    ending = path.suffix if path.suffix == ".safetensors" else ""
-    names = (f"{name.removesuffix(ending)}{f'-{number}' if number > 1 else ''}{ending}" for number in count(1))
-    return next(each for each in names if not (folder / each).exists())
 
 
 def stack_command(

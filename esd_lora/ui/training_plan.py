@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import fresh_output
 from esd_lora.ui.workplace import Workplace
 from esd_lora.wording import eraser_name
 
@@ -46,7 +47,7 @@ class TrainingPlan(NamedTuple):
         names = _lines(concepts)
         if not names:
             raise EsdLoraError("there is nothing to erase. Write a concept, such as a cat; several, one a line.")
-        name = workplace.new_output(out) if out.strip() else free_name(workplace, names)
+        name = workplace.new_output(out) if out.strip() else fresh_output(workplace.folder / eraser_name(names)).name
         return cls(names, workplace.place(base), preset, _lines(kept), _lines(guard), anchor.strip(), name)
 
     def arguments(self) -> list[str]:
@@ -103,13 +104,6 @@ def presets_for(base: str) -> list[str]:
 
     usual = preset_for(base)
     return [usual, EVERYWHERE, *([SMALL_ALONE] if usual == DEFAULT_PRESET else [])]
-
-
-def free_name(workplace: Workplace, concepts: tuple[str, ...]) -> str:
-    """Return a name for an eraser that is not taken yet, by what it erases: `no-cat`, `no-cat-2`."""
-    name = eraser_name(concepts)
-    others = [f"{name}-{number}" for number in range(2, 1000)]
-    return next(each for each in (name, *others) if not (workplace.folder / each).exists())
 
 
 def _lines(text: str) -> tuple[str, ...]:

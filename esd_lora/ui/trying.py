@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import gradio
 
 from esd_lora.errors import EsdLoraError
+from esd_lora.ui.choosing import choose_erasers
 from esd_lora.ui.figures import figure, lines_of_terminal
-from esd_lora.ui.inputs import base_input, erasers_input
+from esd_lora.ui.inputs import base_input
 from esd_lora.ui.painting import Applied, Painter, Scene, command_of, settings_of
 from esd_lora.ui.workplace import MODEL_WORK, Workplace, in_one_sentence
 
@@ -34,11 +34,7 @@ def try_tab(workplace: Workplace) -> None:
     with gradio.Row():
         with gradio.Column(scale=2, min_width=300):
             base = base_input(workplace)
-            erasers = erasers_input(workplace)
-            sliders = [
-                gradio.Slider(-1, 1.5, value=1, step=0.05, label=label, visible=visible)
-                for label, visible in _sliders(workplace.shown)
-            ]
+            choice = choose_erasers(workplace, most=MOST_SLIDERS)
             prompt = gradio.Textbox(_EXAMPLES[0] if workplace.base == "emoji" else "", label="Prompt", lines=2)
             with gradio.Row():
                 seed = gradio.Number(0, label="First seed", precision=0, minimum=0, min_width=110)
@@ -63,11 +59,8 @@ def try_tab(workplace: Workplace) -> None:
                 paint_grid = gradio.Button("Paint the grid")
                 sheet = gradio.HTML("")
                 grid_file = gradio.DownloadButton("Download the grid", size="sm", visible=False)
-    inputs = [base, erasers, prompt, seed, count, gated, threshold, steps, guidance, *sliders]
+    inputs = [base, choice.names, prompt, seed, count, gated, threshold, steps, guidance, *choice.sliders]
     outputs = [before, after, status, picture, settings, command]
-
-    def name_sliders(names: list[str]) -> list[Any]:
-        return [gradio.Slider(label=label, visible=visible) for label, visible in _sliders(names)]
 
     def paint_both(*values: Any) -> list[Any]:
         scene, applied = _read(*values)
@@ -101,10 +94,9 @@ def try_tab(workplace: Workplace) -> None:
         file = gradio.DownloadButton(value=workplace.download("strengths.png", picture), visible=True)
         return [figure(picture, alt), file, lines_of_terminal(command_of(scene, applied, numbers), _TERMINAL)]
 
-    erasers.change(name_sliders, erasers, sliders, show_progress="hidden", api_visibility="private")
     shown_with: dict[str, Any] = {"api_visibility": "private", "show_progress_on": [before, after], **MODEL_WORK}
     gradio.on([paint.click, prompt.submit], in_one_sentence(paint_both), inputs, outputs, **shown_with)
-    for slider in sliders:
+    for slider in choice.sliders:
         slider.release(in_one_sentence(paint_again), [command, *inputs], outputs, trigger_mode="always_last", **shown_with)
     paint_grid.click(
         in_one_sentence(paint_strengths),
@@ -113,12 +105,6 @@ def try_tab(workplace: Workplace) -> None:
         api_visibility="private",
         **MODEL_WORK,
     )
-
-
-def _sliders(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """Return the label of every slider, and whether it is shown."""
-    shown = names[:MOST_SLIDERS]
-    return [(f"Strength of {name}", True) for name in shown] + [("Strength", False)] * (MOST_SLIDERS - len(shown))
 
 
 def _gallery(label: str) -> gradio.Gallery:

@@ -1,4 +1,4 @@
-"""What the command line chooses where it is not told: outputs that never meet, bases of the environment, prompts of files."""
+"""What the command line chooses where nothing is given: outputs that never meet, bases of the environment, prompts of files."""
 
 from __future__ import annotations
 

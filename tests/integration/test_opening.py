@@ -78,7 +78,7 @@ def test_commands_take_any_layout(files: dict[str, Path], cat_dir: Path, tiny_di
     for name, eraser in {"foreign": files[layout], "own": cat_dir}.items():
         out = tmp_path / name
         on = ["--base", tiny_dir]
-        _, told = good("generate", "a cat", *on, "--steps", 2, "--eraser", eraser, "-o", out / "pictures")
+        _, painting = good("generate", "a cat", *on, "--steps", 2, "--eraser", eraser, "-o", out / "pictures")
         _, merging = good("merge", eraser, *on, "-o", out / "merged", "--verify")
         assert merging.count("converted in memory") == (name == "foreign"), "once, though it is opened again to verify"
         if layout != "stranger":  # whose layers fit several families where no base is at hand
@@ -88,8 +88,8 @@ def test_commands_take_any_layout(files: dict[str, Path], cat_dir: Path, tiny_di
             (out / "pictures" / "000_seed0.png").read_bytes(),
             next((out / "merged" / "unet").glob("*.safetensors")).read_bytes()[-4096:],
         ]
-        lines = [line for line in told.splitlines() if "converted in memory" in line]
-        assert len(lines) == (name == "foreign"), told
+        lines = [line for line in painting.splitlines() if "converted in memory" in line]
+        assert len(lines) == (name == "foreign"), painting
         if lines:
             what = (
                 "a LoRA in kohya's names, of which nothing is known" if layout == "stranger" else "an eraser in the layout of"

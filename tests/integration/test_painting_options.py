@@ -47,15 +47,16 @@ def test_pictures_are_the_pipeline_s_own(toy: Path) -> None:
     sizes = {"width": width * 2, "height": height}
     options = {"steps": 3, "guidance": 5.0, "width": width * 2}
     expected = {"plain": own_call(base, guidance_scale=5.0), "wide": own_call(base, guidance_scale=5.0, **sizes)}
-    found = {"plain": paint(base, ["a cat"], [3], steps=3, guidance=5.0)[0], "wide": paint(base, ["a cat"], [3], **options)[0]}
+    (plain,) = paint(base, ["a cat"], [3], steps=3, guidance=5.0)
+    painted = {"plain": plain, "wide": paint(base, ["a cat"], [3], **options)[0]}
     takes_negative = base.family.takes_negative_prompt(base.pipe)
     assert takes_negative == (toy.name in GUIDED)
     if takes_negative:
         expected["negative"] = own_call(base, guidance_scale=5.0, negative_prompt=["a dog, blurry"], **sizes)
         options["negative_prompt"] = "a dog, blurry"
-        found["negative"] = paint(base, ["a cat"], [3], **options)[0]
-    assert found["wide"].size == (width * 2, height)
-    for name, picture in found.items():
+        painted["negative"] = paint(base, ["a cat"], [3], **options)[0]
+    assert painted["wide"].size == (width * 2, height)
+    for name, picture in painted.items():
         assert np.array_equal(pixels(picture), expected[name]), name
     if takes_negative:
         assert not np.array_equal(expected["negative"], expected["wide"])

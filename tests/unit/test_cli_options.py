@@ -38,11 +38,11 @@ def sentence(*args: object, **environment: str) -> str:
 
 def verbs(group: click.Group = main) -> dict[str, click.Command]:
     """Every command by its name, but the page's, which runs until it is ended and has no result."""
-    found: dict[str, click.Command] = {}
+    commands: dict[str, click.Command] = {}
     for name, command in group.commands.items():
         inner = verbs(command) if isinstance(command, click.Group) else {"": command}
-        found |= {f"{name} {below}".strip(): verb for below, verb in inner.items() if name != "ui"}
-    return found
+        commands |= {f"{name} {below}".strip(): verb for below, verb in inner.items() if name != "ui"}
+    return commands
 
 
 @pytest.mark.parametrize("name", verbs())
@@ -292,9 +292,9 @@ BROKEN = {
 def test_broken_configuration_is_told_in_a_sentence(config: Path, text: str, message: str) -> None:
     config.write_text(text)
     for command in ("generate a", "train --concept a"):
-        said = sentence(*command.split(), "-o", config.parent / "out")
-        assert str(config) in said
-        assert message in said
+        error = sentence(*command.split(), "-o", config.parent / "out")
+        assert str(config) in error
+        assert message in error
     assert invoke("train", "--help").exit_code == 0, "help is there all the same"
     assert invoke("recipes", "list").exit_code == 0, "and so is what no setting concerns"
 

@@ -50,9 +50,9 @@ def test_same_seed_with_another_guidance_is_another_picture(two: tuple[Path, Pat
 
 def test_yes_and_no_are_compared_where_the_same_is_expected(two: tuple[Path, Path]) -> None:
     pair = pair_pictures(*two)[0]
-    told = pair.second._replace(values={"accuracy": True})
-    assert not pair._replace(second=told).judged_differently  # a cat that is left here is kept there
-    assert pair._replace(second=told._replace(role="target")).judged_differently
+    named = pair.second._replace(values={"accuracy": True})
+    assert not pair._replace(second=named).judged_differently  # a cat that is left here is kept there
+    assert pair._replace(second=named._replace(role="target")).judged_differently
     numbers = pair.second._replace(role="target", values={"accuracy": False, "ssim": 0.5})
     assert not pair._replace(second=numbers).judged_differently  # numbers always differ
     assert not pair._replace(first=numbers, second=numbers._replace(values={"accuracy": False, "ssim": 0.6})).judged_differently

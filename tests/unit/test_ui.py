@@ -96,9 +96,9 @@ def test_faults_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
         yield text
         raise ValueError(text)
 
-    with pytest.raises(gradio.Error) as told:
+    with pytest.raises(gradio.Error) as refused:
         in_one_sentence(refuse)("there is no <prompt>.")
-    assert told.value.message == "There is no &lt;prompt&gt;."
+    assert refused.value.message == "There is no &lt;prompt&gt;."
     assert capsys.readouterr().err == ""
     steps = in_one_sentence(stream)("secret")
     assert next(steps) == "secret"

@@ -27,7 +27,7 @@ from evaluations import Seen, made_evaluation, made_report
 
 EVIL = "<img src=x onerror=alert(1)>"
 SHADES = (10, 11, 40, 250)
-"""Of the second's pictures; those of the first are all 10."""
+"""Grey levels of the second's pictures; those of the first are all 10."""
 
 
 @pytest.fixture

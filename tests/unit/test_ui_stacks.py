@@ -12,13 +12,13 @@ from esd_lora.erasers.header import Distillation, Fusion
 from esd_lora.erasers.stacking import stack
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
+from esd_lora.files import fresh_output
 from esd_lora.ui.stacks import (
     Weighted,
     check_weighted,
     describe_merged,
     describe_stack,
     export_for_others,
-    first_free,
     interference,
     losses,
     merge_command,
@@ -127,11 +127,12 @@ def test_description_of_a_sum(cat: Weighted, hat: Weighted, tmp_path: Path) -> N
 
 
 def test_names_that_are_taken_get_a_number(tmp_path: Path) -> None:
-    for name in ("no-cat", "m.safetensors", "m-2.safetensors"):
+    for name in ("no-cat", "m.safetensors", "m-2.safetensors", "xl-1.0"):
         (tmp_path / name).touch()
-    assert first_free(tmp_path, "no-dog") == "no-dog"
-    assert first_free(tmp_path, "no-cat") == "no-cat-2"
-    assert first_free(tmp_path, "m.safetensors") == "m-3.safetensors"
+    assert fresh_output(tmp_path / "no-dog").name == "no-dog"
+    assert fresh_output(tmp_path / "no-cat").name == "no-cat-2"
+    assert fresh_output(tmp_path / "m.safetensors").name == "m-3.safetensors"
+    assert fresh_output(tmp_path / "xl-1.0").name == "xl-1.0-2"
 
 
 def test_what_was_checked_of_a_merge() -> None:
