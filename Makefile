@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A process for each core; the tests of a file share what it makes, so they stay together.
-PARALLEL := -n auto --maxprocesses 4 --dist loadscope
+# A process for each core; the tests of a file share what it makes, so they stay together. In the order of folders, in which
+# the files of few and long tests come first: the other order ends with one of them, alone.
+PARALLEL := -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 LOWEST ?= .venv-lowest
 export HF_HUB_OFFLINE = 1
 export GOMP_SPINCOUNT = 1000
@@ -18,7 +19,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 # The lowest versions that pyproject.toml allows, in an environment of their own; minutes, so not for every change.
 test-lowest: $(LOWEST)/.dev

@@ -48,7 +48,7 @@ def test_a_process_killed_in_a_lock_does_not_hang_the_next() -> None:
 def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
     verbs = ["stack", "merge a file", "export for peft", "recipes copy"]
     report = trials(
-        tmp_path / "report.json", "--verbs", *verbs, "push", "requests", "--stride", 5, "--randomly", 1, "--pairs", 3
+        tmp_path / "report.json", "--verbs", *verbs, "push", "requests", "--stride", 10, "--randomly", 1, "--pairs", 3
     )
     assert report["failures"] == []
     assert list(report["counts"]) == [*verbs, "push", "requests"]
