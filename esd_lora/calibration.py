@@ -121,7 +121,7 @@ def _measure_rate(teacher: Teacher, parameters: Sequence[torch.nn.Parameter], op
     before = [parameter.detach().clone() for parameter in parameters]
     for part in points.split(spec.batch_size):
         prediction = teacher.base.predict(part.x_t, part.t, teacher.condition(part.lesson))
-        loss = (prediction - part.target).square().flatten(1).mean(1).sum() / len(points.t)
+        loss = teacher.losses(prediction, part).sum() / len(points.t)
         (loss * (_LOSS_SCALE if teacher.base.model.dtype == torch.float16 else 1)).backward()
     rate = _TRIED_RATE
     for _ in range(TRIES):  # a step's effect grows in proportion, but for the largest: the second try corrects the first

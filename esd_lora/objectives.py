@@ -2,7 +2,8 @@
 
 An objective is one function from the frozen base model's predictions to the student's target. The coefficients of the
 predictions sum to one, so the same line serves epsilon, v and flow models. To add one, write the function, name its
-paper, and register it in `OBJECTIVES`.
+paper, and register it in `OBJECTIVES`. The loss is the mean square of what is missing to the target, or, where the student is
+to be driven from the concept as well, an entry of `LOSSES`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from esd_lora.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from esd_lora.trajectory import Points
 
 
 class Predictions(NamedTuple):
@@ -66,9 +69,62 @@ def contrast(teacher: Predictions, eta: Tensor) -> Tensor:
     return teacher.anchor - eta * (teacher.concept - teacher.anchor)
 
 
+def hinge(teacher: Predictions, eta: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the anchor: how the student is driven to it, and from the concept, is `hinge_loss`."""
+    return teacher.anchor
+
+
 OBJECTIVES: Registry[Objective] = Registry(
-    "objective", {"esd": "esd_lora.objectives:esd", "contrast": "esd_lora.objectives:contrast"}
+    "objective", {name: f"esd_lora.objectives:{name}" for name in ("esd", "contrast", "hinge")}
 )
+
+Loss: TypeAlias = "Callable[[Tensor, Points, Tensor], Tensor]"
+"""From the student's predictions, where they were made, and each point's eta [N], to a loss of each point [N]."""
+
+
+def mean_square(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the mean square of what each prediction is from its target, [N].
+
+    Args:
+        prediction: Of the student, [N, ...].
+        points: With their targets.
+        eta: Already in the targets.
+    """
+    return (prediction - points.target).square().flatten(1).mean(1)
+
+
+_ROUNDING = 1e-3  # of the way from the concept to the anchor
+
+
+def hinge_loss(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:
+    """Return a loss that is zero once the student is nearer to the anchor than to the concept, [N].
+
+        loss = |concept - anchor| * max(0, |student - anchor| - eta * |student - concept|)
+
+    GEM's loss for flow models (multimodal-ai-lab/GEM, gem/operators/erasure/erasure_gem.py: a hinge of the two distances, eta
+    1). There it is scaled by a constant; here by the distance there was to go, so that it is in the unit of `mean_square`, as
+    which it begins (to a thousandth), and both can be weighed against each other. With eta 1 a student stops half-way, with
+    less nearer to the anchor; distances are root mean squares.
+
+    Args:
+        prediction: Of the student, [N, ...].
+        points: Whose targets are the anchors; where these are the concept's predictions too, as on preserved points, the loss
+            is `mean_square`.
+        eta: How much the distance from the concept counts, typically 0.5 to 1, [N].
+    """
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        return (one - other).flatten(1).norm(dim=1) / one[0].numel() ** 0.5
+
+    way = distance(points.concept, points.target)
+    # The first student is the concept's own prediction up to rounding, whose direction is no way to be driven.
+    left_behind = (distance(prediction, points.concept).square() + (_ROUNDING * way).square() + 1e-30).sqrt()
+    closer = distance(prediction, points.target) - eta * left_behind
+    return (way * closer.relu()).where(way > 0, mean_square(prediction, points, eta))
+
+
+LOSSES: dict[str, Loss] = {"hinge": hinge_loss}
+"""Losses of objectives that are trained otherwise than by `mean_square`."""
 
 
 def find_objective(name: str, allow_code: Collection[str] = ()) -> Objective:

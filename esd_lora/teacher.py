@@ -17,7 +17,7 @@ from esd_lora.adapter import adapter_disabled
 from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
 from esd_lora.lessons import Lesson
-from esd_lora.objectives import Predictions, find_objective
+from esd_lora.objectives import LOSSES, Predictions, find_objective, mean_square
 from esd_lora.prediction_cache import PredictionCache, network_key, prediction_key
 from esd_lora.progress import stage
 from esd_lora.ranks import gather, share
@@ -57,6 +57,7 @@ class Teacher:
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
+        self.loss = LOSSES.get(recipe.objective, mean_square)
         device = base.device
         prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed])
         self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
@@ -199,7 +200,7 @@ class Teacher:
             for sample in self.walk(part, shape, generator, spec):
                 predictions = self._predictions(part, sample, walked_by_base=by_base)
                 target = self.aim(part, predictions)
-                taught.append(Points(sample.x_t, sample.t, part, target))
+                taught.append(Points(sample.x_t, sample.t, part, target, self._shunned(predictions.concept)))
                 if self.recipe.eta == AUTO:
                     pushes.append(self.aim(part, predictions, further=1.0) - target)
                 if spec.null_batch:
@@ -209,10 +210,24 @@ class Teacher:
     def _held_null(self, sample: NoisySample, *, walked_by_base: bool) -> Points:
         """Return the points of a sample for the empty prompt, whose prediction is to stay what it is."""
         lesson = torch.full((len(sample.t),), self.null_lesson, device=sample.t.device)
-        if walked_by_base and sample.null is not None:
-            return Points(sample.x_t, sample.t, lesson, sample.null)
-        with self.adapter_disabled():
-            return Points(sample.x_t, sample.t, lesson, self.predict(sample.x_t, sample.t, self.condition(lesson)))
+        target = sample.null if walked_by_base else None
+        if target is None:
+            with self.adapter_disabled():
+                target = self.predict(sample.x_t, sample.t, self.condition(lesson))
+        return Points(sample.x_t, sample.t, lesson, target, self._shunned(target))
+
+    def _shunned(self, concept: Tensor) -> Tensor:
+        """Return the concept's predictions where the loss drives from them, and nothing of them where it does not."""
+        return concept[:, :0] if self.loss is mean_square else concept
+
+    def losses(self, prediction: Tensor, points: Points) -> Tensor:
+        """Return the student's loss at each point, [N].
+
+        Args:
+            prediction: Of the student, [N, ...].
+            points: From a buffer of this teacher's.
+        """
+        return self.loss(prediction, points, self._eta[points.lesson])
 
     def condition(self, lesson: Tensor) -> Condition:
         """Return what the student reads in each of `lesson` [N]."""

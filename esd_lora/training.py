@@ -278,13 +278,13 @@ def run_steps(
             weight[teacher.null_lesson] = state.preserve_weights[0][1]  # where it moves, guidance takes the erasure back
             for batch in batches:
                 samples += len(batch.t)
-                x_t, t, lesson, target = batch.share()
-                if not len(t):  # fewer points than ranks
+                points = batch.share()
+                if not len(points.t):  # fewer points than ranks
                     continue
                 with dropout_enabled(base, lora, stream_seed(spec.seed, Stream.DROPOUT, step + rank() * spec.most_steps)):
-                    prediction = base.predict(x_t, t, teacher.condition(lesson))
-                error = (prediction - target).square().flatten(1).mean(1)
-                loss = (weight[lesson] * error).sum() / (spec.batch_size * spec.accumulate)
+                    prediction = base.predict(points.x_t, points.t, teacher.condition(points.lesson))
+                error = teacher.losses(prediction, points)  # |prediction - target|^2, but for the hinge
+                loss = (weight[points.lesson] * error).sum() / (spec.batch_size * spec.accumulate)
                 state.scaler.scale(loss).backward()
                 total = total + loss.detach()
             state.update(total, samples, learning_rate(spec, step, state.lr, state.cooling))

@@ -142,6 +142,8 @@ class Points(NamedTuple):
     """Index of the lesson that each point belongs to, [N]."""
     target: Tensor
     """What the student should predict there, [N, ...]."""
+    concept: Tensor
+    """What the teacher predicts there for the concept, [N, ...]; [N, 0, ...] where the loss does not ask."""
 
     @classmethod
     def join(cls, parts: Sequence[Points]) -> Points:

@@ -22,6 +22,7 @@ from esd_lora.closed_form import solve_text
 from esd_lora.estimates.estimate import Estimate, Pace, Work, clock, peak_memory, time_text
 from esd_lora.estimates.pictures import measure_painting
 from esd_lora.estimates.rehearsal import Rehearsed
+from esd_lora.objectives import mean_square
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
 from esd_lora.teacher import Teacher, latent_shapes, refill
@@ -179,5 +180,6 @@ def _held(teacher: Teacher, texts: int) -> int:
     points = erased * spec.trajectory_steps + preserved * (spec.preserve_steps or spec.trajectory_steps)
     points = points if spec.points == "all" else erased + preserved
     # Texts are held as they came and once more in one tensor; a point has x_t, its target and how far that is pushed, all in
-    # float32, and those of a walk are joined once.
-    return 2 * encoded + (4 * 4 * points * math.prod(shape) if spec.steps else 0)
+    # float32, and those of a walk are joined once; where the loss asks for the concept's prediction, that as well.
+    tensors = 4 if teacher.loss is mean_square else 6
+    return 2 * encoded + (4 * tensors * points * math.prod(shape) if spec.steps else 0)

@@ -158,7 +158,7 @@ class _Distiller:
             scheduler = base.family.scheduler(base.pipe, self.spec.trajectory_steps, shape, device)
             for x_t, t, _, prompted in walk(self._predict, scheduler, start, condition, null, guidance=self.spec.guidance):
                 assert prompted is not None
-                parts.append(Points(x_t, t, rows, prompted))
+                parts.append(Points(x_t, t, rows, prompted, x_t[:, :0]))
         if teacher is not None:
             with applied(base, [teacher]), torch.no_grad():
                 parts = [part._replace(target=self._pushed(part)) for part in parts]

@@ -25,6 +25,12 @@ def esd_target(null: Tensor, concept: Tensor, anchor: Tensor, eta: float) -> Ten
     return anchor - eta * concept + eta * null
 
 
+def hinge(student: Tensor, anchor: Tensor, concept: Tensor, eta: float) -> Tensor:
+    """GEM's hinge of two distances, times the distance there was to go; the second is rounded off at a thousandth of it."""
+    to_anchor, to_concept, way = (((a - b) ** 2).mean() for a, b in ((student, anchor), (student, concept), (anchor, concept)))
+    return way**0.5 * torch.clamp(to_anchor**0.5 - eta * (to_concept + 1e-6 * way) ** 0.5, min=0)
+
+
 def ddpm_grid(steps: int, spacing: str, trained: int = 1000, offset: int = 1) -> list[int]:
     """The timesteps of noise and v models, noisiest first (table 2 of Lin et al., arXiv:2305.08891).
 

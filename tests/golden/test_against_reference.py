@@ -208,9 +208,10 @@ def test_paper_preset_on_every_family(toy: str, monkeypatch: pytest.MonkeyPatch,
     assert_learned_the_same(eraser, student, 1e-6)
 
 
-def test_fast_preset_replays_a_weighted_loss(exact: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", ["esd", "hinge"])
+def test_fast_preset_replays_a_weighted_loss(exact: Base, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
     small = {"steps": 4, "batch_size": 3, "preserve_batch": 2, "preserve_weight": 0.25, "refresh_every": 3}
-    recipe = tiny_recipe(exact.id, "fast", [PROMPT, "a car"], preserve=["a dog"], **small)
+    recipe = tiny_recipe(exact.id, "fast", [PROMPT, "a car"], preserve=["a dog"], objective=objective, eta=0.75, **small)
     batches: list[Points] = []
     as_usual = TrajectoryBuffer.sample
 
@@ -231,8 +232,12 @@ def test_fast_preset_replays_a_weighted_loss(exact: Base, monkeypatch: pytest.Mo
 
         def error(points: Points) -> Tensor:
             """Sum over the points of each one's mean square error."""
-            found = [student(x[None], t.item(), prompts[i])[0] for x, t, i in zip(*points[:3], strict=True)]
-            return sum(((a - b) ** 2).mean() for a, b in zip(found, points.target, strict=True))
+            total = torch.zeros((), dtype=torch.float64)
+            for x, t, i, target in zip(*points[:4], strict=True):
+                prediction, concept = student(x[None], t.item(), prompts[i]), student.predict({}, x[None], t.item(), prompts[i])
+                hinged = objective == "hinge" and int(i) < 2
+                total += reference.hinge(prediction, target, concept, 0.75) if hinged else ((prediction - target) ** 2).mean()
+            return total
 
         def loss(erased: Points = erased, preserved: Points = preserved) -> Tensor:
             return (error(erased) + 0.25 * error(preserved)) / 3

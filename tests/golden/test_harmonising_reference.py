@@ -70,7 +70,7 @@ class Reference:
             times = t.expand(len(x))
             null = self.predict(x, times, self.encoded[:1].expand(len(x), -1, -1))
             prompted = self.predict(x, times, self.encoded[numbers])
-            points.append(Points(x, times, numbers, prompted))
+            points.append(Points(x, times, numbers, prompted, x[:, :0]))
             x = scheduler.step(null + GUIDANCE * (prompted - null), t, x).prev_sample
         if member is not None:
             with with_update(self.base, {path: (pair.down, pair.up) for path, pair in member.pairs.items()}):

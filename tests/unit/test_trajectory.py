@@ -102,7 +102,8 @@ def test_conditions_are_picked_and_joined_by_row() -> None:
 def numbered(*numbers: int) -> Points:
     """Points that carry one number in all their places."""
     values = torch.tensor(numbers)
-    return Points(values.view(-1, 1).float(), values, values, -values.view(-1, 1).float())
+    latents = values.view(-1, 1).float()
+    return Points(latents, values, values, -latents, latents[:, :0])
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 1), (4, 1), (5, 1), (6, 2), (15, 3)])

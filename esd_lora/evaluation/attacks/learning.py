@@ -48,9 +48,9 @@ def noise_latents(victim: Victim, latents: Tensor, count: int, generator: torch.
     rows = rows.to(latents.device)
     x_0 = latents[rows]
     if base.prediction_type == "flow":
-        return Points(scheduler.scale_noise(x_0, t, noise), t, rows, noise - x_0)
+        return Points(scheduler.scale_noise(x_0, t, noise), t, rows, noise - x_0, x_0[:, :0])
     target = scheduler.get_velocity(x_0, noise, t) if base.prediction_type == "v_prediction" else noise
-    return Points(scheduler.add_noise(x_0, noise, t), t, rows, target)
+    return Points(scheduler.add_noise(x_0, noise, t), t, rows, target, x_0[:, :0])
 
 
 def learn(
