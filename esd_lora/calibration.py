@@ -331,9 +331,9 @@ def is_content(reading: Reading, *, anchored: bool) -> bool:
 
 
 def in_words(reading: Reading, *, anchored: bool) -> str:
-    """Return in a few words how far a training is: `gone, kept prompts moved 0.3 %`."""
+    """Return in a few words how far a training is: `gone, kept prompts moved 0.3 %`; nothing of these where none is kept."""
     gone = "gone" if is_gone(reading, anchored=anchored) else f"{100 * min(max(1 - reading.residual, 0), 0.99):.0f} % gone"
-    return f"{gone}, kept prompts moved {100 * reading.drift:.1f} %"
+    return f"{gone}, kept prompts moved {100 * reading.drift:.1f} %" if reading.drift else gone
 
 
 def verdict(reading: Reading, *, anchored: bool) -> str:
@@ -353,6 +353,8 @@ def verdict(reading: Reading, *, anchored: bool) -> str:
             f"short: not gone ({measured}; gone is up to {most}): train longer (-s train.steps=400), at a higher rank"
             " (-s lora.rank=8) or in more layers (--scope full)"
         )
+    if not reading.drift:  # to the last bit: no prompt is kept
+        return gone
     kept = f"kept prompts moved {100 * reading.drift:.1f} %"
     if reading.drift > DRIFT:
         kept = f"short: {kept}, beyond {100 * DRIFT:.0f} % they may draw something else: --guard those that matter most"

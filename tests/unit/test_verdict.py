@@ -19,8 +19,8 @@ def reading(residual: float, worst: float, drift: float) -> Reading:
         (reading(-0.5, -0.1, 0.003), False, "gone, kept prompts moved 0.3 %"),
         (reading(0.05, 0.14, 0.1), True, "gone, kept prompts moved 10.0 %"),
         (reading(0.48, 0.6, 0.1), True, "52 % gone, kept prompts moved 10.0 %"),
-        (reading(1.2, 1.3, 0.0), True, "0 % gone, kept prompts moved 0.0 %"),
-        (reading(-0.1, 0.2, 0.0), False, "99 % gone, kept prompts moved 0.0 %"),  # nothing is gone before all of it is
+        (reading(1.2, 1.3, 0.0), True, "0 % gone"),  # where no prompt is kept, none has moved
+        (reading(-0.1, 0.2, 0.01), False, "99 % gone, kept prompts moved 1.0 %"),  # nothing is gone before all of it is
     ],
 )
 def test_few_words(measured: Reading, anchored: bool, words: str) -> None:
@@ -32,6 +32,10 @@ def test_content_training_says_so_in_a_sentence() -> None:
     assert text.startswith("gone at the guidance that pictures are sampled with (of the push towards it nothing is left")
     assert text.endswith("; kept prompts moved 0.3 %")
     assert "short" not in text
+
+
+def test_training_without_kept_prompts_says_nothing_of_them() -> None:
+    assert "kept" not in verdict(reading(-0.5, -0.1, 0.0), anchored=False)
 
 
 def test_short_training_says_what_is_short_and_what_to_do() -> None:
