@@ -143,7 +143,7 @@ class Yardstick:
     def __init__(self, base: Base, folder: Path):
         self.base, self.folder, self.judge = base, folder, Judge("emoji")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.before = score(base, self.judge, pair_cases(), desc=base.id)
+        self.before = score(base, self.judge, pair_cases())
         self.bare = score(base, self.judge, every_object())
 
     def measure(
