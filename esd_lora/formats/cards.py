@@ -26,7 +26,7 @@ from esd_lora.erasers.measured import (
     role_rows,
     worst_line,
 )
-from esd_lora.families import FAMILIES
+from esd_lora.families import FAMILIES, family_named
 from esd_lora.files import write_files
 from esd_lora.formats.licenses import License, base_license
 from esd_lora.wording import HubId, in_one_line, is_hub_id, mask_of, slug, without_article
@@ -200,7 +200,13 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
         base = f'DiffusionPipeline.from_pretrained("{_word(header.base)}")'
     place, revision = publication.hub_id if publication else (_HERE, None)
     at = f', revision="{_word(revision)}"' if revision else ""
-    load = f'pipe.load_lora_weights("{_word(place)}"{at})'
+    family = family_named(header.family)
+    if family.pipelines_load_loras:
+        load = f'pipe.load_lora_weights("{_word(place)}"{at})'
+    else:
+        library = f'# diffusers has no loader for such models, peft has: esd-lora export "{_word(place)}" --layout peft -o for-peft\n{library}'
+        library += "\nfrom peft import PeftModel"
+        load = f'PeftModel.from_pretrained(pipe.{family.denoiser}, "for-peft")  # in place'
     return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
 
 

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -107,6 +108,12 @@ def test_layers_that_no_loader_knows_are_in_no_scope(name: str) -> None:
 def test_every_scope_is_known_to_every_family() -> None:
     for each in FAMILIES:
         assert tuple(each.scopes) == SCOPES
+
+
+def test_pipelines_load_loras_as_their_families_say() -> None:
+    for each in FAMILIES:
+        loads = {hasattr(getattr(diffusers, pipeline), "load_lora_weights") for pipeline in each.pipelines}
+        assert loads == {each.pipelines_load_loras}
 
 
 def test_scope_without_a_layer_names_those_with_some() -> None:
