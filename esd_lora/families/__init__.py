@@ -18,7 +18,15 @@ from esd_lora.json_files import read_json
 
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
-FAMILIES: list[ModelFamily] = [StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana(), PixArtSigma(), Lumina2()]
+FAMILIES: list[ModelFamily] = [
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    Flux(),
+    Sana(),
+    PixArtSigma(),
+    Lumina2(),
+]
 """Every family there is. To add one of your own, append it."""
 
 

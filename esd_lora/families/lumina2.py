@@ -27,7 +27,7 @@ _LUMINA_2 = CheckpointKind("Lumina 2")
 
 
 class Lumina2(ModelFamily):
-    """Lumina Image 2.0 (2.6B): 26 joint blocks, two refiners of noise and two of text, with 15 linears before text is joined."""
+    """Lumina Image 2.0 (2.6B): 26 joint blocks, two refiners each of noise and text; 15 linears that text alone passes."""
 
     name = "lumina2"
     pipelines = ("Lumina2Pipeline",)
@@ -45,6 +45,9 @@ class Lumina2(ModelFamily):
     published = (PublishedModel("lumina2", "lumina-2", "1024x1024"),)
     metadata_pattern = "lumina"
     checkpoints = (_LUMINA_2,)
+
+    def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
+        return True  # the pipeline hands it noise levels, which others do not take
 
     def sigmas(self, steps: int) -> list[float] | None:
         return [1 - i / steps for i in range(steps)]
@@ -93,7 +96,7 @@ class Lumina2(ModelFamily):
 
 @cache
 def _original_layers() -> Mapping[str, OriginalLayer]:
-    """Return the places of layers in Alpha-VLLM/Lumina-Image-2.0 (`models/model.py`); keys and values have a third of the heads."""
+    """Return the places of layers in Alpha-VLLM/Lumina-Image-2.0. Keys and values have a third of the queries' heads."""
     layers = {
         "x_embedder": OriginalLayer("x_embedder"),
         "time_caption_embed.caption_embedder.1": OriginalLayer("cap_embedder.1"),

@@ -192,7 +192,7 @@ def _gallery(samples: Sequence[Sample]) -> str:
 
 
 def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
-    """Return the Python that loads the eraser with diffusers alone."""
+    """Return the Python that loads the eraser with diffusers alone, and with peft where diffusers has no loader."""
     if header.base in BUILT_IN:
         library, base = "import esd_lora", f"esd_lora.load_base({header.base!r}).pipe"
     else:
@@ -200,13 +200,12 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
         base = f'DiffusionPipeline.from_pretrained("{_word(header.base)}")'
     place, revision = publication.hub_id if publication else (_HERE, None)
     at = f', revision="{_word(revision)}"' if revision else ""
+    load = f'pipe.load_lora_weights("{_word(place)}"{at})'
     family = family_named(header.family)
-    if family.pipelines_load_loras:
-        load = f'pipe.load_lora_weights("{_word(place)}"{at})'
-    else:
-        library = f'# diffusers has no loader for such models, peft has: esd-lora export "{_word(place)}" --layout peft -o for-peft\n{library}'
+    if not family.pipelines_load_loras:
         library += "\nfrom peft import PeftModel"
-        load = f'PeftModel.from_pretrained(pipe.{family.denoiser}, "for-peft")  # in place'
+        exported = f"# esd-lora export {_word(place)} --layout peft -o for-peft"
+        load = f'{exported}\nPeftModel.from_pretrained(pipe.{family.denoiser}, "for-peft")'
     return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
 
 

@@ -91,7 +91,10 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
     shape = {} if base.id.endswith("/sd") else {"height": 64, "width": 64}
     calls = record_calls(base, prompt="a cat in the rain", guidance_scale=scale, **shape, **base.family.call_kwargs(base.pipe))
     if len(calls) == 2 * STEPS:  # the two sides of guidance one after the other
-        calls = [tuple(map(torch.cat, zip(null, prompted, strict=True))) for prompted, null in zip(calls[::2], calls[1::2], strict=True)]
+        calls = [
+            tuple(map(torch.cat, zip(null, prompted, strict=True)))
+            for prompted, null in zip(calls[::2], calls[1::2], strict=True)
+        ]
     assert len(calls) == STEPS
     condition = base.encode(["", "a cat in the rain"])
     grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps

@@ -44,6 +44,8 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "flux": 11_901_408_320,
     "sana": 1_604_462_752,
+    "pixart-sigma": 610_856_096,
+    "lumina2": 2_609_769_152,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()
@@ -211,11 +213,11 @@ def test_hub_id_with_a_revision(tiny_dir: Path, tmp_path: Path, monkeypatch: pyt
         (repo / "refs" / name).write_text(commit)
         shutil.copytree(tiny_dir, repo / "snapshots" / commit)
     index = repo / "snapshots" / commits["main"] / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtSigmaPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtAlphaPipeline"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     base = load_base("owner/name@v1")
     assert (base.id, base.family.name, base.revision) == ("owner/name", "sd", commits["v1"])
-    assert "PixArtSigmaPipeline" in refusal("owner/name")
+    assert "PixArtAlphaPipeline" in refusal("owner/name")
     assert "owner/name" in refusal("owner/name@v2")
 
 
@@ -237,9 +239,9 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
 
 
 def test_pipeline_that_no_family_covers(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
     message = refusal(tmp_path)
-    assert "PixArtSigmaPipeline" in message
+    assert "PixArtAlphaPipeline" in message
     assert "StableDiffusionPipeline" in message
 
 
