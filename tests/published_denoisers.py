@@ -62,14 +62,10 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     # Efficient-Large-Model/Sana_1600M_1024px_diffusers
     "sana": ("sana", SanaTransformer2DModel, {}),
-    # PixArt-alpha/PixArt-Sigma-XL-2-1024-MS; the class would take the size for PixArt-Alpha's, which has further conditions
-    "pixart-sigma": (
-        "pixart",
-        PixArtTransformer2DModel,
-        {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False},
-    ),
-    # Alpha-VLLM/Lumina-Image-2.0: Gemma 2's width, and a rope as ComfyUI's model_detection.py has it
-    "lumina2": ("lumina2", Lumina2Transformer2DModel, {"cap_feat_dim": 2304}),
+    # PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
+    "pixart-sigma": ("pixart", PixArtTransformer2DModel, shipped_config("pixart-sigma")["transformer"]),
+    # Alpha-VLLM/Lumina-Image-2.0
+    "lumina2": ("lumina2", Lumina2Transformer2DModel, shipped_config("lumina2")["transformer"]),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {

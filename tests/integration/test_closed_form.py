@@ -233,6 +233,29 @@ def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
     assert moved == {path for path in eraser.pairs if base.family.text_read_by(path)}
 
 
+@pytest.mark.parametrize("kind", ["pixart", "lumina2"])
+def test_padding_that_a_mask_leaves_out_counts_for_nothing(kind: str, tmp_path: Path) -> None:
+    base = load_toy(save_toy(kind, tmp_path / kind))
+    layers = {path: 4 for path in base.family.modules(base.model, "xattn") if base.family.text_read_by(path)}
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        """The prompts with something else where nothing is read."""
+        condition = base.encode(prompts)
+        read = condition["prompt_attention_mask"].bool()[..., None]
+        return {**condition, "prompt_embeds": torch.where(read, condition["prompt_embeds"], 7.0)}
+
+    for expected, other in zip(
+        *(solve_text(base, each, LESSONS, layers, SPEC)[0].values() for each in (base.encode, encode)), strict=True
+    ):
+        torch.testing.assert_close(other.delta(), expected.delta())
+        assert expected.up.any()
+    prompts = ["a cat", "a dog"]
+    noise, t = torch.randn(2, *base.latent_shape(), generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
+    with torch.no_grad():
+        predictions = [base.predict(noise, t, each(prompts)) for each in (base.encode, encode)]
+    torch.testing.assert_close(predictions[0], predictions[1], msg="the denoiser itself reads none of it")
+
+
 def test_no_prompt_is_encoded_twice(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
 
