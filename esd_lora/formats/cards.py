@@ -26,7 +26,7 @@ from esd_lora.erasers.measured import (
     role_rows,
     worst_line,
 )
-from esd_lora.families import FAMILIES, family_named
+from esd_lora.families import FAMILIES
 from esd_lora.files import write_files
 from esd_lora.formats.licenses import License, base_license
 from esd_lora.wording import HubId, in_one_line, is_hub_id, mask_of, slug, without_article
@@ -201,11 +201,10 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
     place, revision = publication.hub_id if publication else (_HERE, None)
     at = f', revision="{_word(revision)}"' if revision else ""
     load = f'pipe.load_lora_weights("{_word(place)}"{at})'
-    family = family_named(header.family)
-    if not family.pipelines_load_loras:
+    if not all(family.pipelines_load_loras for family in FAMILIES if family.name == header.family):
         library += "\nfrom peft import PeftModel"
         exported = f"# esd-lora export {_word(place)} --layout peft -o for-peft"
-        load = f'{exported}\nPeftModel.from_pretrained(pipe.{family.denoiser}, "for-peft")'
+        load = f'{exported}\nPeftModel.from_pretrained(pipe.{header.prefix}, "for-peft")'
     return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
 
 

@@ -169,6 +169,7 @@ def test_file_loads_in_plain_diffusers_and_paints_the_same(toy: Path, eraser_dir
     before = generate(base, ["a cat"])
     pipe = DiffusionPipeline.from_pretrained(toy)
     pipe.set_progress_bar_config(disable=True)
+    assert ("load_lora_weights" in (eraser_dir / "README.md").read_text("utf-8")) == base.family.pipelines_load_loras
     if base.family.pipelines_load_loras:
         pipe.load_lora_weights(eraser_dir)
     else:  # as its card says

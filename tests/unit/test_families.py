@@ -23,6 +23,7 @@ from torch import nn
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
+from esd_lora.bases.outlines import outline_base
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
@@ -35,6 +36,7 @@ from original_checkpoints import save_checkpoint
 from published_denoisers import DENOISERS, SCOPE_COUNTS, denoiser
 from random_erasers import eraser_on
 from tiny import tiny_pipeline
+from toys import save_toy
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -132,6 +134,17 @@ def test_scope_without_a_layer_names_those_with_some() -> None:
     message = str(caught.value)
     assert "Scopes with layers here: noxattn, full." in message
     assert "down_blocks.N.resnets.N.conv1" in message
+
+
+def test_pixart_as_it_was_published(tmp_path: Path) -> None:
+    """Its configurations name the class that diffusers split it off from."""
+    folder = save_toy("pixart", tmp_path / "pixart")
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        file.write_text(file.read_text("utf-8").replace("PixArtTransformer2DModel", "Transformer2DModel"), "utf-8")
+    for base in (load_base(folder, device="cpu"), outline_base(str(folder))):
+        assert type(base.model).__name__ == "PixArtTransformer2DModel"
+        assert base.family.name == "pixart"
+    assert not denoiser("pixart-sigma").use_additional_conditions
 
 
 def test_base_is_frozen_and_knows_itself(base: Base, tiny_dir: Path) -> None:
