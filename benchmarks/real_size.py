@@ -1,6 +1,6 @@
 """Trains on denoisers of published size with random weights: reading them, a training step, memory and the eraser's size.
 
-    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana] [--out out/real_size]
+    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2] [--out out/real_size]
 
 SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
 diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
@@ -34,7 +34,7 @@ from torch import nn
 
 SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 """Models that are whole, and the configuration that ships for them."""
-OTHERS = ("sd3", "sd35-medium", "sana")
+OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2")
 """Models with shallow text encoders and no VAE."""
 SETTINGS = {
     "train.steps": 3,
@@ -92,16 +92,22 @@ def write_directory(name: str, folder: Path) -> Path:
     from published_denoisers import denoiser
 
     transformer, tokenizer = fill(denoiser(name), torch.bfloat16), toys.byte_tokenizer()
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=4096, d_ff=64, d_kv=8, num_heads=2, num_layers=1))
+    sizes = {"hidden_size": 2304, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads))
     if name == "sana":
-        sizes = {"hidden_size": 2304, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads))
         scheduler = diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
         pipe = diffusers.SanaPipeline(tokenizer, gemma, None, transformer, scheduler)
+    elif name == "pixart-sigma":
+        scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+        pipe = diffusers.PixArtSigmaPipeline(tokenizer, t5, None, transformer, scheduler)
+    elif name == "lumina2":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+        pipe = diffusers.Lumina2Pipeline(transformer, scheduler, None, gemma, tokenizer)
     else:
-        t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=4096, d_ff=64, d_kv=8, num_heads=2, num_layers=1))
         clips = (toys.clip(True, 1024), toys.tiny_tokenizer()) * 2
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         pipe = diffusers.StableDiffusion3Pipeline(transformer, scheduler, None, *clips, t5, tokenizer)
@@ -117,8 +123,11 @@ def memory(key: str) -> float:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Read the base, train, save, and load the eraser with plain diffusers; return what it took."""
+    from peft import PeftModel
+
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import Eraser
+    from esd_lora.formats.exporting import export
     from esd_lora.recipe_files import load_recipe
     from esd_lora.training import train
 
@@ -140,7 +149,10 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     eraser = Eraser.load(folder / f"{name}-eraser")
     assert all(pair.up.isfinite().all() for pair in eraser.pairs.values())
     moved = sum(bool(pair.up.any()) for pair in eraser.pairs.values())
-    base.pipe.load_lora_weights(folder / f"{name}-eraser")
+    if base.family.pipelines_load_loras:
+        base.pipe.load_lora_weights(folder / f"{name}-eraser")
+    else:
+        PeftModel.from_pretrained(base.model, export(eraser, folder / f"{name}-peft", layout="peft", force=True))
     loaded = sum(hasattr(module, "lora_A") for module in base.model.modules())
     return {
         "family": base.family.name,

@@ -58,10 +58,22 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
 
 
 def _add(base: Base, config: Any) -> None:
+    """Add an adapter by peft itself: not every denoiser in diffusers has methods for that."""
+    from peft import inject_adapter_in_model
+
     with warnings.catch_warnings():
         # peft says of int8 layers that they cannot be merged, which nobody here tries.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
-        base.model.add_adapter(config, ADAPTER)
+        inject_adapter_in_model(config, base.model, ADAPTER)
+
+
+def remove_adapter(base: Base) -> None:
+    """Take the adapter off the denoiser again, if one is on it."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(base.model)
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
 
 
 def adapter_ranks(base: Base) -> dict[str, int]:
@@ -115,11 +127,14 @@ def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Par
 @contextmanager
 def adapter_disabled(base: Base) -> Iterator[None]:
     """Turn the adapter off for the length of a `with` block."""
-    base.model.disable_adapters()
+    layers = [layer for layer in base.model.modules() if ADAPTER in getattr(layer, "lora_A", ())]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        base.model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager
@@ -168,7 +183,7 @@ class AttachedStack:
 
     def remove(self) -> None:
         """Take the stack off again."""
-        self._base.model.unload_lora()
+        remove_adapter(self._base)
 
 
 class AppliedStack:

@@ -106,6 +106,11 @@ def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESH
     """
     base = Base(pipe, family_of(type(pipe).__name__), getattr(pipe.config, "_name_or_path", "") or "the pipeline")
     loaded = [open_eraser(path, base.family.name) for path in erasers]
+    if not base.family.pipelines_load_loras:
+        raise EsdLoraError(
+            f"a {type(pipe).__name__} in diffusers takes no erasers off and on again: paint with esd-lora generate --gate, or"
+            " merge them."
+        )
     gate = Gate(base, loaded, threshold=threshold)
     for number, eraser in enumerate(loaded):
         pipe.load_lora_weights(eraser.state_dict(), adapter_name=f"esd_{number}")

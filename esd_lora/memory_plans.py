@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esd_lora.adapter import add_adapter
+from esd_lora.adapter import add_adapter, remove_adapter
 from esd_lora.bases.base import ENCODED_AT_ONCE, MOST_TEXT, Base
 from esd_lora.bases.loading import choose_device, choose_dtype
 from esd_lora.bases.outlines import outline_base
@@ -201,7 +201,7 @@ def plans(base: Base, recipe: Recipe, dtypes: Sequence[str], room: float = math.
                     phases["painting"] = held + points + 2 * trained + vae + painting(setting.walk_batch)
                 yield MemoryPlan(setting, phases)
     finally:
-        base.model.unload_lora()
+        remove_adapter(base)
 
 
 def _denoiser(base: Base, dtype: str) -> int:

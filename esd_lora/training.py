@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, set_pairs
+from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, remove_adapter, set_pairs
 from esd_lora.bars import watched
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -130,7 +130,7 @@ def train(
                 eraser = collect(teacher, state, recipe, planned, solved)
                 pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
-            base.model.unload_lora()
+            remove_adapter(base)
             if spec.gradient_checkpointing:
                 base.model.disable_gradient_checkpointing()
         if out:

@@ -49,17 +49,23 @@ PUBLISHED = {
     "sd3": (239, 335, 335),
     "sd35-medium": (265, 387, 387),
     "flux": (306, 496, 496),
+    "pixart-sigma": (198, 282, 282),
+    "lumina2": (179, 239, 0),
 }
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
-ComfyUI's own Load LoRA has places for. The table of docs/comfyui.md."""
+ComfyUI's own Load LoRA has places for, and the nodes for all of them, or none where ComfyUI has none. The table of
+docs/comfyui.md."""
 LAYERS = {
     "sd": {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"},
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},
     "sd3": {"family": "sd3", "prefix": "transformer", "prediction_type": "flow"},
     "flux": {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
+    "pixart": {"family": "pixart", "prefix": "transformer", "prediction_type": "epsilon"},
+    "lumina2": {"family": "lumina2", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
-FAMILIES = tuple(LAYERS)
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+"""Those that chains of nodes are run on."""
 PREFIX = {"sd": "model.diffusion_model.", "sdxl": "model.diffusion_model.", "sd3": "model.diffusion_model.", "flux": ""}
 """Family to what stands in front of the denoiser's names in a checkpoint."""
 BLOCKS: dict[str, dict[str, float]] = {

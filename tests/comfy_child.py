@@ -71,6 +71,8 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
         "sdxl": supported_models.SDXL,
         "sd3": supported_models.SD3,
         "flux": supported_models.Flux,
+        "pixart": supported_models.PixArtSigma,
+        "lumina2": supported_models.Lumina2,
     }
     return kind[family](config).get_model({}, "", device=device)
 

@@ -123,7 +123,8 @@ def _diffusers_places(config: Mapping[str, Any], prefix: str = "") -> dict[str, 
             outputs, inputs, *_ = (*shapes[weight], 1)
             target: Any = f"{prefix}{weight}"
             if place.total:
-                target = (target, (0, place.first * inputs, place.height * inputs))
+                rows = place.rows(inputs)
+                target = (target, (0, rows.start, rows.stop - rows.start))
             elif place.swaps and outputs == 2 * inputs:
                 target = (target, None, swap)
             places[f"{module}.weight"] = target

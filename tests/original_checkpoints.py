@@ -185,6 +185,75 @@ def flux(model: Any) -> dict[str, Tensor]:
     return out
 
 
+_PIXART = {
+    "pos_embed.proj": "x_embedder.proj",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.linear": "t_block.1",
+    "scale_shift_table": "final_layer.scale_shift_table",
+    "proj_out": "final_layer.linear",
+}
+_PIXART_BLOCK = {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
+def pixart(model: Any) -> dict[str, Tensor]:
+    """Return a PixArt-Sigma transformer's weights as in PixArt-alpha/PixArt-sigma: queries, keys and values joined."""
+    state, out = dict(model.state_dict()), dict[str, Tensor]()
+    for i in range(model.config.num_layers):
+        block, original = f"transformer_blocks.{i}", f"blocks.{i}"
+        for place, names in {"attn.qkv": "attn1 qkv", "cross_attn.kv_linear": "attn2 kv"}.items():
+            attention, which = names.split()
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"{block}.{attention}.to_{each}.{kind}") for each in which]
+                out[f"{original}.{place}.{kind}"] = torch.cat(parts)
+    for name, tensor in state.items():
+        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
+        out[f"blocks.{match[1]}.{_renamed(match[2], _PIXART_BLOCK)}" if match else _renamed(name, _PIXART)] = tensor
+    return out
+
+
+_LUMINA_2 = {
+    "time_caption_embed.caption_embedder": "cap_embedder",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+}
+_LUMINA_2_BLOCK = {
+    "attn.to_out.0": "attention.out",
+    "attn.norm_q": "attention.q_norm",
+    "attn.norm_k": "attention.k_norm",
+    "feed_forward.linear_1": "feed_forward.w1",
+    "feed_forward.linear_2": "feed_forward.w2",
+    "feed_forward.linear_3": "feed_forward.w3",
+    "norm1.linear": "adaLN_modulation.1",
+    "norm1.norm": "attention_norm1",
+    "norm1": "attention_norm1",
+    "norm2": "attention_norm2",
+}
+
+
+def lumina2(model: Any) -> dict[str, Tensor]:
+    """Return a Lumina 2 transformer's weights as in Alpha-VLLM/Lumina-Image-2.0, with the prefix of ComfyUI's files."""
+    out: dict[str, Tensor] = {}
+    state = dict(model.state_dict())
+    for name in [name for name in state if name.endswith(".attn.to_q.weight")]:
+        block = name.removesuffix(".attn.to_q.weight")
+        out[f"{block}.attention.qkv.weight"] = torch.cat([state.pop(f"{block}.attn.to_{which}.weight") for which in "qkv"])
+    for name, tensor in state.items():
+        match = re.match(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.*)", name)
+        out[f"{match[1]}.{_renamed(match[2], _LUMINA_2_BLOCK)}" if match else _renamed(name, _LUMINA_2)] = tensor
+    return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """Return the VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

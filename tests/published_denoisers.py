@@ -9,7 +9,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from esd_lora.bases.single_file import CONFIGS
@@ -55,6 +62,10 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     # Efficient-Large-Model/Sana_1600M_1024px_diffusers
     "sana": ("sana", SanaTransformer2DModel, {}),
+    # PixArt-alpha/PixArt-Sigma-XL-2-1024-MS
+    "pixart-sigma": ("pixart", PixArtTransformer2DModel, shipped_config("pixart-sigma")["transformer"]),
+    # Alpha-VLLM/Lumina-Image-2.0
+    "lumina2": ("lumina2", Lumina2Transformer2DModel, shipped_config("lumina2")["transformer"]),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -64,6 +75,8 @@ SCOPE_COUNTS = {
     "sd3": {"xattn": 97, "xattn-kv": 48, "selfattn": 96, "noxattn": 238, "full": 335},
     "sd35-medium": {"xattn": 97, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 387},
     "flux": {"xattn": 78, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 496},
+    "pixart-sigma": {"xattn": 114, "xattn-kv": 56, "selfattn": 112, "noxattn": 168, "full": 282},
+    "lumina2": {"xattn": 15, "xattn-kv": 4, "selfattn": 112, "noxattn": 224, "full": 239},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
 }
 """Number of layers that each scope holds on the published models."""

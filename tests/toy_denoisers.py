@@ -56,6 +56,16 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], d
         original_checkpoints.flux,
         {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
     ),
+    "pixart": (
+        lambda: make_toy("pixart").transformer,
+        original_checkpoints.pixart,
+        {"family": "pixart", "prefix": "transformer", "prediction_type": "epsilon"},
+    ),
+    "lumina2": (
+        lambda: make_toy("lumina2").transformer,
+        original_checkpoints.lumina2,
+        {"family": "lumina2", "prefix": "transformer", "prediction_type": "flow"},
+    ),
 }
 """Family to (denoiser, its weights under the original names, what an eraser's header says)."""
 

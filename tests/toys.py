@@ -16,6 +16,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -23,7 +27,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -169,17 +173,21 @@ def _flux(dev: bool) -> FluxPipeline:
     return FluxPipeline(scheduler, _vae(), clip(), tiny_tokenizer(), _t5(t5), t5, _with_random_weights(transformer))
 
 
-def _sana() -> SanaPipeline:
-    tokenizer = byte_tokenizer()
-    gemma = Gemma2Config(
+def _gemma(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> nn.Module:
+    config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
+        **sizes,
     )
+    return _with_random_weights(Gemma2Model(config))
+
+
+def _sana() -> SanaPipeline:
+    tokenizer = byte_tokenizer()
     transformer = SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -210,7 +218,43 @@ def _sana() -> SanaPipeline:
         scaling_factor=0.41407,
     )
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return SanaPipeline(tokenizer, _with_random_weights(Gemma2Model(gemma)), vae, _with_random_weights(transformer), scheduler)
+    return SanaPipeline(tokenizer, _gemma(tokenizer, num_hidden_layers=1), vae, _with_random_weights(transformer), scheduler)
+
+
+def _pixart() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=8,
+    )
+    tokenizer = byte_tokenizer()
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)  # as published
+    return PixArtSigmaPipeline(tokenizer, _t5(tokenizer), _vae(), _with_random_weights(transformer), scheduler)
+
+
+def _lumina2() -> Lumina2Pipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=WIDTH,
+    )
+    tokenizer = byte_tokenizer()
+    gemma, scheduler = _gemma(tokenizer, num_hidden_layers=2), FlowMatchEulerDiscreteScheduler(shift=6.0)
+    pipe = Lumina2Pipeline(_with_random_weights(transformer), scheduler, _vae(), gemma, tokenizer)
+    # The system prompt is 165 bytes, and would be most of every sequence.
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(pipe.system_prompt, "S")
+    return pipe
 
 
 _BUILDERS: dict[str, Callable[[], Any]] = {
@@ -222,6 +266,8 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux-dev": lambda: _flux(dev=True),
     "flux-schnell": lambda: _flux(dev=False),
     "sana": _sana,
+    "pixart": _pixart,
+    "lumina2": _lumina2,
 }
 TOYS = tuple(_BUILDERS)
 

@@ -28,6 +28,8 @@ PUBLISHED = {
     "SDXL": ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     "SD 3.5 medium": ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium"),
     "Flux.1 dev": ("flux-dev", "black-forest-labs/FLUX.1-dev"),
+    "PixArt-Sigma": ("pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    "Lumina 2": ("lumina2", "Alpha-VLLM/Lumina-Image-2.0"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

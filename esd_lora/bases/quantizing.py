@@ -25,7 +25,7 @@ from esd_lora.families.family import ModelFamily
 
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Name of each kind to the library that it needs, and whose extra of esd-lora is named as the kind."""
-_IN_A_BLOCK = re.compile(r"blocks?\.")
+_IN_A_BLOCK = re.compile(r"\.\d+\.")  # one of several, whatever they are called
 
 
 def require_library(kind: str) -> None:

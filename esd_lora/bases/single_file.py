@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from esd_lora.bases.configurations import bounded_models, check_configurations, require_weights
 from esd_lora.erasers.tensor_files import read_header
@@ -58,6 +59,11 @@ def open_single_file(
     header = read_header(file)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.tensors.items()}
     family, checkpoint = identify(file, shapes)
+    if not family.checkpoints:
+        raise EsdLoraError(
+            f"{file} holds {checkpoint.title}, which diffusers reads from no single file: erasers can be merged into it, and"
+            " everything else needs a diffusers directory."
+        )
     if config is not None:
         directory = nullcontext(_check_config(Path(config), family, checkpoint, file))
     elif checkpoint.config is not None:
@@ -68,7 +74,7 @@ def open_single_file(
             " in the file or comes with esd-lora: give --base-config a diffusers directory of the same architecture."
         )
     with directory as folder:
-        pipe = _convert(file, folder, shapes, dtype, vae)
+        pipe = _convert(file, folder, family, shapes, dtype, vae)
     if config is None:
         stated = family.stated_prediction_type(header.metadata, shapes) or checkpoint.prediction_type
         _configure_scheduler(pipe, checkpoint, stated or measure_prediction_type(pipe.to(device)), zero_snr="ztsnr" in shapes)
@@ -128,13 +134,15 @@ def _check_config(config: Path, family: ModelFamily, checkpoint: CheckpointKind,
     return config
 
 
-def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
+def _convert(file: Path, folder: Path, family: ModelFamily, shapes: Mapping[str, Any], dtype: torch.dtype, vae: bool) -> Any:
     """Return the pipeline, from the file's weights and, for what it lacks, those that the directory has."""
     import diffusers
 
     index = read_json(folder / "model_index.json")
     apart: dict[str, Any] = {} if vae else {"vae": None}
     check_configurations(folder)
+    pipeline = getattr(diffusers, index["_class_name"])
+    whole = hasattr(pipeline, "from_single_file")  # of some models diffusers reads the denoiser alone
     try:
         for part, component_class in index.items():
             if (
@@ -146,16 +154,20 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                 continue
             library, name = component_class
             prefixes = _VAE if part == "vae" else _T5 if name.startswith("T5") else _CLIP
-            if not any(key.startswith(prefixes) for key in shapes):
+            if not whole or not any(key.startswith(prefixes) for key in shapes):
                 component = model_class(library, name)
                 with bounded_models((folder / part).glob("*.safetensors"), folder):
                     apart[part] = component.from_pretrained(
                         folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
                     )
         with bounded_models([file, *folder.glob("*/*.safetensors")], file):
-            pipe = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
-            )
+            if whole:
+                pipe = pipeline.from_single_file(
+                    str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
+                )
+            else:
+                apart[family.denoiser] = _read_denoiser(file, folder, family.denoiser, index, dtype)
+                pipe = pipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **apart)
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
@@ -168,6 +180,17 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
     remedy = "Take the full checkpoint, or give --base-config a diffusers directory that has them."
     require_weights(pipe.components.items(), file, remedy)
     return pipe
+
+
+def _read_denoiser(file: Path, folder: Path, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return the denoiser of a file; without ComfyUI's prefix, over which some of diffusers' converters stumble."""
+    prefix, state = "model.diffusion_model.", load_file(file)
+    state = {
+        name.removeprefix(prefix): tensor for name, tensor in state.items() if not name.startswith((*_VAE, "text_encoders."))
+    }
+    return model_class(*index[part]).from_single_file(
+        state, config=str(folder), subfolder=part, local_files_only=True, torch_dtype=dtype
+    )
 
 
 def model_class(library: str, name: str) -> Any:

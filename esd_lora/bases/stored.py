@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +25,7 @@ from esd_lora.wording import HubId
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx")
 """Suffixes of weights in any format."""
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
 EMA = "model_ema."
 """Prefix of averaged copies of a U-Net's weights."""
 
@@ -80,7 +82,7 @@ def find_layers(family: ModelFamily, names: Collection[str]) -> dict[str, list[t
     weights = {name.removesuffix(".weight"): full for name, full in bare.items() if name.endswith(".weight")}
     places = family.original_layers(bare)
     if not places or any(
-        module in weights and "blocks." in module and place.name != module for module, place in places.items()
+        module in weights and _IN_A_BLOCK.search(module) and place.name != module for module, place in places.items()
     ):
         return {full: [(module, OriginalLayer(module))] for module, full in weights.items()}  # diffusers' own names
     layers: dict[str, list[tuple[str, OriginalLayer]]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from esd_lora.adapter import add_adapter, read_pairs
+from esd_lora.adapter import add_adapter, read_pairs, remove_adapter
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser, LoraPair
 from esd_lora.erasers.stacking import Strength, check_cut, outline
@@ -159,7 +159,7 @@ def estimate_harmonising(
         student = clock(base, lambda: base.predict(x_t, t, condition).square().mean().backward(), count)
         eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in read_pairs(base.model).values())
     finally:
-        base.model.unload_lora()
+        remove_adapter(base)
     return Estimate(work, work, Pace(time_text(base), evaluation, student), 0.0, peak_memory(base), eraser)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs
+from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs, remove_adapter
 from esd_lora.bases.base import Base
 from esd_lora.calibration import TRIES, Probe, last_step, prepare_rate
 from esd_lora.closed_form import solve_text
@@ -65,7 +65,7 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
         eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in read_pairs(base.model).values())
         held = _held(teacher, rehearsed.texts)
     finally:
-        base.model.unload_lora()
+        remove_adapter(base)
     return Estimate(least, most, pace, around, memory and memory + held, eraser)
 
 

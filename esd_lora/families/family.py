@@ -73,13 +73,18 @@ class ModelFamily(ABC):
     fixed_prediction_type: ClassVar[str | None] = None
     """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
     text_layers: ClassVar[str | None] = None
-    """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are."""
+    """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
+
+    In some models as a norm leaves it: `text_inputs`.
+    """
     pooled_layers: ClassVar[str | None] = None
     """The same for layers that read `pooled_prompt_embeds`."""
     text_widths: ClassVar[frozenset[int]] = frozenset()
     """Inputs of these layers in published models, where that tells the family from another with the same layers."""
     multiple: ClassVar[int] = 8
     """Sides of latents must be multiples of this: what down-sampling or patches ask for."""
+    pipelines_load_loras: ClassVar[bool] = True
+    """Whether its pipelines in diffusers have `load_lora_weights`; into the others a file is loaded by the denoiser."""
     normalises_latents: ClassVar[bool] = False
     """Whether its pipeline shifts and scales latents by the mean and deviation of every channel that the VAE knows."""
     published: ClassVar[tuple[PublishedModel, ...]] = ()
@@ -118,6 +123,10 @@ class ModelFamily(ABC):
         Nothing where a family does not say: then no memory is planned for its models.
         """
         return {}
+
+    def text_inputs(self, pipe: Any, condition: Condition) -> Condition:  # noqa: ARG002
+        """Return a condition with its tensors of text as the layers that read them get them: behind a norm in some models."""
+        return condition
 
     def text_read_by(self, module: str) -> str | None:
         """Return the name of the tensor of a condition that a layer itself reads, whatever `x_t` and `t` are, if it does."""
@@ -244,6 +253,7 @@ class ModelFamily(ABC):
             ddim = _ddim(pipe.scheduler)
             ddim.set_timesteps(steps, device=device)
             grid = _distilled_grid(pipe.scheduler, steps, device)
+            grid = _solver_grid(pipe.scheduler, steps, device) if grid is None else grid
             grid = ddim.timesteps if grid is None else grid
             even = bool((grid[:-1] - grid[1:] == ddim.config.num_train_timesteps // steps).all())
             return ddim if even else GridDDIM(ddim, grid)
@@ -325,6 +335,19 @@ def _distilled_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
     own = type(scheduler).from_config(scheduler.config)
     own.set_timesteps(steps, device=device)
     return own.timesteps
+
+
+def _solver_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
+    """Return the timesteps [S] of a solver of some order (DPM-Solver, UniPC, DEIS), which ends where DDIM has a step to go.
+
+    `None` for every other sampler, and for grids with fewer timesteps than steps.
+    """
+    if "solver_order" not in signature(type(scheduler)).parameters:
+        return None
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps, device=device)
+    falls = len(own.timesteps) == steps and bool((own.timesteps[1:] < own.timesteps[:-1]).all())
+    return own.timesteps if falls else None
 
 
 def _matches(rule: str, path: str, scope: str) -> bool:

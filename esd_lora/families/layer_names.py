@@ -44,11 +44,11 @@ class OriginalLayer(NamedTuple):
 
     name: str
     """Path of the original layer, without any prefix."""
-    first: int = 0
+    first: float = 0
     """First row, in units of the layer's number of inputs."""
-    height: int = 1
-    """Number of rows, in the same unit; queries, keys and values are square."""
-    total: int = 0
+    height: float = 1
+    """Number of rows, in the same unit; a fraction for keys and values that have fewer heads than queries."""
+    total: float = 0
     """Rows of the whole original weight in the same unit; 0 where the layer is the whole of it."""
     swaps: bool = False
     """A modulation layer of two outputs has them (shift, scale) there and (scale, shift) in diffusers."""
@@ -59,7 +59,13 @@ class OriginalLayer(NamedTuple):
         Args:
             inputs: Number of the layer's inputs, which are those of the original too.
         """
-        return slice(self.first * inputs, (self.first + self.height) * inputs) if self.total else slice(None)
+        if not self.total:
+            return slice(None)
+        return slice(round(self.first * inputs), round((self.first + self.height) * inputs))
+
+    def whole(self, inputs: int) -> int:
+        """Return the number of rows of the whole original weight, where the layer is some of them."""
+        return round(self.total * inputs)
 
     def reordered(self, rows: Tensor, inputs: int) -> Tensor:
         """Return this layer's rows in the other project's order: the same function leads there and back.

@@ -192,7 +192,7 @@ def _gallery(samples: Sequence[Sample]) -> str:
 
 
 def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
-    """Return the Python that loads the eraser with diffusers alone."""
+    """Return the Python that loads the eraser with diffusers alone, and with peft where diffusers has no loader."""
     if header.base in BUILT_IN:
         library, base = "import esd_lora", f"esd_lora.load_base({header.base!r}).pipe"
     else:
@@ -201,6 +201,10 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
     place, revision = publication.hub_id if publication else (_HERE, None)
     at = f', revision="{_word(revision)}"' if revision else ""
     load = f'pipe.load_lora_weights("{_word(place)}"{at})'
+    if not all(family.pipelines_load_loras for family in FAMILIES if family.name == header.family):
+        library += "\nfrom peft import PeftModel"
+        exported = f"# esd-lora export {_word(place)} --layout peft -o for-peft"
+        load = f'{exported}\nPeftModel.from_pretrained(pipe.{header.prefix}, "for-peft")'
     return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
 
 

@@ -105,7 +105,7 @@ def _joined(members: list[tuple[OriginalLayer, LoraPair]]) -> LoraPair:
         return LoraPair(pair.down, place.reordered(pair.up, pair.down.shape[1]))
     inputs = pair.down.shape[1]
     dtype = reduce(torch.promote_types, (pair.up.dtype for _, pair in members))
-    up = torch.zeros(place.total * inputs, sum(pair.rank for _, pair in members), dtype=dtype)
+    up = torch.zeros(place.whole(inputs), sum(pair.rank for _, pair in members), dtype=dtype)
     first = 0
     for place, pair in members:
         up[place.rows(inputs), first : first + pair.rank] = pair.up

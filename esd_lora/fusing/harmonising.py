@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_disabled, add_adapter, applied, read_pairs
+from esd_lora.adapter import adapter_disabled, add_adapter, applied, read_pairs, remove_adapter
 from esd_lora.bars import Bar
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
@@ -86,7 +86,7 @@ def harmonise(
         losses = run.distil(parameters, erasing, keeping, guard, steps, progress=progress)
         pairs = read_pairs(base.model)
     finally:
-        base.model.unload_lora()
+        remove_adapter(base)
     tenth = -(-len(losses) // 10)
     record = Distillation(
         **spec.model_dump(include={"scope", "rank", "keep_trajectories", "trajectory_steps", "guidance", "seed"}),

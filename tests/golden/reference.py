@@ -34,10 +34,13 @@ def hinge(student: Tensor, anchor: Tensor, concept: Tensor, eta: float) -> Tenso
 def ddpm_grid(steps: int, spacing: str, trained: int = 1000, offset: int = 1) -> list[int]:
     """The timesteps of noise and v models, noisiest first (table 2 of Lin et al., arXiv:2305.08891).
 
-    "leading" are multiples of trained // steps, shifted by the offset; "trailing" count down from the last timestep.
+    "leading" are multiples of trained // steps, shifted by the offset; "trailing" count down from the last timestep;
+    "linspace" are those of a solver, a line from the last timestep to 0, which it has no step from.
     """
     if spacing == "leading":
         return [i * (trained // steps) + offset for i in reversed(range(steps))]
+    if spacing == "linspace":
+        return [round(i * (trained - 1) / steps) for i in reversed(range(1, steps + 1))]
     return [round(trained - i * trained / steps) - 1 for i in range(steps)]
 
 
@@ -45,6 +48,11 @@ def scaled_linear(start: float = 0.00085, end: float = 0.012, trained: int = 100
     """Stable Diffusion's cumulative alphas: betas are the square of a line between two square roots."""
     betas = torch.linspace(start**0.5, end**0.5, trained, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0)
+
+
+def linear(start: float = 0.0001, end: float = 0.02, trained: int = 1000) -> Tensor:
+    """The cumulative alphas of DDPM (Ho et al., arXiv:2006.11239, section 4): betas are a line. PixArt-Sigma keeps them."""
+    return (1 - torch.linspace(start, end, trained, dtype=torch.float64)).cumprod(0)
 
 
 def ddim_step(x_t: Tensor, prediction: Tensor, t: int, earlier: int, alphas_cumprod: Tensor, kind: str) -> Tensor:
@@ -94,12 +102,11 @@ class Sampler(NamedTuple):
     """From x_t, the guided prediction and the number of the step to the next x_t."""
 
 
-def ddim(steps: int, spacing: str, kind: str) -> Sampler:
-    """The paper's sampler for noise and v models."""
-    alphas, grid = scaled_linear(), ddpm_grid(steps, spacing)
-    return Sampler(
-        [float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], grid[i] - 1000 // steps, alphas, kind)
-    )
+def ddim(steps: int, spacing: str, kind: str, alphas: Tensor | None = None) -> Sampler:
+    """The paper's sampler for noise and v models, with Stable Diffusion's cumulative alphas unless given."""
+    alphas, grid = scaled_linear() if alphas is None else alphas, ddpm_grid(steps, spacing)
+    then = [*grid[1:], grid[-1] - 1000 // steps]
+    return Sampler([float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], then[i], alphas, kind))
 
 
 def euler(sigmas: list[float]) -> Sampler:

@@ -201,9 +201,9 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
     assert all(not pair.up.any() for pair in read_pairs(base.model).values())
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev", "pixart", "lumina2"])
 def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
-    """What the denoiser hands to them is a tensor of the condition itself, whatever the latents and the time."""
+    """What the denoiser hands to them is a tensor of the condition, maybe behind a norm, whatever the latents and the time."""
     base = load_toy(save_toy(kind, tmp_path / kind))
     inputs: dict[str, Tensor] = {}
     hooks = [
@@ -217,11 +217,12 @@ def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
     for hook in hooks:
         hook.remove()
     assert len(inputs) == len(hooks) > 0
+    read = base.family.text_inputs(base.pipe, condition)
     for path, text in inputs.items():
-        torch.testing.assert_close(text, condition[str(base.family.text_read_by(path))])
+        torch.testing.assert_close(text, read[str(base.family.text_read_by(path))])
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "pixart", "lumina2"])
 def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
     base = load_toy(save_toy(kind, tmp_path / kind))
     recipe = load_recipe("instant", {"train.preview_every": 0}, base=base.id, concepts=["a cat"], preserve=KEEP)
@@ -230,6 +231,29 @@ def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
     assert solved.left < 1
     moved = {path for path, pair in eraser.pairs.items() if pair.up.any()}
     assert moved == {path for path in eraser.pairs if base.family.text_read_by(path)}
+
+
+@pytest.mark.parametrize("kind", ["pixart", "lumina2"])
+def test_padding_that_a_mask_leaves_out_counts_for_nothing(kind: str, tmp_path: Path) -> None:
+    base = load_toy(save_toy(kind, tmp_path / kind))
+    layers = {path: 4 for path in base.family.modules(base.model, "xattn") if base.family.text_read_by(path)}
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        """The prompts with something else where nothing is read."""
+        condition = base.encode(prompts)
+        read = condition["prompt_attention_mask"].bool()[..., None]
+        return {**condition, "prompt_embeds": torch.where(read, condition["prompt_embeds"], 7.0)}
+
+    for expected, other in zip(
+        *(solve_text(base, each, LESSONS, layers, SPEC)[0].values() for each in (base.encode, encode)), strict=True
+    ):
+        torch.testing.assert_close(other.delta(), expected.delta())
+        assert expected.up.any()
+    prompts = ["a cat", "a dog"]
+    noise, t = torch.randn(2, *base.latent_shape(), generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
+    with torch.no_grad():
+        predictions = [base.predict(noise, t, each(prompts)) for each in (base.encode, encode)]
+    torch.testing.assert_close(predictions[0], predictions[1], msg="the denoiser itself reads none of it")
 
 
 def test_no_prompt_is_encoded_twice(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -96,6 +98,12 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
     "lightning": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, [999, 749, 499, 249]),
     "linspace": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}, [999, 666, 333, 0]),
     "ddim": (DDIMScheduler, {"steps_offset": 1}, [751, 501, 251, 1]),
+    "solver": (DPMSolverMultistepScheduler, {}, [999, 749, 500, 250]),
+    "solver from the last step": (
+        UniPCMultistepScheduler,
+        {"timestep_spacing": "leading", "steps_offset": 1},
+        [801, 601, 401, 201],
+    ),
 }
 """Samplers with what they are configured by, to the timesteps that four of their steps visit."""
 

@@ -114,6 +114,13 @@ def test_unnamed_prompts_are_the_base_s_bit_for_bit(base: Base, cat: Eraser, car
             assert np.array_equal(np.asarray(picture), np.asarray(wanted))
 
 
+def test_gate_in_a_pipeline_without_loader(cat_dir: Path) -> None:
+    eraser = Eraser.load(cat_dir)
+    header = eraser.header.model_copy(update={"family": "pixart", "prefix": "transformer"})
+    with pytest.raises(EsdLoraError, match="a PixArtSigmaPipeline in diffusers takes no erasers off and on again"):
+        gated(make_toy("pixart"), [Eraser(eraser.pairs, header).save(cat_dir.with_name("of-pixart"))])
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # two adapters are meant
 def test_gate_in_plain_diffusers(base: Base, tiny_dir: Path, cat_dir: Path, car_dir: Path) -> None:
     paint = gated(base.pipe, [cat_dir, car_dir], threshold=1)

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -22,6 +23,7 @@ from torch import nn
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
+from esd_lora.bases.outlines import outline_base
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
@@ -34,6 +36,7 @@ from original_checkpoints import save_checkpoint
 from published_denoisers import DENOISERS, SCOPE_COUNTS, denoiser
 from random_erasers import eraser_on
 from tiny import tiny_pipeline
+from toys import save_toy
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -43,6 +46,8 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "flux": 11_901_408_320,
     "sana": 1_604_462_752,
+    "pixart-sigma": 610_856_096,
+    "lumina2": 2_609_769_152,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()
@@ -109,6 +114,12 @@ def test_every_scope_is_known_to_every_family() -> None:
         assert tuple(each.scopes) == SCOPES
 
 
+def test_pipelines_load_loras_as_their_families_say() -> None:
+    for each in FAMILIES:
+        loads = {hasattr(getattr(diffusers, pipeline), "load_lora_weights") for pipeline in each.pipelines}
+        assert loads == {each.pipelines_load_loras}
+
+
 def test_scope_without_a_layer_names_those_with_some() -> None:
     with torch.device("meta"):
         model = UNet2DConditionModel(
@@ -123,6 +134,17 @@ def test_scope_without_a_layer_names_those_with_some() -> None:
     message = str(caught.value)
     assert "Scopes with layers here: noxattn, full." in message
     assert "down_blocks.N.resnets.N.conv1" in message
+
+
+def test_pixart_as_it_was_published(tmp_path: Path) -> None:
+    """Its configurations name the class that diffusers split it off from."""
+    folder = save_toy("pixart", tmp_path / "pixart")
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        file.write_text(file.read_text("utf-8").replace("PixArtTransformer2DModel", "Transformer2DModel"), "utf-8")
+    for base in (load_base(folder, device="cpu"), outline_base(str(folder))):
+        assert type(base.model).__name__ == "PixArtTransformer2DModel"
+        assert base.family.name == "pixart"
+    assert not denoiser("pixart-sigma").use_additional_conditions
 
 
 def test_base_is_frozen_and_knows_itself(base: Base, tiny_dir: Path) -> None:
@@ -204,11 +226,11 @@ def test_hub_id_with_a_revision(tiny_dir: Path, tmp_path: Path, monkeypatch: pyt
         (repo / "refs" / name).write_text(commit)
         shutil.copytree(tiny_dir, repo / "snapshots" / commit)
     index = repo / "snapshots" / commits["main"] / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtSigmaPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtAlphaPipeline"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     base = load_base("owner/name@v1")
     assert (base.id, base.family.name, base.revision) == ("owner/name", "sd", commits["v1"])
-    assert "PixArtSigmaPipeline" in refusal("owner/name")
+    assert "PixArtAlphaPipeline" in refusal("owner/name")
     assert "owner/name" in refusal("owner/name@v2")
 
 
@@ -230,9 +252,9 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
 
 
 def test_pipeline_that_no_family_covers(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
     message = refusal(tmp_path)
-    assert "PixArtSigmaPipeline" in message
+    assert "PixArtAlphaPipeline" in message
     assert "StableDiffusionPipeline" in message
 
 

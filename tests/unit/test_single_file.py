@@ -148,6 +148,50 @@ def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> N
     assert all(torch.equal(tensor.bfloat16(), actual.pipe.text_encoder_2.state_dict()[n]) for n, tensor in encoder.items())
 
 
+def test_lumina_2_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> None:
+    """At Lumina's real width, which the converter takes for granted, with ComfyUI's prefix."""
+    narrow = {"ffn_dim_multiplier": 0.01, "multiple_of": 8, "cap_feat_dim": 16, "in_channels": 4}
+    config = {"num_layers": 1, "num_refiner_layers": 1, **narrow}
+    with torch.device("meta"):
+        wide = diffusers.Lumina2Transformer2DModel(**config)
+    wide = torch.nn.Module.to(wide, torch.bfloat16).to_empty(device="cpu")
+    for number, parameter in enumerate(wide.parameters()):
+        parameter.data.copy_((torch.arange(len(parameter)) % 251 + number).view(-1, *[1] * (parameter.dim() - 1)))
+    file, folder = tmp_path / "lumina2.safetensors", save_toy("lumina2", tmp_path / "base")
+    save_file({name: tensor.contiguous() for name, tensor in original_checkpoints.lumina2(wide).items()}, file)
+    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "Lumina2Transformer2DModel", **config}))
+    actual = load_base(file, config=folder, device="cpu", dtype=torch.bfloat16)
+    assert actual.family.name == "lumina2"
+    read = actual.model.state_dict()
+    assert read.keys() == wide.state_dict().keys()
+    assert all(torch.equal(tensor, read[name]) for name, tensor in wide.state_dict().items())
+    encoder = make_toy("lumina2").text_encoder.state_dict()
+    assert all(torch.equal(tensor.bfloat16(), actual.pipe.text_encoder.state_dict()[n]) for n, tensor in encoder.items())
+
+
+def test_single_file_that_diffusers_cannot_read(tmp_path: Path) -> None:
+    file, folder = tmp_path / "pixart.safetensors", save_toy("pixart", tmp_path / "base")
+    save_file(original_checkpoints.pixart(make_toy("pixart").transformer), file)
+    with pytest.raises(
+        EsdLoraError, match="holds PixArt-Sigma, which diffusers reads from no single file: erasers can be merged"
+    ):
+        load_base(file, config=folder)
+
+
+def test_relatives_with_the_same_blocks_are_told_apart() -> None:
+    """By the facts that ComfyUI's model_detection.py tells them by."""
+    pixart, lumina = family_named("pixart"), family_named("lumina2")
+    sigma = dict.fromkeys(original_checkpoints.pixart(make_toy("pixart").transformer), (1,))
+    lumina_2 = dict.fromkeys(original_checkpoints.lumina2(make_toy("lumina2").transformer), (1,))
+    assert pixart.recognise(sigma)
+    assert lumina.recognise(lumina_2)
+    assert not pixart.recognise({**sigma, "ar_embedder.mlp.0.weight": (1,)}), "PixArt-Alpha"
+    assert not lumina.recognise({**lumina_2, "model.diffusion_model.clip_text_pooled_proj.0.weight": (1,)}), "NewBie"
+    z_image = {name.replace("adaLN_modulation.1", "adaLN_modulation.0"): shape for name, shape in lumina_2.items()}
+    assert not lumina.recognise(z_image)
+    assert not any(family.recognise(shapes) for family, shapes in ((pixart, lumina_2), (lumina, sigma)))
+
+
 def test_vae_is_left_out_when_nothing_is_drawn(tmp_path: Path) -> None:
     folder = save_toy("sd", tmp_path / "base")
     file = original_checkpoints.save_checkpoint(make_toy("sd"), tmp_path / "model.safetensors")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from esd_lora.adapter import add_adapter, load_adapter
+from esd_lora.adapter import add_adapter, load_adapter, remove_adapter
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.attacks.learning import BATCH, learn
@@ -51,7 +51,7 @@ def negative_weight(victim: Victim, *, weight: float = -1.0) -> Variant:
             try:
                 yield paint
             finally:
-                victim.base.model.unload_lora()
+                remove_adapter(victim.base)
 
     return Variant("attack-negative-weight", {"weight": weight, "victim": victim.erased.record}, on)
 
@@ -101,7 +101,7 @@ def fine_tune(
                 learn(victim, parameters, latents, condition_of, steps=steps, lr=lr, seed=seed, desc="fine-tuning")
                 yield paint
             finally:
-                base.model.unload_lora()
+                remove_adapter(base)
 
     record = {"pictures": pictures, "files": hash_by_name(files) or None, "steps": steps, "rank": rank, "lr": lr, "seed": seed}
     return Variant("attack-fine-tune", {**record, "batch": BATCH, "victim": victim.erased.record}, on)
