@@ -51,7 +51,7 @@ class Guard:
         encode: Encode,
         erased: Sequence[str] = (),
     ):
-        self.base = base
+        self.base, encode = base, base.as_read(encode)
         self._free: dict[str, Tensor] = {}
         for name in TEXT_TENSORS if prompts else ():
             if name in encode(prompts[:1]):

@@ -202,6 +202,10 @@ class Base:
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
 
+    def as_read(self, encode: Encode) -> Encode:
+        """Return an encoder that returns what `encode` does, its text as the layers that read it get it."""
+        return lambda prompts: self.family.as_read(self.pipe, encode(prompts))
+
     def remembering(self, guidance: float = 1.0) -> Encode:
         """Return a function that encodes as `encode` does, and no prompt twice.
 

@@ -68,6 +68,9 @@ class ModelFamily(ABC):
     scopes: ClassVar[Mapping[str, str]]
     """Scope to a regular expression searched for in the path of every linear and convolution."""
 
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Modules of `diffusers.pipelines` that hold components of its pipelines, as an index names them beside diffusers and
+    transformers: Kolors' text encoder is in `kolors`."""
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card, under which the Hub lists models of the family."""
     fixed_prediction_type: ClassVar[str | None] = None
@@ -130,6 +133,10 @@ class ModelFamily(ABC):
         """Return whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
         return self.text_read_by(module) == "prompt_embeds"
 
+    def as_read(self, pipe: Any, condition: Condition) -> Condition:  # noqa: ARG002
+        """Return a condition with its text as the layers that read it get it: normalised before them, in some models."""
+        return condition
+
     def channels(self, pipe: Any) -> int:
         """Return the number of channels of latents."""
         return getattr(pipe, self.denoiser).config.in_channels
@@ -158,6 +165,19 @@ class ModelFamily(ABC):
         """Return denoising steps and guidance scale of a picture by default: those of the pipeline's call."""
         defaults = signature(pipe.__call__).parameters
         return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
+
+    def guidance_kwargs(self, scale: float, pictures: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return the keyword arguments by which the pipeline's call guides `pictures` pictures where no negative prompt is given.
+
+        Args:
+            scale: Of classifier-free guidance, or the one that is distilled in.
+            pictures: Number of prompts of the call.
+        """
+        return {"guidance_scale": scale}
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Return latents [N, channels, height, width] in the shape that the pipeline hands to its VAE."""
+        return latents
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return keyword arguments of the pipeline's call beside prompt, size, steps and guidance."""
@@ -250,9 +270,9 @@ class ModelFamily(ABC):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(
-            config, shift=config.get("shift", config.get("flow_shift", 1.0))
-        )
+        # Stretched to a terminal level, a grid of one point would be 0 / 0 in diffusers; it is the first point of every other.
+        own_shift = {"shift": config.get("shift", config.get("flow_shift", 1.0))} | ({"shift_terminal": None} if steps == 1 else {})
+        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **own_shift)
         own = euler.config
         patches = shape[-2] * shape[-1] // 4
         lengths = own["base_image_seq_len"], own["max_image_seq_len"]

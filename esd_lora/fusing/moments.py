@@ -149,9 +149,10 @@ class MomentCollector:
                 self._walk(group, torch.Generator().manual_seed(seed))
 
     def _read_text(self, group: PromptGroup, moment: Moment) -> None:
-        """Add all tokens of the encoded prompts."""
+        """Add all tokens of the encoded prompts, as the layers read them."""
+        encode = self.base.as_read(self.base.encode)
         for batch in (group.prompts[i : i + ENCODED_AT_ONCE] for i in range(0, len(group.prompts), ENCODED_AT_ONCE)):
-            moment.add_rows(self.base.encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
+            moment.add_rows(encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
 
     def _walk(self, group: PromptGroup, noise: torch.Generator) -> None:
         """Denoise on a group's trajectories, in batches."""

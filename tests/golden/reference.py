@@ -80,6 +80,13 @@ def flux_shift(patches: int) -> float:
     return math.exp(0.5 + (patches - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
+def qwen_grid(steps: int, patches: int) -> list[float]:
+    """Noise levels of Qwen-Image: shifted as Flux dev's to 0.9 at 8192 patches, then stretched from 1 until the last is 0.02."""
+    shift = math.exp(0.5 + (patches - 256) * (0.9 - 0.5) / (8192 - 256))
+    plain = [shifted(1 - i / steps, shift) for i in range(steps)]
+    return [*(1 - (1 - sigma) * (1 - 0.02) / (1 - plain[-1]) for sigma in plain), 0.0]
+
+
 class Sampler(NamedTuple):
     """A grid of times and the step between two of them."""
 
@@ -88,11 +95,11 @@ class Sampler(NamedTuple):
     """From x_t, the guided prediction and the number of the step to the next x_t."""
 
 
-def ddim(steps: int, spacing: str, kind: str) -> Sampler:
+def ddim(steps: int, spacing: str, kind: str, end: float = 0.012, trained: int = 1000) -> Sampler:
     """The paper's sampler for noise and v models."""
-    alphas, grid = scaled_linear(), ddpm_grid(steps, spacing)
+    alphas, grid = scaled_linear(end=end, trained=trained), ddpm_grid(steps, spacing, trained)
     return Sampler(
-        [float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], grid[i] - 1000 // steps, alphas, kind)
+        [float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], grid[i] - trained // steps, alphas, kind)
     )
 
 
