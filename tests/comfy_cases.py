@@ -49,6 +49,7 @@ PUBLISHED = {
     "sd3": (239, 335, 335),
     "sd35-medium": (265, 387, 387),
     "flux": (306, 496, 496),
+    "qwen-image": (841, 841, 841),
 }
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
 ComfyUI's own Load LoRA has places for. The table of docs/comfyui.md."""
@@ -57,9 +58,11 @@ LAYERS = {
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},
     "sd3": {"family": "sd3", "prefix": "transformer", "prediction_type": "flow"},
     "flux": {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
+    "qwen-image": {"family": "qwen-image", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
-FAMILIES = tuple(LAYERS)
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+"""Families whose places in ComfyUI differ from ours, so that chains of nodes are compared with merges weight by weight."""
 PREFIX = {"sd": "model.diffusion_model.", "sdxl": "model.diffusion_model.", "sd3": "model.diffusion_model.", "flux": ""}
 """Family to what stands in front of the denoiser's names in a checkpoint."""
 BLOCKS: dict[str, dict[str, float]] = {

@@ -71,6 +71,7 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
         "sdxl": supported_models.SDXL,
         "sd3": supported_models.SD3,
         "flux": supported_models.Flux,
+        "qwen-image": supported_models.QwenImage,
     }
     return kind[family](config).get_model({}, "", device=device)
 

@@ -9,7 +9,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from esd_lora.bases.single_file import CONFIGS
@@ -55,6 +61,10 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     # Efficient-Large-Model/Sana_1600M_1024px_diffusers
     "sana": ("sana", SanaTransformer2DModel, {}),
+    # Qwen/Qwen-Image: diffusers' defaults
+    "qwen-image": ("qwen-image", QwenImageTransformer2DModel, shipped_config("qwen-image")["transformer"]),
+    # Kwai-Kolors/Kolors-diffusers: SDXL's, with ChatGLM3's width (4096) where text enters
+    "kolors": ("kolors", UNet2DConditionModel, shipped_config("kolors")["unet"]),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -65,6 +75,8 @@ SCOPE_COUNTS = {
     "sd35-medium": {"xattn": 97, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 387},
     "flux": {"xattn": 78, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 496},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
+    "qwen-image": {"xattn": 241, "xattn-kv": 120, "selfattn": 240, "noxattn": 600, "full": 841},
+    "kolors": {"xattn": 281, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 789},
 }
 """Number of layers that each scope holds on the published models."""
 

@@ -298,10 +298,10 @@ def _letters() -> Path:
     return Path(folder) / "tokenizer.model"
 
 
-def _kolors() -> KolorsPipeline:
+def chat_glm(**sizes: int) -> tuple[ChatGLMModel, ChatGLMTokenizer]:
+    """Return a text encoder of ChatGLM3's kind, with random weights, and its tokenizer; `sizes` are fields of its configuration."""
     tokenizer = ChatGLMTokenizer(str(_letters()))
-    sizes = {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH, "kv_channels": 8, "num_attention_heads": 2, "num_layers": 2}
-    glm = ChatGLMConfig(
+    config = ChatGLMConfig(
         padded_vocab_size=tokenizer.vocab_size,
         seq_length=256,
         multi_query_attention=True,
@@ -310,6 +310,18 @@ def _kolors() -> KolorsPipeline:
         original_rope=True,
         **sizes,
     )
+    return _initialised(ChatGLMModel(config)), tokenizer
+
+
+def kolors_scheduler() -> EulerDiscreteScheduler:
+    """Return the scheduler of Kwai-Kolors/Kolors-diffusers."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.014, "num_train_timesteps": 1100}
+    return EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+
+
+def _kolors() -> KolorsPipeline:
+    sizes = {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH, "kv_channels": 8, "num_attention_heads": 2, "num_layers": 2}
+    glm, tokenizer = chat_glm(**sizes)
     unet = tiny_unet(
         attention_head_dim=[2, 4],
         use_linear_projection=True,
@@ -320,9 +332,7 @@ def _kolors() -> KolorsPipeline:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + WIDTH,
     )
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.014, "num_train_timesteps": 1100}
-    scheduler = EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
-    return KolorsPipeline(_vae(), _initialised(ChatGLMModel(glm)), tokenizer, _with_random_weights(unet), scheduler)
+    return KolorsPipeline(_vae(), glm, tokenizer, _with_random_weights(unet), kolors_scheduler())
 
 
 _BUILDERS: dict[str, Callable[[], Any]] = {

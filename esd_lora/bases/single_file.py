@@ -154,9 +154,14 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                         folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
                     )
         with bounded_models([file, *folder.glob("*/*.safetensors")], file):
-            pipe = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
-            )
+            pipeline, options = getattr(diffusers, index["_class_name"]), {"local_files_only": True, "torch_dtype": dtype}
+            if hasattr(pipeline, "from_single_file"):
+                pipe = pipeline.from_single_file(str(file), config=str(folder), **options, **apart)
+            else:  # the classes of some denoisers read such files, and those of their pipelines do not
+                part = family_of(index["_class_name"]).denoiser
+                denoiser = model_class(*index[part])
+                apart[part] = denoiser.from_single_file(str(file), config=str(folder), subfolder=part, **options)
+                pipe = pipeline.from_pretrained(str(folder), use_safetensors=True, **options, **apart)
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over

@@ -33,8 +33,11 @@ PARAMETERS = {
     "SDXL": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "SD 3.5 medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "Flux.1 dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+    "Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
+CARDS += [("Kolors", 16, "bfloat16"), pytest.param("Qwen-Image", 24, "nf4", marks=pytest.mark.slow)]
 
 
 def published_recipe(base: Base) -> Recipe:

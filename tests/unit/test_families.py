@@ -43,6 +43,8 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "flux": 11_901_408_320,
     "sana": 1_604_462_752,
+    "qwen-image": 20_430_401_088,
+    "kolors": 2_579_458_820,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()

@@ -39,6 +39,8 @@ def save(name: str, folder: Path, side: int) -> Path:
         ("sd3", 128, "sdxl/fast"),
         ("flux-dev", 128, "flux/fast"),
         ("sana", 32, "sdxl/fast"),
+        ("qwen-image", 128, "flux/fast"),
+        ("kolors", 128, "sdxl/fast"),
     ],
 )
 def test_family_and_size_choose(name: str, side: int, preset: str, tmp_path: Path) -> None:
