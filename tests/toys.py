@@ -235,7 +235,9 @@ def _sana() -> SanaPipeline:
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Return Qwen's tokenizer with a token a byte, and one for each word of the template that Qwen-Image drops."""
-    words = "Describe the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+    words = (
+        "Describe the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+    )
     letters = pre_tokenizers.ByteLevel.alphabet()
     whole = ["system", "user", "assistant", "Describe", *(f"Ġ{word}" for word in words.split()[1:])]
     merges = list(dict.fromkeys((word[:i], word[i]) for word in whole for i in range(1, len(word))))
@@ -299,7 +301,7 @@ def _letters() -> Path:
 
 
 def chat_glm(**sizes: int) -> tuple[ChatGLMModel, ChatGLMTokenizer]:
-    """Return a text encoder of ChatGLM3's kind, with random weights, and its tokenizer; `sizes` are fields of its configuration."""
+    """Return a text encoder of ChatGLM3's kind, and its tokenizer; `sizes` are fields of its configuration."""
     tokenizer = ChatGLMTokenizer(str(_letters()))
     config = ChatGLMConfig(
         padded_vocab_size=tokenizer.vocab_size,
@@ -358,7 +360,7 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Some have their native size in the pipeline's code, not in a config: here it is the toy's."""
+    """Return a saved toy as a base. Some have their native size in the pipeline's code, not in a config: here the toy's."""
     base = load_base(folder, device="cpu", **options)
     if hasattr(base.pipe, "default_sample_size"):
         base.pipe.default_sample_size = 8

@@ -161,7 +161,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                 part = family_of(index["_class_name"]).denoiser
                 denoiser = model_class(*index[part])
                 apart[part] = denoiser.from_single_file(str(file), config=str(folder), subfolder=part, **options)
-                pipe = pipeline.from_pretrained(str(folder), use_safetensors=True, **options, **apart)
+                pipe = pipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, **apart)
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over

@@ -19,7 +19,15 @@ from esd_lora.json_files import read_json
 
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
 
-FAMILIES: list[ModelFamily] = [StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Sana(), QwenImage(), Kolors()]
+FAMILIES: list[ModelFamily] = [
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    Flux(),
+    Sana(),
+    QwenImage(),
+    Kolors(),
+]
 """Every family there is. To add one of your own, append it."""
 
 
@@ -85,7 +93,7 @@ def read_pipeline(index: Path) -> str:
 
 
 def pipeline_libraries(pipeline: str | None = None) -> tuple[str, ...]:
-    """Return the modules of `diffusers.pipelines` that components come from: of a pipeline class, or of all that are covered."""
+    """Return the modules of `diffusers.pipelines` that components come from: of one pipeline class, or of all there are."""
     return tuple(name for family in FAMILIES if pipeline is None or pipeline in family.pipelines for name in family.libraries)
 
 

@@ -167,7 +167,7 @@ class ModelFamily(ABC):
         return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
 
     def guidance_kwargs(self, scale: float, pictures: int) -> dict[str, Any]:  # noqa: ARG002
-        """Return the keyword arguments by which the pipeline's call guides `pictures` pictures where no negative prompt is given.
+        """Return the keyword arguments by which the pipeline's call guides, where no negative prompt is given.
 
         Args:
             scale: Of classifier-free guidance, or the one that is distilled in.
@@ -271,7 +271,9 @@ class ModelFamily(ABC):
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         # Stretched to a terminal level, a grid of one point would be 0 / 0 in diffusers; it is the first point of every other.
-        own_shift = {"shift": config.get("shift", config.get("flow_shift", 1.0))} | ({"shift_terminal": None} if steps == 1 else {})
+        own_shift = {"shift": config.get("shift", config.get("flow_shift", 1.0))} | (
+            {"shift_terminal": None} if steps == 1 else {}
+        )
         euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **own_shift)
         own = euler.config
         patches = shape[-2] * shape[-1] // 4

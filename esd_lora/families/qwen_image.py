@@ -2,11 +2,12 @@
 
 The pipeline puts every prompt into a chat template and drops the tokens of its first part; texts are as long as their words,
 so a condition is padded and carries a mask. Guidance is true, and against a space where there is no negative prompt, as the
-pipeline's documentation has it; its scale is `true_cfg_scale`. After guidance the pipeline rescales every token of the prediction
-to the norm of the prompted one. Trainings take single predictions, which are never rescaled, and walk by plain guidance, so
-their latents come from somewhat larger steps; pictures are painted by the pipeline.
+pipeline's documentation has it; its scale is `true_cfg_scale`. After guidance the pipeline rescales every token of the
+prediction to the norm of the prompted one. Trainings take single predictions, which are never rescaled, and walk by plain
+guidance, so their latents come of somewhat longer steps than those of pictures, which are painted by the pipeline.
 
-`xattn` is where text enters (`txt_in`) and its stream in the joint attention, as in `sd3`.
+`xattn` is where text enters (`txt_in`) and its stream in the joint attention, as in `sd3`; what the last block makes of the
+text reaches no output.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class QwenImage(ModelFamily):
     def side(self, pipe: Any) -> int:
         return pipe.default_sample_size
 
-    def needs_own_scheduler(self, pipe: Any) -> bool:
-        return not pipe.scheduler.config["use_dynamic_shifting"]  # the pipeline shifts all the same, and others mind
+    def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
+        return True  # the pipeline hands it noise levels and a shift, whatever it is, and others mind
 
     def default_sampling(self, pipe: Any) -> tuple[int, float]:
         defaults = signature(pipe.__call__).parameters
@@ -113,7 +114,9 @@ class QwenImage(ModelFamily):
             if {f"{prefix}txt_norm.weight", f"{prefix}transformer_blocks.0.txt_mod.1.weight"} <= shapes.keys():
                 # As comfyanonymous/ComfyUI, comfy/model_detection.py, tells them.
                 if f"{prefix}time_text_embed.addition_t_embedding.weight" in shapes:
-                    return CheckpointKind("Qwen-Image-Layered, which draws layers of a picture that it is given", supported=False)
+                    return CheckpointKind(
+                        "Qwen-Image-Layered, which draws layers of a picture that it is given", supported=False
+                    )
                 if f"{prefix}__index_timestep_zero__" in shapes:
                     return CheckpointKind("Qwen-Image-Edit, which does not draw from text alone", supported=False)
                 return _QWEN_IMAGE

@@ -81,7 +81,7 @@ def flux_shift(patches: int) -> float:
 
 
 def qwen_grid(steps: int, patches: int) -> list[float]:
-    """Noise levels of Qwen-Image: shifted as Flux dev's to 0.9 at 8192 patches, then stretched from 1 until the last is 0.02."""
+    """Noise levels of Qwen-Image: shifted as Flux dev's, by 0.9 at 8192 patches, and stretched until the last is 0.02."""
     shift = math.exp(0.5 + (patches - 256) * (0.9 - 0.5) / (8192 - 256))
     plain = [shifted(1 - i / steps, shift) for i in range(steps)]
     return [*(1 - (1 - sigma) * (1 - 0.02) / (1 - plain[-1]) for sigma in plain), 0.0]

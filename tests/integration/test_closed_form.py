@@ -220,7 +220,9 @@ def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
     assert len(inputs) == len(hooks) > 0
     for path, text in inputs.items():
         read = base.as_read(base.encode)(prompts)[str(base.family.text_read_by(path))]
-        torch.testing.assert_close(text, read[:, : text.shape[1]])  # where there is a mask, what all have of padding is left out
+        torch.testing.assert_close(
+            text, read[:, : text.shape[1]]
+        )  # where there is a mask, what all have of padding is left out
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "qwen-image", "kolors"])

@@ -89,14 +89,18 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
     prompts = ["a cat in the rain"]  # beside others of a batch, texts of another length are padded
     calls = record_calls(base, prompt=prompts, **guidance, **shape, **base.family.call_kwargs(base.pipe))
     if base.family.name == "qwen-image":  # whose pipeline asks for the prompt's prediction, and then for the other side's
-        calls = [tuple(map(torch.cat, zip(null, text, strict=True))) for text, null in zip(calls[::2], calls[1::2], strict=True)]
+        calls = [
+            tuple(map(torch.cat, zip(null, text, strict=True))) for text, null in zip(calls[::2], calls[1::2], strict=True)
+        ]
     assert len(calls) == STEPS
     condition = base.encode(["", "a cat in the rain"])
     grid = base.family.scheduler(base.pipe, STEPS, base.latent_shape()).timesteps
     _, channels, height, width = (0, *base.latent_shape())
     for (x, _, expected), t in zip(calls, base.pipe.scheduler.timesteps, strict=True):
         if base.family.name in ("flux", "qwen-image"):
-            x, expected = (base.pipe._unpack_latents(y, 8 * height, 8 * width, 8).view(-1, channels, 8, 8) for y in (x, expected))
+            x, expected = (
+                base.pipe._unpack_latents(y, 8 * height, 8 * width, 8).view(-1, channels, 8, 8) for y in (x, expected)
+            )
         x, expected = (y[:, :channels] if guided else y.repeat(2, 1, 1, 1) for y in (x, expected))
         prediction = base.predict(x, t.expand(2), condition)
         rounding = {"rtol": 1e-4, "atol": 2e-5}  # of values near 1, in batches of another size

@@ -37,7 +37,7 @@ PARAMETERS = {
     "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
-CARDS += [("Kolors", 16, "bfloat16"), pytest.param("Qwen-Image", 24, "nf4", marks=pytest.mark.slow)]
+CARDS += [pytest.param(*card, marks=pytest.mark.slow) for card in (("Kolors", 16, "bfloat16"), ("Qwen-Image", 24, "nf4"))]
 
 
 def published_recipe(base: Base) -> Recipe:

@@ -90,7 +90,10 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
     for layer in layers:
         shared.setdefault(names[layer], []).append(places[layer].first)
     assert all(len(set(firsts)) == len(firsts) for firsts in shared.values())
-    assert len(shared) == {"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 239, "sd35-medium": 265, "flux": 306, "qwen-image": 841}[name]
+    assert (
+        len(shared)
+        == {"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 239, "sd35-medium": 265, "flux": 306, "qwen-image": 841}[name]
+    )
 
 
 def test_names_are_those_seen_in_files() -> None:
@@ -286,7 +289,9 @@ def test_metadata_tells_architectures_apart(
     assert [metadata.get(key) for key in keys] == [version, architecture, resolution]
 
 
-@pytest.mark.parametrize(("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("qwen-image", "qwen_image")])
+@pytest.mark.parametrize(
+    ("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("qwen-image", "qwen_image")]
+)
 def test_metadata_of_other_families(tmp_path: Path, models: dict[str, torch.nn.Module], family: str, version: str) -> None:
     metadata = metadata_of(export(eraser_on_all_layers(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))
     assert metadata["ss_base_model_version"] == version
