@@ -270,11 +270,10 @@ class ModelFamily(ABC):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        # Stretched to a terminal level, a grid of one point would be 0 / 0 in diffusers; it is the first point of every other.
-        own_shift = {"shift": config.get("shift", config.get("flow_shift", 1.0))} | (
-            {"shift_terminal": None} if steps == 1 else {}
-        )
-        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **own_shift)
+        changes: dict[str, Any] = {"shift": config.get("shift", config.get("flow_shift", 1.0))}
+        if steps == 1:  # stretched to a terminal level, one point would be 0 / 0 in diffusers; it is the first of every grid
+            changes["shift_terminal"] = None
+        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         own = euler.config
         patches = shape[-2] * shape[-1] // 4
         lengths = own["base_image_seq_len"], own["max_image_seq_len"]
