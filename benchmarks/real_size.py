@@ -1,6 +1,7 @@
 """Trains on denoisers of published size with random weights: reading them, a training step, memory and the eraser's size.
 
-    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2] [--out out/real_size]
+    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2,kolors]
+        [--out out/real_size] [--no-instant]
 
 SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
 diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
@@ -34,7 +35,7 @@ from torch import nn
 
 SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 """Models that are whole, and the configuration that ships for them."""
-OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2")
+OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2", "kolors")
 """Models with shallow text encoders and no VAE."""
 SETTINGS = {
     "train.steps": 3,
@@ -96,7 +97,10 @@ def write_directory(name: str, folder: Path) -> Path:
     sizes = {"hidden_size": 2304, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **sizes, **heads))
-    if name == "sana":
+    if name == "kolors":
+        glm, tokenizer = toys.chat_glm(hidden_size=4096, ffn_hidden_size=64, kv_channels=8, num_attention_heads=2, num_layers=2)
+        pipe = diffusers.KolorsPipeline(None, glm, tokenizer, transformer, toys.kolors_scheduler())
+    elif name == "sana":
         scheduler = diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
@@ -121,8 +125,14 @@ def memory(key: str) -> float:
     return int(lines[key].split()[0]) / 2**20
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Read the base, train, save, and load the eraser with plain diffusers; return what it took."""
+def measure(name: str, folder: Path, *, instant: bool = True) -> dict[str, Any]:
+    """Read the base, train, save, and load the eraser with plain diffusers; return what it took.
+
+    Args:
+        name: Of the model.
+        folder: Where it was written.
+        instant: Whether to solve the closed form as well, minutes where texts are long.
+    """
     from peft import PeftModel
 
     from esd_lora.bases.loading import load_base
@@ -135,11 +145,11 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     base = load_base(file, device="cpu", dtype=torch.bfloat16, vae=name in SINGLE)
     read = time.monotonic() - started
-    instant = load_recipe("instant", {"train.preview_every": 0}, concepts=["a cat"], base=str(file))
+    alone = load_recipe("instant", {"train.preview_every": 0}, concepts=["a cat"], base=str(file))
     reading_it = memory("VmHWM")
     Path("/proc/self/clear_refs").write_text("5", "utf-8")  # the most so far is forgotten
     started, held = time.monotonic(), memory("VmRSS")
-    solved = train(instant, base=base).header.solved
+    solved = train(alone, base=base).header.solved if instant else None
     seconds = time.monotonic() - started if solved else float("nan")
     beside = memory("VmHWM") - held
     recipe = load_recipe("sd/fast", SETTINGS, concepts=["a cat"], preserve=["a dog"], base=str(file))
@@ -172,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join([*SINGLE, *OTHERS]))
     parser.add_argument("--out", type=Path, default=Path("out/real_size"))
+    parser.add_argument("--no-instant", action="store_true", help="leave the closed form out")
     add_publish(parser)
     parser.add_argument("--stage", choices=["write", "measure"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -181,13 +192,14 @@ def main() -> None:
         (write_single_file if names[0] in SINGLE else write_directory)(names[0], options.out)
         return
     if options.stage == "measure":
-        print(json.dumps(measure(names[0], options.out)))
+        print(json.dumps(measure(names[0], options.out, instant=not options.no_instant)))
         return
     heads = ["model", "family, prediction", "parameters", "layers, trained, in diffusers", "read s", "instant s"]
     heads += ["instant, GiB beside the base", "step s", "peak GiB", "eraser MB"]
     rows: list[list[str]] = []
     for name in names:
-        command = [sys.executable, __file__, "--only", name, "--out", str(options.out), "--stage"]
+        command = [sys.executable, __file__, "--only", name, "--out", str(options.out)]
+        command += [*(["--no-instant"] if options.no_instant else []), "--stage"]
         subprocess.run([*command, "write"], check=True)
         output = subprocess.run([*command, "measure"], check=True, stdout=subprocess.PIPE, text=True).stdout
         measured = json.loads(output.splitlines()[-1])

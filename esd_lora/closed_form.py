@@ -41,7 +41,7 @@ from esd_lora.lessons import Lesson, by_influence, frames_for, in_frame, likenes
 from esd_lora.progress import advance, stage
 from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
-from esd_lora.text_rows import TEXT_TENSORS, Rows, TextMoments, as_read, moved_by, rows_of, second_moment, way_moments
+from esd_lora.text_rows import TEXT_TENSORS, Rows, TextMoments, moved_by, rows_of, second_moment, way_moments
 from esd_lora.trajectory import Condition, Encode, in_float64, pick
 from esd_lora.wording import mentions
 
@@ -80,7 +80,7 @@ def solve_text(
         readers = {path: rank for path, rank in layers.items() if base.family.text_read_by(path) == name}
         if not readers or not replaced(lessons):
             continue
-        rows = rows_of(as_read(base, encode), name)
+        rows = rows_of(base.as_read(encode), name)
         moments = moments_of(rows, lessons, spec)
         if unlisted:
             moments = moments._replace(kept=moments.kept + spec.unlisted * unlisted[name])
@@ -145,7 +145,8 @@ def unlisted_moments(base: Base, kept: Sequence[str]) -> dict[str, Tensor]:
     def encode(texts: Sequence[str]) -> Condition:
         return pick(condition, torch.tensor([chosen.index(text) for text in texts]))
 
-    return {name: second_moment(rows_of(as_read(base, encode), name), chosen) for name in TEXT_TENSORS if name in condition}
+    read = base.as_read(encode)
+    return {name: second_moment(rows_of(read, name), chosen) for name in TEXT_TENSORS if name in condition}
 
 
 def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
@@ -199,7 +200,7 @@ def try_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, list[Tr
     if not candidates or not unanchored:
         return {}
     frames = ["{}", *frames_for(recipe, listed)[0]]
-    rows = rows_of(as_read(base, encode), "prompt_embeds")
+    rows = rows_of(base.as_read(encode), "prompt_embeds")
     kept = second_moment(rows, listed)
     spec = recipe.closed_form or ClosedFormSpec(keep=1.0, push=0.0, ridge=1e-3)
     ranked: dict[str, list[TriedAnchor]] = {}

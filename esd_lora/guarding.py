@@ -24,7 +24,7 @@ from esd_lora.adapter import ADAPTER
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.errors import EsdLoraError
-from esd_lora.text_rows import TEXT_TENSORS, as_read, rows_of
+from esd_lora.text_rows import TEXT_TENSORS, rows_of
 from esd_lora.trajectory import Encode, in_float64
 
 _SMALLEST_LEFT = 1e-4  # of the text of an erased prompt, in units of its length, that something can be erased with
@@ -51,9 +51,8 @@ class Guard:
         encode: Encode,
         erased: Sequence[str] = (),
     ):
-        self.base = base
+        self.base, encode = base, base.as_read(encode)
         self._free: dict[str, Tensor] = {}
-        encode = as_read(base, encode)
         for name in TEXT_TENSORS if prompts else ():
             if name in encode(prompts[:1]):
                 rows = rows_of(encode, name)(prompts).flatten(0, 1)

@@ -300,7 +300,7 @@ def _paint(base: Base, walk_batch: int) -> int:
     with torch.no_grad(), counting() as denoising:
         base.predict(*latents)
     with torch.no_grad(), counting() as decoding:
-        base.pipe.vae.decode(latents[0][:pictures].to(base.model.dtype))
+        base.pipe.vae.decode(base.family.vae_latents(latents[0][:pictures].to(base.model.dtype)))
     return max(denoising.peak, decoding.peak)
 
 

@@ -94,6 +94,7 @@ def mean_square(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:  # n
 
 
 _ROUNDING = 1e-3  # of the way from the concept to the anchor
+_LEAST = 1e-30  # square of a distance that is none: of a root of 0 there is no gradient
 
 
 def hinge_loss(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:
@@ -114,13 +115,13 @@ def hinge_loss(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:
     """
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
-        return (one - other).flatten(1).norm(dim=1) / one[0].numel() ** 0.5
+        return ((one - other).square().flatten(1).mean(1) + _LEAST).sqrt()
 
     way = distance(points.concept, points.target)
     # The first student is the concept's own prediction up to rounding, whose direction is no way to be driven.
-    left_behind = (distance(prediction, points.concept).square() + (_ROUNDING * way).square() + 1e-30).sqrt()
+    left_behind = (distance(prediction, points.concept).square() + (_ROUNDING * way).square()).sqrt()
     closer = distance(prediction, points.target) - eta * left_behind
-    return (way * closer.relu()).where(way > 0, mean_square(prediction, points, eta))
+    return (way * closer.relu()).where(way > 2 * _LEAST**0.5, mean_square(prediction, points, eta))
 
 
 LOSSES: dict[str, Loss] = {"hinge": hinge_loss}

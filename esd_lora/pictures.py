@@ -150,12 +150,11 @@ def paint(
             pixels = len(part) * width * height
             with base.vae_in_place(), base.scheduled_by(scheduler), _bounded_decoding(base.pipe.vae, pixels):
                 pictures += base.pipe(
-                    **text,
+                    **{**base.family.guidance_kwargs(guidance, len(part)), **text},
                     height=height,
                     width=width,
                     **base.family.call_kwargs(base.pipe),
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + at_once]],
                     callback_on_step_end=count,
                 ).images

@@ -14,32 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.bases.base import Base
 from esd_lora.recipe import ClosedFormSpec
-from esd_lora.trajectory import Condition, Encode, in_float64
+from esd_lora.trajectory import Encode, in_float64
 
 TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 """Tensors of a condition that layers read as they are."""
 _AT_ONCE = 32  # prompts whose rows are in memory
 _UNKEPT = ClosedFormSpec(keep=0.0, push=0.0, ridge=1e-3)  # an influence is that of erasing with nothing kept
 
-_MASK = "prompt_attention_mask"
-"""Tensor of a condition with zeros for the rows of `prompt_embeds` that attention leaves out, where a model has one."""
 
 Rows = Callable[[Sequence[str]], Tensor]
 """From N prompts to their rows, [N, rows, width], float64."""
-
-
-def as_read(base: Base, encode: Encode) -> Encode:
-    """Return an encoder of text as the layers that read it get it, with zeros for padding that nothing reads after them."""
-
-    def read(texts: Sequence[str]) -> Condition:
-        condition = base.family.text_inputs(base.pipe, encode(texts))
-        if _MASK not in condition:
-            return condition
-        return {**condition, "prompt_embeds": condition["prompt_embeds"] * condition[_MASK].bool()[..., None]}
-
-    return read
 
 
 def rows_of(encode: Encode, name: str) -> Rows:

@@ -51,6 +51,7 @@ PUBLISHED = {
     "flux": (306, 496, 496),
     "pixart-sigma": (198, 282, 282),
     "lumina2": (179, 239, 0),
+    "qwen-image": (841, 841, 841),
 }
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
 ComfyUI's own Load LoRA has places for, and the nodes for all of them, or none where ComfyUI has none. The table of
@@ -62,10 +63,11 @@ LAYERS = {
     "flux": {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
     "pixart": {"family": "pixart", "prefix": "transformer", "prediction_type": "epsilon"},
     "lumina2": {"family": "lumina2", "prefix": "transformer", "prediction_type": "flow"},
+    "qwen-image": {"family": "qwen-image", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
-"""Those that chains of nodes are run on."""
+"""Families whose places in ComfyUI differ from ours, so that chains of nodes are compared with merges weight by weight."""
 PREFIX = {"sd": "model.diffusion_model.", "sdxl": "model.diffusion_model.", "sd3": "model.diffusion_model.", "flux": ""}
 """Family to what stands in front of the denoiser's names in a checkpoint."""
 BLOCKS: dict[str, dict[str, float]] = {

@@ -73,6 +73,7 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
         "flux": supported_models.Flux,
         "pixart": supported_models.PixArtSigma,
         "lumina2": supported_models.Lumina2,
+        "qwen-image": supported_models.QwenImage,
     }
     return kind[family](config).get_model({}, "", device=device)
 

@@ -254,6 +254,11 @@ def lumina2(model: Any) -> dict[str, Tensor]:
     return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
 
 
+def qwen_image(model: Any) -> dict[str, Tensor]:
+    """Return a Qwen-Image transformer's weights as in Comfy-Org/Qwen-Image_ComfyUI, whose names are diffusers' own."""
+    return dict(model.state_dict())
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """Return the VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

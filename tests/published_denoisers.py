@@ -13,6 +13,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -66,6 +67,10 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "pixart-sigma": ("pixart", PixArtTransformer2DModel, shipped_config("pixart-sigma")["transformer"]),
     # Alpha-VLLM/Lumina-Image-2.0
     "lumina2": ("lumina2", Lumina2Transformer2DModel, shipped_config("lumina2")["transformer"]),
+    # Qwen/Qwen-Image: diffusers' defaults
+    "qwen-image": ("qwen-image", QwenImageTransformer2DModel, shipped_config("qwen-image")["transformer"]),
+    # Kwai-Kolors/Kolors-diffusers: SDXL's, with ChatGLM3's width (4096) where text enters
+    "kolors": ("kolors", UNet2DConditionModel, shipped_config("kolors")["unet"]),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -78,6 +83,8 @@ SCOPE_COUNTS = {
     "pixart-sigma": {"xattn": 114, "xattn-kv": 56, "selfattn": 112, "noxattn": 168, "full": 282},
     "lumina2": {"xattn": 15, "xattn-kv": 4, "selfattn": 112, "noxattn": 224, "full": 239},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
+    "qwen-image": {"xattn": 241, "xattn-kv": 120, "selfattn": 240, "noxattn": 600, "full": 841},
+    "kolors": {"xattn": 281, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 789},
 }
 """Number of layers that each scope holds on the published models."""
 

@@ -66,6 +66,11 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], d
         original_checkpoints.lumina2,
         {"family": "lumina2", "prefix": "transformer", "prediction_type": "flow"},
     ),
+    "qwen-image": (
+        lambda: make_toy("qwen-image").transformer,
+        original_checkpoints.qwen_image,
+        {"family": "qwen-image", "prefix": "transformer", "prediction_type": "flow"},
+    ),
 }
 """Family to (denoiser, its weights under the original names, what an eraser's header says)."""
 

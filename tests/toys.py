@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,20 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    KolorsPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -27,6 +35,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -36,6 +46,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
 )
@@ -104,6 +117,13 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.5 / fan_in) ** 0.5)
     return model
+
+
+def _initialised(model: nn.Module) -> nn.Module:
+    """Fill every weight of a model that leaves its memory as it was."""
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+    return _with_random_weights(model)
 
 
 def _sd2_v() -> StableDiffusionPipeline:
@@ -257,6 +277,110 @@ def _lumina2() -> Lumina2Pipeline:
     return pipe
 
 
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return Qwen's tokenizer with a token a byte, and one for each word of the template that Qwen-Image drops."""
+    words = (
+        "Describe the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+    )
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    whole = ["system", "user", "assistant", "Describe", *(f"Ġ{word}" for word in words.split()[1:])]
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in whole for i in range(1, len(word))))
+    tokens = ["<|endoftext|>", *sorted(letters), *dict.fromkeys(a + b for a, b in merges)]
+    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def _qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.5, 0.8, 1.2, 0.9]}
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, num_res_blocks=1, **statistics)
+    shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    scheduler = FlowMatchEulerDiscreteScheduler(**shifting, shift=1.0, shift_terminal=0.02)
+    transformer = _with_random_weights(transformer)
+    return QwenImagePipeline(scheduler, vae, _with_random_weights(encoder), tokenizer, transformer)
+
+
+@cache
+def _letters() -> Path:
+    """Return a vocabulary of sentencepiece that lasts as long as the process: letters, and bytes for what they do not spell."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcdefghijklmnopqrstuvwxyz ,."]),
+        model_prefix=f"{folder}/tokenizer",
+        model_type="char",
+        vocab_size=512,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return Path(folder) / "tokenizer.model"
+
+
+def chat_glm(**sizes: int) -> tuple[ChatGLMModel, ChatGLMTokenizer]:
+    """Return a text encoder of ChatGLM3's kind, and its tokenizer; `sizes` are fields of its configuration."""
+    tokenizer = ChatGLMTokenizer(str(_letters()))
+    config = ChatGLMConfig(
+        padded_vocab_size=tokenizer.vocab_size,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        add_qkv_bias=True,
+        original_rope=True,
+        **sizes,
+    )
+    return _initialised(ChatGLMModel(config)), tokenizer
+
+
+def kolors_scheduler() -> EulerDiscreteScheduler:
+    """Return the scheduler of Kwai-Kolors/Kolors-diffusers."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.014, "num_train_timesteps": 1100}
+    return EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+
+
+def _kolors() -> KolorsPipeline:
+    sizes = {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH, "kv_channels": 8, "num_attention_heads": 2, "num_layers": 2}
+    glm, tokenizer = chat_glm(**sizes)
+    unet = tiny_unet(
+        attention_head_dim=[2, 4],
+        use_linear_projection=True,
+        cross_attention_dim=2 * WIDTH,
+        encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )
+    return KolorsPipeline(_vae(), glm, tokenizer, _with_random_weights(unet), kolors_scheduler())
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": tiny_pipeline,
     "sd2-v": _sd2_v,
@@ -268,6 +392,8 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "sana": _sana,
     "pixart": _pixart,
     "lumina2": _lumina2,
+    "qwen-image": _qwen_image,
+    "kolors": _kolors,
 }
 TOYS = tuple(_BUILDERS)
 
@@ -280,9 +406,9 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Flux has its native size in the pipeline's code, not in a config: here it is the toy's."""
+    """Return a saved toy as a base. Some have their native size in the pipeline's code, not in a config: here the toy's."""
     base = load_base(folder, device="cpu", **options)
-    if base.family.name == "flux":
+    if hasattr(base.pipe, "default_sample_size"):
         base.pipe.default_sample_size = 8
     return base
 

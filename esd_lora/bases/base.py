@@ -202,6 +202,20 @@ class Base:
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
 
+    def as_read(self, encode: Encode) -> Encode:
+        """Return an encoder that returns what `encode` does, its text as the layers that read it get it.
+
+        Padding that a mask leaves out, which nothing reads after them, is zeros.
+        """
+
+        def read(prompts: Sequence[str]) -> Condition:
+            condition = self.family.as_read(self.pipe, encode(prompts))
+            for mask in (value for name, value in condition.items() if name.endswith("mask")):
+                condition = {**condition, "prompt_embeds": condition["prompt_embeds"] * mask.bool()[..., None]}
+            return condition
+
+        return read
+
     def remembering(self, guidance: float = 1.0) -> Encode:
         """Return a function that encodes as `encode` does, and no prompt twice.
 

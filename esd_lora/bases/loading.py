@@ -16,11 +16,11 @@ from esd_lora import ranks
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
 from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
-from esd_lora.bases.single_file import open_single_file
+from esd_lora.bases.single_file import model_class, open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts, no_base, require_base
 from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families import family_of, read_pipeline
+from esd_lora.families import family_of, pipeline_libraries, read_pipeline
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.progress import stage
@@ -247,12 +247,11 @@ def _load_text_encoders(folder: Path, dtype: torch.dtype, source: str) -> dict[s
     Raises:
         EsdLoraError: If one lacks weights.
     """
-    import transformers
-
     encoders: dict[str, Any] = {}
     for part, component in read_json(folder / "model_index.json").items():
-        if part.startswith("text_encoder") and isinstance(component, list) and component[0] == "transformers":
-            kind: Any = getattr(transformers, component[1])
+        named = part.startswith("text_encoder") and isinstance(component, list)
+        if named and component[0] in ("transformers", *pipeline_libraries()):
+            kind: Any = model_class(*component)
             encoders[part], info = kind.from_pretrained(
                 folder / part, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )

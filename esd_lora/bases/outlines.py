@@ -30,6 +30,8 @@ PUBLISHED = {
     "Flux.1 dev": ("flux-dev", "black-forest-labs/FLUX.1-dev"),
     "PixArt-Sigma": ("pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
     "Lumina 2": ("lumina2", "Alpha-VLLM/Lumina-Image-2.0"),
+    "Qwen-Image": ("qwen-image", "Qwen/Qwen-Image"),
+    "Kolors": ("kolors", "Kwai-Kolors/Kolors-diffusers"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]
@@ -123,4 +125,5 @@ def _outline(library: str, kind: str, config: Mapping[str, Any], dtype: torch.dt
     made: Any = model_class(library, kind)
     with torch.device("meta"):
         model = made.from_config(dict(config)) if library == "diffusers" else made(made.config_class(**config))
-    return nn.Module.to(model, dtype).requires_grad_(False).eval()
+    # Whatever the device is, some classes (ChatGLM) make their layers on the CPU, in memory that nothing has touched yet.
+    return nn.Module.to(model, device="meta", dtype=dtype).requires_grad_(False).eval()

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from esd_lora.bases.configurations import bounded_models, check_configurations, require_weights
 from esd_lora.erasers.tensor_files import read_header
 from esd_lora.errors import EsdLoraError
-from esd_lora.families import FAMILIES, ModelFamily, family_of, read_pipeline
+from esd_lora.families import FAMILIES, ModelFamily, family_of, pipeline_libraries, read_pipeline
 from esd_lora.families.family import CheckpointKind
 from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
@@ -207,6 +208,8 @@ def model_class(library: str, name: str) -> Any:
         "diffusers": (diffusers, ModelMixin),
         "transformers": (transformers, transformers.PreTrainedModel),
     }
+    if library in pipeline_libraries():
+        known[library] = import_module(f"diffusers.pipelines.{library}"), transformers.PreTrainedModel
     module, parent = known.get(library, (None, None))
     named = getattr(module, name, None)
     if not (isinstance(named, type) and issubclass(named, parent)):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.flux import Flux
+from esd_lora.families.kolors import Kolors
 from esd_lora.families.lumina2 import Lumina2
 from esd_lora.families.pixart import PixArtSigma
+from esd_lora.families.qwen_image import QwenImage
 from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
@@ -26,6 +29,8 @@ FAMILIES: list[ModelFamily] = [
     Sana(),
     PixArtSigma(),
     Lumina2(),
+    QwenImage(),
+    Kolors(),
 ]
 """Every family there is. To add one of your own, append it."""
 
@@ -82,7 +87,8 @@ def read_pipeline(index: Path) -> str:
         raise EsdLoraError(f"{index} names code of its own as its pipeline ({shortened(repr(name))}), which is never run.")
     for part, component in values.items():
         needed = part in ("unet", "transformer", "scheduler")
-        if (needed or (isinstance(component, list) and not part.startswith("_"))) and not _is_component(component, needed):
+        listed = isinstance(component, list) and not part.startswith("_")
+        if (needed or listed) and not _is_component(component, needed, pipeline_libraries(name)):
             raise EsdLoraError(
                 f"{index}: component {shortened(part)} is {shortened(repr(component))}, expected a class of diffusers or"
                 " transformers. Fetch the base again, or from elsewhere."
@@ -90,12 +96,17 @@ def read_pipeline(index: Path) -> str:
     return name
 
 
-def _is_component(value: object, needed: bool) -> bool:
+def pipeline_libraries(pipeline: str | None = None) -> tuple[str, ...]:
+    """Return the modules of `diffusers.pipelines` that components come from: of one pipeline class, or of all there are."""
+    return tuple(name for family in FAMILIES if pipeline is None or pipeline in family.pipelines for name in family.libraries)
+
+
+def _is_component(value: object, needed: bool, libraries: Collection[str]) -> bool:
     """Return whether a value is the library and class of a component; or nothing twice, where it is not needed."""
     match value:
         case [None, None]:
             return not needed
-        case ["diffusers" | "transformers" | "stable_diffusion", str(name)]:
+        case [str(library), str(name)] if library in ("diffusers", "transformers", "stable_diffusion", *libraries):
             # Pipelines have an index of their own, and transformers' AutoX take code from the directory.
             return name.isidentifier() and not name.endswith("Pipeline") and re.match("Auto(?!encoder)", name) is None
         case _:

@@ -68,6 +68,9 @@ class ModelFamily(ABC):
     scopes: ClassVar[Mapping[str, str]]
     """Scope to a regular expression searched for in the path of every linear and convolution."""
 
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Modules of `diffusers.pipelines` that hold components of its pipelines, as an index names them beside diffusers and
+    transformers: Kolors' text encoder is in `kolors`."""
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card, under which the Hub lists models of the family."""
     fixed_prediction_type: ClassVar[str | None] = None
@@ -75,7 +78,7 @@ class ModelFamily(ABC):
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
 
-    In some models as a norm leaves it: `text_inputs`.
+    In some models as a norm leaves it: `as_read`.
     """
     pooled_layers: ClassVar[str | None] = None
     """The same for layers that read `pooled_prompt_embeds`."""
@@ -124,10 +127,6 @@ class ModelFamily(ABC):
         """
         return {}
 
-    def text_inputs(self, pipe: Any, condition: Condition) -> Condition:  # noqa: ARG002
-        """Return a condition with its tensors of text as the layers that read them get them: behind a norm in some models."""
-        return condition
-
     def text_read_by(self, module: str) -> str | None:
         """Return the name of the tensor of a condition that a layer itself reads, whatever `x_t` and `t` are, if it does."""
         for name, rule in (("prompt_embeds", self.text_layers), ("pooled_prompt_embeds", self.pooled_layers)):
@@ -138,6 +137,10 @@ class ModelFamily(ABC):
     def reads_text(self, module: str) -> bool:
         """Return whether a layer reads `prompt_embeds` itself, so that no denoising is needed to know its inputs."""
         return self.text_read_by(module) == "prompt_embeds"
+
+    def as_read(self, pipe: Any, condition: Condition) -> Condition:  # noqa: ARG002
+        """Return a condition with its text as the layers that read it get it: normalised before them, in some models."""
+        return condition
 
     def channels(self, pipe: Any) -> int:
         """Return the number of channels of latents."""
@@ -167,6 +170,19 @@ class ModelFamily(ABC):
         """Return denoising steps and guidance scale of a picture by default: those of the pipeline's call."""
         defaults = signature(pipe.__call__).parameters
         return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
+
+    def guidance_kwargs(self, scale: float, pictures: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return the keyword arguments by which the pipeline's call guides, where no negative prompt is given.
+
+        Args:
+            scale: Of classifier-free guidance, or the one that is distilled in.
+            pictures: Number of prompts of the call.
+        """
+        return {"guidance_scale": scale}
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Return latents [N, channels, height, width] in the shape that the pipeline hands to its VAE."""
+        return latents
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return keyword arguments of the pipeline's call beside prompt, size, steps and guidance."""
@@ -260,9 +276,10 @@ class ModelFamily(ABC):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(
-            config, shift=config.get("shift", config.get("flow_shift", 1.0))
-        )
+        changes: dict[str, Any] = {"shift": config.get("shift", config.get("flow_shift", 1.0))}
+        if steps == 1:  # stretched to a terminal level, one point would be 0 / 0 in diffusers; it is the first of every grid
+            changes["shift_terminal"] = None
+        euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         own = euler.config
         patches = shape[-2] * shape[-1] // 4
         lengths = own["base_image_seq_len"], own["max_image_seq_len"]

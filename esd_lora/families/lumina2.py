@@ -64,7 +64,7 @@ class Lumina2(ModelFamily):
         text, mask = pipe._get_gemma_prompt_embeds(list(prompts), pipe.text_encoder.device)
         return {"prompt_embeds": text, "prompt_attention_mask": mask}
 
-    def text_inputs(self, pipe: Any, condition: Condition) -> Condition:
+    def as_read(self, pipe: Any, condition: Condition) -> Condition:
         norm, text = pipe.transformer.time_caption_embed.caption_embedder[0], condition["prompt_embeds"]
         return {**condition, "prompt_embeds": norm(text.to(norm.weight.device)).to(text.device)}
 

@@ -20,7 +20,6 @@ from esd_lora.erasers.eraser import Eraser
 from esd_lora.lessons import take_turns
 from esd_lora.progress import stage
 from esd_lora.seeds import text_seed
-from esd_lora.text_rows import as_read
 from esd_lora.trajectory import Condition, in_float64, latents_per_batch, pick, walk
 
 _ROWS = 128
@@ -150,10 +149,10 @@ class MomentCollector:
                 self._walk(group, torch.Generator().manual_seed(seed))
 
     def _read_text(self, group: PromptGroup, moment: Moment) -> None:
-        """Add all tokens of the encoded prompts."""
-        read = as_read(self.base, self.base.encode)
+        """Add all tokens of the encoded prompts, as the layers read them."""
+        encode = self.base.as_read(self.base.encode)
         for batch in (group.prompts[i : i + ENCODED_AT_ONCE] for i in range(0, len(group.prompts), ENCODED_AT_ONCE)):
-            moment.add_rows(read(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
+            moment.add_rows(encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
 
     def _walk(self, group: PromptGroup, noise: torch.Generator) -> None:
         """Denoise on a group's trajectories, in batches."""

@@ -31,9 +31,15 @@ Updates = dict[Target, Factors]
 _WEIGHTS = "diffusion_model."
 _COMPARED = 8  # of the smallest weights, which any training of the model would have changed
 _DOTTED = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
-_FAMILIES = {"BaseModel": "sd", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux"}
+_FAMILIES = {"BaseModel": "sd", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux", "QwenImage": "qwen-image"}
 """ComfyUI's class of a model to esd-lora's name of the family; other classes are known by their layers alone."""
-_TITLES = {"sd": "Stable Diffusion 1 or 2", "sdxl": "SDXL", "sd3": "Stable Diffusion 3", "flux": "Flux.1"}
+_TITLES = {
+    "sd": "Stable Diffusion 1 or 2",
+    "sdxl": "SDXL",
+    "sd3": "Stable Diffusion 3",
+    "flux": "Flux.1",
+    "qwen-image": "Qwen-Image",
+}
 _PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "CONST": "flow", "X0": None, "EDM": None}
 """ComfyUI's class of a parametrization to what the model predicts; `None` where esd-lora has no such models."""
 

@@ -94,6 +94,13 @@ def flux_shift(patches: int) -> float:
     return math.exp(0.5 + (patches - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
+def qwen_grid(steps: int, patches: int) -> list[float]:
+    """Noise levels of Qwen-Image: shifted as Flux dev's, by 0.9 at 8192 patches, and stretched until the last is 0.02."""
+    shift = math.exp(0.5 + (patches - 256) * (0.9 - 0.5) / (8192 - 256))
+    plain = [shifted(1 - i / steps, shift) for i in range(steps)]
+    return [*(1 - (1 - sigma) * (1 - 0.02) / (1 - plain[-1]) for sigma in plain), 0.0]
+
+
 class Sampler(NamedTuple):
     """A grid of times and the step between two of them."""
 
@@ -102,10 +109,10 @@ class Sampler(NamedTuple):
     """From x_t, the guided prediction and the number of the step to the next x_t."""
 
 
-def ddim(steps: int, spacing: str, kind: str, alphas: Tensor | None = None) -> Sampler:
+def ddim(steps: int, spacing: str, kind: str, alphas: Tensor | None = None, trained: int = 1000) -> Sampler:
     """The paper's sampler for noise and v models, with Stable Diffusion's cumulative alphas unless given."""
-    alphas, grid = scaled_linear() if alphas is None else alphas, ddpm_grid(steps, spacing)
-    then = [*grid[1:], grid[-1] - 1000 // steps]
+    alphas, grid = scaled_linear() if alphas is None else alphas, ddpm_grid(steps, spacing, trained)
+    then = [*grid[1:], grid[-1] - trained // steps]
     return Sampler([float(t) for t in grid], lambda x, said, i: ddim_step(x, said, grid[i], then[i], alphas, kind))
 
 

@@ -29,6 +29,8 @@ from toys import TOYS, load_toy, save_toy
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 PROMPT = "a cat"
+BETAS: dict[str, dict[str, Any]] = {"kolors": {"end": 0.014, "trained": 1100}}
+"""Noise schedules that are not Stable Diffusion's."""
 SAMPLERS: dict[str, Callable[[int], reference.Sampler]] = {
     "sd": lambda steps: reference.ddim(steps, "leading", "epsilon"),
     "sd2-v": lambda steps: reference.ddim(steps, "trailing", "v_prediction"),
@@ -40,15 +42,17 @@ SAMPLERS: dict[str, Callable[[int], reference.Sampler]] = {
     "sana": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True)),
     "pixart": lambda steps: reference.ddim(steps, "linspace", "epsilon", reference.linear()),
     "lumina2": lambda steps: reference.euler(reference.flow_grid(steps, 6.0, from_one=True)),
+    "qwen-image": lambda steps: reference.euler(reference.qwen_grid(steps, 4 * 4)),
+    "kolors": lambda steps: reference.ddim(steps, "leading", "epsilon", reference.scaled_linear(**BETAS["kolors"]), 1100),
 }
 """The schedule of each toy, written down a second time."""
 
 
-def in_double(scheduler: Any) -> Any:
+def in_double(scheduler: Any, **betas: Any) -> Any:
     """The scheduler with a table in float64 in place of diffusers' float32 one, once it has been found to be the same."""
     ddim = getattr(scheduler, "_ddim", scheduler)
     if isinstance(ddim, DDIMScheduler):
-        exact = reference.linear() if ddim.config.beta_schedule == "linear" else reference.scaled_linear()
+        exact = reference.linear() if ddim.config.beta_schedule == "linear" else reference.scaled_linear(**betas)
         torch.testing.assert_close(ddim.alphas_cumprod.double(), exact, rtol=1e-5, atol=0)
         ddim.alphas_cumprod, ddim.final_alpha_cumprod = exact, exact[0]
     return scheduler
@@ -190,7 +194,7 @@ def test_paper_preset_on_every_family(toy: str, monkeypatch: pytest.MonkeyPatch,
     sampler = SAMPLERS[toy](5)
 
     def scheduler(*args: Any) -> Any:
-        made = in_double(shipped(*args))
+        made = in_double(shipped(*args), **BETAS.get(toy, {}))
         return flow_in_double(made, [t / 1000 for t in (*sampler.times, 0.0)]) if hasattr(made, "sigmas") else made
 
     monkeypatch.setattr(ModelFamily, "scheduler", scheduler)

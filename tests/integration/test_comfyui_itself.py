@@ -65,7 +65,7 @@ def test_weights_are_those_of_a_merge_in_comfyui_itself(case: Case) -> None:
 def test_every_layer_has_a_place_in_comfyui_itself(name: str, tmp_path: Path) -> None:
     """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node."""
     family, model = DENOISERS[name][0], denoiser(name)
-    original = getattr(original_checkpoints, family, original_checkpoints.unet)
+    original = getattr(original_checkpoints, family.replace("-", "_"), original_checkpoints.unet)
     eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **LAYERS[family])
     eraser.save(tmp_path / "loras" / "own")
     export(eraser, tmp_path / "loras" / "kohya.safetensors", layout="kohya")

@@ -35,9 +35,17 @@ PARAMETERS = {
     "Flux.1 dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
     "PixArt-Sigma": {"transformer": 610_856_096, "text_encoder": 4_762_310_656},
     "Lumina 2": {"transformer": 2_609_769_152, "text_encoder": 2_614_341_888},
+    "Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
-CARDS += [("PixArt-Sigma", 12, "bfloat16"), ("Lumina 2", 16, "bfloat16")]
+MORE_CARDS = [
+    ("PixArt-Sigma", 12, "bfloat16"),
+    ("Lumina 2", 16, "bfloat16"),
+    ("Kolors", 16, "bfloat16"),
+    ("Qwen-Image", 24, "nf4"),
+]
+CARDS += [pytest.param(*card, marks=pytest.mark.slow) for card in MORE_CARDS]
 
 
 def published_recipe(base: Base) -> Recipe:

@@ -33,9 +33,8 @@ from random_erasers import eraser_on
 from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
-KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2")
-FAMILY = {"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux"}
-FAMILY |= {kind: kind for kind in ("pixart", "lumina2")}
+KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2", "qwen-image")
+FAMILY = {kind: kind for kind in KINDS} | {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux"}
 
 
 def with_base_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:

@@ -35,7 +35,8 @@ def pixels(picture: Image) -> np.ndarray:
 def own_call(base: Base, **kwargs: object) -> np.ndarray:
     """A picture by the pipeline itself."""
     width, height = base.picture_size()
-    options = {"height": height, "width": width, **base.family.call_kwargs(base.pipe), **kwargs}
+    guidance = base.family.guidance_kwargs(5.0, 1)
+    options = {"height": height, "width": width, **base.family.call_kwargs(base.pipe), **guidance, **kwargs}
     generator = torch.Generator().manual_seed(3)
     return pixels(base.pipe(["a cat"], num_inference_steps=3, generator=[generator], **options).images[0])
 
@@ -46,13 +47,13 @@ def test_pictures_are_the_pipeline_s_own(toy: Path) -> None:
     width, height = base.picture_size()
     sizes = {"width": width * 2, "height": height}
     options = {"steps": 3, "guidance": 5.0, "width": width * 2}
-    expected = {"plain": own_call(base, guidance_scale=5.0), "wide": own_call(base, guidance_scale=5.0, **sizes)}
+    expected = {"plain": own_call(base), "wide": own_call(base, **sizes)}
     (plain,) = paint(base, ["a cat"], [3], steps=3, guidance=5.0)
     painted = {"plain": plain, "wide": paint(base, ["a cat"], [3], **options)[0]}
     takes_negative = base.family.takes_negative_prompt(base.pipe)
     assert takes_negative == (toy.name in GUIDED)
     if takes_negative:
-        expected["negative"] = own_call(base, guidance_scale=5.0, negative_prompt=["a dog, blurry"], **sizes)
+        expected["negative"] = own_call(base, negative_prompt=["a dog, blurry"], **sizes)
         options["negative_prompt"] = "a dog, blurry"
         painted["negative"] = paint(base, ["a cat"], [3], **options)[0]
     assert painted["wide"].size == (width * 2, height)
@@ -95,7 +96,7 @@ def test_schedulers_keep_what_the_base_was_trained_with(toy: Path) -> None:
     base = load_toy(toy)
     own = base.pipe.scheduler
     if base.family.needs_own_scheduler(base.pipe):
-        assert toy.name in ("flux-schnell", "lumina2")
+        assert toy.name in ("flux-schnell", "lumina2", "qwen-image")
         with pytest.raises(EsdLoraError, match="is painted by its own scheduler alone: leave UniPCMultistep out"):
             paint(base, ["a cat"], [0], scheduler="UniPCMultistep")
         return

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -101,13 +101,14 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
             "flux": 306,
             "pixart-sigma": 198,
             "lumina2": 179,
+            "qwen-image": 841,
         }[name]
     )
 
 
 def test_names_are_those_seen_in_files() -> None:
     """Keys of published files: a LoRA for SD 1.5 and one for SDXL by sd-scripts, one for Flux by sd-scripts."""
-    sd, sdxl, flux = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux"))
+    sd, sdxl, flux, qwen = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux", "qwen-image"))
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k" in sd.values()
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in sd.values()
     assert (
@@ -120,6 +121,8 @@ def test_names_are_those_seen_in_files() -> None:
     )
     assert flux["transformer_blocks.18.attn.add_v_proj"] == "lora_unet_double_blocks_18_txt_attn_qkv"
     assert flux["single_transformer_blocks.37.proj_mlp"] == "lora_unet_single_blocks_37_linear1"
+    # kohya-ss/musubi-tuner, networks/lora.py: the path in the model with underscores
+    assert qwen["transformer_blocks.59.attn.add_k_proj"] == "lora_unet_transformer_blocks_59_attn_add_k_proj"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,6 +180,16 @@ def test_kohya_file_of_flux_in_diffusers(tmp_path: Path) -> None:
     for module, pair in pairs.items():
         down, up = (converted[f"transformer.{module}.lora_{factor}.weight"] for factor in "AB")
         torch.testing.assert_close(up @ down, pair.delta(), rtol=1e-5, atol=1e-4)
+
+
+def test_kohya_file_of_qwen_image_in_diffusers(models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
+    """Underscores in names become dots again, for every layer."""
+    eraser = eraser_on_all_layers("qwen-image", models["qwen-image"])
+    converted = QwenImagePipeline.lora_state_dict(str(export(eraser, tmp_path / "k.safetensors", layout="kohya")))
+    assert len(converted) == 2 * len(eraser.pairs)
+    for module, pair in eraser.pairs.items():
+        down, up = (converted[f"transformer.{module}.lora_{factor}.weight"] for factor in "AB")
+        torch.testing.assert_close(up @ down, pair.delta(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -287,7 +300,8 @@ def test_metadata_tells_architectures_apart(
 
 
 @pytest.mark.parametrize(
-    ("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("lumina2", "lumina2")]
+    ("family", "version"),
+    [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("lumina2", "lumina2"), ("qwen-image", "qwen_image")],
 )
 def test_metadata_of_other_families(tmp_path: Path, models: dict[str, torch.nn.Module], family: str, version: str) -> None:
     metadata = metadata_of(export(eraser_on_all_layers(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))

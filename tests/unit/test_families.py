@@ -48,6 +48,8 @@ PARAMETERS = {
     "sana": 1_604_462_752,
     "pixart-sigma": 610_856_096,
     "lumina2": 2_609_769_152,
+    "qwen-image": 20_430_401_088,
+    "kolors": 2_579_458_820,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()

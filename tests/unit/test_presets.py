@@ -41,6 +41,8 @@ def save(name: str, folder: Path, side: int) -> Path:
         ("sana", 32, "sdxl/fast"),
         ("pixart", 128, "sdxl/fast"),
         ("lumina2", 128, "sdxl/fast"),
+        ("qwen-image", 128, "flux/fast"),
+        ("kolors", 128, "sdxl/fast"),
     ],
 )
 def test_family_and_size_choose(name: str, side: int, preset: str, tmp_path: Path) -> None:

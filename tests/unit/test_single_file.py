@@ -102,14 +102,18 @@ def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, conditions[1][key]) for key, value in conditions[0].items())
 
 
-@pytest.mark.parametrize(("name", "part"), [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer")])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer"), ("qwen-image", "transformer")],
+)
 def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, tmp_path: Path) -> None:
     folder, other = save_toy(name, tmp_path / "base"), make_toy(name, seed=1)
     with torch.no_grad():
         for parameter in getattr(other, part).parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
     file = tmp_path / "model.safetensors"
-    state = original_checkpoints.unet(other.unet) if part == "unet" else original_checkpoints.sd3(other.transformer)
+    original = original_checkpoints.qwen_image if name == "qwen-image" else original_checkpoints.sd3
+    state = original_checkpoints.unet(other.unet) if part == "unet" else original(other.transformer)
     save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
     with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
         load_base(file)
@@ -282,6 +286,7 @@ def test_prediction_type_is_measured_where_both_are_common(
 
 SD1 = {FIRST: (320, 4, 3, 3), TEXT: (320, 768), "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,)}
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
+QWEN = {"txt_norm.weight": (3584,), "transformer_blocks.0.txt_mod.1.weight": (18432, 3072)}
 CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj.bias"
 
 
@@ -297,6 +302,8 @@ CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj
         ({"joint_blocks.0.x_block.attn.qkv.weight": (1, 1)}, "sd3"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
+        (QWEN, "qwen-image"),
+        ({f"model.diffusion_model.{name}": shape for name, shape in QWEN.items()}, "qwen-image"),
     ],
 )
 def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], family: str) -> None:
@@ -308,6 +315,8 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
     [
         ({**SD1, FIRST: (320, 9, 3, 3)}, "9 channels"),
         ({**SD1, "control_model.time_embed.0.weight": (1, 1)}, "ControlNet"),
+        ({**QWEN, "time_text_embed.addition_t_embedding.weight": (2, 3072)}, "Qwen-Image-Layered"),
+        ({**QWEN, "__index_timestep_zero__": ()}, "Qwen-Image-Edit"),
         ({FIRST: (384, 4, 3, 3), LABEL: (1280, 2560), CONDITIONER.format(0): (1280,)}, "refiner"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,), "edm_mean": (1,)}, "Playground"),
         ({FIRST: (320, 4, 3, 3), LABEL: (1280, 2816), CONDITIONER.format(1): (1280,), "edm_vpred.sigma_max": ()}, "CosXL"),
