@@ -80,7 +80,7 @@ def solve_text(
         readers = {path: rank for path, rank in layers.items() if base.family.text_read_by(path) == name}
         if not readers or not replaced(lessons):
             continue
-        rows = rows_of(encode, name)
+        rows = rows_of(encode, name, base)
         moments = moments_of(rows, lessons, spec)
         if unlisted:
             moments = moments._replace(kept=moments.kept + spec.unlisted * unlisted[name])
@@ -145,7 +145,7 @@ def unlisted_moments(base: Base, kept: Sequence[str]) -> dict[str, Tensor]:
     def encode(texts: Sequence[str]) -> Condition:
         return pick(condition, torch.tensor([chosen.index(text) for text in texts]))
 
-    return {name: second_moment(rows_of(encode, name), chosen) for name in TEXT_TENSORS if name in condition}
+    return {name: second_moment(rows_of(encode, name, base), chosen) for name in TEXT_TENSORS if name in condition}
 
 
 def kept_texts(lessons: Sequence[Lesson]) -> list[str]:
@@ -199,7 +199,7 @@ def try_anchors(recipe: Recipe, base: Base, encode: Encode) -> dict[str, list[Tr
     if not candidates or not unanchored:
         return {}
     frames = ["{}", *frames_for(recipe, listed)[0]]
-    rows = rows_of(encode, "prompt_embeds")
+    rows = rows_of(encode, "prompt_embeds", base)
     kept = second_moment(rows, listed)
     spec = recipe.closed_form or ClosedFormSpec(keep=1.0, push=0.0, ridge=1e-3)
     ranked: dict[str, list[TriedAnchor]] = {}

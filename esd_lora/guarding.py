@@ -55,12 +55,12 @@ class Guard:
         self._free: dict[str, Tensor] = {}
         for name in TEXT_TENSORS if prompts else ():
             if name in encode(prompts[:1]):
-                rows = rows_of(encode, name)(prompts).flatten(0, 1)
+                rows = rows_of(encode, name, base)(prompts).flatten(0, 1)
                 _, sizes, directions = torch.linalg.svd(rows, full_matrices=True)
                 taken = int((sizes > _SMALLEST * sizes[0]).sum())
                 self._free[name] = directions[taken:].T
                 for prompt in erased:
-                    text = rows_of(encode, name)([prompt])
+                    text = rows_of(encode, name, base)([prompt])
                     if float((text @ self._free[name]).norm()) < _SMALLEST_LEFT * float(text.norm()):
                         raise EsdLoraError(
                             f"{len(prompts)} guarded prompts take {taken} of the {rows.shape[1]} directions of this text,"

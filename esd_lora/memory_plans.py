@@ -245,7 +245,8 @@ def _text_phases(base: Base) -> tuple[int, int]:
             places = min(longest, getattr(encoder.config, "max_position_embeddings", longest))
             ids = torch.zeros(ENCODED_AT_ONCE, places, dtype=torch.long, device="meta")
             # Of CLIP pipelines ask for the last layer but one.
-            outputs.append(encoder(input_ids=ids, output_hidden_states=type(encoder).__name__.startswith("CLIP")))
+            inner = base.family.reads_hidden_states or type(encoder).__name__.startswith("CLIP")
+            outputs.append(encoder(input_ids=ids, output_hidden_states=inner))
             alone.append(weight + count.peak)
     return sum(weights) + count.peak + _texts(base), max(alone) + _texts(base)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esd_lora.bases.base import Base
 from esd_lora.recipe import ClosedFormSpec
 from esd_lora.trajectory import Encode, in_float64
 
@@ -26,14 +27,22 @@ Rows = Callable[[Sequence[str]], Tensor]
 """From N prompts to their rows, [N, rows, width], float64."""
 
 
-def rows_of(encode: Encode, name: str) -> Rows:
+def rows_of(encode: Encode, name: str, base: Base | None = None) -> Rows:
     """Return the function from prompts to the rows of one tensor of their condition, [N, rows, width]; one row if pooled.
 
     Rows are on the CPU: in float64 those of T5 take gigabytes, and most cards compute in it no faster.
+
+    Args:
+        encode: From prompts to their condition.
+        name: Of the tensor.
+        base: Whose layers read the rows, as they are handed them; as the text encoder leaves them unless given, which is
+            enough to compare prompts.
     """
 
+    @torch.no_grad()
     def rows(prompts: Sequence[str]) -> Tensor:
-        embeds = in_float64(encode(prompts)[name].cpu())
+        text = encode(prompts)[name]
+        embeds = in_float64((base.text_as_read(name, text) if base else text).cpu())
         return embeds if embeds.dim() == 3 else embeds[:, None]
 
     return rows

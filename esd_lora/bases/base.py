@@ -115,13 +115,13 @@ class Base:
         """
         if not self.family.takes_negative_prompt(self.pipe):
             raise EsdLoraError(
-                f"base {self.id!r} takes no negative prompt: its guidance is distilled into it, and is against no prompt."
-                " Leave it out."
+                f"base {self.id!r} takes no negative prompt: its guidance is distilled into it, or against the empty"
+                " prompt alone. Leave it out."
             )
-        if guidance <= 1:
+        if guidance <= (unguided := self.family.unguided):
             raise EsdLoraError(
                 f"guidance {guidance:g} is against no prompt, so a negative one changes nothing. Leave it out, or guide by more"
-                " than 1."
+                f" than {unguided:g}."
             )
 
     @contextmanager
@@ -183,6 +183,10 @@ class Base:
         embeds = self._encode_by(self.family.encode_text, unknown)["prompt_embeds"].float().flatten(1)
         outputs = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
         return torch.nn.functional.normalize(outputs - embeds[:1], dim=1)
+
+    def text_as_read(self, name: str, text: Tensor) -> Tensor:
+        """Return rows [..., width] of a condition's tensor as the layers that read it are handed them."""
+        return self.family.text_as_read(self.pipe, name, text)
 
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""

@@ -25,7 +25,6 @@ from esd_lora.families.family import ModelFamily
 
 QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Name of each kind to the library that it needs, and whose extra of esd-lora is named as the kind."""
-_IN_A_BLOCK = re.compile(r"blocks?\.")
 
 
 def require_library(kind: str) -> None:
@@ -41,7 +40,7 @@ def require_library(kind: str) -> None:
 def quantized_layers(model: nn.Module, family: ModelFamily) -> Iterator[tuple[str, nn.Linear]]:
     """Yield path and layer of every linear of a denoiser that is quantized."""
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and _IN_A_BLOCK.search(path) and family.text_read_by(path) is None:
+        if isinstance(layer, nn.Linear) and re.search(family.blocks, path) and family.text_read_by(path) is None:
             yield path, layer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -80,7 +81,7 @@ def find_layers(family: ModelFamily, names: Collection[str]) -> dict[str, list[t
     weights = {name.removesuffix(".weight"): full for name, full in bare.items() if name.endswith(".weight")}
     places = family.original_layers(bare)
     if not places or any(
-        module in weights and "blocks." in module and place.name != module for module, place in places.items()
+        module in weights and re.search(family.blocks, module) and place.name != module for module, place in places.items()
     ):
         return {full: [(module, OriginalLayer(module))] for module, full in weights.items()}  # diffusers' own names
     layers: dict[str, list[tuple[str, OriginalLayer]]] = {}

@@ -151,7 +151,8 @@ class MomentCollector:
     def _read_text(self, group: PromptGroup, moment: Moment) -> None:
         """Add all tokens of the encoded prompts."""
         for batch in (group.prompts[i : i + ENCODED_AT_ONCE] for i in range(0, len(group.prompts), ENCODED_AT_ONCE)):
-            moment.add_rows(self.base.encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
+            text = self.base.text_as_read(TEXT, self.base.encode(batch)[TEXT])
+            moment.add_rows(text.flatten(0, 1), len(batch) / len(group.prompts))
 
     def _walk(self, group: PromptGroup, noise: torch.Generator) -> None:
         """Denoise on a group's trajectories, in batches."""

@@ -171,6 +171,9 @@ def _latent_scale(base: Base) -> tuple[Any, Any]:
     """Return what a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
     vae = base.pipe.vae
     config: Any = vae.config
+    if own := base.family.latent_statistics(base.pipe, base.latent_shape()):
+        mean, std = (each.to(vae.device) for each in own)
+        return mean, 1 / std
     if base.family.normalises_latents and config.latents_mean and config.latents_std:
         mean, std = (torch.tensor(x, device=vae.device).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
         return mean, config.scaling_factor / std
