@@ -104,7 +104,7 @@ def _vae(channels: int = 4) -> AutoencoderKL:
     )
 
 
-def _with_random_weights(model: nn.Module) -> nn.Module:
+def _with_random_weights(model: nn.Module) -> Any:
     """Fill what starts at zero or nearly so, so that text, time and latents all matter to the prediction."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

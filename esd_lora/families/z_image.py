@@ -97,7 +97,7 @@ class ZImage(ModelFamily):
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         velocities = pipe.transformer(
             list(x_t.unsqueeze(2).unbind(0)),  # a picture is a film of one frame
-            (1000 - t) / 1000,
+            (1000 - t.float()) / 1000,  # as precise as the pipeline has it
             _texts(condition),
             return_dict=False,
         )[0]

@@ -158,7 +158,9 @@ def test_training_moves_the_student_to_its_target(toy: Path) -> None:
         if report.state.erasure is not None:
             erasure.append(report.state.erasure)
 
-    recipe = tiny_recipe(toy, lr=0.01, steps=30, probe_every=2, preserve=[], batch_size=4, eta=1.0)
+    # Where text matters most, the first probe is slow enough to see the way.
+    lr = 0.002 if toy.name in ("flux2-klein", "z-image") else 0.01
+    recipe = tiny_recipe(toy, lr=lr, steps=30, probe_every=2, preserve=[], batch_size=4, eta=1.0)
     train(recipe, base=load_toy(toy), on_step=[note], progress=False)
     residual = [abs(1 - value) for value in erasure]
     # How far 30 steps get depends on the toy's random weights, which differ between versions of transformers.
@@ -171,13 +173,14 @@ def pixels(pictures: Any) -> np.ndarray:
 
 
 def test_file_loads_in_plain_diffusers_and_paints_the_same(toy: Path, eraser_dir: Path, base: Base) -> None:
-    ours = generate(base, ["a cat"], erasers=[eraser_dir])
-    before = generate(base, ["a cat"])
+    steps = min(base.steps, 10)
+    ours = generate(base, ["a cat"], erasers=[eraser_dir], steps=steps)
+    before = generate(base, ["a cat"], steps=steps)
     pipe = DiffusionPipeline.from_pretrained(toy)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(eraser_dir)
     call_kwargs: dict[str, Any] = {
-        "num_inference_steps": base.steps,
+        "num_inference_steps": steps,
         "guidance_scale": base.guidance,
         "height": 64,
         "width": 64,
