@@ -33,8 +33,11 @@ from random_erasers import eraser_on
 from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
-KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev")
-FAMILY = {"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux"}
+KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "flux2-dev", "z-image")
+FAMILY = {
+    **{"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux"},
+    **{"flux2-dev": "flux2", "z-image": "z-image"},
+}
 
 
 def with_base_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:
@@ -49,10 +52,8 @@ def write_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32
     pipe = make_toy(kind)
     model = getattr(pipe, "transformer", None) or pipe.unet
     file = folder / f"{kind}.safetensors"
-    if kind.startswith("sd3"):
-        state = original_checkpoints.sd3(model)
-    elif kind.startswith("flux"):
-        state = original_checkpoints.flux(model)
+    if hasattr(pipe, "transformer"):
+        state = MODELS[FAMILY[kind]][1](model)
     else:
         state = original_checkpoints.checkpoint(pipe)
     save_file({name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in state.items()}, file, {"who": "me"})

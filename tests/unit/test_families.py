@@ -43,6 +43,10 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "flux": 11_901_408_320,
     "sana": 1_604_462_752,
+    "flux2-dev": 32_223_281_152,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
+    "z-image": 6_154_908_736,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()
