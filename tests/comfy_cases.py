@@ -49,17 +49,23 @@ PUBLISHED = {
     "sd3": (239, 335, 335),
     "sd35-medium": (265, 387, 387),
     "flux": (306, 496, 496),
+    "z-image": (203, 271, 271),
 }
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
 ComfyUI's own Load LoRA has places for. The table of docs/comfyui.md."""
+BY_KOHYA_ALONE = {"flux2-dev": 161, "flux2-klein-4b": 81, "flux2-klein-9b": 113}
+"""Model to the layers of a file under kohya's names, where ComfyUI has no places for diffusers' names of all layers."""
 LAYERS = {
     "sd": {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"},
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},
     "sd3": {"family": "sd3", "prefix": "transformer", "prediction_type": "flow"},
     "flux": {"family": "flux", "prefix": "transformer", "prediction_type": "flow"},
+    "flux2": {"family": "flux2", "prefix": "transformer", "prediction_type": "flow"},
+    "z-image": {"family": "z-image", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
-FAMILIES = tuple(LAYERS)
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+"""Families whose chains of nodes are compared weight by weight."""
 PREFIX = {"sd": "model.diffusion_model.", "sdxl": "model.diffusion_model.", "sd3": "model.diffusion_model.", "flux": ""}
 """Family to what stands in front of the denoiser's names in a checkpoint."""
 BLOCKS: dict[str, dict[str, float]] = {

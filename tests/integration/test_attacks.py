@@ -391,7 +391,7 @@ def test_what_is_learnt_from(emoji: Base) -> None:
     assert len(captioned_latents(victim, 5, [], 0)[1]) == 5
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev", "z-image"])
 def test_other_predictions_are_fine_tuned_too(kind: str, tmp_path: Path) -> None:
     base = load(kind, tmp_path)
     with same_after(base):

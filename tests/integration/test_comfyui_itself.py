@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import esd_lora
 import original_checkpoints
-from comfy_cases import CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, PUBLISHED, Case, largest_difference, write_case
+from comfy_cases import BY_KOHYA_ALONE, CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, PUBLISHED, Case, largest_difference, write_case
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
@@ -64,17 +64,30 @@ def test_weights_are_those_of_a_merge_in_comfyui_itself(case: Case) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_layer_has_a_place_in_comfyui_itself(name: str, tmp_path: Path) -> None:
     """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node."""
-    family, model = DENOISERS[name][0], denoiser(name)
-    original = {"sd3": original_checkpoints.sd3, "flux": original_checkpoints.flux}.get(family, original_checkpoints.unet)
-    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **LAYERS[family])
-    eraser.save(tmp_path / "loras" / "own")
-    export(eraser, tmp_path / "loras" / "kohya.safetensors", layout="kohya")
-    shapes = {n.removeprefix("model.diffusion_model."): list(t.shape) for n, t in original(model).items()}
-    files = ("kohya.safetensors", "own/pytorch_lora_weights.safetensors")
-    result = on_real_comfyui(tmp_path, job="mapping", family=family, prefix="", shapes=shapes, files=files)
+    result = mapped(name, tmp_path, FILES)
     kohya, own, by_core = PUBLISHED[name]
-    assert result["files"][files[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, "node": kohya}
-    assert result["files"][files[1]] == {"tensors": 2 * own, "core": by_core, "not loaded": 2 * (own - by_core), "node": own}
+    assert result[FILES[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, "node": kohya}
+    assert result[FILES[1]] == {"tensors": 2 * own, "core": by_core, "not loaded": 2 * (own - by_core), "node": own}
+
+
+@pytest.mark.parametrize(("name", "layers"), BY_KOHYA_ALONE.items())
+def test_kohya_s_names_have_places_in_comfyui_itself(name: str, layers: int, tmp_path: Path) -> None:
+    result = mapped(name, tmp_path, FILES[:1])
+    assert result[FILES[0]] == {"tensors": 3 * layers, "core": layers, "not loaded": 0, "node": layers}
+
+
+FILES = ("kohya.safetensors", "own/pytorch_lora_weights.safetensors")
+
+
+def mapped(name: str, folder: Path, files: tuple[str, ...]) -> dict[str, Any]:
+    """Return how many layers of an eraser's files have places in ComfyUI, by file."""
+    family, model = DENOISERS[name][0], denoiser(name)
+    original = getattr(original_checkpoints, family.replace("-", "_"), original_checkpoints.unet)
+    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **LAYERS[family])
+    eraser.save(folder / "loras" / "own")
+    export(eraser, folder / "loras" / "kohya.safetensors", layout="kohya")
+    shapes = {n.removeprefix("model.diffusion_model."): list(t.shape) for n, t in original(model).items()}
+    return on_real_comfyui(folder, job="mapping", family=family, prefix="", shapes=shapes, files=files)["files"]
 
 
 class Server:
