@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from esd_lora.bases.configurations import bounded_models, check_configurations, require_weights
 from esd_lora.erasers.tensor_files import read_header
@@ -25,6 +26,7 @@ from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 
+_DENOISER = "model.diffusion_model."
 _VAE = ("first_stage_model.", "vae.")
 _CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
 _T5 = ("text_encoders.t5xxl.",)
@@ -153,9 +155,7 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                         folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
                     )
         with bounded_models([file, *folder.glob("*/*.safetensors")], file):
-            pipe = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
-            )
+            pipe = _from_single_file(getattr(diffusers, index["_class_name"]), index, file, folder, dtype, apart)
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over
@@ -168,6 +168,21 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
     remedy = "Take the full checkpoint, or give --base-config a diffusers directory that has them."
     require_weights(pipe.components.items(), file, remedy)
     return pipe
+
+
+def _from_single_file(
+    pipeline: Any, index: Mapping[str, Any], file: Path, folder: Path, dtype: torch.dtype, apart: Mapping[str, Any]
+) -> Any:
+    """Return a pipeline from a file; of one that diffusers reads no files into, the denoiser is read, the rest as it lies."""
+    if hasattr(pipeline, "from_single_file"):
+        return pipeline.from_single_file(str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart)
+    options: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
+    part = next(part for part in ("transformer", "unet") if part in index)
+    with safe_open(file, framework="pt") as opened:
+        prefix = _DENOISER if any(name.startswith(_DENOISER) for name in opened.keys()) else ""  # noqa: SIM118
+        state = {n.removeprefix(prefix): opened.get_tensor(n) for n in opened.keys() if n.startswith(prefix)}  # noqa: SIM118
+    model = model_class(*index[part]).from_single_file(state, config=str(folder), subfolder=part, **options)
+    return pipeline.from_pretrained(str(folder), **{part: model}, **apart, use_safetensors=True, **options)
 
 
 def model_class(library: str, name: str) -> Any:

@@ -77,8 +77,9 @@ def require_encodable(base: Base) -> None:
         EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 
-    if not isinstance(base.pipe.vae, AutoencoderKL):
+    if not isinstance(base.pipe.vae, AutoencoderKL | AutoencoderKLFlux2):
         raise EsdLoraError(
             f"base {base.id!r} has a VAE of kind {type(base.pipe.vae).__name__}, and pictures are encoded with AutoencoderKL"
             " alone. Leave attacks that learn from pictures out of the suite."
