@@ -241,7 +241,7 @@ def qwen3_tokenizer() -> PreTrainedTokenizerFast:
 def qwen3(model: Any, tokenizer: PreTrainedTokenizerFast, layers: int, width: int = WIDTH) -> Any:
     """Return a model of one of Qwen 3's classes."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * WIDTH, "num_hidden_layers": layers}
     return _with_random_weights(model(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)))
 
 

@@ -28,6 +28,8 @@ PUBLISHED = {
     "SDXL": ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     "SD 3.5 medium": ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium"),
     "Flux.1 dev": ("flux-dev", "black-forest-labs/FLUX.1-dev"),
+    "Flux.2 Klein 4B": ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+    "Z-Image Turbo": ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

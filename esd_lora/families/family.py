@@ -84,6 +84,8 @@ class ModelFamily(ABC):
     """A regular expression for the paths of layers inside the denoiser's blocks, where nearly all of its weights are."""
     reads_hidden_states: ClassVar[bool] = False
     """Whether its pipeline reads inner layers of a language model, all of whose outputs are held for that."""
+    encoded_at_once: ClassVar[int] = 16
+    """Prompts that are encoded at a time; bounds memory, changes no result."""
     unguided: ClassVar[float] = 1.0
     """The guidance scale of its pipeline's call at which it predicts for the prompt alone: 1, or 0 where guidance is added."""
     normalises_latents: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Flux2(ModelFamily):
     fixed_prediction_type = "flow"
     multiple = 2
     reads_hidden_states = True
+    encoded_at_once = 2  # a prompt takes a fifth of a gigabyte and more
     # kohya-ss/musubi-tuner: src/musubi_tuner/dataset/image_video_dataset.py and utils/sai_model_spec.py
     published = (
         PublishedModel("flux_2_dev", "Flux.2-dev", "1024x1024", text_width=15360),

@@ -51,6 +51,7 @@ class ZImage(ModelFamily):
     fixed_prediction_type = "flow"
     multiple = 2
     reads_hidden_states = True
+    encoded_at_once = 2  # a prompt takes a fifth of a gigabyte and more
     unguided = 0.0
     # kohya-ss/musubi-tuner: src/musubi_tuner/dataset/image_video_dataset.py and utils/sai_model_spec.py
     published = (PublishedModel("z_image", "Z-Image", "1024x1024"),)

@@ -33,8 +33,14 @@ PARAMETERS = {
     "SDXL": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "SD 3.5 medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "Flux.1 dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+    "Flux.2 Klein 4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "Z-Image Turbo": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
 }
-CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
+CARDS = [
+    *(("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")),
+    pytest.param("Flux.2 Klein 4B", 12, "bfloat16", marks=pytest.mark.slow),
+    pytest.param("Z-Image Turbo", 12, "int8", marks=pytest.mark.slow),
+]
 
 
 def published_recipe(base: Base) -> Recipe:
@@ -55,7 +61,7 @@ def test_published_models_fit_their_cards(model: str, size: int, dtype: str) -> 
     plan = fit(base, published_recipe(base), size * GIB)
     assert plan.needed <= size * GIB
     assert plan.setting.dtype == dtype
-    weights = PARAMETERS[model][base.family.denoiser] * {"bfloat16": 2, "nf4": 0.5}[dtype]
+    weights = PARAMETERS[model][base.family.denoiser] * {"bfloat16": 2, "int8": 1, "nf4": 0.5}[dtype]
     assert weights < plan.phases["closed form"] < plan.phases["step"]
     assert (IN_TURN in plan.phases) == (model == "SD 3.5 medium")
 
