@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError

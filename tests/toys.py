@@ -338,7 +338,7 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Some have their native size in the pipeline's code, not in a config: here it is the toy's."""
+    """Return a saved toy as a base. Where the native size stands in the pipeline's code, it is set to the toy's."""
     base = load_base(folder, device="cpu", **options)
     set_toy_size(base)
     return base

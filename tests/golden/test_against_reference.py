@@ -38,7 +38,9 @@ SAMPLERS: dict[str, Callable[[int], reference.Sampler]] = {
     "flux-dev": lambda steps: reference.euler(reference.flow_grid(steps, reference.flux_shift(4 * 4), from_one=True)),
     "flux-schnell": lambda steps: reference.euler(reference.flow_grid(steps, 1.0, from_one=True)),
     "sana": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True)),
-    "flux2-klein": lambda steps: reference.euler(reference.flow_grid(steps, reference.flux2_shift(4 * 4, steps), from_one=True)),
+    "flux2-klein": lambda steps: reference.euler(
+        reference.flow_grid(steps, reference.flux2_shift(4 * 4, steps), from_one=True)
+    ),
     "flux2-dev": lambda steps: reference.euler(reference.flow_grid(steps, reference.flux2_shift(4 * 4, steps), from_one=True)),
     "z-image": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True)),
 }

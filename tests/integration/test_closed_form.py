@@ -222,7 +222,9 @@ def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
         expected = base.text_as_read(name, condition[name])
         if kind == "z-image":  # reads texts one after the other, each filled up to 32 tokens with its last one
             lengths = condition["prompt_attention_mask"].sum(1).tolist()
-            filled = [torch.cat([each[:n], each[n - 1 : n].expand(-n % 32, -1)]) for each, n in zip(expected, lengths, strict=True)]
+            filled = [
+                torch.cat([each[:n], each[n - 1 : n].expand(-n % 32, -1)]) for each, n in zip(expected, lengths, strict=True)
+            ]
             expected = torch.cat(filled)
         torch.testing.assert_close(text, expected)
 

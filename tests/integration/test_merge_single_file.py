@@ -52,10 +52,7 @@ def write_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32
     pipe = make_toy(kind)
     model = getattr(pipe, "transformer", None) or pipe.unet
     file = folder / f"{kind}.safetensors"
-    if hasattr(pipe, "transformer"):
-        state = MODELS[FAMILY[kind]][1](model)
-    else:
-        state = original_checkpoints.checkpoint(pipe)
+    state = MODELS[FAMILY[kind]][1](model) if hasattr(pipe, "transformer") else original_checkpoints.checkpoint(pipe)
     save_file({name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in state.items()}, file, {"who": "me"})
     prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
     with torch.no_grad():

@@ -115,7 +115,7 @@ def test_names_are_those_seen_in_files() -> None:
     )
     assert flux["transformer_blocks.18.attn.add_v_proj"] == "lora_unet_double_blocks_18_txt_attn_qkv"
     assert flux["single_transformer_blocks.37.proj_mlp"] == "lora_unet_single_blocks_37_linear1"
-    # kohya-ss/musubi-tuner, src/musubi_tuner/networks: lora_flux_2.py, and Z-Image as convert_z_image_lora_to_comfy.py leaves it
+    # kohya-ss/musubi-tuner, networks/lora_flux_2.py; Z-Image as networks/convert_z_image_lora_to_comfy.py leaves it
     flux2, z_image = (family_named(name).kohya_names() for name in ("flux2", "z-image"))
     assert flux2["single_transformer_blocks.47.attn.to_qkv_mlp_proj"] == "lora_unet_single_blocks_47_linear1"
     assert flux2["transformer_blocks.7.ff_context.linear_in"] == "lora_unet_double_blocks_7_txt_mlp_0"
