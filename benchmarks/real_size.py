@@ -1,7 +1,7 @@
 """Trains on denoisers of published size with random weights: reading them, a training step, memory and the eraser's size.
 
-    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2,kolors]
-        [--out out/real_size] [--no-instant]
+    python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2,kolors,flux2-klein-4b,
+        z-image] [--out out/real_size] [--no-instant]
 
 SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
 diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
@@ -35,7 +35,7 @@ from torch import nn
 
 SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 """Models that are whole, and the configuration that ships for them."""
-OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2", "kolors")
+OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2", "kolors", "flux2-klein-4b", "z-image")
 """Models with shallow text encoders and no VAE."""
 SETTINGS = {
     "train.steps": 3,
@@ -87,7 +87,7 @@ def write_single_file(name: str, folder: Path) -> Path:
 def write_directory(name: str, folder: Path) -> Path:
     """Write a diffusers directory with the whole denoiser, and text encoders of the width it reads."""
     import diffusers
-    from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+    from transformers import Gemma2Config, Gemma2Model, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel
 
     import toys
     from published_denoisers import denoiser
@@ -111,6 +111,14 @@ def write_directory(name: str, folder: Path) -> Path:
     elif name == "lumina2":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
         pipe = diffusers.Lumina2Pipeline(transformer, scheduler, None, gemma, tokenizer)
+    elif name == "flux2-klein-4b":
+        tokenizer = toys.qwen3_tokenizer()
+        qwen = toys.qwen3(Qwen3ForCausalLM, tokenizer, 27, 2560)  # whose 9th, 18th and 27th layers are read
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        pipe = diffusers.Flux2KleinPipeline(scheduler, None, qwen, tokenizer, transformer)
+    elif name == "z-image":
+        tokenizer, scheduler = toys.qwen3_tokenizer(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe = diffusers.ZImagePipeline(scheduler, None, toys.qwen3(Qwen3Model, tokenizer, 2, 2560), tokenizer, transformer)
     else:
         clips = (toys.clip(True, 1024), toys.tiny_tokenizer()) * 2
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

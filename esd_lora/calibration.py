@@ -176,7 +176,7 @@ class Probe:
 
     def __init__(self, teacher: Teacher, held_out: HeldOut):
         self.teacher = teacher
-        self.guidance = 1.0 if teacher.spec.guidance == 1 else teacher.base.guidance
+        self.guidance = 1.0 if teacher.spec.guidance == 1 else 1 + teacher.base.guidance - teacher.base.family.unguided
         self._prompts = [prompt for prompt, _, _ in held_out.erased] + list(held_out.kept)
         self._erased = len(held_out.erased)
         shape = teacher.base.latent_shape()

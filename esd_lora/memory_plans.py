@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esd_lora.adapter import add_adapter, remove_adapter
-from esd_lora.bases.base import ENCODED_AT_ONCE, MOST_TEXT, Base
+from esd_lora.bases.base import MOST_TEXT, Base
 from esd_lora.bases.loading import choose_device, choose_dtype
 from esd_lora.bases.outlines import outline_base
 from esd_lora.bases.quantizing import QUANTIZED, quantized_layers
@@ -243,9 +243,10 @@ def _text_phases(base: Base) -> tuple[int, int]:
         outputs: list[object] = []
         for encoder, weight in zip(encoders, weights, strict=True):
             places = min(longest, getattr(encoder.config, "max_position_embeddings", longest))
-            ids = torch.zeros(ENCODED_AT_ONCE, places, dtype=torch.long, device="meta")
+            ids = torch.zeros(base.family.encoded_at_once, places, dtype=torch.long, device="meta")
             # Of CLIP pipelines ask for the last layer but one.
-            outputs.append(encoder(input_ids=ids, output_hidden_states=type(encoder).__name__.startswith("CLIP")))
+            inner = base.family.reads_hidden_states or type(encoder).__name__.startswith("CLIP")
+            outputs.append(encoder(input_ids=ids, output_hidden_states=inner))
             alone.append(weight + count.peak)
     return sum(weights) + count.peak + _texts(base), max(alone) + _texts(base)
 

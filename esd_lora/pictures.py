@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError
@@ -199,7 +198,7 @@ def even_batches(count: int, most: int) -> list[range]:
     return [range(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
 
 
-def _embeds_kwargs(base: Base, condition: Condition, opposite: Condition | None) -> dict[str, Tensor | None]:
+def _embeds_kwargs(base: Base, condition: Condition, opposite: Condition | None) -> dict[str, Any]:
     """Return what the pipeline's call takes instead of N prompts and N negative ones.
 
     Args:
@@ -207,10 +206,13 @@ def _embeds_kwargs(base: Base, condition: Condition, opposite: Condition | None)
         condition: Of the prompts, and of the empty one behind them.
         opposite: Of the negative prompt, if it is not the empty one.
     """
-    kwargs: dict[str, Tensor | None] = {"negative_prompt": None}
+    prompted: Condition = {name: value[:-1] for name, value in condition.items()}
+    against: Condition = {}
     for name, value in condition.items():
         null = value[-1:] if opposite is None else opposite[name].to(value.device)
-        kwargs |= {name: value[:-1], f"negative_{name}": null.expand(len(value) - 1, *null.shape[1:])}
+        against[name] = null.expand(len(value) - 1, *null.shape[1:])
+    negative = {f"negative_{name}": value for name, value in base.family.call_condition(against).items()}
+    kwargs = {"negative_prompt": None, **base.family.call_condition(prompted), **negative}
     known = signature(base.pipe.__call__).parameters
     return {name: value for name, value in kwargs.items() if name in known}
 

@@ -33,6 +33,7 @@ def rows_of(encode: Encode, name: str) -> Rows:
     Rows are on the CPU: in float64 those of T5 take gigabytes, and most cards compute in it no faster.
     """
 
+    @torch.no_grad()
     def rows(prompts: Sequence[str]) -> Tensor:
         embeds = in_float64(encode(prompts)[name].cpu())
         return embeds if embeds.dim() == 3 else embeds[:, None]

@@ -52,6 +52,10 @@ PUBLISHED = {
     "pixart-sigma": (198, 282, 282),
     "lumina2": (179, 239, 0),
     "qwen-image": (841, 841, 841),
+    "z-image": (203, 271, 271),
+    "flux2-dev": (161, 193, 0),
+    "flux2-klein-4b": (81, 101, 0),
+    "flux2-klein-9b": (113, 145, 0),
 }
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
 ComfyUI's own Load LoRA has places for, and the nodes for all of them, or none where ComfyUI has none. The table of
@@ -64,6 +68,8 @@ LAYERS = {
     "pixart": {"family": "pixart", "prefix": "transformer", "prediction_type": "epsilon"},
     "lumina2": {"family": "lumina2", "prefix": "transformer", "prediction_type": "flow"},
     "qwen-image": {"family": "qwen-image", "prefix": "transformer", "prediction_type": "flow"},
+    "flux2": {"family": "flux2", "prefix": "transformer", "prediction_type": "flow"},
+    "z-image": {"family": "z-image", "prefix": "transformer", "prediction_type": "flow"},
 }
 """Family to what an eraser's header says."""
 FAMILIES = ("sd", "sdxl", "sd3", "flux")

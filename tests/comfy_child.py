@@ -59,6 +59,8 @@ def detect(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     if config.get("image_model") == "flux" and (hidden := weights[f"{prefix}img_in.weight"].shape[0]) < 3072:
         widths = {name: weights[f"{prefix}{layer}.weight"].shape[1] for name, layer in FLUX_INPUTS.items()}
         config |= {"hidden_size": hidden, "num_heads": 2, "axes_dim": [4, 6, 6], "out_channels": 4, "in_channels": 4, **widths}
+    if config.get("image_model") == "flux2":  # of ComfyUI 0.8, which knows dev alone; Klein has fewer heads of the same width
+        config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
     return config
 
 
@@ -74,6 +76,8 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
         "pixart": supported_models.PixArtSigma,
         "lumina2": supported_models.Lumina2,
         "qwen-image": supported_models.QwenImage,
+        "flux2": supported_models.Flux2,
+        "z-image": supported_models.ZImage,
     }
     return kind[family](config).get_model({}, "", device=device)
 

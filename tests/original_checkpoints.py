@@ -259,6 +259,68 @@ def qwen_image(model: Any) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
+def flux2(model: Any) -> dict[str, Tensor]:
+    """Return a Flux.2 transformer's weights as in black-forest-labs/flux2: queries, keys and values joined."""
+    state = dict(model.state_dict())
+    out: dict[str, Tensor] = {}
+    for i in range(model.config.num_layers):
+        for stream, names in {"img": ["to_q", "to_k", "to_v"], "txt": ["add_q_proj", "add_k_proj", "add_v_proj"]}.items():
+            parts = [state.pop(f"transformer_blocks.{i}.attn.{name}.weight") for name in names]
+            out[f"double_blocks.{i}.{stream}_attn.qkv.weight"] = torch.cat(parts)
+    scale, shift = state.pop("norm_out.linear.weight").chunk(2)
+    out["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
+    table = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
+    for name, original in {"timestep": "time_in", "guidance": "guidance_in"}.items():
+        table |= {
+            f"time_guidance_embed.{name}_embedder.linear_1": f"{original}.in_layer",
+            f"time_guidance_embed.{name}_embedder.linear_2": f"{original}.out_layer",
+        }
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        table[f"{name}.linear"] = f"{name}.lin"
+    double = {
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+    }
+    single = {
+        "attn.norm_q.weight": "norm.query_norm.scale",
+        "attn.norm_k.weight": "norm.key_norm.scale",
+        "attn.to_qkv_mlp_proj": "linear1",
+        "attn.to_out": "linear2",
+    }
+    for name, tensor in state.items():
+        match = re.match(r"(single_)?transformer_blocks\.(\d+)\.(.*)", name)
+        if match:
+            kind, inside = ("single", single) if match[1] else ("double", double)
+            out[f"{kind}_blocks.{match[2]}.{_renamed(match[3], inside)}"] = tensor
+        else:
+            out[_renamed(name, table)] = tensor
+    return out
+
+
+def z_image(model: Any) -> dict[str, Tensor]:
+    """Return a Z-Image transformer's weights as in ComfyUI's files: queries, keys and values joined."""
+    state = dict(model.state_dict())
+    out: dict[str, Tensor] = {}
+    for name in [name for name in state if name.endswith(".attention.to_q.weight")]:
+        block = name.removesuffix("to_q.weight")
+        out[f"{block}qkv.weight"] = torch.cat([state.pop(f"{block}to_{which}.weight") for which in "qkv"])
+    inside = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+    for name, tensor in state.items():
+        place = _renamed(name, {"all_x_embedder.2-1": "x_embedder", "all_final_layer.2-1": "final_layer"})
+        if match := re.match(r"(.*\.attention\.)(.*)", place):
+            place = match[1] + _renamed(match[2], inside)
+        out[place] = tensor
+    return out
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """Return the VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

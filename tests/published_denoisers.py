@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -17,6 +18,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 
@@ -47,6 +49,7 @@ _SD3 = {
     "pooled_projection_dim": 2048,
     "out_channels": 16,
 }
+_KLEIN = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "sd15": ("sd", UNet2DConditionModel, shipped_config("sd1")["unet"]),
     "sd21": ("sd", UNet2DConditionModel, {**shipped_config("sd2")["unet"], "sample_size": 96}),
@@ -71,6 +74,17 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "qwen-image": ("qwen-image", QwenImageTransformer2DModel, shipped_config("qwen-image")["transformer"]),
     # Kwai-Kolors/Kolors-diffusers: SDXL's, with ChatGLM3's width (4096) where text enters
     "kolors": ("kolors", UNet2DConditionModel, shipped_config("kolors")["unet"]),
+    # black-forest-labs/FLUX.2-dev: diffusers' defaults are its own
+    "flux2-dev": ("flux2", Flux2Transformer2DModel, {}),
+    # black-forest-labs/FLUX.2-klein-4B and 9B, distilled and base; sizes as in kohya-ss/musubi-tuner, flux_2/flux2_models.py
+    "flux2-klein-4b": ("flux2", Flux2Transformer2DModel, {**_KLEIN, "num_layers": 5, "num_single_layers": 20}),
+    "flux2-klein-9b": (
+        "flux2",
+        Flux2Transformer2DModel,
+        {**_KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    ),
+    # Tongyi-MAI/Z-Image and Z-Image-Turbo: diffusers' defaults are theirs
+    "z-image": ("z-image", ZImageTransformer2DModel, {}),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -85,6 +99,10 @@ SCOPE_COUNTS = {
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
     "qwen-image": {"xattn": 241, "xattn-kv": 120, "selfattn": 240, "noxattn": 600, "full": 841},
     "kolors": {"xattn": 281, "xattn-kv": 140, "selfattn": 280, "noxattn": 508, "full": 789},
+    "flux2-dev": {"xattn": 33, "xattn-kv": 16, "selfattn": 128, "noxattn": 160, "full": 193},
+    "flux2-klein-4b": {"xattn": 21, "xattn-kv": 10, "selfattn": 60, "noxattn": 80, "full": 101},
+    "flux2-klein-9b": {"xattn": 33, "xattn-kv": 16, "selfattn": 80, "noxattn": 112, "full": 145},
+    "z-image": {"xattn": 15, "xattn-kv": 4, "selfattn": 128, "noxattn": 256, "full": 271},
 }
 """Number of layers that each scope holds on the published models."""
 

@@ -71,6 +71,16 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], d
         original_checkpoints.qwen_image,
         {"family": "qwen-image", "prefix": "transformer", "prediction_type": "flow"},
     ),
+    "flux2": (
+        lambda: make_toy("flux2-dev").transformer,
+        original_checkpoints.flux2,
+        {"family": "flux2", "prefix": "transformer", "prediction_type": "flow"},
+    ),
+    "z-image": (
+        lambda: make_toy("z-image").transformer,
+        original_checkpoints.z_image,
+        {"family": "z-image", "prefix": "transformer", "prediction_type": "flow"},
+    ),
 }
 """Family to (denoiser, its weights under the original names, what an eraser's header says)."""
 

@@ -14,11 +14,15 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     KolorsPipeline,
@@ -34,7 +38,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -45,10 +52,15 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -79,11 +91,12 @@ def clip(projected: bool = False, width: int = WIDTH) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer for T5 and Gemma with a token a byte."""
-    tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+def byte_tokenizer(*markers: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer for T5 and language models with a token a byte, and one for every marker of a chat template."""
+    tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *markers]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(list(markers))
     specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **specials)
 
@@ -108,7 +121,7 @@ def _vae(channels: int = 4) -> AutoencoderKL:
     )
 
 
-def _with_random_weights(model: nn.Module) -> nn.Module:
+def _with_random_weights(model: nn.Module) -> Any:
     """Fill what starts at zero or nearly so, so that text, time and latents all matter to the prediction."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -381,6 +394,92 @@ def _kolors() -> KolorsPipeline:
     return KolorsPipeline(_vae(), glm, tokenizer, _with_random_weights(unet), kolors_scheduler())
 
 
+def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte tokenizer with the turns of Qwen 3's chat template, and the empty thoughts of one that is not to think."""
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
+def qwen3(model: Any, tokenizer: PreTrainedTokenizerFast, layers: int, width: int = WIDTH) -> Any:
+    """Return a model of one of Qwen 3's classes."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * WIDTH, "num_hidden_layers": layers}
+    return _with_random_weights(model(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)))
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte tokenizer with the turns of Mistral 3's chat template; its processor's class needs torchvision."""
+    # The pipeline's instruction is as long as a page, so here it is one token.
+    tokenizer = byte_tokenizer(SYSTEM_MESSAGE, "<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]")
+    tokenizer.chat_template = (
+        "<s>{% for turn in messages %}{% set text = turn.content[0].text %}"
+        "{% if turn.role == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% else %}[INST]{{ text }}[/INST]{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
+def mistral3(tokenizer: Any, layers: int, width: int = WIDTH) -> Mistral3ForConditionalGeneration:
+    """Return a text encoder of Mistral 3's class."""
+    heads = {"num_attention_heads": 2, "head_dim": 8}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width}
+    text = {"num_hidden_layers": layers, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **text, **sizes, **heads},
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 32, **sizes, **heads},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    return _with_random_weights(Mistral3ForConditionalGeneration(config))
+
+
+def _flux2(dev: bool) -> Any:
+    width = 8  # of three layers, whose outputs stand beside each other
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * width,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=dev,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        layers_per_block=1,
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(**shifting), "vae": vae}
+    parts["transformer"] = _with_random_weights(transformer)
+    if dev:
+        tokenizer = mistral_tokenizer()
+        return Flux2Pipeline(text_encoder=mistral3(tokenizer, 30, width), tokenizer=tokenizer, **parts)
+    tokenizer = qwen3_tokenizer()
+    return Flux2KleinPipeline(text_encoder=qwen3(Qwen3ForCausalLM, tokenizer, 27, width), tokenizer=tokenizer, **parts)
+
+
+def _z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[4, 6, 6]
+    )
+    tokenizer, scheduler = qwen3_tokenizer(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(scheduler, _vae(), qwen3(Qwen3Model, tokenizer, 2), tokenizer, _with_random_weights(transformer))
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": tiny_pipeline,
     "sd2-v": _sd2_v,
@@ -394,8 +493,13 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "lumina2": _lumina2,
     "qwen-image": _qwen_image,
     "kolors": _kolors,
+    "flux2-klein": lambda: _flux2(dev=False),
+    "flux2-dev": lambda: _flux2(dev=True),
+    "z-image": _z_image,
 }
 TOYS = tuple(_BUILDERS)
+SIZE_IN_CODE = ("flux", "qwen-image", "flux2", "z-image")
+"""Families whose native size stands in the code of their pipeline."""
 
 
 def make_toy(name: str, seed: int = 0) -> Any:
@@ -406,11 +510,16 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Some have their native size in the pipeline's code, not in a config: here the toy's."""
+    """Return a saved toy as a base. Where the native size stands in the pipeline's code, it is set to the toy's."""
     base = load_base(folder, device="cpu", **options)
-    if hasattr(base.pipe, "default_sample_size"):
-        base.pipe.default_sample_size = 8
+    set_toy_size(base)
     return base
+
+
+def set_toy_size(base: Base) -> None:
+    """Have a base whose native size is in its pipeline's code draw 8 x 8 latents by default."""
+    if base.family.name in SIZE_IN_CODE:
+        base.pipe.default_sample_size = 8
 
 
 def save_toy(name: str, folder: Path) -> Path:

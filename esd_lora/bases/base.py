@@ -25,8 +25,6 @@ from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
 MOST_TEXT = 2**28
 """Bytes of encoded prompts that stay on a card; beside T5 a prompt takes megabytes."""
-ENCODED_AT_ONCE = 16
-"""Prompts that are encoded at a time; bounds memory, changes no result."""
 
 
 @dataclass
@@ -115,13 +113,13 @@ class Base:
         """
         if not self.family.takes_negative_prompt(self.pipe):
             raise EsdLoraError(
-                f"base {self.id!r} takes no negative prompt: its guidance is distilled into it, and is against no prompt."
-                " Leave it out."
+                f"base {self.id!r} takes no negative prompt: its guidance is distilled into it, or against the empty"
+                " prompt alone. Leave it out."
             )
-        if guidance <= 1:
+        if guidance <= (unguided := self.family.unguided):
             raise EsdLoraError(
                 f"guidance {guidance:g} is against no prompt, so a negative one changes nothing. Leave it out, or guide by more"
-                " than 1."
+                f" than {unguided:g}."
             )
 
     @contextmanager
@@ -187,10 +185,11 @@ class Base:
     def _encode_by(self, encode: Callable[[Any, Sequence[str]], Condition], prompts: Sequence[str]) -> Condition:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
         parts: list[Condition] = []
+        most = self.family.encoded_at_once
         with stage("encoding text", len(prompts), "prompt"):
-            for i in range(0, len(prompts), ENCODED_AT_ONCE):
-                parts.append(encode(self.pipe, prompts[i : i + ENCODED_AT_ONCE]))
-                advance(min(ENCODED_AT_ONCE, len(prompts) - i))
+            for i in range(0, len(prompts), most):
+                parts.append(encode(self.pipe, prompts[i : i + most]))
+                advance(min(most, len(prompts) - i))
         dtype = self.model.dtype  # text encoders may have another
         condition = {
             name: value.to(self.device, dtype if value.is_floating_point() else None)

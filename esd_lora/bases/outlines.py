@@ -32,6 +32,8 @@ PUBLISHED = {
     "Lumina 2": ("lumina2", "Alpha-VLLM/Lumina-Image-2.0"),
     "Qwen-Image": ("qwen-image", "Qwen/Qwen-Image"),
     "Kolors": ("kolors", "Kwai-Kolors/Kolors-diffusers"),
+    "Flux.2 Klein 4B": ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+    "Z-Image Turbo": ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

@@ -27,6 +27,7 @@ from esd_lora.families.flux import diffusers_model_type
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 
+_DENOISER = "model.diffusion_model."
 _VAE = ("first_stage_model.", "vae.")
 _CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
 _T5 = ("text_encoders.t5xxl.",)

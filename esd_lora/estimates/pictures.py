@@ -27,7 +27,7 @@ def estimate_pictures(base: Base, pictures: int, **sampling: Unpack[Sampling]) -
         sampling: How they are painted: see `pictures.Sampling`.
     """
     guidance, steps = sampling.pop("guidance", None), sampling.pop("steps", None) or base.steps
-    guided = 1 + ((base.guidance if guidance is None else guidance) > 1)
+    guided = 1 + ((base.guidance if guidance is None else guidance) > base.family.unguided)
     work = Work(texts=pictures * guided, evaluations=pictures * guided * steps, pictures=pictures)
     at_once = pictures_at_once(base, size=base.picture_size(sampling.get("width"), sampling.get("height")))
     return Estimate(work, work, measure_painting(base, min(pictures, at_once), **sampling), 0.0, peak_memory(base))

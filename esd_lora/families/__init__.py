@@ -9,6 +9,7 @@ from pathlib import Path
 from esd_lora.errors import EsdLoraError, did_you_mean, shortened
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.flux import Flux
+from esd_lora.families.flux2 import Flux2
 from esd_lora.families.kolors import Kolors
 from esd_lora.families.lumina2 import Lumina2
 from esd_lora.families.pixart import PixArtSigma
@@ -17,6 +18,7 @@ from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
+from esd_lora.families.z_image import ZImage
 from esd_lora.json_files import read_json
 
 __all__ = ["FAMILIES", "ModelFamily", "family_named", "family_of", "read_pipeline"]
@@ -31,6 +33,8 @@ FAMILIES: list[ModelFamily] = [
     Lumina2(),
     QwenImage(),
     Kolors(),
+    Flux2(),
+    ZImage(),
 ]
 """Every family there is. To add one of your own, append it."""
 

@@ -88,6 +88,12 @@ class ModelFamily(ABC):
     """Sides of latents must be multiples of this: what down-sampling or patches ask for."""
     pipelines_load_loras: ClassVar[bool] = True
     """Whether its pipelines in diffusers have `load_lora_weights`; into the others a file is loaded by the denoiser."""
+    reads_hidden_states: ClassVar[bool] = False
+    """Whether its pipeline reads inner layers of a language model, all of whose outputs are held for that."""
+    encoded_at_once: ClassVar[int] = 16
+    """Prompts that are encoded at a time; bounds memory, changes no result."""
+    unguided: ClassVar[float] = 1.0
+    """The guidance scale of its pipeline's call at which it predicts for the prompt alone: 1, or 0 where guidance is added."""
     normalises_latents: ClassVar[bool] = False
     """Whether its pipeline shifts and scales latents by the mean and deviation of every channel that the VAE knows."""
     published: ClassVar[tuple[PublishedModel, ...]] = ()
@@ -126,6 +132,16 @@ class ModelFamily(ABC):
         Nothing where a family does not say: then no memory is planned for its models.
         """
         return {}
+
+    def prompt_tokens(self, pipe: Any) -> int:
+        """Return the most tokens of a prompt that the pipeline's call reads by default, or a small model's tokenizer makes."""
+        most = signature(pipe.__call__).parameters["max_sequence_length"].default
+        tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # of a processor, where it is one
+        return min(most, getattr(tokenizer, "model_max_length", most))
+
+    def call_condition(self, condition: Condition) -> Mapping[str, Any]:
+        """Return a condition as its pipeline's call takes it in the place of prompts: by default as it is."""
+        return condition
 
     def text_read_by(self, module: str) -> str | None:
         """Return the name of the tensor of a condition that a layer itself reads, whatever `x_t` and `t` are, if it does."""
@@ -187,6 +203,31 @@ class ModelFamily(ABC):
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return keyword arguments of the pipeline's call beside prompt, size, steps and guidance."""
         return {}
+
+    def latent_statistics(self, pipe: Any, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Return mean and deviation by which its pipeline normalises latents, where the VAE's configuration does not have them.
+
+        Args:
+            pipe: The pipeline, with its VAE.
+            shape: Channels, height and width of latents.
+
+        Returns:
+            Two tensors that latents [N, channels, height, width] are normalised by; `None` where the configuration says all.
+        """
+        return None
+
+    def dynamic_shift(self, config: Mapping[str, Any], patches: int, steps: int) -> float:  # noqa: ARG002
+        """Return the exponent by which a flow scheduler with dynamic shifting shifts its noise levels.
+
+        Args:
+            config: Of the scheduler.
+            patches: Number of tokens of an image.
+            steps: Length of a trajectory.
+        """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        lengths = config["base_image_seq_len"], config["max_image_seq_len"]
+        return calculate_shift(patches, *lengths, config["base_shift"], config["max_shift"])
 
     def sigmas(self, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the noise levels that the pipeline hands to a flow scheduler before shifting; `None`: the scheduler's own."""
@@ -273,17 +314,14 @@ class ModelFamily(ABC):
             grid = ddim.timesteps if grid is None else grid
             even = bool((grid[:-1] - grid[1:] == ddim.config.num_train_timesteps // steps).all())
             return ddim if even else GridDDIM(ddim, grid)
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         changes: dict[str, Any] = {"shift": config.get("shift", config.get("flow_shift", 1.0))}
         if steps == 1:  # stretched to a terminal level, one point would be 0 / 0 in diffusers; it is the first of every grid
             changes["shift_terminal"] = None
         euler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
-        own = euler.config
-        patches = shape[-2] * shape[-1] // 4
-        lengths = own["base_image_seq_len"], own["max_image_seq_len"]
-        mu = calculate_shift(patches, *lengths, own["base_shift"], own["max_shift"]) if own["use_dynamic_shifting"] else None
+        patches, shifts = shape[-2] * shape[-1] // 4, euler.config["use_dynamic_shifting"]
+        mu = self.dynamic_shift(euler.config, patches, steps) if shifts else None
         euler.set_timesteps(steps, device=device, sigmas=self.sigmas(steps), mu=mu)
         return euler
 

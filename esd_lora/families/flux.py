@@ -32,12 +32,13 @@ class Flux(ModelFamily):
     denoiser = "transformer"
     text_layers = TEXT_LAYERS
     pooled_layers = POOLED_LAYERS
+    text_widths = frozenset({4096})
     scopes: ClassVar[Mapping[str, str]] = MM_DIT_SCOPES
     fixed_prediction_type = "flow"
     multiple = 2
     published = (PublishedModel("flux1", "flux-1-dev", "1024x1024"),)
     preset = "flux/fast"
-    metadata_pattern = "flux"
+    metadata_pattern = "flux(?!.?2)"  # which is another family
     checkpoints = (_FLUX_1,)
 
     def channels(self, pipe: Any) -> int:

@@ -175,12 +175,13 @@ def _choose_family(
             raise EsdLoraError(f"{file} has layer {strange}, which no model of family {given!r} has.")
         return family
     fitting = [family for family in FAMILIES if _modules(family) and layers.keys() <= _modules(family).keys()]
+    fitting = [family for family in fitting if _has_heights(family, layers)] or fitting
     base_model = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     for family in fitting:
         if family.metadata_pattern and re.search(family.metadata_pattern, base_model):
             return family
     if len(fitting) > 1:
-        fitting = [family for family in fitting if family.text_widths & _text_widths(family, layers)] or fitting
+        fitting = [family for family in fitting if _has_widths(family, layers)] or fitting
     if len(fitting) != 1:
         shown = ", ".join(list(layers)[:3])
         names = " and ".join(family.name for family in fitting)
@@ -189,14 +190,25 @@ def _choose_family(
     return fitting[0]
 
 
-def _text_widths(family: ModelFamily, layers: Mapping[str, Mapping[str, Tensor]]) -> set[int]:
-    """Return the numbers of inputs of the layers that read text, if the layers are of the family."""
-    modules = _modules(family)
-    return {
+def _has_widths(family: ModelFamily, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Return whether a layer that reads text has as many inputs as in a published model of the family, if it has any."""
+    widths = {
         parts["down"].shape[1]
         for name, parts in layers.items()
-        if "down" in parts and parts["down"].dim() > 1 and any(family.reads_text(module) for module, _ in modules[name])
+        if "down" in parts and parts["down"].dim() > 1 and any(family.reads_text(each) for each, _ in _modules(family)[name])
     }
+    return not (widths and family.text_widths) or bool(widths & family.text_widths)
+
+
+def _has_heights(family: ModelFamily, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Return whether original layers have as many outputs as the family's have, where those are so many times their inputs."""
+    return all(
+        len(parts["up"]) == place.total * parts["down"].shape[1]
+        for name, parts in layers.items()
+        if {"down", "up"} <= parts.keys() and parts["up"].dim() > 1 and parts["down"].dim() > 1
+        for _, place in _modules(family)[name]
+        if place.total
+    )
 
 
 _NAME = re.compile(r"(\^?)((?:[^\\^$*+?()\[\]{}|]|\\[^A-Za-z0-9])+)\$?", re.DOTALL)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esd_lora.bases.base import ENCODED_AT_ONCE, Base
+from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.lessons import take_turns
 from esd_lora.progress import stage
@@ -150,8 +150,8 @@ class MomentCollector:
 
     def _read_text(self, group: PromptGroup, moment: Moment) -> None:
         """Add all tokens of the encoded prompts, as the layers read them."""
-        encode = self.base.as_read(self.base.encode)
-        for batch in (group.prompts[i : i + ENCODED_AT_ONCE] for i in range(0, len(group.prompts), ENCODED_AT_ONCE)):
+        encode, most = self.base.as_read(self.base.encode), self.base.family.encoded_at_once
+        for batch in (group.prompts[i : i + most] for i in range(0, len(group.prompts), most)):
             moment.add_rows(encode(batch)[TEXT].flatten(0, 1), len(batch) / len(group.prompts))
 
     def _walk(self, group: PromptGroup, noise: torch.Generator) -> None:

@@ -44,6 +44,11 @@ SAMPLERS: dict[str, Callable[[int], reference.Sampler]] = {
     "lumina2": lambda steps: reference.euler(reference.flow_grid(steps, 6.0, from_one=True)),
     "qwen-image": lambda steps: reference.euler(reference.qwen_grid(steps, 4 * 4)),
     "kolors": lambda steps: reference.ddim(steps, "leading", "epsilon", reference.scaled_linear(**BETAS["kolors"]), 1100),
+    "flux2-klein": lambda steps: reference.euler(
+        reference.flow_grid(steps, reference.flux2_shift(4 * 4, steps), from_one=True)
+    ),
+    "flux2-dev": lambda steps: reference.euler(reference.flow_grid(steps, reference.flux2_shift(4 * 4, steps), from_one=True)),
+    "z-image": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True)),
 }
 """The schedule of each toy, written down a second time."""
 

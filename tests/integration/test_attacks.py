@@ -391,11 +391,35 @@ def test_what_is_learnt_from(emoji: Base) -> None:
     assert len(captioned_latents(victim, 5, [], 0)[1]) == 5
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sd3", "flux-dev", "flux2-klein", "z-image"])
 def test_other_predictions_are_fine_tuned_too(kind: str, tmp_path: Path) -> None:
     base = load(kind, tmp_path)
     with same_after(base):
         assert painted(attack(victim_of(base), "fine-tune"), CASES[:1]).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux-dev", "flux2-klein", "z-image"])
+def test_latents_are_decoded_as_the_pipeline_decodes_them(kind: str, tmp_path: Path) -> None:
+    """Shifted and scaled, by a number or by place in a patch; packed where the pipeline packs them."""
+    base = load(kind, tmp_path)
+    latents = torch.randn(1, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
+    at_the_end = latents
+    if kind == "flux-dev":
+        at_the_end = base.pipe._pack_latents(latents, *latents.shape)
+    elif kind == "flux2-klein":
+        at_the_end = base.pipe._pack_latents(base.pipe._patchify_latents(latents))
+    decoded, decode = list[Tensor](), base.pipe.vae.decode
+
+    def record(x: Tensor, *args: object, **kwargs: object) -> object:
+        decoded.append(x)
+        return decode(x, *args, **kwargs)
+
+    base.pipe.vae.decode = record
+    width, height = base.picture_size()
+    call_kwargs = {"width": width, "height": height, **base.family.call_kwargs(base.pipe)}
+    base.pipe(prompt="a cat", num_inference_steps=1, callback_on_step_end=lambda *_: {"latents": at_the_end}, **call_kwargs)
+    to_pictures(base, latents)
+    torch.testing.assert_close(decoded[1], decoded[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sana"])

@@ -22,7 +22,19 @@ from safetensors.torch import load_file
 
 import esd_lora
 import original_checkpoints
-from comfy_cases import CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, PUBLISHED, Case, largest_difference, write_case
+from comfy_cases import (
+    CORE,
+    EXACT,
+    EXAMPLE,
+    EXAMPLES,
+    FAMILIES,
+    LAYERS,
+    NODES,
+    PUBLISHED,
+    Case,
+    largest_difference,
+    write_case,
+)
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser

@@ -37,6 +37,8 @@ PARAMETERS = {
     "Lumina 2": {"transformer": 2_609_769_152, "text_encoder": 2_614_341_888},
     "Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
     "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
+    "Flux.2 Klein 4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "Z-Image Turbo": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
 MORE_CARDS = [
@@ -44,6 +46,8 @@ MORE_CARDS = [
     ("Lumina 2", 16, "bfloat16"),
     ("Kolors", 16, "bfloat16"),
     ("Qwen-Image", 24, "nf4"),
+    ("Flux.2 Klein 4B", 12, "bfloat16"),
+    ("Z-Image Turbo", 12, "int8"),
 ]
 CARDS += [pytest.param(*card, marks=pytest.mark.slow) for card in MORE_CARDS]
 
@@ -66,7 +70,7 @@ def test_published_models_fit_their_cards(model: str, size: int, dtype: str) -> 
     plan = fit(base, published_recipe(base), size * GIB)
     assert plan.needed <= size * GIB
     assert plan.setting.dtype == dtype
-    weights = PARAMETERS[model][base.family.denoiser] * {"bfloat16": 2, "nf4": 0.5}[dtype]
+    weights = PARAMETERS[model][base.family.denoiser] * {"bfloat16": 2, "int8": 1, "nf4": 0.5}[dtype]
     assert weights < plan.phases["closed form"] < plan.phases["step"]
     assert (IN_TURN in plan.phases) == (model == "SD 3.5 medium")
 

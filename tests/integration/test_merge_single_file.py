@@ -33,8 +33,8 @@ from random_erasers import eraser_on
 from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
-KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2", "qwen-image")
-FAMILY = {kind: kind for kind in KINDS} | {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux"}
+KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2", "qwen-image", "flux2-dev", "z-image")
+FAMILY = {kind: kind for kind in KINDS} | {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux", "flux2-dev": "flux2"}
 
 
 def with_base_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:
@@ -49,8 +49,7 @@ def write_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32
     pipe = make_toy(kind)
     model = getattr(pipe, "transformer", None) or pipe.unet
     file = folder / f"{kind}.safetensors"
-    whole = FAMILY[kind] in ("sd", "sdxl")
-    state = original_checkpoints.checkpoint(pipe) if whole else MODELS[FAMILY[kind]][1](model)
+    state = MODELS[FAMILY[kind]][1](model) if hasattr(pipe, "transformer") else original_checkpoints.checkpoint(pipe)
     save_file({name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in state.items()}, file, {"who": "me"})
     prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
     with torch.no_grad():

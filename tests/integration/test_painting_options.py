@@ -38,7 +38,7 @@ def own_call(base: Base, **kwargs: object) -> np.ndarray:
     guidance = base.family.guidance_kwargs(5.0, 1)
     options = {"height": height, "width": width, **base.family.call_kwargs(base.pipe), **guidance, **kwargs}
     generator = torch.Generator().manual_seed(3)
-    return pixels(base.pipe(["a cat"], num_inference_steps=3, generator=[generator], **options).images[0])
+    return pixels(base.pipe(prompt=["a cat"], num_inference_steps=3, generator=[generator], **options).images[0])
 
 
 def test_pictures_are_the_pipeline_s_own(toy: Path) -> None:
@@ -70,8 +70,9 @@ def test_pictures_are_the_pipeline_s_own(toy: Path) -> None:
 def test_base_without_negative_prompts_says_so(toy: Path) -> None:
     base = load_toy(toy)
     if base.family.takes_negative_prompt(base.pipe):
-        with pytest.raises(EsdLoraError, match=r"guidance 1 is against no prompt, so a negative one changes nothing\."):
-            paint(base, ["a cat"], [0], guidance=1.0, negative_prompt="a dog")
+        least = base.family.unguided
+        with pytest.raises(EsdLoraError, match=rf"guidance {least:g} is against no prompt, .* guide by more than {least:g}\."):
+            paint(base, ["a cat"], [0], guidance=least, negative_prompt="a dog")
     else:
         with pytest.raises(EsdLoraError, match=r"takes no negative prompt: its guidance is distilled into it"):
             paint(base, ["a cat"], [0], negative_prompt="a dog")
@@ -96,7 +97,7 @@ def test_schedulers_keep_what_the_base_was_trained_with(toy: Path) -> None:
     base = load_toy(toy)
     own = base.pipe.scheduler
     if base.family.needs_own_scheduler(base.pipe):
-        assert toy.name in ("flux-schnell", "lumina2", "qwen-image")
+        assert toy.name in ("flux-schnell", "lumina2", "qwen-image", "z-image")
         with pytest.raises(EsdLoraError, match="is painted by its own scheduler alone: leave UniPCMultistep out"):
             paint(base, ["a cat"], [0], scheduler="UniPCMultistep")
         return

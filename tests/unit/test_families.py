@@ -50,6 +50,10 @@ PARAMETERS = {
     "lumina2": 2_609_769_152,
     "qwen-image": 20_430_401_088,
     "kolors": 2_579_458_820,
+    "flux2-dev": 32_223_281_152,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
+    "z-image": 6_154_908_736,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()

@@ -158,6 +158,39 @@ def test_flux_files_with_original_dotted_names(tmp_path: Path) -> None:
     torch.testing.assert_close(delta, up @ down, rtol=1e-5, atol=1e-5)
 
 
+def test_flux_and_flux_2_share_names_and_not_sizes(tmp_path: Path) -> None:
+    """Single blocks' joined layers, what reads text, and what trainers write of the model tell them apart; nothing else."""
+
+    def family_of(name: str, inputs: int, outputs: int, metadata: dict[str, str] | None = None) -> str:
+        pair = {"lora_down": torch.ones(2, inputs), "lora_up": torch.ones(outputs, 2)}
+        tensors = {f"lora_unet_{name}.{part}.weight": factor for part, factor in pair.items()}
+        return import_lora(save_lora(tensors, tmp_path, metadata)).header.family
+
+    assert family_of("single_blocks_0_linear1", 32, 7 * 32) == "flux"
+    assert family_of("single_blocks_0_linear1", 32, 9 * 32) == "flux2"
+    assert family_of("txt_in", 4096, 32) == "flux"
+    assert family_of("txt_in", 7680, 32) == "flux2"
+    assert family_of("double_blocks_0_txt_attn_qkv", 32, 96, {"ss_base_model_version": "flux1"}) == "flux"
+    assert family_of("double_blocks_0_txt_attn_qkv", 32, 96, {"ss_base_model_version": "flux_2_klein_4b"}) == "flux2"
+    assert family_of("double_blocks_0_txt_attn_qkv", 32, 96, {"modelspec.architecture": "Flux.2-dev/lora"}) == "flux2"
+    with pytest.raises(EsdLoraError, match="fit flux and flux2 alike"):
+        family_of("double_blocks_0_txt_attn_qkv", 32, 96)
+
+
+def test_z_image_files_with_split_or_joined_layers(tmp_path: Path) -> None:
+    """musubi-tuner trains queries, keys and values apart, under diffusers' names with underscores; ComfyUI has them joined."""
+    eraser = eraser_on_all_layers("z-image", MODELS["z-image"][0]())
+    apart = {
+        f"lora_unet_{module.replace('.', '_')}.{part}.weight": factor
+        for module, pair in eraser.pairs.items()
+        for part, factor in zip(("lora_down", "lora_up"), pair, strict=True)
+    }
+    for tensors in (apart, kohya_tensors(eraser)):
+        imported = import_lora(save_lora(tensors, tmp_path))
+        assert imported.header.family == "z-image"
+        assert_same(imported, eraser)
+
+
 def test_diffusers_file_with_its_own_metadata(tmp_path: Path) -> None:
     """`save_lora_weights` leaves alpha / rank to a JSON document in the header."""
     pipe = tiny_pipeline()

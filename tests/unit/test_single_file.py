@@ -127,6 +127,29 @@ def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, 
             assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), key
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["flux2-klein", "flux2-dev", "z-image"])
+def test_transformers_as_comfyui_has_them_take_the_rest_from_the_directory(name: str, prefix: str, tmp_path: Path) -> None:
+    """With and without the prefix of whole checkpoints, which diffusers' converter of Flux.2 does not know."""
+    folder, other = save_toy(name, tmp_path / "base"), make_toy(name).transformer
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
+    original = original_checkpoints.z_image if name == "z-image" else original_checkpoints.flux2
+    file = tmp_path / "model.safetensors"
+    save_file({f"{prefix}{key}": tensor.detach().clone() for key, tensor in original(other).items()}, file)
+    with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
+        load_base(file)
+    expected, actual = load_base(folder, device="cpu"), load_base(file, config=folder, device="cpu")
+    assert actual.family is expected.family
+    for key, component in expected.pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            wanted = other if key == "transformer" else component
+            states = wanted.state_dict(), getattr(actual.pipe, key).state_dict()
+            assert states[0].keys() == states[1].keys()
+            assert all(torch.equal(tensor, states[1][path]) for path, tensor in states[0].items()), key
+
+
 def test_flux_transformer_takes_the_rest_from_the_directory(tmp_path: Path) -> None:
     """Two blocks at Flux's real width, which the converter takes for granted."""
     config = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 16, "pooled_projection_dim": 16}

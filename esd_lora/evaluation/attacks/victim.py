@@ -77,8 +77,9 @@ def require_encodable(base: Base) -> None:
         EsdLoraError: If the base's VAE is of another kind than that of Stable Diffusion.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 
-    if not isinstance(base.pipe.vae, AutoencoderKL):
+    if not isinstance(base.pipe.vae, AutoencoderKL | AutoencoderKLFlux2):
         raise EsdLoraError(
             f"base {base.id!r} has a VAE of kind {type(base.pipe.vae).__name__}, and pictures are encoded with AutoencoderKL"
             " alone. Leave attacks that learn from pictures out of the suite."
@@ -171,6 +172,9 @@ def _latent_scale(base: Base) -> tuple[Any, Any]:
     """Return what a VAE's own latents are shifted and multiplied by on their way to the denoiser, as the pipelines do."""
     vae = base.pipe.vae
     config: Any = vae.config
+    if own := base.family.latent_statistics(base.pipe, base.latent_shape()):
+        mean, std = (each.to(vae.device) for each in own)
+        return mean, 1 / std
     if base.family.normalises_latents and config.latents_mean and config.latents_std:
         mean, std = (torch.tensor(x, device=vae.device).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
         return mean, config.scaling_factor / std
