@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
 from esd_lora.bases.single_file import model_class, open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts, no_base, require_base
 from esd_lora.erasers.hub_answers import checked_answers
-from esd_lora.errors import EsdLoraError, did_you_mean
-from esd_lora.families import family_of, pipeline_libraries, read_pipeline
+from esd_lora.errors import EsdLoraError, did_you_mean, how_to_install
+from esd_lora.families import ModelFamily, family_of, pipeline_libraries, read_pipeline
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.progress import stage
@@ -82,7 +83,7 @@ def _load(
         index = source / "model_index.json"
         if not index.is_file():
             raise EsdLoraError(f"{source} has no model_index.json, so it is not a diffusers pipeline directory.")
-        family = family_of(read_pipeline(index))
+        family = _usable_family(index)
         pipe = _load_pipeline(str(source), None, dtype, vae)
     elif in_one_file:
         with quiet_libraries():
@@ -90,7 +91,7 @@ def _load(
     elif hub_id := HubId.read(name):
         name, source = hub_id.repo, look_up(hub_id)
         commit = source.name  # the cache keeps files under snapshots/COMMIT
-        family = family_of(read_pipeline(source / "model_index.json"))  # before gigabytes of weights come
+        family = _usable_family(source / "model_index.json")  # before gigabytes of weights come
         pipe = _load_pipeline(hub_id.repo, commit, dtype, vae)
     else:
         raise EsdLoraError(no_base(name))
@@ -111,6 +112,19 @@ def _load(
     waits = place if text_first else None
     _LOG.debug("base %s: family %s from %s, %s, %s", name, family.name, source, quantized or dtype, place)
     return Base(pipe, family, name, commit, source, keep_prompts(name), **sampling, destination=waits, quantized=quantized)
+
+
+def _usable_family(index: Path) -> ModelFamily:
+    """Return the family of the pipeline that an index names.
+
+    Raises:
+        EsdLoraError: As `read_pipeline` and `family_of` do, or if a module that the family needs is not installed.
+    """
+    family = family_of(read_pipeline(index))
+    if family.needs and find_spec(family.needs[0]) is None:
+        module, extra = family.needs
+        raise EsdLoraError(f"family {family.name!r} needs {module}, which is not installed: {how_to_install(extra)}.")
+    return family
 
 
 def place_text_encoders(pipe: Any, place: torch.device) -> None:

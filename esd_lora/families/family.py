@@ -71,6 +71,8 @@ class ModelFamily(ABC):
     libraries: ClassVar[tuple[str, ...]] = ()
     """Modules of `diffusers.pipelines` that hold components of its pipelines, as an index names them beside diffusers and
     transformers: Kolors' text encoder is in `kolors`."""
+    needs: ClassVar[tuple[str, str] | None] = None
+    """A module that its pipelines need beyond what everyone has, and the extra of esd-lora that brings it."""
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card, under which the Hub lists models of the family."""
     fixed_prediction_type: ClassVar[str | None] = None

@@ -26,6 +26,7 @@ class Kolors(StableDiffusionXL):
     name = "kolors"
     pipelines = ("KolorsPipeline",)
     libraries = ("kolors",)
+    needs = ("sentencepiece", "kolors")
     tags = ("kolors",)
     text_layers = _TEXT_LAYERS
     text_widths = frozenset({4096})

@@ -8,9 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from esd_lora.bases import loading
 from esd_lora.bases.base import Base
 from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
+from esd_lora.errors import EsdLoraError
 from toys import load_toy, save_toy
 
 PROMPTS = ["a cat", "", "a dog in the rain, at night"]
@@ -96,3 +98,18 @@ def test_closed_form_by_the_command(name: str, request: pytest.FixtureRequest, t
     assert result.exit_code == 0, result.output
     moved = {path for path, pair in Eraser.load(tmp_path / "out").pairs.items() if pair.up.any()}
     assert moved == {{"qwen": "txt_in", "kolors": "encoder_hid_proj"}[name]}
+
+
+def test_kolors_says_what_to_install(kolors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    with pytest.raises(EsdLoraError, match=r"'kolors' needs sentencepiece, which is not installed: .*kolors"):
+        load_toy(kolors)
+
+
+@pytest.mark.parametrize("library", ["kolors", "elsewhere"])
+def test_an_index_names_libraries_of_its_own_pipeline_alone(library: str, qwen: Path, tmp_path: Path) -> None:
+    """diffusers takes files of code from the directory for libraries that it does not know."""
+    index = tmp_path / "model_index.json"
+    index.write_text((qwen / "model_index.json").read_text().replace('"transformers",', f'"{library}",', 1))
+    with pytest.raises(EsdLoraError, match="expected a class of diffusers or transformers"):
+        loading.load_base(tmp_path)

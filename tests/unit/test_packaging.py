@@ -27,7 +27,7 @@ from esd_lora.recipe_files import recipes_dir
 PROJECT = Path(__file__).parents[2]
 
 
-INSTALLED = ("", "dev", "classify", "faces", "int8", "metrics", "nsfw", "nudity", "ray", "ui")
+INSTALLED = ("", "dev", "classify", "faces", "int8", "kolors", "metrics", "nsfw", "nudity", "ray", "ui")
 """Extras that `dev` installs, and what everyone gets."""
 NOT_FOLLOWED = {
     *("bitsandbytes", "resvg-py", "trackio", "wandb"),
