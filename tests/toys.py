@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -22,8 +24,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -34,6 +39,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from esd_lora.bases.base import Base
@@ -213,6 +220,37 @@ def _sana() -> SanaPipeline:
     return SanaPipeline(tokenizer, _with_random_weights(Gemma2Model(gemma)), vae, _with_random_weights(transformer), scheduler)
 
 
+def wan(**changes: Any) -> WanPipeline:
+    """Return Wan 2.1, or with `expand_timesteps` Wan 2.2's TI2V-5B, of four channels; its tokenizer ends every text."""
+    tokenizer = byte_tokenizer()
+    end = ("</s>", tokenizer.convert_tokens_to_ids("</s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    sizes = {"d_model": WIDTH, "d_ff": 2 * WIDTH, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.5, 1.0, 0.8],
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    models = _with_random_weights(encoder), vae, scheduler, _with_random_weights(transformer)
+    return WanPipeline(tokenizer, *models, **changes)
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": tiny_pipeline,
     "sd2-v": _sd2_v,
@@ -222,6 +260,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux-dev": lambda: _flux(dev=True),
     "flux-schnell": lambda: _flux(dev=False),
     "sana": _sana,
+    "wan": wan,
 }
 TOYS = tuple(_BUILDERS)
 
@@ -234,10 +273,16 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Flux has its native size in the pipeline's code, not in a config: here it is the toy's."""
-    base = load_base(folder, device="cpu", **options)
+    """Return a saved toy as a base, with a toy's native size."""
+    return with_toy_size(load_base(folder, device="cpu", **options))
+
+
+def with_toy_size(base: Base) -> Base:
+    """Return a base, its native size a toy's where that stands in the pipeline's code and not in a configuration."""
     if base.family.name == "flux":
         base.pipe.default_sample_size = 8
+    if base.family.name == "wan":
+        base.pipe.__call__ = partial(base.pipe.__call__, height=64, width=64)  # of which the family reads the defaults
     return base
 
 

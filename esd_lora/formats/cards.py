@@ -201,7 +201,9 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
     place, revision = publication.hub_id if publication else (_HERE, None)
     at = f', revision="{_word(revision)}"' if revision else ""
     load = f'pipe.load_lora_weights("{_word(place)}"{at})'
-    return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
+    moving = any(family.name == header.family and family.frames_per_latent for family in FAMILIES)
+    kind, output = ("video", "frames") if moving else ("image", "images")
+    return "\n".join([library, "", f"pipe = {base}", load, f'{kind} = pipe("a prompt").{output}[0]'])
 
 
 def _pairs(concepts: Sequence[ErasedConcept]) -> str:

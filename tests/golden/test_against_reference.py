@@ -38,6 +38,7 @@ SAMPLERS: dict[str, Callable[[int], reference.Sampler]] = {
     "flux-dev": lambda steps: reference.euler(reference.flow_grid(steps, reference.flux_shift(4 * 4), from_one=True)),
     "flux-schnell": lambda steps: reference.euler(reference.flow_grid(steps, 1.0, from_one=True)),
     "sana": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True)),
+    "wan": lambda steps: reference.euler(reference.flow_grid(steps, 3.0, from_one=True, last=1 / 1000)),
 }
 """The schedule of each toy, written down a second time."""
 

@@ -12,7 +12,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.outlines import outline_base
 from esd_lora.memory import counting
 from esd_lora.recipe import LoraSpec
-from toys import TOYS, load_toy, save_toy
+from toys import TOYS, load_toy, save_toy, with_toy_size
 
 MEBI = 2**20
 
@@ -70,9 +70,7 @@ def step_bytes(base: Base, checkpointing: bool) -> int:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_step_without_weights_takes_what_one_with_them_takes(name: str, checkpointing: bool, tmp_path: Path) -> None:
     folder = save_toy(name, tmp_path)
-    real, outline = load_toy(folder), outline_base(str(folder), dtype=torch.float32)
-    if real.family.name == "flux":
-        outline.pipe.default_sample_size = real.pipe.default_sample_size
+    real, outline = load_toy(folder), with_toy_size(outline_base(str(folder), dtype=torch.float32))
     counted, planned = step_bytes(real, checkpointing), step_bytes(outline, checkpointing)
     assert planned == pytest.approx(counted, rel=0.05)
     assert counted > MEBI / 8
