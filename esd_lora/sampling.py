@@ -139,7 +139,9 @@ def _sweep(
     batches: list[tuple[tuple[float, ...], float, list[int]]] = []
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
-        parts = [[places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base, size=size, frames=frames))]
+        parts = [
+            [places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base, size=size, frames=frames))
+        ]
         batches += [(opening, strength, part) for strength in dict.fromkeys(strengths) for part in parts]
     painted: dict[tuple[float, int], list[Image]] = {}
     for opening, turns in groupby(share(batches), itemgetter(0)):

@@ -401,9 +401,9 @@ def latent_shapes(base: Base, spec: TrainSpec) -> list[tuple[int, ...]]:
         EsdLoraError: If the base makes no video of so many frames.
     """
     if not spec.aspects:
-        return [base.latent_shape((spec.resolution, spec.resolution) if spec.resolution else None, spec.frames)]
+        return [base.latent_shape((spec.resolution, spec.resolution) if spec.resolution else None, spec.video_frames)]
     width, height = base.picture_size()
     side = spec.resolution or (width * height) ** 0.5
     ratios = [int(width) / int(height) for width, height in (aspect.split(":") for aspect in spec.aspects)]
     sizes = [(round(side / r**0.5), round(side * r**0.5)) for r in ratios]
-    return list(dict.fromkeys(base.latent_shape(size, spec.frames) for size in sizes))
+    return list(dict.fromkeys(base.latent_shape(size, spec.video_frames) for size in sizes))

@@ -9,7 +9,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 from esd_lora.bases.single_file import CONFIGS
@@ -39,6 +45,7 @@ _SD3 = {
     "pooled_projection_dim": 2048,
     "out_channels": 16,
 }
+_WAN_5B = {"in_channels": 48, "out_channels": 48}
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "sd15": ("sd", UNet2DConditionModel, shipped_config("sd1")["unet"]),
     "sd21": ("sd", UNet2DConditionModel, {**shipped_config("sd2")["unet"], "sample_size": 96}),
@@ -55,6 +62,11 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     # Efficient-Large-Model/Sana_1600M_1024px_diffusers
     "sana": ("sana", SanaTransformer2DModel, {}),
+    # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.2-TI2V-5B-Diffusers, Wan2.1-T2V-14B-Diffusers: the sizes stand in wan/configs of
+    # Wan-Video/Wan2.1 and Wan2.2, the channels of 5B in its VAE's configuration
+    "wan-1.3b": ("wan", WanTransformer3DModel, {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}),
+    "wan-5b": ("wan", WanTransformer3DModel, {**_WAN_5B, "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336}),
+    "wan-14b": ("wan", WanTransformer3DModel, {}),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -65,6 +77,9 @@ SCOPE_COUNTS = {
     "sd35-medium": {"xattn": 97, "xattn-kv": 48, "selfattn": 148, "noxattn": 290, "full": 387},
     "flux": {"xattn": 78, "xattn-kv": 38, "selfattn": 190, "noxattn": 418, "full": 496},
     "sana": {"xattn": 80, "xattn-kv": 40, "selfattn": 80, "noxattn": 120, "full": 200},
+    "wan-1.3b": {"xattn": 122, "xattn-kv": 60, "selfattn": 120, "noxattn": 180, "full": 302},
+    "wan-5b": {"xattn": 122, "xattn-kv": 60, "selfattn": 120, "noxattn": 180, "full": 302},
+    "wan-14b": {"xattn": 162, "xattn-kv": 80, "selfattn": 160, "noxattn": 240, "full": 402},
 }
 """Number of layers that each scope holds on the published models."""
 

@@ -238,6 +238,9 @@ def wan(**changes: Any) -> WanPipeline:
         num_layers=1,
         rope_max_seq_len=32,
     )
+    with torch.no_grad():
+        for block in transformer.blocks:
+            block.attn2.norm_q.weight.fill_(4.0)  # sharp enough for a few words to count among 500 places of padding
     vae = AutoencoderKLWan(
         base_dim=4,
         z_dim=4,

@@ -152,10 +152,16 @@ def _convert(file: Path, folder: Path, shapes: Mapping[str, Any], dtype: torch.d
                     apart[part] = component.from_pretrained(
                         folder / part, dtype=dtype, local_files_only=True, use_safetensors=True
                     )
+        pipeline, options = getattr(diffusers, index["_class_name"]), {"config": str(folder), "torch_dtype": dtype}
         with bounded_models([file, *folder.glob("*/*.safetensors")], file):
-            pipe = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **apart
-            )
+            if hasattr(pipeline, "from_single_file"):
+                pipe = pipeline.from_single_file(str(file), local_files_only=True, **options, **apart)
+            else:  # the denoiser alone can be read from one file
+                part = family_of(index["_class_name"]).denoiser
+                kind = model_class(*index[part])
+                apart[part] = kind.from_single_file(str(file), local_files_only=True, subfolder=part, **options)
+                local = {"local_files_only": True, "use_safetensors": True}
+                pipe = pipeline.from_pretrained(str(folder), dtype=dtype, **local, **apart)
     except EsdLoraError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a stranger's file makes them stumble over

@@ -33,8 +33,8 @@ from random_erasers import eraser_on
 from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
-KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev")
-FAMILY = {"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux"}
+KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "wan")
+FAMILY = {"sd": "sd", "sd2-v": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux-dev": "flux", "wan": "wan"}
 
 
 def with_base_hashes(eraser: Eraser, model: torch.nn.Module) -> Eraser:
@@ -53,6 +53,8 @@ def write_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32
         state = original_checkpoints.sd3(model)
     elif kind.startswith("flux"):
         state = original_checkpoints.flux(model)
+    elif kind == "wan":
+        state = original_checkpoints.wan(model)
     else:
         state = original_checkpoints.checkpoint(pipe)
     save_file({name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in state.items()}, file, {"who": "me"})

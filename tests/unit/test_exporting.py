@@ -59,7 +59,7 @@ def test_clients_add_the_same_update(family: str, models: dict[str, torch.nn.Mod
     eraser = eraser_on_all_layers(family, model)
     expected, table = original_deltas(family, model, eraser), client_names(family, model)
     actual = client_deltas(kohya_tensors(eraser), table)
-    assert len(eraser.pairs) > 20 or family == "flux"
+    assert len(eraser.pairs) > 20 or family in ("flux", "wan")
     for name, delta in expected.items():
         added = actual.pop(name).reshape(delta.shape) if name in actual else torch.zeros_like(delta)
         torch.testing.assert_close(added, delta, rtol=1e-5, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -90,12 +90,25 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
     for layer in layers:
         shared.setdefault(names[layer], []).append(places[layer].first)
     assert all(len(set(firsts)) == len(firsts) for firsts in shared.values())
-    assert len(shared) == {"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 239, "sd35-medium": 265, "flux": 306}[name]
+    assert (
+        len(shared)
+        == {
+            "sd15": 278,
+            "sd21": 278,
+            "sdxl": 788,
+            "sd3": 239,
+            "sd35-medium": 265,
+            "flux": 306,
+            "wan-1.3b": 302,
+            "wan-5b": 302,
+            "wan-14b": 402,
+        }[name]
+    )
 
 
 def test_names_are_those_seen_in_files() -> None:
-    """Keys of published files: a LoRA for SD 1.5 and one for SDXL by sd-scripts, one for Flux by sd-scripts."""
-    sd, sdxl, flux = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux"))
+    """Keys of files by sd-scripts for SD 1.5, SDXL and Flux, and of those by musubi-tuner for Wan that diffusers reads."""
+    sd, sdxl, flux, wan = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux", "wan"))
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k" in sd.values()
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in sd.values()
     assert (
@@ -108,6 +121,8 @@ def test_names_are_those_seen_in_files() -> None:
     )
     assert flux["transformer_blocks.18.attn.add_v_proj"] == "lora_unet_double_blocks_18_txt_attn_qkv"
     assert flux["single_transformer_blocks.37.proj_mlp"] == "lora_unet_single_blocks_37_linear1"
+    assert wan["blocks.29.attn2.to_out.0"] == "lora_unet_blocks_29_cross_attn_o"
+    assert wan["blocks.0.ffn.net.0.proj"] == "lora_unet_blocks_0_ffn_0"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -274,7 +289,7 @@ def test_metadata_tells_architectures_apart(
     assert [metadata.get(key) for key in keys] == [version, architecture, resolution]
 
 
-@pytest.mark.parametrize(("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3")])
+@pytest.mark.parametrize(("family", "version"), [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("wan", "wan")])
 def test_metadata_of_other_families(tmp_path: Path, models: dict[str, torch.nn.Module], family: str, version: str) -> None:
     metadata = metadata_of(export(eraser_on_all_layers(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))
     assert metadata["ss_base_model_version"] == version

@@ -43,6 +43,9 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "flux": 11_901_408_320,
     "sana": 1_604_462_752,
+    "wan-1.3b": 1_418_996_800,
+    "wan-5b": 4_999_787_712,
+    "wan-14b": 14_288_491_584,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()

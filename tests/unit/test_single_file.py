@@ -102,14 +102,18 @@ def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, conditions[1][key]) for key, value in conditions[0].items())
 
 
-@pytest.mark.parametrize(("name", "part"), [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer")])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer"), ("wan", "transformer")],
+)
 def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, tmp_path: Path) -> None:
     folder, other = save_toy(name, tmp_path / "base"), make_toy(name, seed=1)
     with torch.no_grad():
         for parameter in getattr(other, part).parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
     file = tmp_path / "model.safetensors"
-    state = original_checkpoints.unet(other.unet) if part == "unet" else original_checkpoints.sd3(other.transformer)
+    original = {"wan": original_checkpoints.wan, "unet": original_checkpoints.unet, "transformer": original_checkpoints.sd3}
+    state = original[name if name in original else part](getattr(other, part))
     save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
     with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
         load_base(file)
@@ -238,6 +242,12 @@ def test_prediction_type_is_measured_where_both_are_common(
 
 SD1 = {FIRST: (320, 4, 3, 3), TEXT: (320, 768), "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,)}
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
+WAN = {
+    "head.modulation": (1, 2, 1536),
+    "head.head.weight": (64, 1536),
+    "patch_embedding.weight": (1536, 16, 1, 2, 2),
+    "blocks.0.cross_attn.k.weight": (1536, 1536),
+}
 CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj.bias"
 
 
@@ -253,6 +263,8 @@ CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj
         ({"joint_blocks.0.x_block.attn.qkv.weight": (1, 1)}, "sd3"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
+        (WAN, "wan"),
+        ({f"model.diffusion_model.{name}": shape for name, shape in WAN.items()}, "wan"),
     ],
 )
 def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], family: str) -> None:
@@ -273,6 +285,8 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
         ({"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)}, "a VAE alone"),
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one component of a diffusers pipeline"),
         ({"txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": (1,)}, "'hunyuan-video'"),
+        ({**WAN, "patch_embedding.weight": (5120, 36, 1, 2, 2)}, "a relative of Wan that reads more than text"),
+        ({**WAN, "vace_blocks.0.after_proj.bias": (1536,)}, "a relative of Wan that reads more than text"),
         ({"a": (1,), "b": (1,), "c": (1,), "d": (1,)}, "4 tensors that are no model known here (a, b, c, ...)"),
         ({}, "0 tensors"),
     ],
