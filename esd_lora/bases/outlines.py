@@ -28,6 +28,7 @@ PUBLISHED = {
     "SDXL": ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     "SD 3.5 medium": ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium"),
     "Flux.1 dev": ("flux-dev", "black-forest-labs/FLUX.1-dev"),
+    "Wan 2.1 1.3B": ("wan21-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

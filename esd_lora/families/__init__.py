@@ -81,8 +81,8 @@ def read_pipeline(index: Path) -> str:
     for part in ("unet", "transformer"):
         if values.get(f"{part}_2") not in (None, [None, None]):
             raise EsdLoraError(
-                f"{index} has two denoisers that take turns by noise level, {part} and {part}_2, and an eraser of one would leave"
-                " the concept in the other. Take a model with one denoiser."
+                f"{index} has two denoisers that take turns by noise level, {part} and {part}_2, and an eraser of one would"
+                " leave the concept in the other. Take a model with one denoiser."
             )
     return name
 

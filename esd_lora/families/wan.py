@@ -1,9 +1,9 @@
 """Wan 2.1 and 2.2: a DiT that predicts the flow of videos, with true cross-attention on UMT5.
 
 Latents are [N, channels, frames, height, width]. What a prompt asks for shows in one frame, so trainings have one frame of
-latents unless `train.video_frames` says more, and pictures are videos of one frame. Wan 2.2's TI2V-5B reads a time for each patch,
-for its sibling holds the patches of a given picture at 0; here all of them have the same. Wan 2.2's A14B, two denoisers that
-take turns, is refused by `families.read_pipeline`: an eraser of one would leave the concept in the other.
+latents unless `train.video_frames` says more, and pictures are videos of one frame. Wan 2.2's TI2V-5B reads a time for each
+patch, for patches of a given picture would be at 0; here all of them have the same. Wan 2.2's A14B, two denoisers that take
+turns, is refused by `families.read_pipeline`: an eraser of one would leave the concept in the other.
 """
 
 from __future__ import annotations

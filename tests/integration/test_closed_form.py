@@ -201,7 +201,7 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
     assert all(not pair.up.any() for pair in read_pairs(base.model).values())
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev", "wan"])
 def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
     """What the denoiser hands to them is a tensor of the condition itself, whatever the latents and the time."""
     base = load_toy(save_toy(kind, tmp_path / kind))
@@ -221,7 +221,7 @@ def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(text, condition[str(base.family.text_read_by(path))])
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "wan"])
 def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
     base = load_toy(save_toy(kind, tmp_path / kind))
     recipe = load_recipe("instant", {"train.preview_every": 0}, base=base.id, concepts=["a cat"], preserve=KEEP)

@@ -33,8 +33,10 @@ PARAMETERS = {
     "SDXL": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "SD 3.5 medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "Flux.1 dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+    "Wan 2.1 1.3B": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
+CARDS += [("Wan 2.1 1.3B", 16, "bfloat16")]
 
 
 def published_recipe(base: Base) -> Recipe:

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from esd_lora.adapter import applied
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.bases.stored import open_stored
@@ -176,12 +175,12 @@ def test_training_has_one_frame_of_latents_unless_more_are_asked_for(base: Base,
 def test_lengths_that_a_base_does_not_make(base: Base, tiny_dir: Path, toy: Path) -> None:
     with pytest.raises(EsdLoraError, match=r"6 frames: .* makes videos of 1, 5, 9, \.\.\. frames\. Take 5 or 9\."):
         film(base, ["a cat"], [0], frames=6)
-    with pytest.raises(EsdLoraError, match="4 frames: .* Take 1 or 5"):
+    with pytest.raises(EsdLoraError, match=r"4 frames: .* Take 1 or 5"):
         train(tiny_recipe(toy, video_frames=4), base=base, progress=False)
     pictures = load_base(tiny_dir, device="cpu")
-    with pytest.raises(EsdLoraError, match="5 frames: .* makes pictures, not videos"):
+    with pytest.raises(EsdLoraError, match=r"5 frames: .* makes pictures, not videos"):
         generate(pictures, ["a cat"], frames=5)
-    with pytest.raises(EsdLoraError, match="5 frames: .* makes pictures, not videos"):
+    with pytest.raises(EsdLoraError, match=r"5 frames: .* makes pictures, not videos"):
         train(tiny_recipe(tiny_dir, video_frames=5), base=pictures, progress=False)
     assert len(generate(pictures, ["a cat"], frames=1, steps=2)) == 1
 
@@ -203,7 +202,9 @@ def test_two_denoisers_that_take_turns_are_refused_before_anything_is_read(tmp_p
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
     for opened in (load_base, open_stored):
-        with pytest.raises(EsdLoraError, match="two denoisers that take turns .* transformer and transformer_2, and an eraser"):
+        with pytest.raises(
+            EsdLoraError, match=r"two denoisers that take turns .* transformer and transformer_2, and an eraser"
+        ):
             opened(tmp_path)
 
 
@@ -213,32 +214,10 @@ def test_a_latent_of_48_channels_is_16_pixels_whether_the_vae_is_there_or_not(ba
     assert base.family.pixels_per_latent(large) == 16
     assert base.latent_shape((256, 512), 5) == (48, 2, 16, 32)
     assert base.picture_size(320, 640) == (320, 640)
-    with pytest.raises(EsdLoraError, match="draws multiples of 32 pixels"):
+    with pytest.raises(EsdLoraError, match=r"draws multiples of 32 pixels"):
         base.picture_size(336, 640)
 
 
 def test_card_shows_how_to_make_a_video(eraser_dir: Path, tmp_path: Path) -> None:
     save_with_card(Eraser.load(eraser_dir), tmp_path / "card", {})
     assert 'video = pipe("a prompt").frames[0]' in (tmp_path / "card" / "README.md").read_text("utf-8")
-
-
-@torch.no_grad()
-def test_closed_form_solves_what_reads_text(toy: Path, base: Base) -> None:
-    from esd_lora.recipe_files import load_recipe
-
-    few = {"train.preview_every": 0, "train.resolution": 64}
-    recipe = load_recipe(
-        "instant", few, concepts=[{"name": "a cat", "anchor": "a dog"}], preserve=["a car", "a dog"], base=str(toy)
-    )
-    eraser = train(recipe, base=base, progress=False)
-    assert eraser.header.solved
-    changed = [path for path, pair in eraser.pairs.items() if pair.up.any()]
-    assert changed == ["condition_embedder.text_embedder.linear_1"]
-    layer = base.model.get_submodule(changed[0])
-    texts = base.encode(["a cat", "a dog", "a car"])["prompt_embeds"]
-    before = layer(texts)
-    with applied(base, [eraser]):
-        after = base.model.get_submodule(changed[0])(texts)
-    moved = (after - before).flatten(1).norm(dim=1)
-    assert (after[0] - before[1]).norm() < 0.9 * (before[0] - before[1]).norm()
-    assert moved[2] < 0.5 * moved[0]
