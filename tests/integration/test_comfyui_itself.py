@@ -22,7 +22,20 @@ from safetensors.torch import load_file
 
 import esd_lora
 import original_checkpoints
-from comfy_cases import CORE, EXACT, EXAMPLE, EXAMPLES, FAMILIES, LAYERS, NODES, PUBLISHED, Case, largest_difference, write_case
+from comfy_cases import (
+    CORE,
+    EXACT,
+    EXAMPLE,
+    EXAMPLES,
+    FAMILIES,
+    LAYERS,
+    NODES,
+    PUBLISHED,
+    WITHOUT_NODES,
+    Case,
+    largest_difference,
+    write_case,
+)
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
@@ -61,20 +74,24 @@ def test_weights_are_those_of_a_merge_in_comfyui_itself(case: Case) -> None:
         assert largest_difference(load_file(case.folder / f"out_{number}.safetensors"), expected) < EXACT, case.chains[number]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *WITHOUT_NODES])
 def test_every_layer_has_a_place_in_comfyui_itself(name: str, tmp_path: Path) -> None:
-    """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node."""
+    """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node, if any."""
     family, model = DENOISERS[name][0], denoiser(name)
-    original = {"sd3": original_checkpoints.sd3, "flux": original_checkpoints.flux}.get(family, original_checkpoints.unet)
-    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **LAYERS[family])
+    originals = {"sd3": original_checkpoints.sd3, "flux": original_checkpoints.flux, "wan": original_checkpoints.wan}
+    original = originals.get(family, original_checkpoints.unet)
+    header = LAYERS.get(family, {"family": family, "prefix": "transformer", "prediction_type": "flow"})
+    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **header)
     eraser.save(tmp_path / "loras" / "own")
     export(eraser, tmp_path / "loras" / "kohya.safetensors", layout="kohya")
     shapes = {n.removeprefix("model.diffusion_model."): list(t.shape) for n, t in original(model).items()}
     files = ("kohya.safetensors", "own/pytorch_lora_weights.safetensors")
-    result = on_real_comfyui(tmp_path, job="mapping", family=family, prefix="", shapes=shapes, files=files)
-    kohya, own, by_core = PUBLISHED[name]
-    assert result["files"][files[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, "node": kohya}
-    assert result["files"][files[1]] == {"tensors": 2 * own, "core": by_core, "not loaded": 2 * (own - by_core), "node": own}
+    nodes = name in PUBLISHED
+    result = on_real_comfyui(tmp_path, job="mapping", family=family, prefix="", shapes=shapes, files=files, nodes=nodes)
+    kohya, own, by_core = (PUBLISHED | WITHOUT_NODES)[name]
+    by_node = [{"node": count} if nodes else {} for count in (kohya, own)]
+    assert result["files"][files[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, **by_node[0]}
+    assert result["files"][files[1]] == {"tensors": 2 * own, "core": by_core, "not loaded": 2 * (own - by_core), **by_node[1]}
 
 
 class Server:
