@@ -95,6 +95,7 @@ __all__ = [
     "extract",
     "fuse",
     "generate",
+    "generate_videos",
     "harmonise",
     "import_lora",
     "inspect_file",
