@@ -31,6 +31,7 @@ from esd_lora.recipe_files import load_recipe
 
 CARDS = [("SD 1.5", 6), ("SDXL", 10), ("SD 3.5 medium", 12), ("Flux.1 dev", 16), ("Flux.1 dev", 24)]
 CARDS += [("PixArt-Sigma", 12), ("Lumina 2", 12), ("Lumina 2", 16), ("Qwen-Image", 24), ("Kolors", 16)]
+CARDS += [("Wan 2.1 1.3B", 16)]
 PHASES = ("text", "closed form", "walk", "step", "painting")
 SETTINGS = {
     "train.steps": 2,

@@ -1,7 +1,7 @@
 """Trains on denoisers of published size with random weights: reading them, a training step, memory and the eraser's size.
 
     python benchmarks/real_size.py [--only sd15,sd21,sdxl,sd3,sd35-medium,sana,pixart-sigma,lumina2,kolors,flux2-klein-4b,
-        z-image] [--out out/real_size] [--no-instant]
+        z-image,wan-1.3b] [--out out/real_size] [--no-instant]
 
 SD 1.5, SD 2.1 and SDXL are whole models, written as single-file checkpoints in float16 and read back; the others are
 diffusers directories with the real transformer and text encoders of the right width but one layer. Weights are random, so
@@ -35,7 +35,7 @@ from torch import nn
 
 SINGLE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 """Models that are whole, and the configuration that ships for them."""
-OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2", "kolors", "flux2-klein-4b", "z-image")
+OTHERS = ("sd3", "sd35-medium", "sana", "pixart-sigma", "lumina2", "kolors", "flux2-klein-4b", "z-image", "wan-1.3b")
 """Models with shallow text encoders and no VAE."""
 SETTINGS = {
     "train.steps": 3,
@@ -87,7 +87,16 @@ def write_single_file(name: str, folder: Path) -> Path:
 def write_directory(name: str, folder: Path) -> Path:
     """Write a diffusers directory with the whole denoiser, and text encoders of the width it reads."""
     import diffusers
-    from transformers import Gemma2Config, Gemma2Model, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel
+    from transformers import (
+        Gemma2Config,
+        Gemma2Model,
+        Qwen3ForCausalLM,
+        Qwen3Model,
+        T5Config,
+        T5EncoderModel,
+        UMT5Config,
+        UMT5EncoderModel,
+    )
 
     import toys
     from published_denoisers import denoiser
@@ -119,6 +128,11 @@ def write_directory(name: str, folder: Path) -> Path:
     elif name == "z-image":
         tokenizer, scheduler = toys.qwen3_tokenizer(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         pipe = diffusers.ZImagePipeline(scheduler, None, toys.qwen3(Qwen3Model, tokenizer, 2, 2560), tokenizer, transformer)
+    elif name.startswith("wan"):
+        sizes = {"d_model": 4096, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+        encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+        scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        pipe = diffusers.WanPipeline(tokenizer, encoder, None, scheduler, transformer)
     else:
         clips = (toys.clip(True, 1024), toys.tiny_tokenizer()) * 2
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from esd_lora.gating import Gate
     from esd_lora.recipe import Recipe
     from esd_lora.recipe_files import load_recipe
-    from esd_lora.sampling import generate, sweep
+    from esd_lora.sampling import generate, generate_videos, sweep
     from esd_lora.sharing.catalog import catalog, search
     from esd_lora.sharing.pulling import pull
     from esd_lora.sharing.pushing import push
@@ -61,6 +61,7 @@ _HOMES = {
     "extract": "weights.extracting",
     "fuse": "fusing.closed_form",
     "generate": "sampling",
+    "generate_videos": "sampling",
     "harmonise": "fusing.harmonising",
     "import_lora": "formats.importing",
     "inspect_file": "formats.inspecting",
@@ -94,6 +95,7 @@ __all__ = [
     "extract",
     "fuse",
     "generate",
+    "generate_videos",
     "harmonise",
     "import_lora",
     "inspect_file",

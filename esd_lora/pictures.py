@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -32,6 +33,10 @@ _DECODED = 2**20
 """Most pixels that the VAE decodes at once, 4 pictures of 512 x 512. Stable Diffusion's takes 3.1 kB a pixel in float32."""
 
 
+_FRAME = 1000 // 16
+"""Milliseconds that a frame of a video is shown: 16 a second, which Wan 2.1 was trained with."""
+
+
 class Sampling(TypedDict, total=False):
     """How a picture is painted, where it is not as the base does by default."""
 
@@ -47,6 +52,20 @@ class Sampling(TypedDict, total=False):
     """The same of the other side."""
     scheduler: str | None
     """One of `schedulers.SCHEDULERS`; the base's own unless given."""
+    frames: int | None
+    """Of a video, where the base makes videos; one unless given, a picture."""
+
+
+class Painting(Sampling, total=False):
+    """How pictures are painted, and where their text comes from."""
+
+    encode: Encode | None
+    """Returns the condition of prompts where the base's text encoders are gone."""
+    opposite: Condition | None
+    """Of the negative prompt, [1, ...], where they are; that of the empty prompt unless given."""
+    batch: int
+    """Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have more than
+    `_DECODED` pixels together, they are denoised together and decoded one by one."""
 
 
 def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -89,55 +108,56 @@ def _canvas(file: Path) -> int:
     return width * height
 
 
-def paint(
-    base: Base,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    negative_prompt: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    scheduler: str | None = None,
-    encode: Encode | None = None,
-    opposite: Condition | None = None,
-    batch: int = _BATCH,
-) -> list[Image.Image]:
-    """Paint one picture for each prompt, with the base as it stands (adapters included).
-
-    Every picture starts from noise of its own seed, drawn on the CPU, so the same prompt and seed give the same picture
-    whatever else stands in the call.
+def paint(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: Unpack[Painting]) -> list[Image.Image]:
+    """Paint one picture for each prompt, with the base as it stands (adapters included); of a video its middle frame.
 
     Args:
         base: From `load_base`.
         prompts: N prompts.
         seeds: N seeds.
-        steps: As in `Sampling`, and so is what follows up to `scheduler`.
-        guidance: See `Sampling`.
-        negative_prompt: See `Sampling`.
-        width: See `Sampling`.
-        height: See `Sampling`.
-        scheduler: See `Sampling`.
-        encode: Returns the condition of prompts where the base's text encoders are gone.
-        opposite: Condition [1, ...] of the negative prompt, where they are; that of the empty prompt unless given.
-        batch: Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have
-            more than `_DECODED` pixels together, they are denoised together and decoded one by one.
+        painting: See `Painting`.
 
     Raises:
-        EsdLoraError: If the base takes no negative prompt, or no picture of such a size, or not by such a scheduler.
+        EsdLoraError: As `film` does.
+    """
+    return [still(frames) for frames in film(base, prompts, seeds, **painting)]
+
+
+def still(frames: Sequence[Image.Image]) -> Image.Image:
+    """Return the middle frame of a video, which stands for it wherever one picture is looked at."""
+    return frames[len(frames) // 2]
+
+
+def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: Unpack[Painting]) -> list[list[Image.Image]]:
+    """Paint the frames of one video for each prompt, with the base as it stands (adapters included); a picture is one frame.
+
+    Every video starts from noise of its own seed, drawn on the CPU, so the same prompt and seed give the same video whatever
+    else stands in the call.
+
+    Args:
+        base: From `load_base`.
+        prompts: N prompts.
+        seeds: N seeds.
+        painting: See `Painting`.
+
+    Raises:
+        EsdLoraError: If the base takes no negative prompt, or no picture of such a size or video of such a length, or not by
+            such a scheduler.
     """
 
     def count(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         advance(len(part))
         return kwargs
 
-    pictures: list[Image.Image] = []
-    width, height = size = base.picture_size(width, height)
-    steps, guidance = steps or base.steps, base.guidance if guidance is None else guidance
+    videos: list[list[Image.Image]] = []
+    width, height = size = base.picture_size(painting.get("width"), painting.get("height"))
+    steps, guidance, frames = painting.get("steps") or base.steps, painting.get("guidance"), painting.get("frames") or 1
+    guidance = base.guidance if guidance is None else guidance
+    negative_prompt, encode = painting.get("negative_prompt"), painting.get("encode")
     if negative_prompt:
         base.require_negative_prompts(guidance)
-    at_once = pictures_at_once(base, batch, size)
+    at_once = pictures_at_once(base, painting.get("batch", _BATCH), size, frames)
+    length = {"num_frames": frames} if base.family.frames_per_latent else {}
     with stage(f"painting {len(prompts)} pictures", len(prompts) * steps, "step"):
         for first in range(0, len(prompts), at_once):
             part = list(prompts[first : first + at_once])
@@ -145,19 +165,23 @@ def paint(
             if negative_prompt:
                 text["negative_prompt"] = [negative_prompt] * len(part)
             if encode:
-                text = _embeds_kwargs(base, encode([*part, ""]), opposite)
-            pixels = len(part) * width * height
-            with base.vae_in_place(), base.scheduled_by(scheduler), _bounded_decoding(base.pipe.vae, pixels):
-                pictures += base.pipe(
+                text = _embeds_kwargs(base, encode([*part, ""]), painting.get("opposite"))
+            pixels = len(part) * frames * width * height
+            scheduled = base.scheduled_by(painting.get("scheduler"))
+            with base.vae_in_place(), scheduled, _bounded_decoding(base.pipe.vae, pixels):
+                painted, *_ = base.pipe(
                     **{**base.family.guidance_kwargs(guidance, len(part)), **text},
                     height=height,
                     width=width,
-                    **base.family.call_kwargs(base.pipe),
+                    **base.family.call_kwargs(base.pipe) | length,
                     num_inference_steps=steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + at_once]],
                     callback_on_step_end=count,
-                ).images
-    return pictures
+                    output_type="pil",
+                    return_dict=False,
+                )
+                videos += painted if base.family.frames_per_latent else [[picture] for picture in painted]
+    return videos
 
 
 @contextmanager
@@ -173,16 +197,17 @@ def _bounded_decoding(vae: Any, pixels: int) -> Generator[None]:
         vae.disable_slicing()
 
 
-def pictures_at_once(base: Base, batch: int = _BATCH, size: tuple[int, int] | None = None) -> int:
+def pictures_at_once(base: Base, batch: int = _BATCH, size: tuple[int, int] | None = None, frames: int = 1) -> int:
     """Return how many pictures `paint` paints side by side.
 
     Args:
         base: From `load_base`.
         batch: Most of them.
         size: Width and height in pixels, as `Base.picture_size` returns them; the native ones unless given.
+        frames: Of videos.
     """
-    _, height, width = base.latent_shape((size[1], size[0]) if size else None)
-    return max(1, min(batch, _BATCH * 64 * 64 // (height * width)))
+    shape = base.latent_shape((size[1], size[0]) if size else None, frames)
+    return max(1, min(batch, _BATCH * 64 * 64 // math.prod(shape[1:])))
 
 
 def even_batches(count: int, most: int) -> list[range]:
@@ -325,6 +350,13 @@ def data_uri(picture: Image.Image, side: int) -> str:
     picture.thumbnail((side, side))
     picture.save(content, kind)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def webp(frames: Sequence[Image.Image]) -> bytes:
+    """Return the frames of a video as an animated WebP file, lossless."""
+    content, (first, *others) = io.BytesIO(), frames
+    first.save(content, "WEBP", save_all=True, append_images=others, duration=_FRAME, loop=0, lossless=True)
+    return content.getvalue()
 
 
 def png(picture: Image.Image, prompt: str | None = None) -> bytes:

@@ -261,6 +261,9 @@ class TrainSpec(_Frozen):
     """Side of a square picture in pixels; the model's native one unless given."""
     aspects: tuple[Aspect, ...] = ()
     """Aspect buckets as width:height, all of the area of `resolution`; steps take turns among them."""
+    video_frames: int = Field(default=1, ge=1)
+    """Frames of the videos that a base of videos is trained on: 1, 5, 9 and so on where four share a frame of latents. What a
+    prompt asks for shows in one, which is cheapest. Bases of pictures have 1."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: start of the LoRA, noise, stops, batches."""
     probe_every: int = Field(default=0, ge=0)

@@ -20,7 +20,7 @@ from esd_lora.erasers.stacking import Strength, strengths_of
 from esd_lora.files import reserve_directory, write_files
 from esd_lora.formats.opening import open_eraser
 from esd_lora.gating import Gate
-from esd_lora.pictures import Sampling, even_batches, grid, paint, pictures_at_once, png
+from esd_lora.pictures import Sampling, even_batches, film, grid, pictures_at_once, png, still, webp
 from esd_lora.ranks import is_main, merge, share
 
 COMPARISON, STRENGTHS, GATES = "comparison.png", "strengths.png", "gates.json"
@@ -55,6 +55,33 @@ def generate(
     return sweep(base, prompts, (1.0,), erasers=erasers, weights=weights, gate=gate, seeds=seeds, **sampling)[1.0]
 
 
+def generate_videos(
+    base: str | Path | Base,
+    prompts: Sequence[str],
+    *,
+    erasers: Sequence[Eraser | str | Path] = (),
+    weights: Sequence[float | Strength] | None = None,
+    gate: Gate | None = None,
+    seeds: Sequence[int] = (0,),
+    **sampling: Unpack[Sampling],
+) -> list[list[Image]]:
+    """Generate one video for each prompt and seed, and return its frames, in `generate`'s order; that has the middle ones.
+
+    Args:
+        base: As in `generate`, one that makes videos, such as Wan.
+        prompts: What to paint.
+        erasers: As in `generate`.
+        weights: As in `generate`.
+        gate: As in `generate`.
+        seeds: As in `generate`.
+        sampling: As in `generate`; `frames` is the length.
+
+    Raises:
+        EsdLoraError: As `generate` does.
+    """
+    return _sweep(base, prompts, (1.0,), erasers, weights, gate, seeds, sampling)[1.0]
+
+
 def sweep(
     base: str | Path | Base,
     prompts: Sequence[str],
@@ -85,21 +112,38 @@ def sweep(
     Raises:
         EsdLoraError: As `generate` does.
     """
+    swept = _sweep(base, prompts, strengths, erasers, weights, gate, seeds, sampling)
+    return {strength: [still(frames) for frames in videos] for strength, videos in swept.items()}
+
+
+def _sweep(
+    base: str | Path | Base,
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    erasers: Sequence[Eraser | str | Path],
+    weights: Sequence[float | Strength] | None,
+    gate: Gate | None,
+    seeds: Sequence[int],
+    sampling: Sampling,
+) -> dict[float, list[list[Image]]]:
+    """Generate as `sweep` does, and return the frames of everything: a picture is one."""
     base = base if isinstance(base, Base) else load_base(base, text_first=True)
     members = [open_eraser(eraser, base.family.name) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
-    size = base.picture_size(sampling.get("width"), sampling.get("height"))
+    size, frames = base.picture_size(sampling.get("width"), sampling.get("height")), sampling.get("frames") or 1
     negative = sampling.get("negative_prompt")
     opposite = base.encode_opposite(negative) if negative and base.destination is not None else None
     encode = base.encode_last(prompts)
     batches: list[tuple[tuple[float, ...], float, list[int]]] = []
     for opening in dict.fromkeys(gates.values()):  # prompts for which the same erasers are on are painted together
         places = [i for i, (prompt, _) in enumerate(cases) if gates[prompt] == opening]
-        parts = [[places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base, size=size))]
+        parts = [
+            [places[i] for i in part] for part in even_batches(len(places), pictures_at_once(base, size=size, frames=frames))
+        ]
         batches += [(opening, strength, part) for strength in dict.fromkeys(strengths) for part in parts]
-    painted: dict[tuple[float, int], Image] = {}
+    painted: dict[tuple[float, int], list[Image]] = {}
     for opening, turns in groupby(share(batches), itemgetter(0)):
         on = [(e, s.after(Strength(factor))) for e, s, factor in zip(members, member_strengths, opening, strict=True) if factor]
         with applied(base, [e for e, _ in on], [s for _, s in on]) as fused:
@@ -107,8 +151,8 @@ def sweep(
                 fused.set_strength(strength)
                 for _, _, part in parts:
                     texts, numbers = zip(*(cases[i] for i in part), strict=True)
-                    images = paint(base, texts, numbers, encode=encode, opposite=opposite, **sampling)
-                    painted |= {(strength, place): image for place, image in zip(part, images, strict=True)}
+                    videos = film(base, texts, numbers, encode=encode, opposite=opposite, **sampling)
+                    painted |= {(strength, place): video for place, video in zip(part, videos, strict=True)}
     painted = merge(painted)
     return {strength: [painted[strength, place] for place in range(len(cases))] for strength in strengths}
 
@@ -127,7 +171,7 @@ def write_pictures(
     force: bool = False,
     **sampling: Unpack[Sampling],
 ) -> list[Path]:
-    """Generate pictures into a folder: `000_seed0.png` and so on, by prompt and seed.
+    """Generate pictures into a folder: `000_seed0.png` and so on, by prompt and seed; beside a video's, `000_seed0.webp`.
 
     Args:
         base: As in `generate`.
@@ -143,7 +187,7 @@ def write_pictures(
         sampling: As in `generate`.
 
     Returns:
-        The pictures, and after them the sheets.
+        The pictures, and after them videos and sheets.
 
     Raises:
         EsdLoraError: As `generate` does, or if `out` is not empty and `force` is not set.
@@ -153,8 +197,11 @@ def write_pictures(
     wanted = [1.0, *strengths, *([0.0] if compare else [])]
     read = [base.source or base.id if isinstance(base, Base) else base, *(e for e in erasers if not isinstance(e, Eraser))]
     with reserve_directory(out, force, read) if is_main() else nullcontext():
-        pictures = sweep(base, prompts, wanted, erasers=erasers, weights=weights, gate=gate, seeds=seeds, **sampling)
+        videos = _sweep(base, prompts, wanted, erasers, weights, gate, seeds, sampling)
+        pictures = {strength: [still(frames) for frames in each] for strength, each in videos.items()}
         files = {name: png(picture) for name, picture in zip(names, pictures[1.0], strict=True)}
+        moving = {name: frames for name, frames in zip(names, videos[1.0], strict=True) if len(frames) > 1}
+        files |= {f"{Path(name).stem}.webp": webp(frames) for name, frames in moving.items()}
         columns = [prompt for prompt in prompts for _ in seeds]
         if compare:
             files[COMPARISON] = png(grid({"base": pictures[0.0], "erased": pictures[1.0]}, columns))

@@ -181,7 +181,7 @@ class Teacher:
         lesson: Tensor,
         generator: torch.Generator,
         spec: TrainSpec | None = None,
-        shape: tuple[int, int, int] | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Filled:
         """Walk one trajectory for each of `lesson` [N] and set the targets on it.
 
@@ -189,7 +189,7 @@ class Teacher:
             lesson: Indices into the lessons; repeated ones get different noise.
             generator: Source of noise and of random stops, on the CPU so that results do not depend on the device.
             spec: Shape of the trajectories, the recipe's own unless given.
-            shape: Of one image's latents, the model's native one unless given.
+            shape: Of one image's or video's latents, the model's native one unless given.
         """
         spec, shape = spec or self.spec, shape or self.base.latent_shape()
         by_base = spec.x_t_from != "student"
@@ -341,7 +341,7 @@ class ReplayBuffers(NamedTuple):
         return (Points.join(batch) for batch in zip(*parts, strict=True))
 
 
-def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, int, int]]) -> dict[int, ReplayBuffers]:
+def refill(teacher: Teacher, step: int, shapes: Sequence[tuple[int, ...]]) -> dict[int, ReplayBuffers]:
     """Walk new trajectories: `spec.trajectories` of erased prompts and `spec.preserve_trajectories` of preserved ones.
 
     Args:
@@ -409,11 +409,16 @@ def in_turn(lessons: Sequence[int], first: int, count: int, seed: int) -> Tensor
     return order[(first + torch.arange(count)) % len(lessons)]
 
 
-def latent_shapes(base: Base, spec: TrainSpec) -> list[tuple[int, int, int]]:
-    """Return the shapes of latents to train on, one for each aspect bucket, all of about the same area."""
-    native = base.latent_shape()
-    side = spec.resolution or native[1] * base.pipe.vae_scale_factor
+def latent_shapes(base: Base, spec: TrainSpec) -> list[tuple[int, ...]]:
+    """Return the shapes of latents to train on, one for each aspect bucket, all of about the same area.
+
+    Raises:
+        EsdLoraError: If the base makes no video of so many frames.
+    """
     if not spec.aspects:
-        return [base.latent_shape((side, side)) if spec.resolution else native]
+        return [base.latent_shape((spec.resolution, spec.resolution) if spec.resolution else None, spec.video_frames)]
+    width, height = base.picture_size()
+    side = spec.resolution or (width * height) ** 0.5
     ratios = [int(width) / int(height) for width, height in (aspect.split(":") for aspect in spec.aspects)]
-    return list(dict.fromkeys(base.latent_shape((round(side / r**0.5), round(side * r**0.5))) for r in ratios))
+    sizes = [(round(side / r**0.5), round(side * r**0.5)) for r in ratios]
+    return list(dict.fromkeys(base.latent_shape(size, spec.video_frames) for size in sizes))

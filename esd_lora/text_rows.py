@@ -84,8 +84,12 @@ def second_moment(rows: Rows, prompts: Sequence[str]) -> Tensor:
         rows: From N prompts to their rows.
         prompts: One or more.
     """
-    parts = [rows(prompts[i : i + _AT_ONCE]).flatten(0, 1) for i in range(0, len(prompts), _AT_ONCE)]
-    return torch.stack([part.T @ part for part in parts]).sum(0) / sum(map(len, parts))
+    squares, count = list[Tensor](), 0
+    for first in range(0, len(prompts), _AT_ONCE):
+        part = rows(prompts[first : first + _AT_ONCE]).flatten(0, 1)
+        squares.append(part.T @ part)
+        count += len(part)
+    return torch.stack(squares).sum(0) / count
 
 
 def way_moments(rows: Rows, pairs: Sequence[tuple[str, str]], kept: Tensor, beyond: Sequence[float] = ()) -> TextMoments:

@@ -307,7 +307,7 @@ def run_steps(
 
 
 def walked_buffers(
-    teacher: Teacher, state: TrainState, step: int, shapes: Sequence[tuple[int, int, int]]
+    teacher: Teacher, state: TrainState, step: int, shapes: Sequence[tuple[int, ...]]
 ) -> dict[int, ReplayBuffers]:
     """Return the buffers for a step, of the trajectories that the student of the last refresh walked.
 

@@ -6,6 +6,7 @@ the student should predict there, and hands out random batches of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -73,11 +74,11 @@ def move(condition: Condition, device: torch.device) -> Condition:
 
 
 def latents_per_batch(shape: Sequence[int]) -> int:
-    """Return how many latents of a shape (channels, height, width) go through the denoiser at once.
+    """Return how many latents of a shape (channels, height, width), with frames or without, go through the denoiser at once.
 
     It bounds memory, and changes results by rounding alone.
     """
-    return max(1, _PIXELS_PER_BATCH // (shape[-2] * shape[-1]))
+    return max(1, _PIXELS_PER_BATCH // math.prod(shape[1:]))
 
 
 @torch.no_grad()

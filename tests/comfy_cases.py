@@ -60,6 +60,8 @@ PUBLISHED = {
 """Model to the layers of an eraser of scope `full` in a file under kohya's names, in its own file, and how many of the latter
 ComfyUI's own Load LoRA has places for, and the nodes for all of them, or none where ComfyUI has none. The table of
 docs/comfyui.md."""
+WITHOUT_NODES = {"wan-1.3b": (302, 302, 0), "wan-5b": (302, 302, 0)}
+"""The same of models of families that the nodes do not know."""
 LAYERS = {
     "sd": {"family": "sd", "prefix": "unet", "prediction_type": "epsilon"},
     "sdxl": {"family": "sdxl", "prefix": "unet", "prediction_type": "epsilon"},

@@ -78,6 +78,7 @@ def build(family: str, config: dict[str, Any], device: str = "cpu") -> Any:
         "qwen-image": supported_models.QwenImage,
         "flux2": supported_models.Flux2,
         "z-image": supported_models.ZImage,
+        "wan": supported_models.WAN22_T2V if config.get("out_dim") == 48 else supported_models.WAN21_T2V,
     }
     return kind[family](config).get_model({}, "", device=device)
 
@@ -131,13 +132,14 @@ def mapping(job: Mapping[str, Any], folder: Path, nodes: ModuleType) -> dict[str
         warned.clear()
         loaded = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model, {}))
         placed = patcher.clone().add_patches(loaded, 1.0)
-        patched, _ = run_calls(nodes, patcher, [{"node": "EsdLoadEraser", "inputs": {"eraser": name}}])
         result[name] = {
             "tensors": len(tensors),
             "core": len(placed),
             "not loaded": sum("lora key not loaded" in line for line in warned),
-            "node": sum(map(len, patched.patches.values())),
         }
+        if job["nodes"]:
+            patched, _ = run_calls(nodes, patcher, [{"node": "EsdLoadEraser", "inputs": {"eraser": name}}])
+            result[name]["node"] = sum(map(len, patched.patches.values()))
     return {"files": result}
 
 

@@ -321,6 +321,31 @@ def z_image(model: Any) -> dict[str, Tensor]:
     return out
 
 
+def wan(model: Any) -> dict[str, Tensor]:
+    """Return a Wan transformer's weights as in Wan-Video/Wan2.1, whose second norm is diffusers' third."""
+    table = {
+        "scale_shift_table": "head.modulation",
+        "proj_out": "head.head",
+        "condition_embedder.time_proj": "time_projection.1",
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    }
+    inside = {"scale_shift_table": "modulation", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3"}
+    heads = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+    out: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if match := re.match(r"blocks\.(\d+)\.attn(\d)\.(.*)", name):
+            place = f"blocks.{match[1]}.{'self' if match[2] == '1' else 'cross'}_attn.{_renamed(match[3], heads)}"
+        elif match := re.match(r"blocks\.(\d+)\.(.*)", name):
+            place = f"blocks.{match[1]}.{_renamed(match[2], inside)}"
+        else:
+            place = _renamed(name, table)
+        out[place] = tensor
+    return out
+
+
 def vae(model: Any) -> dict[str, Tensor]:
     """Return the VAE's weights as `first_stage_model.*`; its attention is made of convolutions there."""
     last = len(model.config.block_out_channels) - 1

@@ -18,6 +18,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
@@ -50,6 +51,7 @@ _SD3 = {
     "out_channels": 16,
 }
 _KLEIN = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+_WAN_5B = {"in_channels": 48, "out_channels": 48}
 DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "sd15": ("sd", UNet2DConditionModel, shipped_config("sd1")["unet"]),
     "sd21": ("sd", UNet2DConditionModel, {**shipped_config("sd2")["unet"], "sample_size": 96}),
@@ -85,6 +87,11 @@ DENOISERS: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     ),
     # Tongyi-MAI/Z-Image and Z-Image-Turbo: diffusers' defaults are theirs
     "z-image": ("z-image", ZImageTransformer2DModel, {}),
+    # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan2.2-TI2V-5B-Diffusers, Wan2.1-T2V-14B-Diffusers: the sizes stand in wan/configs of
+    # Wan-Video/Wan2.1 and Wan2.2, the channels of 5B in its VAE's configuration
+    "wan-1.3b": ("wan", WanTransformer3DModel, {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}),
+    "wan-5b": ("wan", WanTransformer3DModel, {**_WAN_5B, "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336}),
+    "wan-14b": ("wan", WanTransformer3DModel, {}),
 }
 """Model to (family, class, configuration)."""
 SCOPE_COUNTS = {
@@ -103,6 +110,9 @@ SCOPE_COUNTS = {
     "flux2-klein-4b": {"xattn": 21, "xattn-kv": 10, "selfattn": 60, "noxattn": 80, "full": 101},
     "flux2-klein-9b": {"xattn": 33, "xattn-kv": 16, "selfattn": 80, "noxattn": 112, "full": 145},
     "z-image": {"xattn": 15, "xattn-kv": 4, "selfattn": 128, "noxattn": 256, "full": 271},
+    "wan-1.3b": {"xattn": 122, "xattn-kv": 60, "selfattn": 120, "noxattn": 180, "full": 302},
+    "wan-5b": {"xattn": 122, "xattn-kv": 60, "selfattn": 120, "noxattn": 180, "full": 302},
+    "wan-14b": {"xattn": 162, "xattn-kv": 80, "selfattn": 160, "noxattn": 240, "full": 402},
 }
 """Number of layers that each scope holds on the published models."""
 

@@ -81,6 +81,11 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]], d
         original_checkpoints.z_image,
         {"family": "z-image", "prefix": "transformer", "prediction_type": "flow"},
     ),
+    "wan": (
+        lambda: make_toy("wan").transformer,
+        original_checkpoints.wan,
+        {"family": "wan", "prefix": "transformer", "prediction_type": "flow"},
+    ),
 }
 """Family to (denoiser, its weights under the original names, what an eraser's header says)."""
 

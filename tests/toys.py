@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -38,13 +39,16 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -63,6 +67,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from esd_lora.bases.base import Base
@@ -480,6 +486,40 @@ def _z_image() -> ZImagePipeline:
     return ZImagePipeline(scheduler, _vae(), qwen3(Qwen3Model, tokenizer, 2), tokenizer, _with_random_weights(transformer))
 
 
+def wan(**changes: Any) -> WanPipeline:
+    """Return Wan 2.1, or with `expand_timesteps` Wan 2.2's TI2V-5B, of four channels; its tokenizer ends every text."""
+    tokenizer = byte_tokenizer()
+    end = ("</s>", tokenizer.convert_tokens_to_ids("</s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    sizes = {"d_model": WIDTH, "d_ff": 2 * WIDTH, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    with torch.no_grad():
+        for block in transformer.blocks:
+            block.attn2.norm_q.weight.fill_(4.0)  # sharp enough for a few words to count among 500 places of padding
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.5, 1.0, 0.8],
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    models = _with_random_weights(encoder), vae, scheduler, _with_random_weights(transformer)
+    return WanPipeline(tokenizer, *models, **changes)
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": tiny_pipeline,
     "sd2-v": _sd2_v,
@@ -496,6 +536,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux2-klein": lambda: _flux2(dev=False),
     "flux2-dev": lambda: _flux2(dev=True),
     "z-image": _z_image,
+    "wan": wan,
 }
 TOYS = tuple(_BUILDERS)
 SIZE_IN_CODE = ("flux", "qwen-image", "flux2", "z-image")
@@ -510,16 +551,17 @@ def make_toy(name: str, seed: int = 0) -> Any:
 
 
 def load_toy(folder: Path, **options: Any) -> Base:
-    """Return a saved toy as a base. Where the native size stands in the pipeline's code, it is set to the toy's."""
-    base = load_base(folder, device="cpu", **options)
-    set_toy_size(base)
-    return base
+    """Return a saved toy as a base, with a toy's native size."""
+    return with_toy_size(load_base(folder, device="cpu", **options))
 
 
-def set_toy_size(base: Base) -> None:
-    """Have a base whose native size is in its pipeline's code draw 8 x 8 latents by default."""
+def with_toy_size(base: Base) -> Base:
+    """Return a base, its native size a toy's where that stands in the pipeline's code and not in a configuration."""
     if base.family.name in SIZE_IN_CODE:
         base.pipe.default_sample_size = 8
+    if base.family.name == "wan":
+        base.pipe.__call__ = partial(base.pipe.__call__, height=64, width=64)  # of which the family reads the defaults
+    return base
 
 
 def save_toy(name: str, folder: Path) -> Path:

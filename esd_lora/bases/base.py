@@ -71,18 +71,42 @@ class Base:
         """`epsilon`, `v_prediction` or `flow`."""
         return self.family.prediction_type(self.pipe)
 
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Return channels, height and width of one image's latents.
+    def latent_shape(self, size: tuple[int, int] | None = None, frames: int = 1) -> tuple[int, ...]:
+        """Return channels, height and width of one image's latents; channels, frames, height and width of one video's.
 
         Args:
             size: Height and width in pixels, rounded to what the model takes; its native size unless given.
+            frames: Of the video, as `require_frames` has them.
+
+        Raises:
+            EsdLoraError: If the base makes no video of so many frames.
         """
-        if size is None:
-            side = self.family.side(self.pipe)
-            return self.family.channels(self.pipe), side, side
-        multiple = self.family.multiple
-        height, width = (max(1, round(s / self.pipe.vae_scale_factor / multiple)) * multiple for s in size)
-        return self.family.channels(self.pipe), height, width
+        self.require_frames(frames)
+        family, multiple = self.family, self.family.multiple
+        sides = family.native_size(self.pipe)
+        if size is not None:
+            sides = [max(1, round(s / family.pixels_per_latent(self.pipe) / multiple)) * multiple for s in size]
+        depth = () if family.frames_per_latent is None else ((frames - 1) // family.frames_per_latent + 1,)
+        return family.channels(self.pipe), *depth, *sides
+
+    def require_frames(self, frames: int) -> None:
+        """Refuse a length that the base makes no video of; one frame is a picture, which every base makes.
+
+        Args:
+            frames: Of the video.
+
+        Raises:
+            EsdLoraError: With what it makes.
+        """
+        each = self.family.frames_per_latent
+        if each is None and frames != 1:
+            raise EsdLoraError(f"{frames} frames: base {self.id!r} makes pictures, not videos. Leave the frames out.")
+        if each and (frames - 1) % each:
+            near = (frames - 1) // each * each + 1
+            raise EsdLoraError(
+                f"{frames} frames: base {self.id!r} makes videos of 1, {1 + each}, {1 + 2 * each}, ... frames. Take {near} or"
+                f" {near + each}."
+            )
 
     def picture_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """Return width and height of a picture in pixels: the given ones, or the base's native side.
@@ -90,7 +114,7 @@ class Base:
         Raises:
             EsdLoraError: If one is no multiple of what the model takes, or more than it can place.
         """
-        scale, (_, *native) = self.pipe.vae_scale_factor, self.latent_shape()
+        scale, native = self.family.pixels_per_latent(self.pipe), self.family.native_size(self.pipe)
         most, multiple = self.family.largest_side(self.pipe), scale * self.family.multiple
         for name, side in (("width", width), ("height", height)):
             if side is not None and (side < multiple or side % multiple):
@@ -146,7 +170,7 @@ class Base:
         """Return the denoiser's prediction, as a `trajectory.Denoiser`: made in the model's dtype, given in float32 or better.
 
         Args:
-            x_t: [N, channels, height, width].
+            x_t: [N, channels, height, width], of videos [N, channels, frames, height, width].
             t: [N].
             condition: Of N prompts, from `encode`.
         """

@@ -34,6 +34,7 @@ PUBLISHED = {
     "Kolors": ("kolors", "Kwai-Kolors/Kolors-diffusers"),
     "Flux.2 Klein 4B": ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
     "Z-Image Turbo": ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
+    "Wan 2.1 1.3B": ("wan21-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

@@ -51,7 +51,7 @@ _TRAIN_SECTIONS = {
     "What is written": ("out", "kohya", "resume", "force", "dry_run"),
 }
 _GENERATE_SECTIONS = {
-    "What to paint": ("prompt_file", "negative_prompt", "seed", "count", "width", "height"),
+    "What to paint": ("prompt_file", "negative_prompt", "seed", "count", "width", "height", "frames"),
     "How": ("base", "base_config", "steps", "guidance", "scheduler", "device", "dtype"),
     "Erasers": ("erasers", "strengths", "compare", "gate", "gate_threshold"),
     "What is written": ("out", "force", "dry_run"),
@@ -300,6 +300,7 @@ def _export_kohya(eraser: Eraser, out: Path) -> Path:
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures a prompt.")
 @click.option("--width", type=click.IntRange(min=1), help="Pixels; the base's native size unless given.")
 @click.option("--height", type=click.IntRange(min=1), help="Pixels; the base's native size unless given.")
+@click.option("--frames", type=click.IntRange(min=1), help="Length of videos, where the base makes them: 1, 5, 9, ...")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.")
 @click.option("--scheduler", type=SCHEDULER, help="DDIM, Euler, UniPC, ... as diffusers calls them; default: the base's.")
@@ -375,12 +376,14 @@ def _show_pictures(files: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
     """Print how many pictures there are, and where, and return them."""
     painted: list[Picture] = [
         {"file": str(file), "prompt": prompt, "seed": seed}
-        for file, (prompt, seed) in zip(files, product(prompts, seeds), strict=False)  # sheets come after the pictures
+        for file, (prompt, seed) in zip(files, product(prompts, seeds), strict=False)  # videos and sheets come after them
     ]
-    sheets = files[len(painted) :]
+    others = files[len(painted) :]
+    videos, sheets = ([f for f in others if (f.suffix == ".webp") == moving] for moving in (True, False))
     among = " and ".join(file.name for file in sheets)
-    say(f"{len(painted)} pictures in {out}" + (f", {among} among them" if sheets else ""))
-    return {"out": str(out), "pictures": painted, "sheets": [str(sheet) for sheet in sheets]}
+    beside = ", beside videos of which they are the middle frames" if videos else ""
+    say(f"{len(painted)} pictures in {out}" + (f", {among} among them" if sheets else "") + beside)
+    return {"out": str(out), "pictures": painted, "sheets": list(map(str, sheets)), "videos": list(map(str, videos))}
 
 
 def _estimate_pictures(base: Base, pictures: int, out: Path, sampling: dict[str, Any]) -> Estimated:

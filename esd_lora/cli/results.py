@@ -76,6 +76,8 @@ class Painted(Result):
     """By prompt, then by seed."""
     sheets: list[str]
     """Files that compare them."""
+    videos: list[str]
+    """Where they are the middle frames of videos, those, in the same order."""
 
 
 class Member(Result):

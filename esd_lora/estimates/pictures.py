@@ -29,7 +29,8 @@ def estimate_pictures(base: Base, pictures: int, **sampling: Unpack[Sampling]) -
     guidance, steps = sampling.pop("guidance", None), sampling.pop("steps", None) or base.steps
     guided = 1 + ((base.guidance if guidance is None else guidance) > base.family.unguided)
     work = Work(texts=pictures * guided, evaluations=pictures * guided * steps, pictures=pictures)
-    at_once = pictures_at_once(base, size=base.picture_size(sampling.get("width"), sampling.get("height")))
+    size, frames = base.picture_size(sampling.get("width"), sampling.get("height")), sampling.get("frames") or 1
+    at_once = pictures_at_once(base, size=size, frames=frames)
     return Estimate(work, work, measure_painting(base, min(pictures, at_once), **sampling), 0.0, peak_memory(base))
 
 

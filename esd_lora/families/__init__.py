@@ -18,6 +18,7 @@ from esd_lora.families.sana import Sana
 from esd_lora.families.sd import StableDiffusion
 from esd_lora.families.sd3 import StableDiffusion3
 from esd_lora.families.sdxl import StableDiffusionXL
+from esd_lora.families.wan import Wan
 from esd_lora.families.z_image import ZImage
 from esd_lora.json_files import read_json
 
@@ -35,6 +36,7 @@ FAMILIES: list[ModelFamily] = [
     Kolors(),
     Flux2(),
     ZImage(),
+    Wan(),
 ]
 """Every family there is. To add one of your own, append it."""
 
@@ -81,7 +83,7 @@ def read_pipeline(index: Path) -> str:
     diffusers imports what the index names, and takes files of code from the directory for libraries that it does not know.
 
     Raises:
-        EsdLoraError: If it is damaged, or names anything but classes of diffusers and transformers.
+        EsdLoraError: If it is damaged, names anything but classes of diffusers and transformers, or has two denoisers.
     """
     values = read_json(index)
     name = values.get("_class_name")
@@ -96,6 +98,12 @@ def read_pipeline(index: Path) -> str:
             raise EsdLoraError(
                 f"{index}: component {shortened(part)} is {shortened(repr(component))}, expected a class of diffusers or"
                 " transformers. Fetch the base again, or from elsewhere."
+            )
+    for part in ("unet", "transformer"):
+        if values.get(f"{part}_2") not in (None, [None, None]):
+            raise EsdLoraError(
+                f"{index} has two denoisers that take turns by noise level, {part} and {part}_2, and an eraser of one would"
+                " leave the concept in the other. Take a model with one denoiser."
             )
     return name
 

@@ -96,6 +96,9 @@ class ModelFamily(ABC):
     """Prompts that are encoded at a time; bounds memory, changes no result."""
     unguided: ClassVar[float] = 1.0
     """The guidance scale of its pipeline's call at which it predicts for the prompt alone: 1, or 0 where guidance is added."""
+    frames_per_latent: ClassVar[int | None] = None
+    """How many frames of a video each frame of latents stands for, but the first, which is one; `None` where latents are a
+    picture's and have no frames."""
     normalises_latents: ClassVar[bool] = False
     """Whether its pipeline shifts and scales latents by the mean and deviation of every channel that the VAE knows."""
     published: ClassVar[tuple[PublishedModel, ...]] = ()
@@ -126,7 +129,10 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N]."""
+        """Return the denoiser's own prediction (noise, v or flow) at `x_t` [N, channels, height, width] and `t` [N].
+
+        A video's latents have frames: [N, channels, frames, height, width].
+        """
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """Return the shape of one prompt's part of every tensor that `encode` returns, from the configurations alone.
@@ -167,6 +173,14 @@ class ModelFamily(ABC):
     def side(self, pipe: Any) -> int:
         """Return the height, and width, of latents at the model's native size."""
         return getattr(pipe, self.denoiser).config.sample_size
+
+    def native_size(self, pipe: Any) -> tuple[int, int]:
+        """Return height and width of latents at the model's native size: a square of `side`, unless it has another."""
+        return self.side(pipe), self.side(pipe)
+
+    def pixels_per_latent(self, pipe: Any) -> int:
+        """Return how many pixels of height, and of width, a latent stands for."""
+        return pipe.vae_scale_factor
 
     def takes_guidance(self, pipe: Any) -> bool:
         """Return whether the denoiser reads a guidance scale as an input: guidance-distilled models."""

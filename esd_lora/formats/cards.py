@@ -205,7 +205,9 @@ def _diffusers(header: EraserHeader, publication: Publication | None) -> str:
         library += "\nfrom peft import PeftModel"
         exported = f"# esd-lora export {_word(place)} --layout peft -o for-peft"
         load = f'{exported}\nPeftModel.from_pretrained(pipe.{header.prefix}, "for-peft")'
-    return "\n".join([library, "", f"pipe = {base}", load, 'image = pipe("a prompt").images[0]'])
+    moving = any(family.name == header.family and family.frames_per_latent for family in FAMILIES)
+    kind, output = ("video", "frames") if moving else ("image", "images")
+    return "\n".join([library, "", f"pipe = {base}", load, f'{kind} = pipe("a prompt").{output}[0]'])
 
 
 def _pairs(concepts: Sequence[ErasedConcept]) -> str:

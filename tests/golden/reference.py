@@ -75,14 +75,14 @@ def shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_grid(steps: int, shift: float, *, trained: int = 1000, from_one: bool) -> list[float]:
+def flow_grid(steps: int, shift: float, *, trained: int = 1000, from_one: bool, last: float = 0.0) -> list[float]:
     """Noise levels of a flow model, noisiest first, 0 at the end.
 
-    Flux and Sana shift 1, 1 - 1/steps, ... Stable Diffusion 3's scheduler shifts a line between the trained levels, which
-    it had shifted once already.
+    Flux and Sana shift 1, 1 - 1/steps, ..., Wan a line from 1 to the last trained level. Stable Diffusion 3's scheduler shifts
+    a line between the trained levels, which it had shifted once already.
     """
     if from_one:
-        plain = [1 - i / steps for i in range(steps)]
+        plain = [1 - (1 - last) * i / steps for i in range(steps)]
     else:
         high, low = shifted(1.0, shift), shifted(1 / trained, shift)
         plain = [high + (low - high) * i / (steps - 1) for i in range(steps)]

@@ -422,16 +422,16 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(kind: str, tmp_path: P
     torch.testing.assert_close(decoded[1], decoded[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sana"])
+@pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sana", "wan"])
 def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
     victim = victim_of(load(kind, tmp_path))
     for name in ("textual-inversion", "prompt-optimisation", "latent-start"):
         with pytest.raises(EsdLoraError, match="made for Stable Diffusion and SDXL"):
             attack(victim, name)
-    if kind == "sana":
+    if kind in ("sana", "wan"):
         with pytest.raises(EsdLoraError, match="drawn from CLIP's"):
             attack(victim, "token-noise")
-        with pytest.raises(EsdLoraError, match="has a VAE of kind AutoencoderDC"):
+        with pytest.raises(EsdLoraError, match=r"has a VAE of kind Autoencoder(DC|KLWan)"):
             attack(victim, "fine-tune")
     else:
         assert len(painted(attack(victim, "token-noise"), CASES[:1])) == 1

@@ -203,7 +203,20 @@ def test_adapter_carries_it_and_gives_it_back(base: Base) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd2-v", "sdxl", "sd3", "flux-dev", "pixart", "lumina2", "qwen-image", "kolors", "flux2-klein", "flux2-dev", "z-image"],
+    [
+        "sd2-v",
+        "sdxl",
+        "sd3",
+        "flux-dev",
+        "pixart",
+        "lumina2",
+        "qwen-image",
+        "kolors",
+        "flux2-klein",
+        "flux2-dev",
+        "z-image",
+        "wan",
+    ],
 )
 def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
     """What the denoiser hands to them is a tensor of the condition, maybe behind a norm, whatever the latents and the time."""
@@ -237,7 +250,8 @@ def test_layers_read_what_is_said_of_them(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["sdxl", "sd3", "flux-dev", "pixart", "lumina2", "qwen-image", "kolors", "flux2-klein", "flux2-dev", "z-image"]
+    "kind",
+    ["sdxl", "sd3", "flux-dev", "pixart", "lumina2", "qwen-image", "kolors", "flux2-klein", "flux2-dev", "z-image", "wan"],
 )
 def test_every_family_is_solved(kind: str, tmp_path: Path) -> None:
     base = load_toy(save_toy(kind, tmp_path / kind))

@@ -31,6 +31,7 @@ from comfy_cases import (
     LAYERS,
     NODES,
     PUBLISHED,
+    WITHOUT_NODES,
     Case,
     largest_difference,
     write_case,
@@ -73,26 +74,24 @@ def test_weights_are_those_of_a_merge_in_comfyui_itself(case: Case) -> None:
         assert largest_difference(load_file(case.folder / f"out_{number}.safetensors"), expected) < EXACT, case.chains[number]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *WITHOUT_NODES])
 def test_every_layer_has_a_place_in_comfyui_itself(name: str, tmp_path: Path) -> None:
-    """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node."""
+    """At the size of published models: kohya's names by ComfyUI's own Load LoRA, and both kinds of file by the node, if any."""
     family, model = DENOISERS[name][0], denoiser(name)
     original = getattr(original_checkpoints, family.replace("-", "_"), original_checkpoints.unet)
-    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **LAYERS[family])
+    header = LAYERS.get(family, {"family": family, "prefix": "transformer", "prediction_type": "flow"})
+    eraser = eraser_on(model, family_named(family).modules(model, "full"), rank=1, **header)
     eraser.save(tmp_path / "loras" / "own")
     export(eraser, tmp_path / "loras" / "kohya.safetensors", layout="kohya")
     shapes = {n.removeprefix("model.diffusion_model."): list(t.shape) for n, t in original(model).items()}
-    kohya, own, by_core = PUBLISHED[name]
-    files = ("kohya.safetensors", "own/pytorch_lora_weights.safetensors")[: 2 if by_core else 1]
-    result = on_real_comfyui(tmp_path, job="mapping", family=family, prefix="", shapes=shapes, files=files)
-    assert result["files"][files[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, "node": kohya}
-    if by_core:
-        assert result["files"][files[1]] == {
-            "tensors": 2 * own,
-            "core": by_core,
-            "not loaded": 2 * (own - by_core),
-            "node": own,
-        }
+    kohya, own, by_core = (PUBLISHED | WITHOUT_NODES)[name]
+    nodes = name in PUBLISHED
+    files = ("kohya.safetensors", "own/pytorch_lora_weights.safetensors")[: 2 if by_core or not nodes else 1]
+    result = on_real_comfyui(tmp_path, job="mapping", family=family, prefix="", shapes=shapes, files=files, nodes=nodes)
+    by_node = [{"node": count} if nodes else {} for count in (kohya, own)]
+    assert result["files"][files[0]] == {"tensors": 3 * kohya, "core": kohya, "not loaded": 0, **by_node[0]}
+    for file in files[1:]:
+        assert result["files"][file] == {"tensors": 2 * own, "core": by_core, "not loaded": 2 * (own - by_core), **by_node[1]}
 
 
 class Server:

@@ -39,6 +39,7 @@ PARAMETERS = {
     "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
     "Flux.2 Klein 4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
     "Z-Image Turbo": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
+    "Wan 2.1 1.3B": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
 MORE_CARDS = [
@@ -48,6 +49,7 @@ MORE_CARDS = [
     ("Qwen-Image", 24, "nf4"),
     ("Flux.2 Klein 4B", 12, "bfloat16"),
     ("Z-Image Turbo", 12, "int8"),
+    ("Wan 2.1 1.3B", 16, "bfloat16"),
 ]
 CARDS += [pytest.param(*card, marks=pytest.mark.slow) for card in MORE_CARDS]
 

@@ -33,7 +33,7 @@ from random_erasers import eraser_on
 from toy_denoisers import MODELS, eraser_on_all_layers, layers_of, original_deltas
 from toys import make_toy
 
-KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2", "qwen-image", "flux2-dev", "z-image")
+KINDS = ("sd", "sd2-v", "sdxl", "sd3", "sd35", "flux-dev", "pixart", "lumina2", "qwen-image", "flux2-dev", "z-image", "wan")
 FAMILY = {kind: kind for kind in KINDS} | {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux", "flux2-dev": "flux2"}
 
 

@@ -36,9 +36,17 @@ def own_call(base: Base, **kwargs: object) -> np.ndarray:
     """A picture by the pipeline itself."""
     width, height = base.picture_size()
     guidance = base.family.guidance_kwargs(5.0, 1)
-    options = {"height": height, "width": width, **base.family.call_kwargs(base.pipe), **guidance, **kwargs}
+    options = {
+        "height": height,
+        "width": width,
+        **base.family.call_kwargs(base.pipe),
+        **guidance,
+        **kwargs,
+        "output_type": "pil",
+    }
     generator = torch.Generator().manual_seed(3)
-    return pixels(base.pipe(prompt=["a cat"], num_inference_steps=3, generator=[generator], **options).images[0])
+    painted = base.pipe(prompt=["a cat"], num_inference_steps=3, generator=[generator], return_dict=False, **options)[0][0]
+    return pixels(painted[0] if base.family.frames_per_latent else painted)
 
 
 def test_pictures_are_the_pipeline_s_own(toy: Path) -> None:
@@ -80,7 +88,7 @@ def test_base_without_negative_prompts_says_so(toy: Path) -> None:
 
 def test_sides_that_a_base_does_not_draw(toy: Path) -> None:
     base = load_toy(toy)
-    multiple = base.pipe.vae_scale_factor * base.family.multiple
+    multiple = base.family.pixels_per_latent(base.pipe) * base.family.multiple
     with pytest.raises(
         EsdLoraError, match=f"width {multiple + 1}: .* draws multiples of {multiple} pixels. Take {multiple} or"
     ):

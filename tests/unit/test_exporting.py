@@ -59,7 +59,7 @@ def test_clients_add_the_same_update(family: str, models: dict[str, torch.nn.Mod
     eraser = eraser_on_all_layers(family, model)
     expected, table = original_deltas(family, model, eraser), client_names(family, model)
     actual = client_deltas(kohya_tensors(eraser), table)
-    assert len(eraser.pairs) > 20 or family == "pixart" or family.startswith("flux")
+    assert len(eraser.pairs) > 20 or family in ("pixart", "wan") or family.startswith("flux")
     for name, delta in expected.items():
         added = actual.pop(name).reshape(delta.shape) if name in actual else torch.zeros_like(delta)
         torch.testing.assert_close(added, delta, rtol=1e-5, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -83,6 +83,7 @@ SHARED = {
     **{"sd15": 278, "sd21": 278, "sdxl": 788, "sd3": 239, "sd35-medium": 265, "flux": 306},
     **{"flux2-dev": 161, "flux2-klein-4b": 81, "flux2-klein-9b": 113, "z-image": 203},
     **{"pixart-sigma": 198, "lumina2": 179, "qwen-image": 841},
+    **{"wan-1.3b": 302, "wan-5b": 302, "wan-14b": 402},
 }
 """Published model to the number of names that its layers have together."""
 
@@ -102,8 +103,9 @@ def test_every_layer_of_a_published_model_has_a_name(name: str) -> None:
 
 
 def test_names_are_those_seen_in_files() -> None:
-    """Keys of published files: a LoRA for SD 1.5 and one for SDXL by sd-scripts, one for Flux by sd-scripts."""
-    sd, sdxl, flux, qwen = (family_named(name).kohya_names() for name in ("sd", "sdxl", "flux", "qwen-image"))
+    """Keys of files by sd-scripts for SD 1.5, SDXL and Flux, and of those by musubi-tuner for Wan that diffusers reads."""
+    names = ("sd", "sdxl", "flux", "qwen-image", "wan")
+    sd, sdxl, flux, qwen, wan = (family_named(name).kohya_names() for name in names)
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k" in sd.values()
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in sd.values()
     assert (
@@ -124,6 +126,8 @@ def test_names_are_those_seen_in_files() -> None:
     assert flux2["transformer_blocks.7.ff_context.linear_in"] == "lora_unet_double_blocks_7_txt_mlp_0"
     assert z_image["layers.29.attention.to_k"] == "lora_unet_layers_29_attention_qkv"
     assert z_image["context_refiner.1.attention.to_out.0"] == "lora_unet_context_refiner_1_attention_out"
+    assert wan["blocks.29.attn2.to_out.0"] == "lora_unet_blocks_29_cross_attn_o"
+    assert wan["blocks.0.ffn.net.0.proj"] == "lora_unet_blocks_0_ffn_0"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -302,7 +306,10 @@ def test_metadata_tells_architectures_apart(
 
 @pytest.mark.parametrize(
     ("family", "version"),
-    [("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("lumina2", "lumina2"), ("qwen-image", "qwen_image")],
+    [
+        *[("sdxl", "sdxl_base_v1-0"), ("flux", "flux1"), ("sd3", "sd3"), ("lumina2", "lumina2")],
+        *[("qwen-image", "qwen_image"), ("wan", "wan")],
+    ],
 )
 def test_metadata_of_other_families(tmp_path: Path, models: dict[str, torch.nn.Module], family: str, version: str) -> None:
     metadata = metadata_of(export(eraser_on_all_layers(family, models[family]), tmp_path / "k.safetensors", layout="kohya"))

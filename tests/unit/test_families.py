@@ -54,6 +54,9 @@ PARAMETERS = {
     "flux2-klein-4b": 3_875_544_576,
     "flux2-klein-9b": 9_078_581_248,
     "z-image": 6_154_908_736,
+    "wan-1.3b": 1_418_996_800,
+    "wan-5b": 4_999_787_712,
+    "wan-14b": 14_288_491_584,
 }
 INSIDE = {"sd15": 192, "sdxl": 722}  # layers of the U-Net's attention blocks, as LoRA trainers count them
 FAMILY = StableDiffusion()

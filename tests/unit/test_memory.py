@@ -12,7 +12,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.outlines import outline_base
 from esd_lora.memory import counting
 from esd_lora.recipe import LoraSpec
-from toys import TOYS, load_toy, save_toy, set_toy_size
+from toys import TOYS, load_toy, save_toy, with_toy_size
 
 MEBI = 2**20
 
@@ -70,8 +70,7 @@ def step_bytes(base: Base, checkpointing: bool) -> int:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_step_without_weights_takes_what_one_with_them_takes(name: str, checkpointing: bool, tmp_path: Path) -> None:
     folder = save_toy(name, tmp_path)
-    real, outline = load_toy(folder), outline_base(str(folder), dtype=torch.float32)
-    set_toy_size(outline)
+    real, outline = load_toy(folder), with_toy_size(outline_base(str(folder), dtype=torch.float32))
     if hasattr(real.pipe, "tokenizer"):
         outline.pipe.tokenizer = real.pipe.tokenizer  # a toy's ends sooner than the pipeline's call
     counted, planned = step_bytes(real, checkpointing), step_bytes(outline, checkpointing)

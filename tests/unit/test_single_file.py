@@ -104,7 +104,7 @@ def test_weights_are_those_that_were_written(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("sd35", "transformer"), ("qwen-image", "transformer")],
+    [("sd", "unet"), ("sdxl", "unet"), *((name, "transformer") for name in ("sd3", "sd35", "qwen-image", "wan"))],
 )
 def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, tmp_path: Path) -> None:
     folder, other = save_toy(name, tmp_path / "base"), make_toy(name, seed=1)
@@ -112,8 +112,8 @@ def test_denoiser_alone_takes_the_rest_from_the_directory(name: str, part: str, 
         for parameter in getattr(other, part).parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
     file = tmp_path / "model.safetensors"
-    original = original_checkpoints.qwen_image if name == "qwen-image" else original_checkpoints.sd3
-    state = original_checkpoints.unet(other.unet) if part == "unet" else original(other.transformer)
+    originals = {"sd3": "sd3", "sd35": "sd3", "qwen-image": "qwen_image", "wan": "wan"}
+    state = getattr(original_checkpoints, originals.get(name, part))(getattr(other, part))
     save_file({key: tensor.detach().clone() for key, tensor in state.items()}, file)
     with pytest.raises(EsdLoraError, match="give --base-config a diffusers directory"):
         load_base(file)
@@ -310,6 +310,12 @@ def test_prediction_type_is_measured_where_both_are_common(
 SD1 = {FIRST: (320, 4, 3, 3), TEXT: (320, 768), "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,)}
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
 QWEN = {"txt_norm.weight": (3584,), "transformer_blocks.0.txt_mod.1.weight": (18432, 3072)}
+WAN = {
+    "head.modulation": (1, 2, 1536),
+    "head.head.weight": (64, 1536),
+    "patch_embedding.weight": (1536, 16, 1, 2, 2),
+    "blocks.0.cross_attn.k.weight": (1536, 1536),
+}
 CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj.bias"
 
 
@@ -327,6 +333,8 @@ CONDITIONER = "conditioner.embedders.{}.model.transformer.resblocks.9.mlp.c_proj
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "flux"),
         (QWEN, "qwen-image"),
         ({f"model.diffusion_model.{name}": shape for name, shape in QWEN.items()}, "qwen-image"),
+        (WAN, "wan"),
+        ({f"model.diffusion_model.{name}": shape for name, shape in WAN.items()}, "wan"),
     ],
 )
 def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], family: str) -> None:
@@ -349,6 +357,8 @@ def test_family_is_told_from_the_tensors(shapes: dict[str, tuple[int, ...]], fam
         ({"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)}, "a VAE alone"),
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one component of a diffusers pipeline"),
         ({"txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": (1,)}, "'hunyuan-video'"),
+        ({**WAN, "patch_embedding.weight": (5120, 36, 1, 2, 2)}, "a relative of Wan that reads more than text"),
+        ({**WAN, "vace_blocks.0.after_proj.bias": (1536,)}, "a relative of Wan that reads more than text"),
         ({"a": (1,), "b": (1,), "c": (1,), "d": (1,)}, "4 tensors that are no model known here (a, b, c, ...)"),
         ({}, "0 tensors"),
     ],

@@ -129,8 +129,7 @@ def captioned_latents(victim: Victim, count: int, files: Sequence[Path], seed: i
 def to_latents(base: Base, pictures: Sequence[Image.Image]) -> Tensor:
     """Encode pictures, cut to the model's native size, as float32 latents [N, ...]; each by itself, at its most likely."""
     mean, scale = _latent_scale(base)
-    _, height, width = base.latent_shape()
-    size = width * base.pipe.vae_scale_factor, height * base.pipe.vae_scale_factor
+    size = base.picture_size()
     latents: list[Tensor] = []
     with _precise(base.pipe.vae) as vae:
         for picture in pictures:
