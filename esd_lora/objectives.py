@@ -18,8 +18,6 @@ from esd_lora.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esd_lora.trajectory import Points
-
 
 class Predictions(NamedTuple):
     """The teacher's predictions at one batch of noisy latents, each of shape [N, channels, height, width]."""
@@ -78,26 +76,28 @@ OBJECTIVES: Registry[Objective] = Registry(
     "objective", {name: f"esd_lora.objectives:{name}" for name in ("esd", "contrast", "hinge")}
 )
 
-Loss: TypeAlias = "Callable[[Tensor, Points, Tensor], Tensor]"
-"""From the student's predictions, where they were made, and each point's eta [N], to a loss of each point [N]."""
+Loss: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
+"""From the student's predictions, their targets, the teacher's predictions for the concept, each [N, ...], and eta [N], to a
+loss of each point [N]."""
 
 
-def mean_square(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:  # noqa: ARG001
+def mean_square(prediction: Tensor, target: Tensor, concept: Tensor, eta: Tensor) -> Tensor:  # noqa: ARG001
     """Return the mean square of what each prediction is from its target, [N].
 
     Args:
         prediction: Of the student, [N, ...].
-        points: With their targets.
+        target: Of the objective, [N, ...].
+        concept: Already in the targets.
         eta: Already in the targets.
     """
-    return (prediction - points.target).square().flatten(1).mean(1)
+    return (prediction - target).square().flatten(1).mean(1)
 
 
 _ROUNDING = 1e-3  # of the way from the concept to the anchor
 _LEAST = 1e-30  # square of a distance that is none: of a root of 0 there is no gradient
 
 
-def hinge_loss(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:
+def hinge_loss(prediction: Tensor, target: Tensor, concept: Tensor, eta: Tensor) -> Tensor:
     """Return a loss that is zero once the student is nearer to the anchor than to the concept, [N].
 
         loss = |concept - anchor| * max(0, |student - anchor| - eta * |student - concept|)
@@ -109,19 +109,19 @@ def hinge_loss(prediction: Tensor, points: Points, eta: Tensor) -> Tensor:
 
     Args:
         prediction: Of the student, [N, ...].
-        points: Whose targets are the anchors; where these are the concept's predictions too, as on preserved points, the loss
-            is `mean_square`.
+        target: The anchor's predictions, [N, ...].
+        concept: The concept's, [N, ...]; where they are the anchor's too, as on preserved points, the loss is `mean_square`.
         eta: How much the distance from the concept counts, typically 0.5 to 1, [N].
     """
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
         return ((one - other).square().flatten(1).mean(1) + _LEAST).sqrt()
 
-    way = distance(points.concept, points.target)
+    way = distance(concept, target)
     # The first student is the concept's own prediction up to rounding, whose direction is no way to be driven.
-    left_behind = (distance(prediction, points.concept).square() + (_ROUNDING * way).square()).sqrt()
-    closer = distance(prediction, points.target) - eta * left_behind
-    return (way * closer.relu()).where(way > 2 * _LEAST**0.5, mean_square(prediction, points, eta))
+    left_behind = (distance(prediction, concept).square() + (_ROUNDING * way).square()).sqrt()
+    closer = distance(prediction, target) - eta * left_behind
+    return (way * closer.relu()).where(way > 2 * _LEAST**0.5, mean_square(prediction, target, concept, eta))
 
 
 LOSSES: dict[str, Loss] = {"hinge": hinge_loss}

@@ -227,7 +227,7 @@ class Teacher:
             prediction: Of the student, [N, ...].
             points: From a buffer of this teacher's.
         """
-        return self.loss(prediction, points, self._eta[points.lesson])
+        return self.loss(prediction, points.target, points.concept, self._eta[points.lesson])
 
     def condition(self, lesson: Tensor) -> Condition:
         """Return what the student reads in each of `lesson` [N]."""

@@ -175,7 +175,7 @@ def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> 
     assert set(points.t.tolist()) <= set(scheduler.timesteps.tolist())
     assert sorted(points.lesson.tolist()[:6]) != points.lesson.tolist()[:6]
     assert {lesson: points.lesson.tolist().count(lesson) for lesson in range(3)}.keys() == {0, 1, 2}
-    for i, (x_t, t, lesson, target) in enumerate(zip(*points, strict=True)):
+    for i, (x_t, t, lesson, target) in enumerate(zip(*points[:4], strict=True)):
         if base.prediction_type == "flow":
             x_0 = x_t - t / 1000 * target
         else:

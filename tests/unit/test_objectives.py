@@ -17,7 +17,6 @@ from esd_lora.objectives import (
     hinge_loss,
     mean_square,
 )
-from esd_lora.trajectory import Points
 
 
 def teacher(seed: int = 0) -> Predictions:
@@ -57,46 +56,45 @@ def test_contrast_pushes_along_the_difference_of_the_two_prompts() -> None:
     torch.testing.assert_close(contrast(nulls, ETA), esd(nulls, ETA), rtol=1e-12, atol=1e-12)
 
 
-def hinge_points() -> Points:
-    """The targets of two points, the second of a preserved prompt, of which concept and anchor are one."""
+def hinge_points() -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets and concept's predictions of two points; the second is of a preserved prompt, where both are one."""
     null, concept, anchor = teacher()
     concept[1] = anchor[1]
-    target = hinge(Predictions(null, concept, anchor), ETA)
-    return Points(null, torch.zeros(2), torch.arange(2), target, concept)
+    return hinge(Predictions(null, concept, anchor), ETA), concept
 
 
 def test_hinge_begins_as_the_mean_square_and_ends_half_way() -> None:
-    points, eta = hinge_points(), torch.ones(2, dtype=torch.float64)
-    loss = hinge_loss(points.concept, points, eta)
-    torch.testing.assert_close(loss, mean_square(points.concept, points, eta), rtol=2e-3, atol=0)
+    (target, concept), eta = hinge_points(), torch.ones(2, dtype=torch.float64)
+    loss = hinge_loss(concept, target, concept, eta)
+    torch.testing.assert_close(loss, mean_square(concept, target, concept, eta), rtol=2e-3, atol=0)
     losses = [
-        float(hinge_loss(points.concept + share * (points.target - points.concept), points, eta)[0])
+        float(hinge_loss(concept + share * (target - concept), target, concept, eta)[0])
         for share in (0.0, 0.25, 0.49, 0.5, 0.75, 1.0)
     ]
     assert losses[0] > losses[1] > losses[2] > 0
     assert losses[3] == pytest.approx(0, abs=1e-15)
     assert losses[4:] == [0, 0]
-    half = hinge_loss(points.concept + 0.6 * (points.target - points.concept), points, 0.5 * eta)[0]
+    half = hinge_loss(concept + 0.6 * (target - concept), target, concept, 0.5 * eta)[0]
     assert half > 0  # with less eta a student goes on: to two thirds of the way
 
 
 def test_hinge_holds_what_is_preserved() -> None:
-    points, eta = hinge_points(), torch.tensor([1.0, 0.0], dtype=torch.float64)
-    moved = points.target + 0.1
-    assert float(hinge_loss(moved, points, eta)[1]) == pytest.approx(0.01)
+    (target, concept), eta = hinge_points(), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    moved = target + 0.1
+    assert float(hinge_loss(moved, target, concept, eta)[1]) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
 def test_gradient_of_the_hinge_leads_to_the_anchor_where_a_student_begins(rounding: float) -> None:
     """There it is the concept's own prediction but for rounding, the direction of which is not to be followed."""
-    points = hinge_points()
-    prediction = points.concept + rounding * teacher(1).null
-    prediction[1] = points.concept[1]
+    target, concept = hinge_points()
+    prediction = concept + rounding * teacher(1).null
+    prediction[1] = concept[1]
     prediction.requires_grad_()
-    hinge_loss(prediction, points, torch.ones(2, dtype=torch.float64)).sum().backward()
+    hinge_loss(prediction, target, concept, torch.ones(2, dtype=torch.float64)).sum().backward()
     assert prediction.grad is not None
     assert prediction.grad.isfinite().all()
-    way = (points.target - points.concept)[0]
+    way = (target - concept)[0]
     towards = -(prediction.grad[0] * way).sum() / (prediction.grad[0].norm() * way.norm())
     assert towards == pytest.approx(1, abs=1e-6)
     assert not prediction.grad[1].any()
