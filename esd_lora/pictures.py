@@ -53,7 +53,7 @@ class Sampling(TypedDict, total=False):
     scheduler: str | None
     """One of `schedulers.SCHEDULERS`; the base's own unless given."""
     frames: int | None
-    """Of a video, where the base makes videos; one unless given, a picture."""
+    """Length of a video, where the base makes videos; one unless given, a picture."""
 
 
 class Painting(Sampling, total=False):
@@ -62,7 +62,7 @@ class Painting(Sampling, total=False):
     encode: Encode | None
     """Returns the condition of prompts where the base's text encoders are gone."""
     opposite: Condition | None
-    """Of the negative prompt, [1, ...], where they are; that of the empty prompt unless given."""
+    """Condition of the negative prompt, [1, ...], where they are; that of the empty prompt unless given."""
     batch: int
     """Most pictures at once, which bounds memory; fewer where they are larger than 64 x 64 latents. Where they have more than
     `_DECODED` pixels together, they are denoised together and decoded one by one."""

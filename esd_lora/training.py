@@ -175,12 +175,12 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     if recipe.anchor == AUTO:
         recipe = recipe.anchored(choose_anchors(recipe, base, encode))
     if isinstance(recipe.guard, int):
-        recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, encode)})
-    planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, encode))
+        recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, base.as_read(encode))})
+    planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, base.as_read(encode)))
     guard = Guard(base, recipe.guarded, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
     kept = kept_texts(planned) if recipe.closed_form else []
-    ranked_by = encode if kept else base.encode  # beside the closed form all prompts are encoded anyway, and held
+    ranked_by = base.as_read(encode if kept else base.encode)  # beside the closed form all prompts are encoded anyway, and held
     lessons = share_turns(planned, walks, ranked_by, spec.seed) if spec.steps else planned
     held_out = hold_out(recipe, planned, base.keep, ranked_by) if spec.steps and spec.probe_every else None
     further = [*(held_out.prompts() if held_out else ()), *kept]

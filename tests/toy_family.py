@@ -39,12 +39,12 @@ class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def __init__(self, in_channels: int = 4, sample_size: int = 4):  # noqa: ARG002
         super().__init__()
         self.proj_in = nn.Linear(in_channels, WIDTH)
-        self.blocks = nn.ModuleList([nn.ModuleDict({"attn1": Attention(WIDTH), "attn2": Attention(TEXT_WIDTH)})])
+        self.toy_blocks = nn.ModuleList([nn.ModuleDict({"attn1": Attention(WIDTH), "attn2": Attention(TEXT_WIDTH)})])
         self.proj_out = nn.Linear(WIDTH, in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x = self.proj_in(x_t.flatten(2).mT) + t.view(-1, 1, 1) / 1000
-        for block in self.blocks:
+        for block in self.toy_blocks:
             x = x + block["attn1"](x, x)
             x = x + block["attn2"](x, text)
         return self.proj_out(x).mT.reshape(x_t.shape)
@@ -79,8 +79,8 @@ class ToyFamily(ModelFamily):
         "xattn": r"\.attn2\.",
         "xattn-kv": r"\.attn2\.to_[kv]$",
         "selfattn": r"\.attn1\.",
-        "noxattn": r"^blocks\.(?!.*\.attn2\.)",
-        "full": r"^blocks\.",
+        "noxattn": r"^toy_blocks\.(?!.*\.attn2\.)",
+        "full": r"^toy_blocks\.",
     }
     multiple = 1
     published = (PublishedModel("toy_v1", "toy-diffusion-v1", "32x32", text_width=TEXT_WIDTH),)
@@ -97,8 +97,8 @@ class ToyFamily(ModelFamily):
 
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
         """Return the places in an original that joins the queries, keys and values of self-attention, as most do."""
-        joined = {f"blocks.0.attn1.to_{which}": OriginalLayer("layers.0.qkv", i, total=3) for i, which in enumerate("qkv")}
-        return joined | {f"blocks.0.attn2.to_{which}": OriginalLayer(f"layers.0.text.{which}") for which in "qkv"}
+        joined = {f"toy_blocks.0.attn1.to_{which}": OriginalLayer("layers.0.qkv", i, total=3) for i, which in enumerate("qkv")}
+        return joined | {f"toy_blocks.0.attn2.to_{which}": OriginalLayer(f"layers.0.text.{which}") for which in "qkv"}
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         return self.checkpoints[0] if "layers.0.text.q.weight" in shapes else None

@@ -70,5 +70,5 @@ def explain_choices(recipe: Recipe, base: Base, *, allow_code: Collection[str] =
     prepared = prepare_prompts(base, anchored, allow_code)
     kept = [lesson.prompt for lesson in prepared.planned if lesson.preserves]
     pairs = [texts[1:] for pool in pools(anchored, base.keep) for texts in pool]
-    order = by_influence(pairs, kept, encode) if kept else []
+    order = by_influence(pairs, kept, base.as_read(encode)) if kept else []
     return Choices(prepared.teacher.recipe, tried, [kept[i] for i in order])

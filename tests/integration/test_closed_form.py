@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from esd_lora import training
+from esd_lora import lessons, training
 from esd_lora.adapter import ADAPTER, adapter_ranks, add_adapter, applied, read_pairs, set_pairs
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -29,7 +29,7 @@ from esd_lora.pseudo_words import PseudoWords
 from esd_lora.recipe import ClosedFormSpec, Recipe
 from esd_lora.recipe_files import load_recipe
 from esd_lora.text_rows import influence, rows_of, second_moment, way_moments
-from esd_lora.training import train
+from esd_lora.training import prepare_prompts, train
 from esd_lora.trajectory import Condition
 from tiny import tiny_recipe
 from toys import load_toy, save_toy
@@ -497,3 +497,22 @@ def test_influence_is_how_far_the_closed_form_moves_a_prompt_that_nothing_keeps(
     expected = (text @ change.T).flatten(1).norm(dim=1) / text.flatten(1).norm(dim=1)
     torch.testing.assert_close(influence(rows, [("a cat", "a dog"), ("a hat", "a dog")], prompts), expected, rtol=1e-6, atol=0)
     assert influence(rows, [("a cat", "a dog")], []).tolist() == []
+
+
+def test_prompts_are_ranked_by_what_layers_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lumina's caption embedder reads text behind a norm: so is what is kept more often, and what is held out, chosen."""
+    base = load_toy(save_toy("lumina2", tmp_path / "lumina2"))
+    ranked_by: list[Tensor] = []
+
+    def influence(rows: Callable[[list[str]], Tensor], _pairs: object, prompts: Sequence[str]) -> Tensor:
+        ranked_by.append(rows(["a dog"]))
+        return torch.zeros(len(prompts))
+
+    monkeypatch.setattr(lessons, "influence", influence)
+    recipe = load_recipe("fast", base=base.id, concepts=["a cat"], preserve=KEEP)
+    prepare_prompts(base, recipe, ())
+    assert len(ranked_by) >= 2
+    with torch.no_grad():
+        expected = rows_of(base.as_read(base.encode), "prompt_embeds")(["a dog"])
+    for rows in ranked_by:
+        torch.testing.assert_close(rows, expected)

@@ -50,7 +50,7 @@ def eraser(eraser_dir: Path) -> Eraser:
 
 def original_state(pipe: ToyPipeline) -> dict[str, torch.Tensor]:
     """Return a pipeline's weights under the names that the family gives its original, written out by hand."""
-    block = pipe.transformer.blocks[0]
+    block = pipe.transformer.toy_blocks[0]
     joined = torch.cat([getattr(block["attn1"], f"to_{which}").weight for which in "qkv"])
     state = {f"layers.0.text.{which}.weight": getattr(block["attn2"], f"to_{which}").weight for which in "qkv"}
     return {name: tensor.detach().clone() for name, tensor in {"layers.0.qkv.weight": joined, **state}.items()}
@@ -65,7 +65,7 @@ def assert_same_update(found: Eraser, expected: Eraser) -> None:
 def test_training_moves_every_layer(eraser: Eraser) -> None:
     header = eraser.header
     assert (header.family, header.prefix, header.prediction_type) == ("toy", "transformer", "v_prediction")
-    assert eraser.pairs.keys() == {f"blocks.0.attn{i}.to_{which}" for i in (1, 2) for which in "qkv"}
+    assert eraser.pairs.keys() == {f"toy_blocks.0.attn{i}.to_{which}" for i in (1, 2) for which in "qkv"}
     assert all(pair.norm() > 0 for pair in eraser.pairs.values())
 
 
