@@ -130,7 +130,7 @@ def export(eraser: str, layout: str, out: Path | None, force: bool) -> Exported:
 @_out_directory
 @_concepts
 @click.option("--base", metavar="NAME", help="What it was made for; default: what the file says.")
-@click.option("--family", help="sd, sdxl, sd3, flux, sana, pixart or lumina2, where the layers' names fit several.")
+@click.option("--family", help="Family of the model (sd, sdxl, flux2, wan, ...), where the layers' names fit several.")
 @click.option("--without-text-encoder", is_flag=True, help="Leave out layers of text encoders.")
 @force_option
 def import_(
