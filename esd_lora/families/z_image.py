@@ -30,7 +30,7 @@ _MARKS = ("layers.0.adaLN_modulation.0.weight", "noise_refiner.0.attention.qkv.w
 _BLOCKS, _REFINERS = 64, 8
 """Numbers of blocks in sight, with room."""
 _TURBO_SHIFT = 3.0
-"""Of Turbo's scheduler; the base model's shifts further."""
+"""The shift of Turbo's scheduler; the base model's is larger."""
 
 
 class ZImage(ModelFamily):

@@ -17,9 +17,12 @@ PATIENCE = 120_000
 """Milliseconds until something that should appear counts as missing: torch alone may take ten seconds to load."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium; `.ci/run` installs one where there is none."""
+    """A headless Chromium; `.ci/run` installs one where there is none.
+
+    No longer than the package: while playwright runs, nothing else in the process can have an event loop.
+    """
     program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"no browser here: install one of {', '.join(BROWSERS)}")

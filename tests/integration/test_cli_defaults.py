@@ -136,13 +136,13 @@ def test_how_pictures_are_painted_reaches_the_base(tiny_dir: Path, monkeypatch: 
         "steps": 2,
     }
     painted: list[dict[str, object]] = []
-    as_usual = sampling.paint
+    as_usual = sampling.film
 
     def recorded(*args: object, **kwargs: object) -> object:
         painted.append({name: kwargs.get(name) for name in options})
         return as_usual(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "paint", recorded)
+    monkeypatch.setattr(sampling, "film", recorded)
     words = [
         word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value).replace("Discrete", ""))
     ]

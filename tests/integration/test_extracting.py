@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_merge_single_file import KINDS, write_checkpoint
+from test_merge_single_file import FAMILY, KINDS, write_checkpoint
 
 import original_checkpoints
 from esd_lora.erasers.eraser import Eraser, hash_weight
@@ -39,7 +39,7 @@ def assert_same(extracted: Eraser, expected: Eraser) -> None:
 def test_merged_eraser_comes_back(kind: str, tmp_path: Path) -> None:
     """At its own rank, from a single file, to 1e-4; layers that it does not touch are left out."""
     file, model, _ = write_checkpoint(kind, tmp_path)
-    family = {"sd2-v": "sd", "sd35": "sd3", "flux-dev": "flux"}.get(kind, kind)
+    family = FAMILY[kind]
     prediction = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
     layers = layers_of(family, model)[::4]
     eraser = eraser_on(model, layers, "a cat", rank=2, **{**MODELS[family][2], **prediction})

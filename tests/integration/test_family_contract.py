@@ -39,7 +39,11 @@ DENOISER_OF = {name: "unet" if name in ("sd", "sd2-v", "sdxl", "kolors") else "t
 """Toy to the name of its denoiser."""
 
 
-@pytest.fixture(scope="module", params=TOYS)
+TWINS = ("sd35", "flux-schnell", "flux2-dev")
+"""Toys of whose denoiser's class there is another; theirs are the slow tests."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in TWINS)) for name in TOYS])
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved toy pipeline. Tests only read it."""
     return save_toy(request.param, tmp_path_factory.mktemp("toys") / request.param)

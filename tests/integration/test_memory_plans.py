@@ -41,8 +41,10 @@ PARAMETERS = {
     "Z-Image Turbo": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
     "Wan 2.1 1.3B": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
 }
-CARDS = [("SD 1.5", 6, "bfloat16"), ("SDXL", 10, "bfloat16"), ("SD 3.5 medium", 12, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
+CARDS = [("SD 1.5", 6, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
 MORE_CARDS = [
+    ("SDXL", 10, "bfloat16"),
+    ("SD 3.5 medium", 12, "bfloat16"),
     ("PixArt-Sigma", 12, "bfloat16"),
     ("Lumina 2", 16, "bfloat16"),
     ("Kolors", 16, "bfloat16"),

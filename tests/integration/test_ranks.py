@@ -22,7 +22,7 @@ from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.evaluation import variants
 from esd_lora.evaluation.evaluating import evaluate
-from esd_lora.pictures import paint
+from esd_lora.pictures import film, paint
 from esd_lora.prediction_cache import FILE_NAME
 from esd_lora.ranks import count, rank
 from esd_lora.recipe import Recipe
@@ -275,9 +275,9 @@ def _generate(base: Path, eraser: Path, out: Path) -> int:
 
     def counted(base: Base, prompts: Any, *others: Any, **options: Any) -> Any:
         pictures.append(len(prompts))
-        return paint(base, prompts, *others, **options)
+        return film(base, prompts, *others, **options)
 
-    sampling.paint = counted
+    sampling.film = counted
     prompts = [f"a {word}" for word in ("cat", "dog", "hat", "car", "bee", "owl", "key", "cup", "bed", "pen")]
     options: dict[str, Any] = {"compare": True, "strengths": (0.0, 0.5), "seeds": range(4), "steps": 2}
     sampling.write_pictures(load_base(base, device="cpu"), prompts, out, erasers=[eraser], **options)
