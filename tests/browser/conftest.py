@@ -17,11 +17,11 @@ PATIENCE = 120_000
 """Milliseconds until something that should appear counts as missing: torch alone may take ten seconds to load."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless Chromium; `.ci/run` installs one where there is none.
 
-    No longer than the package: while playwright runs, nothing else in the process can have an event loop.
+    One for each file of tests: while playwright runs, nothing else in the process can have an event loop.
     """
     program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if program is None:

@@ -56,7 +56,7 @@ def test_file_with_faults_is_told_them_all(open_page: Callable[..., Page], tmp_p
     file.write_text("id,concept,kind\na,cat,object\nb,dog,objekt\nc,,object\n", "utf-8")
     page = open_registry(open_page, "page-faults")
     page.locator("input[type=file]").first.set_input_files(file)
-    expect(page.get_by_text("list.csv").first).to_be_visible()
+    expect(page.get_by_role("row", name="list.csv")).to_be_visible()  # by its words it is two parts
     page.get_by_role("button", name="Add the requests of this file").click()
     faults = page.get_by_role("alert").get_by_role("listitem")
     expect(faults).to_have_count(2)

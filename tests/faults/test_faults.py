@@ -46,7 +46,7 @@ def test_a_process_killed_in_a_lock_does_not_hang_the_next() -> None:
 
 
 def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
-    verbs = ["stack", "merge a file", "export for peft", "recipes copy"]
+    verbs = ["stack", "merge a file", "export for peft"]
     report = trials(
         tmp_path / "report.json", "--verbs", *verbs, "push", "requests", "--stride", 15, "--randomly", 1, "--pairs", 2
     )

@@ -100,6 +100,7 @@ def test_steps_that_a_probe_decides_have_a_least_and_a_most(base: Base) -> None:
     assert " to " in "\n".join(solved.lines())
 
 
+@pytest.mark.slow
 def test_random_stops_are_counted_as_they_fall(base: Base) -> None:
     recipe = tiny_recipe(base.id, points="one", refresh_every=1, steps=40, trajectory_steps=8)
     evaluations = estimate_training(recipe, base, written=False).most.evaluations

@@ -268,7 +268,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("place", ["save_with_card", "paint_samples", "Previews.__call__"])
-@pytest.mark.parametrize("checkpoint_every", [1, 3])
+@pytest.mark.parametrize("checkpoint_every", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_killed_at_its_end_becomes_what_an_unbroken_one_is(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, checkpoint_every: int
 ) -> None:
