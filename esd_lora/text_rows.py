@@ -22,7 +22,6 @@ TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 _AT_ONCE = 32  # prompts whose rows are in memory
 _UNKEPT = ClosedFormSpec(keep=0.0, push=0.0, ridge=1e-3)  # an influence is that of erasing with nothing kept
 
-
 Rows = Callable[[Sequence[str]], Tensor]
 """From N prompts to their rows, [N, rows, width], float64."""
 

@@ -24,10 +24,10 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, ModelFamily, family_of, pipeline_libraries, read_pipeline
 from esd_lora.families.family import CheckpointKind
 from esd_lora.families.flux import diffusers_model_type
+from esd_lora.families.layer_names import CHECKPOINT_PREFIX
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 
-_DENOISER = "model.diffusion_model."
 _VAE = ("first_stage_model.", "vae.")
 _CLIP = ("cond_stage_model.", "conditioner.", "text_encoders.clip_")
 _T5 = ("text_encoders.t5xxl.",)
@@ -186,9 +186,11 @@ def _convert(file: Path, folder: Path, family: ModelFamily, shapes: Mapping[str,
 
 def _read_denoiser(file: Path, folder: Path, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """Return the denoiser of a file; without ComfyUI's prefix, over which some of diffusers' converters stumble."""
-    prefix, state = "model.diffusion_model.", load_file(file)
+    state = load_file(file)
     state = {
-        name.removeprefix(prefix): tensor for name, tensor in state.items() if not name.startswith((*_VAE, "text_encoders."))
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
+        for name, tensor in state.items()
+        if not name.startswith((*_VAE, "text_encoders."))
     }
     return model_class(*index[part]).from_single_file(
         state, config=str(folder), subfolder=part, local_files_only=True, torch_dtype=dtype

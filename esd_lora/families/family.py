@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from esd_lora.errors import EsdLoraError, shortened
-from esd_lora.families.ddim import GridDDIM
+from esd_lora.errors import EsdLoraError
+from esd_lora.families.ddim import make_ddim
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
 from esd_lora.recipe import REGEX_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
@@ -323,13 +323,7 @@ class ModelFamily(ABC):
         """
         config = pipe.scheduler.config
         if self.prediction_type(pipe) != "flow":
-            ddim = _ddim(pipe.scheduler)
-            ddim.set_timesteps(steps, device=device)
-            grid = _distilled_grid(pipe.scheduler, steps, device)
-            grid = _solver_grid(pipe.scheduler, steps, device) if grid is None else grid
-            grid = ddim.timesteps if grid is None else grid
-            even = bool((grid[:-1] - grid[1:] == ddim.config.num_train_timesteps // steps).all())
-            return ddim if even else GridDDIM(ddim, grid)
+            return make_ddim(pipe.scheduler, steps, device)
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         changes: dict[str, Any] = {"shift": config.get("shift", config.get("flow_shift", 1.0))}
@@ -364,61 +358,6 @@ class ModelFamily(ABC):
                 f" Scopes with layers here: {', '.join(usable) or 'none'}. Layers (N any number): {shown}."
             )
         return chosen
-
-
-def _ddim(scheduler: Any) -> Any:
-    """Return a DDIM scheduler with the betas of a base's own scheduler.
-
-    Raises:
-        EsdLoraError: If that has none, or of a kind that DDIM does not know.
-    """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    name, betas = type(scheduler).__name__, scheduler.config.get("beta_schedule")
-    # Asked of the class: a configuration may carry a former scheduler's betas, and DDIM would put its own where there are none.
-    if "beta_schedule" not in signature(type(scheduler)).parameters:
-        reason = "whose noise levels are neither a schedule of betas nor a flow's"
-    else:
-        try:
-            # Latents lie outside [-1, 1]: DDIM's default of clipping is for pixels.
-            return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
-        except NotImplementedError:
-            reason = f"whose betas are {shortened(repr(betas))}"
-    raise EsdLoraError(
-        f"the base's scheduler is {shortened(name)}, {reason}: training points drawn by DDIM would have the wrong noise. Take a"
-        " base with linear, scaled_linear or squaredcos_cap_v2 betas (Stable Diffusion 1, 2 or XL) or a flow."
-    )
-
-
-def _distilled_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
-    """Return the timesteps [S] of a sampler of distilled models (LCM, TCD), which are some of those that it was distilled at.
-
-    The spacing that its configuration names, if any, is not what it samples by. `None` for every other sampler.
-    """
-    if "original_inference_steps" not in signature(type(scheduler)).parameters:
-        return None
-    distilled_at = scheduler.config.original_inference_steps
-    if steps > distilled_at:
-        raise EsdLoraError(
-            f"the base was distilled at {distilled_at} timesteps, and a trajectory of {steps} steps visits more. Walk"
-            f" {distilled_at} steps or fewer, 4 as a rule (-s train.trajectory_steps=4)."
-        )
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps, device=device)
-    return own.timesteps
-
-
-def _solver_grid(scheduler: Any, steps: int, device: Any) -> Tensor | None:
-    """Return the timesteps [S] of a solver of some order (DPM-Solver, UniPC, DEIS), which ends where DDIM has a step to go.
-
-    `None` for every other sampler, and for grids with fewer timesteps than steps.
-    """
-    if "solver_order" not in signature(type(scheduler)).parameters:
-        return None
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps, device=device)
-    falls = len(own.timesteps) == steps and bool((own.timesteps[1:] < own.timesteps[:-1]).all())
-    return own.timesteps if falls else None
 
 
 def _matches(rule: str, path: str, scope: str) -> bool:

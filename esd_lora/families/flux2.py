@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.families.sd3 import MM_DIT_BLOCKS, MM_DIT_SCOPES, TEXT_LAYERS
 from esd_lora.trajectory import Condition
 
@@ -102,7 +102,7 @@ class Flux2(ModelFamily):
         return _original_layers()
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
-        return _FLUX_2 if _MARK in shapes or f"model.diffusion_model.{_MARK}" in shapes else None
+        return _FLUX_2 if _MARK in bare_shapes(shapes) else None
 
 
 @cache

@@ -10,7 +10,6 @@ nodes for it and its trainers keep diffusers'.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from inspect import signature
 from typing import Any, ClassVar
 
 from esd_lora.families.family import CheckpointKind
@@ -41,7 +40,7 @@ class Kolors(StableDiffusionXL):
     checkpoints = ()
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
-        tokens, width = signature(pipe.__call__).parameters["max_sequence_length"].default, pipe.unet.config.encoder_hid_dim
+        tokens, width = self.prompt_tokens(pipe), pipe.unet.config.encoder_hid_dim
         return {"prompt_embeds": (tokens, width), "pooled_prompt_embeds": (width,)}
 
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002

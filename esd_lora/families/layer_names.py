@@ -7,7 +7,7 @@ be some rows of a layer there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 KOHYA_PREFIX = "lora_unet_"
 """Prefix of the denoiser's layers in kohya's files, transformers included."""
+CHECKPOINT_PREFIX = "model.diffusion_model."
+"""Prefix of the denoiser's tensors in checkpoints for A1111 and ComfyUI; some files with a denoiser alone leave it out."""
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -37,6 +39,11 @@ _TRANSFORMER = [
     *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
 ]
 _DEPTH = 10  # transformer blocks of SDXL's deepest attentions
+
+
+def bare_shapes(shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+    """Return the shapes of a single-file checkpoint's tensors with the denoiser's under their bare names."""
+    return {name.removeprefix(CHECKPOINT_PREFIX): shape for name, shape in shapes.items()}
 
 
 class OriginalLayer(NamedTuple):

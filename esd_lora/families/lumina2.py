@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.trajectory import Condition, concatenate
 
 _LUMINA_2 = CheckpointKind("Lumina 2")
@@ -69,7 +68,7 @@ class Lumina2(ModelFamily):
         return {**condition, "prompt_embeds": norm(text.to(norm.weight.device)).to(text.device)}
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
-        tokens = signature(pipe.__call__).parameters["max_sequence_length"].default
+        tokens = self.prompt_tokens(pipe)
         return {"prompt_embeds": (tokens, pipe.transformer.config.cap_feat_dim), "prompt_attention_mask": (tokens,)}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -89,7 +88,7 @@ class Lumina2(ModelFamily):
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         # Z-Image has the same blocks and another modulation; NewBie reads CLIP beside Gemma.
-        bare = {name.removeprefix("model.diffusion_model.") for name in shapes}
+        bare = bare_shapes(shapes).keys()
         ours = {"context_refiner.0.attention.qkv.weight", "layers.0.adaLN_modulation.1.weight"} <= bare
         return _LUMINA_2 if ours and "clip_text_pooled_proj.0.weight" not in bare else None
 

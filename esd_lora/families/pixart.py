@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.trajectory import Condition
 
 
@@ -41,7 +40,7 @@ class PixArtSigma(ModelFamily):
         return {"prompt_embeds": text, "prompt_attention_mask": mask}
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
-        tokens = signature(pipe.__call__).parameters["max_sequence_length"].default
+        tokens = self.prompt_tokens(pipe)
         return {"prompt_embeds": (tokens, pipe.transformer.config.caption_channels), "prompt_attention_mask": (tokens,)}
 
     def predict(self, pipe: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -60,7 +59,7 @@ class PixArtSigma(ModelFamily):
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
         # PixArt-Alpha has the same blocks, and embeds the ratio of sides.
-        bare = {name.removeprefix("model.diffusion_model.") for name in shapes}
+        bare = bare_shapes(shapes)
         sigma = "blocks.0.cross_attn.kv_linear.weight" in bare and "ar_embedder.mlp.0.weight" not in bare
         return CheckpointKind("PixArt-Sigma") if sigma else None
 

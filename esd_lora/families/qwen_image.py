@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.families.sd3 import MM_DIT_BLOCKS, MM_DIT_SCOPES, TEXT_STREAM
 from esd_lora.trajectory import Condition
 
@@ -78,14 +78,14 @@ class QwenImage(ModelFamily):
         return self.encode_text(pipe, [prompt or _NO_PROMPT for prompt in prompts])
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        tokens = _most_tokens(pipe)
+        tokens = self.prompt_tokens(pipe)
         text, mask = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, max_sequence_length=tokens)
         mask = text.new_ones(text.shape[:2]).long() if mask is None else mask  # which it is where texts are of one length
         missing = tokens - text.shape[1]
         return {"prompt_embeds": pad(text, (0, 0, 0, missing)), "prompt_embeds_mask": pad(mask, (0, missing))}
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
-        tokens = _most_tokens(pipe)
+        tokens = self.prompt_tokens(pipe)
         return {"prompt_embeds": (tokens, pipe.transformer.config.joint_attention_dim), "prompt_embeds_mask": (tokens,)}
 
     def as_read(self, pipe: Any, condition: Condition) -> Condition:
@@ -110,22 +110,15 @@ class QwenImage(ModelFamily):
         return _original_layers()
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
-        for prefix in ("", "model.diffusion_model."):
-            if {f"{prefix}txt_norm.weight", f"{prefix}transformer_blocks.0.txt_mod.1.weight"} <= shapes.keys():
-                # As comfyanonymous/ComfyUI, comfy/model_detection.py, tells them.
-                if f"{prefix}time_text_embed.addition_t_embedding.weight" in shapes:
-                    return CheckpointKind(
-                        "Qwen-Image-Layered, which draws layers of a picture that it is given", supported=False
-                    )
-                if f"{prefix}__index_timestep_zero__" in shapes:
-                    return CheckpointKind("Qwen-Image-Edit, which does not draw from text alone", supported=False)
-                return _QWEN_IMAGE
-        return None
-
-
-def _most_tokens(pipe: Any) -> int:
-    """Return the tokens of a prompt that the pipeline's call reads at most."""
-    return signature(pipe.__call__).parameters["max_sequence_length"].default
+        own = bare_shapes(shapes)
+        if not {"txt_norm.weight", "transformer_blocks.0.txt_mod.1.weight"} <= own.keys():
+            return None
+        # As comfyanonymous/ComfyUI, comfy/model_detection.py, tells them.
+        if "time_text_embed.addition_t_embedding.weight" in own:
+            return CheckpointKind("Qwen-Image-Layered, which draws layers of a picture that it is given", supported=False)
+        if "__index_timestep_zero__" in own:
+            return CheckpointKind("Qwen-Image-Edit, which does not draw from text alone", supported=False)
+        return _QWEN_IMAGE
 
 
 def _without_common_padding(condition: Condition) -> tuple[Tensor, Tensor | None]:

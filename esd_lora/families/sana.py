@@ -45,7 +45,7 @@ class Sana(ModelFamily):
         return concatenate(*(_encode_prompt(pipe, prompt, instructed=False) for prompt in prompts))
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
-        tokens = signature(pipe.__call__).parameters["max_sequence_length"].default
+        tokens = self.prompt_tokens(pipe)
         return {
             "prompt_embeds": (tokens, pipe.transformer.config.caption_channels),
             "prompt_attention_mask": (tokens,),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer, unet_layers
+from esd_lora.families.layer_names import CHECKPOINT_PREFIX, OriginalLayer, unet_layers
 from esd_lora.trajectory import Condition
 
 # kohya's, A1111's and ComfyUI's loaders have no place for an update of these, so no scope touches them.
@@ -88,13 +88,13 @@ class StableDiffusion(ModelFamily):
 
 def has_unet(shapes: Mapping[str, Sequence[int]], *, labels: bool) -> bool:
     """Return whether a checkpoint holds a U-Net under CompVis' names, with or without labels beside text and time."""
-    unet = "model.diffusion_model."
+    unet = CHECKPOINT_PREFIX
     return f"{unet}input_blocks.0.0.weight" in shapes and (f"{unet}label_emb.0.0.weight" in shapes) == labels
 
 
 def refused_unet(shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
     """Return what a checkpoint with a U-Net holds if that draws from more than text, or by a schedule no family covers."""
-    channels = shapes["model.diffusion_model.input_blocks.0.0.weight"][1]
+    channels = shapes[f"{CHECKPOINT_PREFIX}input_blocks.0.0.weight"][1]
     if channels != 4:
         title = f"an inpainting, depth or editing model, its U-Net taking {channels} channels instead of 4"
     elif any(name.startswith("control_model.") for name in shapes):

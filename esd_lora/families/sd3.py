@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.trajectory import Condition
 
 TEXT_STREAM = r"\.(add_[qkv]_proj|to_add_out)$"
@@ -83,8 +83,7 @@ class StableDiffusion3(ModelFamily):
         return _original_layers()
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
-        name = "joint_blocks.0.x_block.attn.qkv.weight"
-        return _SD_3 if name in shapes or f"model.diffusion_model.{name}" in shapes else None
+        return _SD_3 if "joint_blocks.0.x_block.attn.qkv.weight" in bare_shapes(shapes) else None
 
 
 @cache

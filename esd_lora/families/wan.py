@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.trajectory import Condition
 
 _WAN = CheckpointKind("Wan")
@@ -60,7 +60,7 @@ class Wan(ModelFamily):
         return call["height"].default // scale, call["width"].default // scale
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:
-        tokens = signature(pipe.__call__).parameters["max_sequence_length"].default  # encode_prompt itself has fewer
+        tokens = self.prompt_tokens(pipe)  # encode_prompt itself has fewer
         return {"max_sequence_length": tokens, "num_frames": 1}
 
     def sigmas(self, steps: int) -> list[float] | None:
@@ -84,7 +84,7 @@ class Wan(ModelFamily):
         return _original_layers()
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
-        own = {name.removeprefix("model.diffusion_model."): shape for name, shape in shapes.items()}
+        own = bare_shapes(shapes)
         if not {"head.modulation", "head.head.weight", "patch_embedding.weight"} <= own.keys():
             return None
         # Relatives have parts of their own, or read pictures as further channels: four latents make a patch.

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, bare_shapes
 from esd_lora.trajectory import Condition
 
 _Z_IMAGE = CheckpointKind("Z-Image")
-_MARKS = ("layers.0.adaLN_modulation.0.weight", "noise_refiner.0.attention.qkv.weight")
+_MARKS = {"layers.0.adaLN_modulation.0.weight", "noise_refiner.0.attention.qkv.weight"}
 """Tensors that no relative has both of: Lumina 2's modulation is number 1, ControlNets have no refiners of these names."""
 _BLOCKS, _REFINERS = 64, 8
 """Numbers of blocks in sight, with room."""
@@ -107,8 +107,7 @@ class ZImage(ModelFamily):
         return _original_layers()
 
     def recognise(self, shapes: Mapping[str, Sequence[int]]) -> CheckpointKind | None:
-        prefixes = ("", "model.diffusion_model.")
-        return _Z_IMAGE if any(all(f"{prefix}{mark}" in shapes for mark in _MARKS) for prefix in prefixes) else None
+        return _Z_IMAGE if bare_shapes(shapes).keys() >= _MARKS else None
 
 
 def _texts(condition: Condition) -> list[Tensor]:

@@ -15,7 +15,7 @@ from toy_denoisers import eraser_on_all_layers
 from toys import load_toy, make_toy, save_toy
 
 PROMPTS = ["", "a cat", "a very long prompt of a cat in rain"]
-"""Of 15, 20 and 50 tokens with the template's, which Z-Image fills up to 32 and 64."""
+"""Prompts of 15, 20 and 50 tokens with the template's, which Z-Image fills up to 32 and 64."""
 
 
 @torch.no_grad()
