@@ -381,7 +381,7 @@ def _show_pictures(files: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
     others = files[len(painted) :]
     videos, sheets = ([f for f in others if (f.suffix == ".webp") == moving] for moving in (True, False))
     among = " and ".join(file.name for file in sheets)
-    beside = ", beside videos of which they are the middle frames" if videos else ""
+    beside = ", each the middle frame of the video beside it" if videos else ""
     say(f"{len(painted)} pictures in {out}" + (f", {among} among them" if sheets else "") + beside)
     return {"out": str(out), "pictures": painted, "sheets": list(map(str, sheets)), "videos": list(map(str, videos))}
 
