@@ -33,8 +33,12 @@ PUBLISHED = {
     "Qwen-Image": ("qwen-image", "Qwen/Qwen-Image"),
     "Kolors": ("kolors", "Kwai-Kolors/Kolors-diffusers"),
     "Flux.2 Klein 4B": ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+    "Flux.2 Klein 9B": ("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-9B"),
+    "Flux.2 dev": ("flux2-dev", "black-forest-labs/FLUX.2-dev"),
     "Z-Image Turbo": ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
     "Wan 2.1 1.3B": ("wan21-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "Wan 2.2 5B": ("wan22-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "Wan 2.1 14B": ("wan21-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
 }
 """Published models whose configurations ship: name to that of the file in `single_file.CONFIGS`, and the Hub's id."""
 _Parts = Mapping[str, Mapping[str, Any]]

@@ -38,8 +38,12 @@ PARAMETERS = {
     "Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
     "Kolors": {"unet": 2_579_458_820, "text_encoder": 6_243_584_000},
     "Flux.2 Klein 4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "Flux.2 Klein 9B": {"transformer": 9_078_581_248, "text_encoder": 8_190_735_360},
+    "Flux.2 dev": {"transformer": 32_223_281_152, "text_encoder": 24_011_361_280},
     "Z-Image Turbo": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
     "Wan 2.1 1.3B": {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336},
+    "Wan 2.2 5B": {"transformer": 4_999_787_712, "text_encoder": 5_680_910_336},
+    "Wan 2.1 14B": {"transformer": 14_288_491_584, "text_encoder": 5_680_910_336},
 }
 CARDS = [("SD 1.5", 6, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
 MORE_CARDS = [
@@ -50,8 +54,12 @@ MORE_CARDS = [
     ("Kolors", 16, "bfloat16"),
     ("Qwen-Image", 24, "nf4"),
     ("Flux.2 Klein 4B", 12, "bfloat16"),
+    ("Flux.2 Klein 9B", 24, "bfloat16"),
+    ("Flux.2 dev", 80, "bfloat16"),
     ("Z-Image Turbo", 12, "int8"),
     ("Wan 2.1 1.3B", 16, "bfloat16"),
+    ("Wan 2.2 5B", 16, "bfloat16"),
+    ("Wan 2.1 14B", 24, "int8"),
 ]
 CARDS += [pytest.param(*card, marks=pytest.mark.slow) for card in MORE_CARDS]
 
