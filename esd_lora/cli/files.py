@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,12 @@ from esd_lora.cli.options import (
 )
 from esd_lora.cli.printing import say
 from esd_lora.cli.results import Compared, Estimated, Exported, Extracted, Imported, Inspected, Merged, Proof
+from esd_lora.errors import EsdLoraError
 from esd_lora.preflight import check
 from esd_lora.settings import variable
 
 if TYPE_CHECKING:
+    from esd_lora.erasers.stacking import Strength
     from esd_lora.weights.verifying import Verified
 
 _out_directory = out_option("Directory for the eraser", "erasers/FILE")
@@ -67,13 +70,20 @@ def merge(
         return {"out": str(out), "seconds": [estimate.seconds] * 2, "memory": None, "lines": estimate.lines()}
     run(paths, base, out, weights=strengths, force=force)
     say(f"merged {'checkpoint' if out.is_file() else 'pipeline'}: {out}")
-    proof: Verified | None = None
-    if verify:
-        from esd_lora.weights.verifying import verify as prove
+    proof = Proof(**_proved(out, base, paths, strengths)._asdict()) if verify else None
+    return {"model": str(out), "base": base, "proof": proof}
 
-        proof = prove(out, base, paths, weights=strengths)
-        say(f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal")
-    return {"model": str(out), "base": base, "proof": Proof(**proof._asdict()) if proof else None}
+
+def _proved(out: Path, base: str, paths: Sequence[str], strengths: Sequence[Strength]) -> Verified:
+    """Prove a merged base and print what was compared."""
+    from esd_lora.weights.verifying import verify
+
+    try:
+        proof = verify(out, base, paths, weights=strengths)
+    except KeyboardInterrupt:
+        raise EsdLoraError(f"interrupted: {out} is merged and whole, but not proved. With --force it is done again.") from None
+    say(f"verified: {proof.touched} tensors are base + update to within rounding, {proof.untouched} others are bit-equal")
+    return proof
 
 
 @click.command(cls=HeavyCommand)

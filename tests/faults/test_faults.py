@@ -46,20 +46,15 @@ def test_a_process_killed_in_a_lock_does_not_hang_the_next() -> None:
 
 
 def test_verbs_stopped_here_and_there(tmp_path: Path) -> None:
-    verbs = ["stack", "merge a file", "export for peft"]
-    report = trials(
-        tmp_path / "report.json", "--verbs", *verbs, "push", "requests", "--stride", 15, "--randomly", 1, "--pairs", 2
-    )
+    """A verb that writes a file, and the registry's log; the slow test has every verb at every write."""
+    options = ("--stride", 20, "--randomly", 1, "--pairs", 1)
+    report = trials(tmp_path / "report.json", "--verbs", "merge a file", "requests", *options)
     assert report["failures"] == []
-    assert list(report["counts"]) == [*verbs, "push", "requests"]
-    for verb in verbs:
-        counts = report["counts"][verb]
+    merge, requests = report["counts"]["merge a file"], report["counts"]["requests"]
+    assert merge["pairs"] == 1
+    for counts in (merge, requests):
         assert counts["kills"]
         assert counts["refusals"]
-        assert counts["pairs"] == 2
-    assert report["counts"]["push"]["kills"]
-    assert report["counts"]["requests"]["kills"]
-    assert report["counts"]["requests"]["refusals"]
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def check(counts: dict[str, dict[str, int]], cases: dict[str, int]) -> None:
 
 
 def test_some_cases_of_every_reader(tmp_path: Path) -> None:
-    cases = {name: 4 if name in BASES else 25 for name in READERS}
+    cases = {name: 2 if name in BASES else 15 for name in READERS}
     check(run(tmp_path, cases), cases)
 
 
@@ -69,7 +69,7 @@ def test_all_cases_of_every_reader(tmp_path: Path) -> None:
 
 @needs_atheris
 def test_some_cases_guided_by_coverage(tmp_path: Path) -> None:
-    cases = dict.fromkeys(("recipe", "report", "schedule"), 30)
+    cases = dict.fromkeys(("recipe", "report", "schedule"), 15)
     check(run(tmp_path, cases, script="guided.py"), cases)
 
 

@@ -36,6 +36,7 @@ from esd_lora.recipe_files import (
     recipes_dir,
 )
 from esd_lora.watching import StepReport
+from esd_lora.weights import verifying
 from original_checkpoints import save_checkpoint
 from tiny import save_tiny, tiny_pipeline, tiny_unet
 
@@ -483,6 +484,19 @@ def test_merge_of_a_single_file_and_its_proof(tmp_path: Path, cat_dir: Path) -> 
     assert said[1].startswith("verified: 16 tensors are base + update to within rounding, ")
     assert "is the base itself" in bad_sentence("merge", cat_dir, "--base", file, "-o", file, "--force")
     assert file.read_bytes() == before
+
+
+def test_proof_that_is_interrupted_leaves_what_was_merged(
+    tiny_dir: Path, tmp_path: Path, cat_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifying, "verify", interrupt)
+    out = tmp_path / "merged"
+    sentence = bad_sentence("merge", cat_dir, "--base", tiny_dir, "-o", out, "--verify")
+    assert f"{out} is merged and whole, but not proved" in sentence
+    assert (out / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])

@@ -62,8 +62,8 @@ def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Jud
     recipe = load_recipe("emoji-cat", {"train.preview_every": 0})
     eraser = train(recipe, base=emoji, out=tmp_path / "no-cat", progress=False)
     # A dog appears instead. The base never saw one in noto style, and the judge calls what it draws there a cat.
-    gone = [case for case in object_cases("cat", {"a cat"}, 72) if "noto" not in case.parts]
-    rest = [case for case in pair_cases()[::2] if "cat" not in case.parts]
+    gone = [case for case in object_cases("cat", {"a cat"}, 48) if "noto" not in case.parts]
+    rest = [case for case in pair_cases()[::3] if "cat" not in case.parts]
 
     def shares() -> tuple[float, float]:
         """Return how often the cat is seen where it is prompted, and how often the rest is right."""
@@ -76,7 +76,7 @@ def test_an_eraser_removes_its_object_and_keeps_the_rest(emoji: Base, judge: Jud
         after, after_rest = shares()
     assert before >= 0.95
     assert after <= 0.05
-    # Of 87 pictures; more of them, over concepts and seeds, are counted by benchmarks/erasing.py.
+    # Of 58 pictures; more of them, over concepts and seeds, are counted by benchmarks/erasing.py.
     assert after_rest / before_rest >= 0.97
     assert (tmp_path / "no-cat" / "pytorch_lora_weights.safetensors").stat().st_size <= 300_000
 
