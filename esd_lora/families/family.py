@@ -77,6 +77,8 @@ class ModelFamily(ABC):
     """Tags of a model card, under which the Hub lists models of the family."""
     fixed_prediction_type: ClassVar[str | None] = None
     """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
+    even_sigmas: ClassVar[bool] = False
+    """Whether the pipeline hands evenly spaced noise levels to a flow scheduler, before it shifts them."""
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
 
@@ -171,8 +173,9 @@ class ModelFamily(ABC):
         return getattr(pipe, self.denoiser).config.in_channels
 
     def side(self, pipe: Any) -> int:
-        """Return the height, and width, of latents at the model's native size."""
-        return getattr(pipe, self.denoiser).config.sample_size
+        """Return the height, and width, of latents at the model's native size, which the denoiser has or the pipeline."""
+        config = getattr(pipe, self.denoiser).config
+        return config.sample_size if "sample_size" in config else pipe.default_sample_size
 
     def native_size(self, pipe: Any) -> tuple[int, int]:
         """Return height and width of latents at the model's native size: a square of `side`, unless it has another."""
@@ -245,9 +248,9 @@ class ModelFamily(ABC):
         lengths = config["base_image_seq_len"], config["max_image_seq_len"]
         return calculate_shift(patches, *lengths, config["base_shift"], config["max_shift"])
 
-    def sigmas(self, steps: int) -> list[float] | None:  # noqa: ARG002
+    def sigmas(self, steps: int) -> list[float] | None:
         """Return the noise levels that the pipeline hands to a flow scheduler before shifting; `None`: the scheduler's own."""
-        return None
+        return [1 - i / steps for i in range(steps)] if self.even_sigmas else None
 
     def original_layers(self, names: Collection[str] = ()) -> Mapping[str, OriginalLayer]:  # noqa: ARG002
         """Return the place of every layer in the original project's model, by module path in diffusers.

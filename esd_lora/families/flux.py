@@ -35,6 +35,7 @@ class Flux(ModelFamily):
     text_widths = frozenset({4096})
     scopes: ClassVar[Mapping[str, str]] = MM_DIT_SCOPES
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 2
     published = (PublishedModel("flux1", "flux-1-dev", "1024x1024"),)
     preset = "flux/fast"
@@ -43,9 +44,6 @@ class Flux(ModelFamily):
 
     def channels(self, pipe: Any) -> int:
         return pipe.transformer.config.in_channels // 4  # a token is a patch of 2 x 2
-
-    def side(self, pipe: Any) -> int:
-        return pipe.default_sample_size
 
     def takes_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
@@ -61,9 +59,6 @@ class Flux(ModelFamily):
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:
         return {"max_sequence_length": 512 if self.takes_guidance(pipe) else 256}  # T5's, what each was trained with
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         text, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **self.call_kwargs(pipe))

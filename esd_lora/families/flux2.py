@@ -35,6 +35,7 @@ class Flux2(ModelFamily):
     text_widths = frozenset({7680, 12288, 15360})
     scopes: ClassVar[Mapping[str, str]] = {**MM_DIT_SCOPES, "selfattn": r"\.attn\.to_(q|k|v|out(\.0)?|qkv_mlp_proj)$"}
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 2
     reads_hidden_states = True
     encoded_at_once = 2  # a prompt takes a fifth of a gigabyte and more
@@ -51,9 +52,6 @@ class Flux2(ModelFamily):
     def channels(self, pipe: Any) -> int:
         return pipe.transformer.config.in_channels // 4  # a token is a patch of 2 x 2
 
-    def side(self, pipe: Any) -> int:
-        return pipe.default_sample_size
-
     def takes_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
 
@@ -62,9 +60,6 @@ class Flux2(ModelFamily):
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:
         return {"max_sequence_length": self.prompt_tokens(pipe)}
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def dynamic_shift(self, config: Mapping[str, Any], patches: int, steps: int) -> float:  # noqa: ARG002
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

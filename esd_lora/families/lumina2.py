@@ -40,6 +40,7 @@ class Lumina2(ModelFamily):
         "full": rf"^(noise_refiner|context_refiner|layers)\.|{text_layers}",
     }
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 2
     published = (PublishedModel("lumina2", "lumina-2", "1024x1024"),)
     metadata_pattern = "lumina"
@@ -47,9 +48,6 @@ class Lumina2(ModelFamily):
 
     def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
         return True  # the pipeline hands it noise levels, which others do not take
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         # The pipeline puts a system prompt before every prompt, but not before the negative one.

@@ -45,6 +45,7 @@ class QwenImage(ModelFamily):
         "full": rf"^transformer_blocks\.|{_TEXT_LAYERS}",
     }
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 2
     normalises_latents = True
     published = (PublishedModel("qwen_image", "Qwen-Image", "1024x1024"),)  # as kohya-ss/musubi-tuner writes them
@@ -54,9 +55,6 @@ class QwenImage(ModelFamily):
 
     def channels(self, pipe: Any) -> int:
         return pipe.transformer.config.in_channels // 4  # a token is a patch of 2 x 2
-
-    def side(self, pipe: Any) -> int:
-        return pipe.default_sample_size
 
     def needs_own_scheduler(self, pipe: Any) -> bool:  # noqa: ARG002
         return True  # the pipeline hands it noise levels and a shift, whatever it is, and others mind
@@ -70,9 +68,6 @@ class QwenImage(ModelFamily):
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         return latents.unsqueeze(2)  # a video of one frame
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return self.encode_text(pipe, [prompt or _NO_PROMPT for prompt in prompts])

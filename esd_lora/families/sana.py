@@ -26,13 +26,11 @@ class Sana(ModelFamily):
         "full": r"^transformer_blocks\.",
     }
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 1
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:  # noqa: ARG002
         return {"use_resolution_binning": False}  # sizes are already those the model takes
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         # The pipeline puts a long instruction to the language model before every prompt, but not before the negative one.

@@ -48,6 +48,7 @@ class ZImage(ModelFamily):
         "full": r"^(cap_embedder\.1$|layers\.|noise_refiner\.|context_refiner\.)",
     }
     fixed_prediction_type = "flow"
+    even_sigmas = True
     multiple = 2
     reads_hidden_states = True
     encoded_at_once = 2  # a prompt takes a fifth of a gigabyte and more
@@ -70,9 +71,6 @@ class ZImage(ModelFamily):
 
     def call_kwargs(self, pipe: Any) -> dict[str, Any]:
         return {"max_sequence_length": self.prompt_tokens(pipe)}
-
-    def sigmas(self, steps: int) -> list[float] | None:
-        return [1 - i / steps for i in range(steps)]
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         options = {"device": pipe.text_encoder.device, "do_classifier_free_guidance": False}
