@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
@@ -21,8 +22,10 @@ from esd_lora.erasers.tensor_files import all_finite
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
 from esd_lora.progress import advance, stage
+from esd_lora.recipe import TEXT_SCOPE
 from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
+_CLIP_LAYER = re.compile(r"^text_encoder\w*\..*\.layers\.\d+\.(self_attn|mlp)\.")
 MOST_TEXT = 2**28
 """Bytes of encoded prompts that stay on a card; beside T5 a prompt takes megabytes."""
 
@@ -55,6 +58,34 @@ class Base:
     def model(self) -> Any:
         """The denoiser: a diffusers U-Net or transformer."""
         return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """What an adapter can lie on: the denoiser, and CLIP's text encoders; as `ModelFamily.adaptable` has them."""
+        return self.family.adaptable(self.pipe)
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """Yield path and module of everything that an adapter can lie on."""
+        for place, model in self.adaptable.items():
+            for path, module in model.named_modules():
+                yield place + path, module
+
+    def modules(self, scope: str) -> Mapping[str, nn.Module]:
+        """Return the layers that a scope means, of the denoiser or of the text encoders, by path.
+
+        Raises:
+            EsdLoraError: As `ModelFamily.modules` does, or if no adapter can lie on this family's text encoders.
+        """
+        if scope != TEXT_SCOPE:
+            return self.family.modules(self.model, scope)
+        if not self.family.clip_encoders:
+            raise EsdLoraError(
+                f"scope {scope!r} is for models whose text comes from CLIP alone, Stable Diffusion and SDXL: that of base"
+                f" {self.id!r} (family {self.family.name!r}) comes from T5 or a language model, which other models share and"
+                " on which diffusers loads no LoRA. Take scope xattn."
+            )
+        # The projection behind CLIP's last layer is no part of its layers, and diffusers' loader knows it not.
+        return {path: m for path, m in self.named_modules() if _CLIP_LAYER.search(path) and isinstance(m, nn.Linear)}
 
     @property
     def device(self) -> torch.device:
@@ -177,9 +208,8 @@ class Base:
         prediction = self.family.predict(self.pipe, x_t.to(self.model.dtype), t, condition)
         return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        """Return the condition of N prompts, in the denoiser's dtype.
+        """Return the condition of N prompts, in the denoiser's dtype; it has a gradient where an adapter on the encoders has.
 
         Args:
             prompts: The empty one stands for the other side of classifier-free guidance.
@@ -283,6 +313,10 @@ class Base:
             setattr(self.pipe, name, None)
         if in_turn:
             gc.collect()  # the hooks that had them come in turn hold them in a circle
+        self.place_denoiser()
+
+    def place_denoiser(self) -> None:
+        """Place a denoiser that waits for prompts to be encoded; beside the text encoders, where they are needed for longer."""
         if self.destination is not None:
             self.model.to(self.destination)
             self.destination = None
@@ -323,14 +357,15 @@ class Base:
             vae.to(before)
 
     def require_bare(self) -> None:
-        """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.
+        """Refuse a base that carries adapters: the teacher would predict with them, and they would be taken off with ours.
 
         Raises:
             EsdLoraError: With their names.
         """
-        if carried := getattr(self.model, "peft_config", None):
+        carried = [name for model in self.adaptable.values() for name in getattr(model, "peft_config", ())]
+        if carried:
             raise EsdLoraError(
-                f"base {self.id!r} already carries adapter {', '.join(map(repr, carried))}. Unload it first"
+                f"base {self.id!r} already carries adapter {', '.join(map(repr, dict.fromkeys(carried)))}. Unload it first"
                 " (pipe.unload_lora_weights()), or merge it into a base of its own (esd-lora merge)."
             )
 
@@ -351,7 +386,7 @@ class Base:
 
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Yield path and base weight of every module that `modules` names; of a quantized one what it stands for."""
-        layers = dict(self.model.named_modules())
+        layers = dict(self.named_modules())
         for path in modules:
             layer = layers.get(path)
             layer = getattr(layer, "base_layer", layer)

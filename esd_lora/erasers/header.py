@@ -244,7 +244,7 @@ class EraserHeader(BaseModel):
     family: str
     """Model family the eraser was trained on, such as `sd`."""
     prefix: str
-    """Component the keys start with: `unet` or `transformer`."""
+    """Component the keys start with: `unet` or `transformer`; those of layers on a text encoder with its name."""
     prediction_type: str | None
     """`epsilon`, `v_prediction` or `flow`; `None` where it is not known."""
     base: str

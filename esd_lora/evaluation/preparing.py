@@ -70,7 +70,8 @@ def prepare_evaluation(
     suite.require_allowed(allow_code)
     members = [open_eraser(eraser, base.family.name if isinstance(base, Base) else None) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
-    painted_alone = not (against or suite.attacks)  # nothing else needs the text encoders once all prompts are encoded
+    # Else something needs the text encoders once all prompts are encoded.
+    painted_alone = not (against or suite.attacks or any(member.changes_text for member in members))
     if suite.needs_text_encoder and removed and not isinstance(base, Base):
         base = load_base(base, text_first=painted_alone)
     near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.ddim import make_ddim
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
-from esd_lora.recipe import REGEX_SCOPE
+from esd_lora.recipe import REGEX_SCOPE, TEXT_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
 
 _LONGEST_SEARCH = 1.0  # seconds
@@ -77,6 +77,11 @@ class ModelFamily(ABC):
     """Tags of a model card, under which the Hub lists models of the family."""
     fixed_prediction_type: ClassVar[str | None] = None
     """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
+    clip_encoders: ClassVar[tuple[str, ...]] = ()
+    """Components that an adapter can lie on beside the denoiser: CLIP's text encoders, where all text comes from them.
+
+    Elsewhere text comes from T5 or a language model as well, which many models share, and on which diffusers loads no LoRA.
+    """
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
 
@@ -335,12 +340,27 @@ class ModelFamily(ABC):
         euler.set_timesteps(steps, device=device, sigmas=self.sigmas(steps), mu=mu)
         return euler
 
+    def adaptable(self, pipe: Any) -> dict[str, nn.Module]:
+        """Return the models that an adapter can lie on, each by what the paths of its layers begin with.
+
+        Those of the denoiser stand alone; those of a text encoder begin with its name, as in the LoRA files of diffusers:
+        `text_encoder.text_model.encoder.layers.0.mlp.fc1`.
+        """
+        models: dict[str, nn.Module] = {"": getattr(pipe, self.denoiser)}
+        for name in self.clip_encoders:
+            if (encoder := getattr(pipe, name)) is not None:
+                # transformers 5 has CLIP's text model without the module around it that files have in their names.
+                models[f"{name}." if hasattr(encoder, "text_model") else f"{name}.text_model."] = encoder
+        return models
+
     def modules(self, model: nn.Module, scope: str) -> Mapping[str, nn.Module]:
-        """Return the layers of `model` that `scope` means, by path.
+        """Return the layers of the denoiser that `scope` means, by path.
 
         Raises:
             EsdLoraError: If the scope matches no layer of this model, or takes too long to tell.
         """
+        if scope == TEXT_SCOPE:
+            raise EsdLoraError(f"scope {scope!r} has no layer of the denoiser, and nothing else is worked on here.")
         # The update of a grouped convolution is no product of two factors, so there is no LoRA for it.
         layers = {
             path: m

@@ -24,6 +24,7 @@ class Kolors(StableDiffusionXL):
 
     name = "kolors"
     pipelines = ("KolorsPipeline",)
+    clip_encoders = ()
     libraries = ("kolors",)
     needs = ("sentencepiece", "kolors")
     tags = ("kolors",)

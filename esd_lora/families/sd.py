@@ -26,6 +26,7 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
+    clip_encoders = ("text_encoder",)
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     text_layers = r"\.attn2\.to_[kv]$"
     text_widths = frozenset({768, 1024})

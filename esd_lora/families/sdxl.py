@@ -21,6 +21,7 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    clip_encoders = ("text_encoder", "text_encoder_2")
     tags = ("stable-diffusion-xl",)
     text_widths = frozenset({2048})
     normalises_latents = True
