@@ -65,12 +65,14 @@ def _open(file: Path) -> Generator[Any]:
     try:
         with file.open("rb") as source:
             head = source.read(8)
-        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        length = int.from_bytes(head, "little") if len(head) == 8 else _MAX_HEADER + 1
+        # A header of 19,280 bytes, which is no rare length, begins as a zip archive does: only the other six bytes tell.
+        if length > _MAX_HEADER and head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise EsdLoraError(
                 f"{file} is a pickle, not a safetensors file, and opening one runs whatever code was put into it. Take a"
                 " .safetensors file, or convert it on a machine you can spare."
             )
-        if (length := int.from_bytes(head, "little")) > _MAX_HEADER and len(head) == 8:
+        if length > _MAX_HEADER and len(head) == 8:
             raise EsdLoraError(
                 f"{file} is no safetensors file, or damaged: it announces a header of {length:,} bytes, more than"
                 f" {_MAX_HEADER:,}. Fetch it again."
