@@ -15,6 +15,7 @@ change, beside the many that are kept as well as can be. Layers that do not read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 

@@ -257,6 +257,9 @@ class TrainSpec(_Frozen):
     """Classifier-free guidance of the trajectories (paper: 3); 1 for models distilled to a few steps."""
     distilled_guidance: float = Field(default=1.0, ge=0)
     """Scale that guidance-distilled models (Flux dev, LCM) read, teacher and student alike; others take none."""
+    clip_skip: int | None = Field(default=None, ge=1)
+    """Last layers of CLIP that prompts skip, as the pipeline's call of that name has it: train with what the model is used
+    with. What guidance puts opposite skips none."""
     walk_batch: int = Field(default=32, ge=1)
     """Trajectories walked side by side. Bounds memory; each counts twice, for guidance."""
     resolution: int | None = Field(default=None, ge=8)

@@ -128,6 +128,8 @@ def _sweep(
 ) -> dict[float, list[list[Image]]]:
     """Generate as `sweep` does, and return the frames of everything: a picture is one."""
     base = base if isinstance(base, Base) else load_base(base, text_first=True)
+    base = base.skipping(sampling.get("clip_skip"))
+    base.warn_of_cuts(prompts)
     members = [open_eraser(eraser, base.family.name) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]

@@ -103,6 +103,7 @@ def train(
                 recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=text_first
             )
         base.require_bare()
+        base = base.skipping(spec.clip_skip)
         started = time.monotonic()
         cache = PredictionCache(teacher_cache) if teacher_cache is not None else None
         teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code, cache)
@@ -181,6 +182,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     if isinstance(recipe.guard, int):
         recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, base.as_read(encode))})
     planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, base.as_read(encode)))
+    base.warn_of_cuts(lesson.prompt for lesson in planned if not lesson.preserves)
     guard = Guard(base, recipe.guarded, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
     kept = kept_texts(planned) if recipe.closed_form else []

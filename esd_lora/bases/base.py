@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.families.family import ModelFamily
 from esd_lora.progress import advance, stage
 from esd_lora.recipe import TEXT_SCOPE
@@ -53,6 +56,8 @@ class Base:
     """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
     quantized: str | None = None
     """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
+    clip_skip: int | None = None
+    """Last layers of CLIP that prompts skip, from `skipping`."""
 
     @property
     def model(self) -> Any:
@@ -101,6 +106,24 @@ class Base:
     def prediction_type(self) -> str:
         """`epsilon`, `v_prediction` or `flow`."""
         return self.family.prediction_type(self.pipe)
+
+    def skipping(self, clip_skip: int | None) -> Base:
+        """Return the base with prompts that skip the last layers of CLIP, as its pipeline's call has them with `clip_skip`.
+
+        Args:
+            clip_skip: Number of layers; with `None` it is the base itself.
+
+        Raises:
+            EsdLoraError: If its text is not CLIP's alone, or there are fewer layers.
+        """
+        if clip_skip is None:
+            return self
+        most = self.family.most_skipped(self.pipe)
+        if not 1 <= clip_skip <= most:
+            can = f"from 1 to {most} there" if most else "none where text does not come from CLIP alone"
+            raise EsdLoraError(f"clip_skip {clip_skip}: base {self.id!r} can skip {can}. Give another, or leave it out.")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Base)}
+        return Base(**{**fields, "clip_skip": clip_skip})  # one that remembers texts knows others
 
     def latent_shape(self, size: tuple[int, int] | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return channels, height and width of one image's latents; channels, frames, height and width of one video's.
@@ -208,17 +231,30 @@ class Base:
         prediction = self.family.predict(self.pipe, x_t.to(self.model.dtype), t, condition)
         return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        """Return the condition of N prompts, in the denoiser's dtype; it has a gradient where an adapter on the encoders has.
+        """Return the condition of N prompts, in the denoiser's dtype.
 
         Args:
             prompts: The empty one stands for the other side of classifier-free guidance.
             guidance: Scale that a guidance-distilled model takes as an input; other models have no such input.
         """
+        return self.encode_anew(prompts, guidance)
+
+    def encode_anew(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        """Return what `encode` does, never from memory, and with the gradients of an adapter on the text encoders."""
         condition = self._encode_by(self.family.encode, prompts)
+        if self.clip_skip and (named := [prompt for prompt in prompts if prompt]):  # what guidance is against skips nothing
+            places = torch.tensor([i for i, prompt in enumerate(prompts) if prompt], device=self.device)
+            skipped = self._encode_by(self._encode_skipping, named)
+            condition = {name: value.index_copy(0, places, skipped[name]) for name, value in condition.items()}
         if self.family.takes_guidance(self.pipe):
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.device)
         return condition
+
+    def _encode_skipping(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        assert self.clip_skip is not None
+        return self.family.encode_skipping(pipe, prompts, self.clip_skip)
 
     @torch.no_grad()
     def directions(self, texts: Sequence[str], encode: Encode | None = None) -> Tensor:
@@ -232,7 +268,8 @@ class Base:
             encode: From `remembering`, where it knows the texts already, none of them empty.
         """
         unknown = ["", *(() if encode else texts)]
-        embeds = self._encode_by(self.family.encode_text, unknown)["prompt_embeds"].float().flatten(1)
+        embeds = self._encode_by(self._encode_skipping if self.clip_skip else self.family.encode_text, unknown)
+        embeds = embeds["prompt_embeds"].float().flatten(1)
         outputs = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
         return torch.nn.functional.normalize(outputs - embeds[:1], dim=1)
 
@@ -240,7 +277,7 @@ class Base:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
         parts: list[Condition] = []
         most = self.family.encoded_at_once
-        with stage("encoding text", len(prompts), "prompt"):
+        with stage("encoding text", len(prompts), "prompt"), quiet_libraries():
             for i in range(0, len(prompts), most):
                 parts.append(encode(self.pipe, prompts[i : i + most]))
                 advance(min(most, len(prompts) - i))
@@ -254,6 +291,24 @@ class Base:
                 cause = self.damaged_module() or f"they compute beyond {str(dtype)[6:]}: load the base in float32"
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
+
+    def warn_of_cuts(self, prompts: Iterable[str]) -> None:
+        """Warn once of prompts of which CLIP reads the beginning alone: its pipelines cut the rest off."""
+        for name in self.family.clip_encoders:
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
+            if tokenizer is None:
+                continue
+            most, texts = tokenizer.model_max_length, list(dict.fromkeys(prompts))
+            read = {text: tokenizer(text, truncation=True, max_length=most).input_ids for text in texts}
+            cut = [text for text in texts if len(read[text]) == most != len(tokenizer(text, verbose=False).input_ids)]
+            if cut:
+                end = tokenizer.decode(read[cut[0]], skip_special_tokens=True)[-30:]
+                warnings.warn(
+                    f"{len(cut)} of {len(texts)} prompts {'has' if len(cut) == 1 else 'have'} more than the {most - 2} tokens"
+                    f" that CLIP reads, and the rest is cut off: {shortened(repr(cut[0]))} is read up to {end!r}.",
+                    stacklevel=3,
+                )
+                return
 
     def as_read(self, encode: Encode) -> Encode:
         """Return an encoder that returns what `encode` does, its text as the layers that read it get it.

@@ -324,9 +324,11 @@ class EraserHeader(BaseModel):
         return text
 
     def making(self) -> list[str]:
-        """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""
+        """Return how measured trainings ended, how a stack was fused and harmonised, and what text it is for, a line each."""
         steps = (*self.fusions, *self.distillations)
         solved = [each.describe() for each in self.solved]
+        skipping = dict.fromkeys(recipe.train.clip_skip for recipe in self.recipes if recipe.train.clip_skip)
+        solved += [f"trained on text with clip_skip {layers}: paint with the same" for layers in skipping]
         return [*solved, *(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
 
     def recipe_document(self) -> str:

@@ -47,6 +47,7 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
     """
     require_allowed(recipe, allow_code)
     base.require_bare()
+    base = base.skipping(recipe.train.clip_skip)
     rehearsed = Rehearsed(**vars(base))
     rehearsed.known = base.encode(["a photograph"], recipe.train.distilled_guidance)
     started = time.monotonic()
@@ -163,7 +164,7 @@ def _time_step(
     def step() -> None:
         optimizer.zero_grad()
         x_t, t, condition = points
-        base.predict(x_t, t, base.encode(texts) if texts else condition).square().mean().backward()
+        base.predict(x_t, t, base.encode_anew(texts) if texts else condition).square().mean().backward()
         optimizer.step()
 
     if spec.gradient_checkpointing:

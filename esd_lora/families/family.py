@@ -128,6 +128,20 @@ class ModelFamily(ABC):
         """Return the condition of N prompts as `encode` does, but the empty one as any other prompt: a text without words."""
         return self.encode(pipe, prompts)
 
+    def most_skipped(self, pipe: Any) -> int:  # noqa: ARG002
+        """Return how many of CLIP's last layers prompts can skip (`clip_skip`); 0 where CLIP alone is not all that is read."""
+        return 0
+
+    def encode_skipping(self, pipe: Any, prompts: Sequence[str], clip_skip: int) -> Condition:  # noqa: ARG002
+        """Return the condition of N prompts, the empty one as any other, as the pipeline's call has them with `clip_skip`.
+
+        Args:
+            pipe: The pipeline.
+            prompts: N prompts.
+            clip_skip: Up to `most_skipped`.
+        """
+        return self.encode_text(pipe, prompts)
+
     def encode_opposite(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         """Return the condition of N negative prompts, none of them empty, as the pipeline puts them opposite the prompt."""
         return self.encode(pipe, prompts)

@@ -40,6 +40,9 @@ class Kolors(StableDiffusionXL):
     metadata_pattern = "(?i)kolors"
     checkpoints = ()
 
+    def most_skipped(self, pipe: Any) -> int:  # noqa: ARG002
+        return 0
+
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
         tokens, width = self.prompt_tokens(pipe), pipe.unet.config.encoder_hid_dim
         return {"prompt_embeds": (tokens, width), "pooled_prompt_embeds": (width,)}

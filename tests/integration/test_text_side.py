@@ -1,7 +1,9 @@
-"""Erasers on the text encoder: the student reads its own text, the file is diffusers' own, and every verb takes it or refuses it."""
+"""Erasers on the text encoder: the student reads its own text, the file is diffusers' own, every verb takes or refuses it."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import CLIPTextModel
 
 from esd_lora.adapter import adapted_layers, add_adapter, applied, remove_adapter
 from esd_lora.bases.base import Base
@@ -38,7 +41,8 @@ def base(toy: Path) -> Base:
 
 
 def recipe_for(toy: Path, **settings: Any) -> Recipe:
-    return tiny_recipe(toy, **{"scope": "text-encoder", "lr": 0.02, "steps": 6, "resolution": 64, **settings})
+    size = {} if toy.name == "sd" else {"resolution": 64}
+    return tiny_recipe(toy, **{"scope": "text-encoder", "lr": 0.02, "steps": 6, **size, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +168,78 @@ def test_the_file_names_layers_as_diffusers_does(eraser_dir: Path) -> None:
         keys = list(file.keys())
     assert all(".text_model.encoder.layers." in key for key in keys)
     assert {key.partition(".")[0] for key in keys} <= {"text_encoder", "text_encoder_2"}
+
+
+LONG = "a cat that sits in the rain and looks at a house, a map, a dog and a hat"
+"""More than the toys' 16 tokens."""
+
+
+@pytest.fixture
+def with_text_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give CLIP the module that diffusers 0.42 looks for its last norm in, and transformers 5 has left out."""
+    if not hasattr(CLIPTextModel, "text_model"):
+        monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["a cat", LONG])
+def test_clip_skip_is_that_of_the_pipeline(base: Base, prompt: str, with_text_model: None) -> None:  # noqa: ARG001
+    text, null, *pooled = base.pipe.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, clip_skip=1
+    )
+    whole, skipping = base.encode([prompt, ""]), base.skipping(1).encode([prompt, ""])
+    torch.testing.assert_close(skipping["prompt_embeds"], torch.cat([text, null]))
+    assert not torch.allclose(skipping["prompt_embeds"][0], whole["prompt_embeds"][0], atol=1e-2)
+    assert torch.equal(skipping["prompt_embeds"][1], whole["prompt_embeds"][1])
+    if pooled:
+        torch.testing.assert_close(skipping["pooled_prompt_embeds"], torch.cat(pooled))
+
+
+@torch.no_grad()
+def test_pictures_with_clip_skip_are_the_pipelines(base: Base, with_text_model: None) -> None:  # noqa: ARG001
+    width, height = base.picture_size()
+    asked = {"width": width, "height": height, "num_inference_steps": 3, "guidance_scale": 3.0, "clip_skip": 1}
+    for negative in (None, "a dog"):
+        plain = base.pipe("a cat", negative_prompt=negative, generator=[torch.Generator().manual_seed(3)], **asked).images
+        options = {"seeds": [3], "steps": 3, "guidance": 3.0, "negative_prompt": negative}
+        ours = generate(base, ["a cat"], clip_skip=1, **options)
+        assert abs(pictures(ours)[0] - pictures(plain)[0]).max() <= 1
+        assert abs(pictures(ours)[0] - pictures(generate(base, ["a cat"], **options))[0]).max() > 1
+
+
+def test_a_training_reads_the_text_that_it_is_used_with(toy: Path, base: Base) -> None:
+    erasers = [train(recipe_for(toy, scope=scope, clip_skip=1), base=base, progress=False) for scope in ("xattn", "text-encoder")]
+    plain = train(recipe_for(toy, scope="xattn"), base=base, progress=False)
+    assert any(not torch.equal(plain.pairs[path].up, pair.up) for path, pair in erasers[0].pairs.items())
+    unread = [path for path, pair in erasers[1].pairs.items() if not pair.up.any()]
+    read = {"sd": 0, "sdxl": 12}[toy.name]  # of the toy SD's one layer nothing is left to read
+    assert len(unread) == LAYERS[toy.name] - read
+    assert "clip_skip 1" in " ".join(erasers[0].header.making())
+    assert not plain.header.making()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_clip_skip_beyond_what_there_is(name: str, tmp_path: Path) -> None:
+    base = load_toy(save_toy(name, tmp_path / name))
+    refusal = "can skip from 1 to 1 there" if name == "sd" else "can skip none where text does not come from CLIP alone"
+    with pytest.raises(EsdLoraError, match=refusal):
+        generate(base, ["a cat"], clip_skip=2, steps=2)
+
+
+def test_words_that_are_cut_off_are_told_once(
+    toy: Path, base: Base, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cut = r"1 of 2 prompts has more than the 14 tokens that CLIP reads, and the rest is cut off: .* is read up to"
+    recipe = recipe_for(toy, concepts=[LONG, "a car"], preserve=["a pen on a table in a room of a tower"], steps=2)
+    for verb in (lambda: generate(base, [LONG, "a dog"], steps=2), lambda: train(recipe, base=base)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            verb()
+        (told,) = (str(warning.message) for warning in caught if warning.category is UserWarning)
+        assert re.match(cut, told)
+    said = caplog.text + "".join(capfd.readouterr())
+    assert "truncated" not in said
+    assert "longer than the specified maximum" not in said
+    with torch.no_grad():
+        text = base.pipe.encode_prompt(LONG, "cpu", 1, False)[0]
+    torch.testing.assert_close(base.encode([LONG])["prompt_embeds"], text)
