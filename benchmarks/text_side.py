@@ -3,7 +3,8 @@
     python benchmarks/text_side.py [--base emoji] [--concepts cat,rocket] [--seeds 0,1,2]
 
 Every eraser is `fast`, with nothing else changed but the scope; since no layer of a text encoder has a closed form, `xattn`
-stands there from zero as well. Judged as `benchmarks/calibration.py` judges; runs that stand in `--out` already are not repeated.
+stands there from zero as well. Judged as `benchmarks/calibration.py` judges; runs that stand in `--out` already are not
+repeated.
 """
 
 from __future__ import annotations

@@ -82,6 +82,10 @@ class ModelFamily(ABC):
 
     Elsewhere text comes from T5 or a language model as well, which many models share, and on which diffusers loads no LoRA.
     """
+    clip_prefixes: ClassVar[tuple[str, ...]] = ()
+    """What the names of their tensors begin with in single-file checkpoints, in the order of `clip_encoders`."""
+    clip_in_kohya: ClassVar[tuple[str, ...]] = ()
+    """The same of the names of their layers in kohya's files."""
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
 
@@ -285,6 +289,15 @@ class ModelFamily(ABC):
             module: KOHYA_PREFIX + (module if self.kohya_keeps_diffusers_names else layer.name).replace(".", "_")
             for module, layer in self.original_layers().items()
         }
+
+    def kohya_text_name(self, module: str) -> str:
+        """Return the name in kohya's files of a layer on a text encoder.
+
+        Args:
+            module: Its path, which begins with one of `clip_encoders`.
+        """
+        component, _, path = module.partition(".")
+        return dict(zip(self.clip_encoders, self.clip_in_kohya, strict=True))[component] + path.replace(".", "_")
 
     def published_model(self, text_width: int | None, prediction_type: str | None) -> PublishedModel | None:
         """Return the published model that an eraser fits; `None` where its layers do not tell.

@@ -24,7 +24,7 @@ class Kolors(StableDiffusionXL):
 
     name = "kolors"
     pipelines = ("KolorsPipeline",)
-    clip_encoders = ()
+    clip_encoders = clip_prefixes = clip_in_kohya = ()
     libraries = ("kolors",)
     needs = ("sentencepiece", "kolors")
     tags = ("kolors",)

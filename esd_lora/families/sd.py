@@ -27,6 +27,8 @@ class StableDiffusion(ModelFamily):
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
     clip_encoders = ("text_encoder",)
+    clip_prefixes = ("cond_stage_model.",)
+    clip_in_kohya = ("lora_te_",)
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     text_layers = r"\.attn2\.to_[kv]$"
     text_widths = frozenset({768, 1024})

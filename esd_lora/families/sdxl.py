@@ -22,6 +22,8 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
     clip_encoders = ("text_encoder", "text_encoder_2")
+    clip_prefixes = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+    clip_in_kohya = ("lora_te1_", "lora_te2_")
     tags = ("stable-diffusion-xl",)
     text_widths = frozenset({2048})
     normalises_latents = True

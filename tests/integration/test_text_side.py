@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,38 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from esd_lora.adapter import adapted_layers, add_adapter, applied, remove_adapter
 from esd_lora.bases.base import Base
+from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, on_text_encoder
+from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
+from esd_lora.estimates.training import estimate_training
+from esd_lora.evaluation.evaluating import evaluate
+from esd_lora.families import family_of
+from esd_lora.formats.exporting import export
+from esd_lora.formats.importing import import_lora
+from esd_lora.formats.inspecting import inspect_file
+from esd_lora.fusing.closed_form import fuse
+from esd_lora.fusing.harmonising import harmonise
+from esd_lora.fusing.interference import measure_interference
+from esd_lora.gating import gated
 from esd_lora.lessons import plan
+from esd_lora.memory_plans import fit_recipe
 from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import load_recipe
+from esd_lora.recipe_files import load_harmonise_spec, load_recipe
 from esd_lora.sampling import generate
 from esd_lora.teacher import Teacher
 from esd_lora.training import train
+from esd_lora.weights.merging import merge
+from esd_lora.weights.verifying import verify
+from original_checkpoints import checkpoint, save_checkpoint
+from random_erasers import build_header, eraser_on, random_pair
 from tiny import tiny_recipe
-from toys import load_toy, save_toy
+from toys import load_toy, make_toy, save_toy
 
 LAYERS = {"sd": 6, "sdxl": 24}  # six of each layer of each encoder; SDXL's toy has two encoders of two layers
 
@@ -208,7 +227,9 @@ def test_pictures_with_clip_skip_are_the_pipelines(base: Base, with_text_model: 
 
 
 def test_a_training_reads_the_text_that_it_is_used_with(toy: Path, base: Base) -> None:
-    erasers = [train(recipe_for(toy, scope=scope, clip_skip=1), base=base, progress=False) for scope in ("xattn", "text-encoder")]
+    erasers = [
+        train(recipe_for(toy, scope=scope, clip_skip=1), base=base, progress=False) for scope in ("xattn", "text-encoder")
+    ]
     plain = train(recipe_for(toy, scope="xattn"), base=base, progress=False)
     assert any(not torch.equal(plain.pairs[path].up, pair.up) for path, pair in erasers[0].pairs.items())
     unread = [path for path, pair in erasers[1].pairs.items() if not pair.up.any()]
@@ -241,5 +262,127 @@ def test_words_that_are_cut_off_are_told_once(
     assert "truncated" not in said
     assert "longer than the specified maximum" not in said
     with torch.no_grad():
-        text = base.pipe.encode_prompt(LONG, "cpu", 1, False)[0]
+        text = base.pipe.encode_prompt(LONG, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(base.encode([LONG])["prompt_embeds"], text)
+
+
+def denoiser_eraser(base: Base) -> Eraser:
+    return eraser_on(base.model, list(base.modules("xattn-kv")), "a dog", family=base.family.name)
+
+
+def test_stacks_add_up_both_sides(eraser_dir: Path, base: Base, tmp_path: Path) -> None:
+    text, layers = Eraser.load(eraser_dir), denoiser_eraser(base)
+    both = stack([text, layers], [0.5, 2.0])
+    both.save(tmp_path / "both")
+    loaded = Eraser.load(tmp_path / "both")
+    assert loaded.pairs.keys() == {*text.pairs, *layers.pairs}
+    assert loaded.changes_text
+    for member, weight in ((text, 0.5), (layers, 2.0)):
+        for path, pair in member.pairs.items():
+            torch.testing.assert_close(loaded.pairs[path].delta(), weight * pair.delta())
+    plain = DiffusionPipeline.from_pretrained(base.source, safety_checker=None)
+    plain.load_lora_weights(tmp_path / "both")
+    on = {component for component, lists in plain.get_list_adapters().items() if lists}
+    assert on == {base.family.denoiser, *base.family.clip_encoders}
+    alone = stack([text], [Strength(1.0, {"text_encoder": 0.0})])
+    assert all(
+        (pair.norm() == 0) == path.startswith("text_encoder.") or not text.pairs[path].norm()
+        for path, pair in alone.pairs.items()
+    )
+    report = measure_interference([text, layers])
+    assert report.cosine[0][1] == 0
+    with pytest.raises(EsdLoraError, match="leave out the base, so that the files are compared"):
+        measure_interference([text, layers], base=base)
+
+
+def test_what_works_on_the_denoiser_alone_refuses_text(eraser_dir: Path, base: Base, toy: Path, tmp_path: Path) -> None:
+    members = [Eraser.load(eraser_dir), denoiser_eraser(base)]
+    for verb in (fuse, harmonise):
+        with pytest.raises(EsdLoraError, match=r"changes the text encoder.*--fuse sum"):
+            verb(members, base)
+    with pytest.raises(EsdLoraError, match="harmonised on the denoiser alone"):
+        load_harmonise_spec("harmonise", scope="text-encoder")
+    with pytest.raises(EsdLoraError, match="leave out --fit"):
+        fit_recipe(recipe_for(toy), 2**34)
+    with pytest.raises(EsdLoraError, match="take another"):
+        export(members[0], tmp_path / "peft", layout="peft")
+    with pytest.raises(EsdLoraError, match="switched by what bare text encoders"):
+        gated(base.pipe, [eraser_dir])
+
+
+def test_merging_into_a_directory(toy: Path, eraser_dir: Path, base: Base, tmp_path: Path) -> None:
+    (toy_copy := tmp_path / "base").mkdir()
+    shutil.copytree(toy, toy_copy, dirs_exist_ok=True)
+    (toy_copy / "text_encoder" / "pytorch_model.bin").write_bytes(b"the concept in another format")
+    merged = merge([eraser_dir], toy_copy, tmp_path / "merged", progress=False)
+    assert verify(merged, toy_copy, [eraser_dir]).touched == LAYERS[toy.name]
+    assert not (merged / "text_encoder" / "pytorch_model.bin").exists()
+    options = {"seeds": [3], "steps": 3}
+    ours = generate(base, ["a cat"], erasers=[eraser_dir], **options)
+    assert abs(pictures(ours)[0] - pictures(generate(load_toy(merged), ["a cat"], **options))[0]).max() <= 1
+    with pytest.raises(EsdLoraError, match=r"weight is not .* plus the erasers' update there"):
+        verify(toy, toy_copy, [eraser_dir])
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2-v", "sdxl"])
+def test_merging_into_a_single_file(name: str, tmp_path: Path) -> None:
+    """OpenAI's CLIP of SD 1.x, OpenCLIP of SD 2.x with its joined queries, keys and values, and both of SDXL."""
+    pipe = make_toy(name)
+    base = Base(pipe, family_of(type(pipe).__name__), "toy")
+    layers = dict(base.named_modules())
+    shapes = {path: tuple(layers[path].weight.shape) for path in base.modules("text-encoder")}
+    generator = torch.Generator().manual_seed(0)
+    pairs = {path: random_pair(shape, 2, generator, torch.float32) for path, shape in shapes.items()}
+    kind = {"family": base.family.name, "prediction_type": base.prediction_type, "base_hashes": base.hashes(shapes)}
+    eraser = Eraser(pairs, build_header("a cat", **kind))
+    file = save_checkpoint(pipe, tmp_path / "base.safetensors")
+    merged = merge([eraser], file, tmp_path / "merged.safetensors", progress=False)
+    assert verify(merged, file, [eraser]).touched > 0
+    with applied(base, [eraser]):
+        expected = {key: tensor.clone() for key, tensor in checkpoint(pipe).items()}
+    actual = load_file(merged)
+    assert actual.keys() == expected.keys()
+    spare = f"resblocks.{pipe.text_encoder.config.num_hidden_layers}."  # of SD 2.x: nothing reads it, it is a copy in the toy
+    for key, tensor in expected.items():
+        if spare not in key:
+            torch.testing.assert_close(actual[key], tensor)
+
+
+def test_kohya_names_lead_there_and_back(toy: Path, eraser_dir: Path, base: Base, tmp_path: Path) -> None:
+    eraser = Eraser.load(eraser_dir)
+    file = export(eraser, tmp_path / "cat.safetensors", layout="kohya")
+    names = {name.rpartition("_text_model")[0] for name in load_file(file)}
+    assert names == {"sd": {"lora_te"}, "sdxl": {"lora_te1", "lora_te2"}}[toy.name]
+    back = import_lora(file)
+    assert back.header.concepts == eraser.header.concepts
+    assert back.header.base_hashes == eraser.header.base_hashes
+    for path, pair in eraser.pairs.items():
+        torch.testing.assert_close(back.pairs[path].delta(), pair.delta())
+    plain = DiffusionPipeline.from_pretrained(toy, safety_checker=None)
+    plain.load_lora_weights(file)  # diffusers knows the names as well
+    changed = {path for path, module in Base(plain, base.family, "plain").named_modules() if hasattr(module, "lora_A")}
+    assert changed == eraser.pairs.keys()
+    assert inspect_file(file).as_json()["blocks"].keys() == set(base.family.clip_encoders)
+
+
+def test_the_card_says_how_it_is_loaded(eraser_dir: Path) -> None:
+    card = (eraser_dir / "README.md").read_text("utf-8")
+    assert "load_lora_weights" in card
+    assert "text-encoder" in card
+
+
+def test_a_dry_run_counts_a_training(toy: Path, base: Base) -> None:
+    estimate = estimate_training(recipe_for(toy), base)
+    assert estimate.most.student_samples > 0
+    assert estimate.eraser == sum(
+        4 * (pair.down.numel() + pair.up.numel()) for pair in train(recipe_for(toy), base=base, progress=False).pairs.values()
+    )
+
+
+@pytest.mark.slow
+def test_a_concept_is_erased_in_the_text_encoder_of_the_built_in_base(tmp_path: Path) -> None:
+    base = load_base("emoji", device="cpu")
+    recipe = load_recipe("fast", {"train.preview_every": 0}, base="emoji", concepts=["a cat"], scope="text-encoder")
+    train(recipe, base=base, out=tmp_path / "no-cat", progress=False)
+    report = evaluate("emoji", "emoji-object", tmp_path / "measured", erasers=[tmp_path / "no-cat"], limit=24, progress=False)
+    assert report is not None
