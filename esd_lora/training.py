@@ -182,7 +182,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     if isinstance(recipe.guard, int):
         recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, base.as_read(encode))})
     planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, base.as_read(encode)))
-    base.warn_of_cuts(lesson.prompt for lesson in planned if not lesson.preserves)
+    base.warn_of_cuts(text for concept in recipe.concepts for texts in concept.lessons() for text in texts)
     guard = Guard(base, recipe.guarded, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
     kept = kept_texts(planned) if recipe.closed_form else []

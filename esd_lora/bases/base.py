@@ -294,11 +294,12 @@ class Base:
 
     def warn_of_cuts(self, prompts: Iterable[str]) -> None:
         """Warn once of prompts of which CLIP reads the beginning alone: its pipelines cut the rest off."""
+        texts = list(dict.fromkeys(filter(None, prompts)))
         for name in self.family.clip_encoders:
             tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
             if tokenizer is None:
                 continue
-            most, texts = tokenizer.model_max_length, list(dict.fromkeys(prompts))
+            most = tokenizer.model_max_length
             read = {text: tokenizer(text, truncation=True, max_length=most).input_ids for text in texts}
             cut = [text for text in texts if len(read[text]) == most != len(tokenizer(text, verbose=False).input_ids)]
             if cut:

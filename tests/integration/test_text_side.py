@@ -214,6 +214,7 @@ def test_clip_skip_is_that_of_the_pipeline(base: Base, prompt: str, with_text_mo
         torch.testing.assert_close(skipping["pooled_prompt_embeds"], torch.cat(pooled))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pictures_with_clip_skip_are_the_pipelines(base: Base, with_text_model: None) -> None:  # noqa: ARG001
     width, height = base.picture_size()
@@ -226,6 +227,7 @@ def test_pictures_with_clip_skip_are_the_pipelines(base: Base, with_text_model: 
         assert abs(pictures(ours)[0] - pictures(generate(base, ["a cat"], **options))[0]).max() > 1
 
 
+@pytest.mark.slow
 def test_a_training_reads_the_text_that_it_is_used_with(toy: Path, base: Base) -> None:
     erasers = [
         train(recipe_for(toy, scope=scope, clip_skip=1), base=base, progress=False) for scope in ("xattn", "text-encoder")
@@ -371,6 +373,7 @@ def test_the_card_says_how_it_is_loaded(eraser_dir: Path) -> None:
     assert "text-encoder" in card
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_a_training(toy: Path, base: Base) -> None:
     estimate = estimate_training(recipe_for(toy), base)
     assert estimate.most.student_samples > 0
