@@ -85,7 +85,7 @@ def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
         work()
         return teacher.evaluations - before
 
-    solved = teacher.recipe.closed_form is not None
+    solved = teacher.recipe.closed_form is not None and not teacher.recipe.adapts_text
     probing = reading = measuring = 0
     walking = 0.0
     if (held_out := prepared.held_out) and teacher.recipe.probed:
