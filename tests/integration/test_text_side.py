@@ -22,7 +22,7 @@ from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, on_text_encoder
 from esd_lora.erasers.stacking import Strength, stack
 from esd_lora.errors import EsdLoraError
 from esd_lora.estimates.training import estimate_training
-from esd_lora.evaluation.evaluating import evaluate
+from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.families import family_of
 from esd_lora.formats.exporting import export
 from esd_lora.formats.importing import import_lora
@@ -385,7 +385,20 @@ def test_a_dry_run_counts_a_training(toy: Path, base: Base) -> None:
 @pytest.mark.slow
 def test_a_concept_is_erased_in_the_text_encoder_of_the_built_in_base(tmp_path: Path) -> None:
     base = load_base("emoji", device="cpu")
-    recipe = load_recipe("fast", {"train.preview_every": 0}, base="emoji", concepts=["a cat"], scope="text-encoder")
-    train(recipe, base=base, out=tmp_path / "no-cat", progress=False)
-    report = evaluate("emoji", "emoji-object", tmp_path / "measured", erasers=[tmp_path / "no-cat"], limit=24, progress=False)
-    assert report is not None
+    few = {"steps": 60, "trajectories": 16, "preserve_trajectories": 32, "preview_every": 0, "preserve_weight": 1.5}
+    settings = {"eta": 0.0, **{f"train.{name}": value for name, value in few.items()}, "train.probe_every": 0}
+    concept = {"name": "a cat", "anchor": "a dog"}
+    train(
+        load_recipe("fast", settings, base="emoji", concepts=[concept], scope="text-encoder"),
+        base=base,
+        out=tmp_path / "no-cat",
+        progress=False,
+    )
+    judge, seeds = Judge("emoji"), range(6)
+
+    def seen(prompt: str, **options: Any) -> list[str | None]:
+        return [verdict.object for verdict in judge(generate(base, [prompt], seeds=seeds, **options))]
+
+    assert seen("a cat").count("cat") == len(seeds)
+    assert seen("a cat", erasers=[tmp_path / "no-cat"]).count("cat") == 0
+    assert seen("a pig", erasers=[tmp_path / "no-cat"]).count("pig") == len(seeds)
