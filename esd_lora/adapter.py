@@ -1,10 +1,10 @@
-"""LoRAs on a base's denoiser: a student's, which is trained, and erasers, which are added to the weights for a while."""
+"""LoRAs on a base: a student's, which is trained, and erasers, which are added to the weights for a while."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,8 +25,8 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
     """Add a fresh LoRA to layers and return its parameters, float32 or better; its update is zero until trained.
 
     Args:
-        base: Whose denoiser gets it.
-        layers: By module path.
+        base: Whose layers get it.
+        layers: By module path, as `Base.modules` returns them.
         lora: Shape of the update.
         seed: Of its start.
     """
@@ -34,54 +34,70 @@ def add_adapter(base: Base, layers: Mapping[str, torch.nn.Module], lora: LoraSpe
 
     ranks = {path: lora.conv_rank for path, layer in layers.items() if lora.conv_rank and isinstance(layer, torch.nn.Conv2d)}
     for scope, rank in lora.ranks.items():
-        ranks |= {path: rank for path in base.family.modules(base.model, scope) if path in layers}
-    patterns = {f"^{re.escape(path)}$": rank for path, rank in ranks.items()}
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=cast(int, lora.alpha),
-        target_modules=list(layers),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in patterns.items()},
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        init_lora_weights=True,
-    )
+        ranks |= {path: rank for path in base.modules(scope) if path in layers}
+    parameters: list[torch.nn.Parameter] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _add(base, config)
-    base.model.eval()  # the new layers too: dropout is for training steps alone
-    parameters = [p for p in base.model.parameters() if p.requires_grad]
+        for model, paths in _by_model(base, layers):
+            patterns = {f"^{re.escape(own)}$": ranks[path] for path, own in paths.items() if path in ranks}
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=cast(int, lora.alpha),
+                target_modules=list(paths.values()),
+                rank_pattern=patterns,
+                alpha_pattern={pattern: lora.alpha * rank / lora.rank for pattern, rank in patterns.items()},
+                lora_dropout=lora.dropout,
+                use_rslora=lora.rslora,
+                init_lora_weights=True,
+            )
+            _add(model, config)
+            parameters += [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         # Masters are at least float32: bf16 ones would round small updates away.
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
 
 
-def _add(base: Base, config: Any) -> None:
+def _by_model(base: Base, layers: Iterable[str]) -> Iterator[tuple[torch.nn.Module, dict[str, str]]]:
+    """Yield each model that layers lie in, with their paths in the base to those within the model."""
+    models = base.adaptable
+    for place, model in models.items():
+        # The denoiser stands first, and its paths begin with nothing: it gets what fits no other.
+        inside = [path for path in layers if place == next(each for each in reversed(models) if path.startswith(each))]
+        if inside:
+            yield model, {path: path.removeprefix(place) for path in inside}
+
+
+def _add(model: torch.nn.Module, config: Any) -> None:
     """Add an adapter by peft itself: not every denoiser in diffusers has methods for that."""
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
         # peft says of int8 layers that they cannot be merged, which nobody here tries.
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
-        inject_adapter_in_model(config, base.model, ADAPTER)
+        inject_adapter_in_model(config, model, ADAPTER)
+    model.eval()  # the new layers too: dropout is for training steps alone
 
 
 def remove_adapter(base: Base) -> None:
-    """Take the adapter off the denoiser again, if one is on it."""
+    """Take the adapter off the base again, if one is on it."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-    recurse_remove_peft_layers(base.model)
-    if hasattr(base.model, "peft_config"):
-        del base.model.peft_config
+    model: Any
+    for model in base.adaptable.values():
+        if hasattr(model, "peft_config"):
+            recurse_remove_peft_layers(model)
+            del model.peft_config
 
 
 def adapter_ranks(base: Base) -> dict[str, int]:
     """Return the path of every layer that the adapter is on, with the rank of its update there."""
-    layers: dict[str, Any] = dict(base.model.named_modules())
-    return {
-        path: len(layer.lora_A[ADAPTER].weight) for path, layer in layers.items() if ADAPTER in getattr(layer, "lora_A", ())
-    }
+    return {path: len(layer.lora_A[ADAPTER].weight) for path, layer in adapted_layers(base)}
+
+
+def adapted_layers(base: Base) -> Iterator[tuple[str, Any]]:
+    """Yield path and layer of everything that the adapter is on."""
+    return ((path, layer) for path, layer in base.named_modules() if ADAPTER in getattr(layer, "lora_A", ()))
 
 
 @torch.no_grad()
@@ -94,28 +110,26 @@ def set_pairs(base: Base, pairs: Mapping[str, LoraPair]) -> None:
         base: Carries an adapter of no lower rank than any pair.
         pairs: By module path.
     """
-    layer: Any
-    for path, layer in base.model.named_modules():
-        if ADAPTER in getattr(layer, "lora_A", ()):
-            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            up.zero_()
-            if path in pairs:
-                rank, own = pairs[path].rank, pairs[path].down.to(down)
-                size = down[:rank].norm() / own.norm().clamp_min(1e-30)
-                down[:rank] = size * own
-                up[:, :rank] = pairs[path].up.to(up) / (size * layer.scaling[ADAPTER])
+    for path, layer in adapted_layers(base):
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        up.zero_()
+        if path in pairs:
+            rank, own = pairs[path].rank, pairs[path].down.to(down)
+            size = down[:rank].norm() / own.norm().clamp_min(1e-30)
+            down[:rank] = size * own
+            up[:, :rank] = pairs[path].up.to(up) / (size * layer.scaling[ADAPTER])
 
 
 def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Parameter]:
-    """Load updates into the denoiser as a LoRA to be trained further, and return its parameters, float32 or better."""
+    """Load updates into the base as a LoRA to be trained further, and return its parameters, float32 or better."""
     from peft import LoraConfig
 
-    ranks = {f"^{re.escape(path)}$": pair.rank for path, pair in pairs.items()}
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks, alpha_pattern=dict(ranks))
-    _add(base, config)
-    base.model.eval()
+    for model, paths in _by_model(base, pairs):
+        ranks = {f"^{re.escape(own)}$": pairs[path].rank for path, own in paths.items()}
+        targets = list(paths.values())
+        _add(model, LoraConfig(r=1, lora_alpha=1, target_modules=targets, rank_pattern=ranks, alpha_pattern=dict(ranks)))
     parameters: list[torch.nn.Parameter] = []
-    layers: dict[str, Any] = dict(base.model.named_modules())
+    layers: dict[str, Any] = dict(base.named_modules())
     for path, pair in pairs.items():
         for factors, value in zip((layers[path].lora_A, layers[path].lora_B), pair, strict=True):
             parameter = factors[ADAPTER].weight
@@ -127,7 +141,7 @@ def load_adapter(base: Base, pairs: Mapping[str, LoraPair]) -> list[torch.nn.Par
 @contextmanager
 def adapter_disabled(base: Base) -> Iterator[None]:
     """Turn the adapter off for the length of a `with` block."""
-    layers = [layer for layer in base.model.modules() if ADAPTER in getattr(layer, "lora_A", ())]
+    layers = [layer for _, layer in adapted_layers(base)]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -143,7 +157,7 @@ def dropout_enabled(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
     if not lora.dropout:
         yield
         return
-    layers: list[Any] = [layer.lora_dropout for layer in base.model.modules() if ADAPTER in getattr(layer, "lora_dropout", ())]
+    layers: list[Any] = [layer.lora_dropout for _, layer in adapted_layers(base)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in layers:
@@ -155,8 +169,13 @@ def dropout_enabled(base: Base, lora: LoraSpec, seed: int) -> Iterator[None]:
                 layer.eval()
 
 
+def adapter_pairs(base: Base) -> dict[str, LoraPair]:
+    """Return the trained LoRA by module path, wherever it lies, its scale folded into `up`."""
+    return {place + path: pair for place, model in base.adaptable.items() for path, pair in read_pairs(model).items()}
+
+
 def read_pairs(model: torch.nn.Module) -> dict[str, LoraPair]:
-    """Return the trained LoRA by module path, its scale folded into `up`."""
+    """Return the trained LoRA on one model by its paths, its scale folded into `up`."""
     pairs: dict[str, LoraPair] = {}
     layer: Any
     for path, layer in model.named_modules():
@@ -173,7 +192,7 @@ class AttachedStack:
     def __init__(self, base: Base, stacked: Eraser):
         self._base = base
         load_adapter(base, stacked.pairs)
-        layers: dict[str, Any] = dict(base.model.named_modules())
+        layers: dict[str, Any] = dict(base.named_modules())
         self._layers = [layers[path] for path in stacked.pairs]
 
     def set_strength(self, strength: float) -> None:

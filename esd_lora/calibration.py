@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import ADAPTER
+from esd_lora.adapter import ADAPTER, adapted_layers
 from esd_lora.bases.base import Base
 from esd_lora.erasers.header import Calibration, EraserHeader, Reading
 from esd_lora.errors import EsdLoraError
@@ -67,10 +67,10 @@ def normalise_adapter(base: Base, predict: Callable[[], object]) -> None:
 
     Args:
         base: Carries an adapter that is still zero.
-        predict: Runs the denoiser over latents that are typical, without gradients.
+        predict: Runs the layers over what is typical of them, without gradients.
     """
     sizes: dict[str, dict[str, list[Tensor]]] = {}
-    layers: dict[str, Any] = {path: m for path, m in base.model.named_modules() if ADAPTER in getattr(m, "lora_A", ())}
+    layers = dict(adapted_layers(base))
 
     def measure(path: str, what: str) -> Callable[[Any, Any, Tensor], None]:
         def hook(layer: Any, _inputs: Any, output: Tensor) -> None:
@@ -147,9 +147,10 @@ def prepare_rate(teacher: Teacher) -> tuple[Points, Probe]:
     generator = torch.Generator().manual_seed(probe_seed(teacher.spec.seed) + 1)
     lesson = torch.tensor(tried, device=teacher.base.model.device)
     points = teacher.fill(lesson, generator, _short(teacher.spec)).taught.points
-    condition = teacher.condition(points.lesson)
-    # On all points in every rank: what layers make of them is measured.
-    normalise_adapter(teacher.base, lambda: teacher.predict(points.x_t, points.t, condition, shared=False))
+    # On all points in every rank: what layers make of them is measured, those of text encoders too.
+    normalise_adapter(
+        teacher.base, lambda: teacher.predict(points.x_t, points.t, teacher.condition(points.lesson), shared=False)
+    )
     return points, Probe(teacher, HeldOut([teacher.lessons[i][:3] for i in tried], []))
 
 

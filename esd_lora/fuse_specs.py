@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from esd_lora.recipe import Scope
+from esd_lora.recipe import TEXT_SCOPE, Scope
 
 
 class _Frozen(BaseModel):
@@ -67,3 +67,10 @@ class HarmoniseSpec(_Frozen):
     """Classifier-free guidance of the trajectories."""
     seed: int = Field(default=0, ge=0)
     """Seed of noise and batches."""
+
+    @field_validator("scope")
+    @classmethod
+    def _is_of_the_denoiser(cls, value: str) -> str:
+        if value == TEXT_SCOPE:
+            raise ValueError("stacks are harmonised on the denoiser alone: give one of its scopes")
+        return value

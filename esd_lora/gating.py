@@ -111,6 +111,11 @@ def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESH
             f"a {type(pipe).__name__} in diffusers takes no erasers off and on again: paint with esd-lora generate --gate, or"
             " merge them."
         )
+    if changing := [eraser for eraser in loaded if eraser.changes_text]:
+        raise EsdLoraError(
+            f"eraser of {changing[0].names} changes the text encoder, and erasers are switched by what bare text encoders make"
+            " of a prompt: paint with esd-lora generate --gate."
+        )
     gate = Gate(base, loaded, threshold=threshold)
     for number, eraser in enumerate(loaded):
         pipe.load_lora_weights(eraser.state_dict(), adapter_name=f"esd_{number}")

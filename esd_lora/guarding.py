@@ -15,12 +15,11 @@ change, beside the many that are kept as well as can be. Layers that do not read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import ADAPTER
+from esd_lora.adapter import ADAPTER, adapted_layers
 from esd_lora.bases.base import Base
 from esd_lora.erasers.eraser import LoraPair
 from esd_lora.errors import EsdLoraError
@@ -78,11 +77,9 @@ class Guard:
     @torch.no_grad()
     def hold(self) -> None:
         """Have the adapter on the base leave the guarded prompts alone, whatever it was trained to."""
-        layer: Any
-        for path, layer in self.base.model.named_modules() if self._free else ():
-            if ADAPTER in getattr(layer, "lora_A", ()):
-                down = layer.lora_A[ADAPTER].weight
-                down.copy_(self._projected(path, down))
+        for path, layer in adapted_layers(self.base) if self._free else ():
+            down = layer.lora_A[ADAPTER].weight
+            down.copy_(self._projected(path, down))
 
     def _projected(self, path: str, down: Tensor) -> Tensor:
         free = self.free(self.base.family.text_read_by(path) or "")

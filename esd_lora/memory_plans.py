@@ -121,6 +121,8 @@ def fit_recipe(recipe: Recipe, room: int, dtype: str | None = None) -> tuple[Rec
     Raises:
         EsdLoraError: As `fit` does, or if there is no such base.
     """
+    if recipe.adapts_text:
+        raise EsdLoraError("memory is planned for adapters on the denoiser alone: leave out --fit with scope text-encoder.")
     whole = dtype if dtype is not None and dtype not in QUANTIZED else "bfloat16"
     base = outline_base(recipe.base, config=recipe.base_config, dtype=choose_dtype(torch.device("cpu"), whole))
     plan = fit(base, recipe, room, (dtype,) if dtype else (whole, *QUANTIZED))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.erasers.eraser import SAMPLES
 from esd_lora.errors import EsdLoraError
 from esd_lora.progress import advance, stage
@@ -52,6 +53,8 @@ class Sampling(TypedDict, total=False):
     """The same of the other side."""
     scheduler: str | None
     """One of `schedulers.SCHEDULERS`; the base's own unless given."""
+    clip_skip: int | None
+    """Last layers of CLIP that prompts skip, a negative one none; all layers are read unless given."""
     frames: int | None
     """Length of a video, where the base makes videos; one unless given, a picture."""
 
@@ -153,9 +156,12 @@ def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: U
     width, height = size = base.picture_size(painting.get("width"), painting.get("height"))
     steps, guidance, frames = painting.get("steps") or base.steps, painting.get("guidance"), painting.get("frames") or 1
     guidance = base.guidance if guidance is None else guidance
-    negative_prompt, encode = painting.get("negative_prompt"), painting.get("encode")
+    negative_prompt, encode, opposite = painting.get("negative_prompt"), painting.get("encode"), painting.get("opposite")
     if negative_prompt:
         base.require_negative_prompts(guidance)
+    base = base.skipping(painting.get("clip_skip"))
+    if base.clip_skip and not encode:
+        encode, opposite = base.encode, base.encode_opposite(negative_prompt) if negative_prompt else None
     at_once = pictures_at_once(base, painting.get("batch", _BATCH), size, frames)
     length = {"num_frames": frames} if base.family.frames_per_latent else {}
     with stage(f"painting {len(prompts)} pictures", len(prompts) * steps, "step"):
@@ -165,10 +171,10 @@ def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: U
             if negative_prompt:
                 text["negative_prompt"] = [negative_prompt] * len(part)
             if encode:
-                text = _embeds_kwargs(base, encode([*part, ""]), painting.get("opposite"))
+                text = _embeds_kwargs(base, encode([*part, ""]), opposite)
             pixels = len(part) * frames * width * height
             scheduled = base.scheduled_by(painting.get("scheduler"))
-            with base.vae_in_place(), scheduled, _bounded_decoding(base.pipe.vae, pixels):
+            with base.vae_in_place(), scheduled, _bounded_decoding(base.pipe.vae, pixels), quiet_libraries():
                 painted, *_ = base.pipe(
                     **{**base.family.guidance_kwargs(guidance, len(part)), **text},
                     height=height,

@@ -21,6 +21,8 @@ from esd_lora.yaml_files import allowed_code
 
 SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
 """Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
+TEXT_SCOPE = "text-encoder"
+"""Layers of the text encoders that stand before the denoiser, and none of its own."""
 REGEX_SCOPE = "re:"
 """Marks a scope that is a regular expression, searched for in every layer's path: `re:mid_block.*to_v$`."""
 _MAX_SCOPE = 1000
@@ -69,9 +71,9 @@ def _scope(value: str) -> str:
             re.compile(value.removeprefix(REGEX_SCOPE))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression ({error})") from error
-    elif value not in SCOPES:
+    elif value not in (known := (*SCOPES, TEXT_SCOPE)):
         raise ValueError(
-            f"unknown scope{did_you_mean(value, SCOPES)}; known: {', '.join(SCOPES)}, or {REGEX_SCOPE} and a regular expression"
+            f"unknown scope{did_you_mean(value, known)}; known: {', '.join(known)}, or {REGEX_SCOPE} and a regular expression"
         )
     return value
 
@@ -255,6 +257,9 @@ class TrainSpec(_Frozen):
     """Classifier-free guidance of the trajectories (paper: 3); 1 for models distilled to a few steps."""
     distilled_guidance: float = Field(default=1.0, ge=0)
     """Scale that guidance-distilled models (Flux dev, LCM) read, teacher and student alike; others take none."""
+    clip_skip: int | None = Field(default=None, ge=1)
+    """Last layers of CLIP that prompts skip, as the pipeline's call of that name has it: train with what the model is used
+    with. What guidance puts opposite skips none."""
     walk_batch: int = Field(default=32, ge=1)
     """Trajectories walked side by side. Bounds memory; each counts twice, for guidance."""
     resolution: int | None = Field(default=None, ge=8)
@@ -300,7 +305,8 @@ class Recipe(_Frozen):
     concepts: tuple[Annotated[Concept, BeforeValidator(_concept)], ...] = Field(min_length=1)
     """What to erase, one or several."""
     scope: Scope
-    """Layers that get an adapter: `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, or `re:` and a regular expression."""
+    """Layers that get an adapter: of the denoiser `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, or `re:` and a regular
+    expression; or `text-encoder`, those of CLIP itself (Stable Diffusion, SDXL)."""
     objective: Annotated[str, _named(OBJECTIVES)]
     """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`, which runs with
     --allow-code."""
@@ -325,9 +331,15 @@ class Recipe(_Frozen):
     lora: LoraSpec
     """Shape of the update."""
     closed_form: ClosedFormSpec | None = None
-    """Solve the layers that read text before the first step; without it the update begins at zero."""
+    """Solve the layers that read text before the first step; without it, or where the scope has none, the update begins at
+    zero."""
     train: TrainSpec
     """How the student meets the teacher."""
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether the adapter lies on the text encoders, so that the student reads other text than the teacher."""
+        return self.scope == TEXT_SCOPE
 
     @property
     def guarded(self) -> tuple[str, ...]:
@@ -348,6 +360,13 @@ class Recipe(_Frozen):
     def _changes_something(self) -> Recipe:
         if self.train.steps == 0 and self.closed_form is None:
             raise ValueError("train.steps is 0 and there is no closed_form: nothing would change. Give either")
+        if self.train.steps == 0 and self.adapts_text:
+            raise ValueError(f"train.steps is 0, and no layer in scope {TEXT_SCOPE} has a closed form: it has to be trained")
+        if self.guard and self.adapts_text:
+            raise ValueError(
+                f"guard leaves prompts alone in layers that read text, and scope {TEXT_SCOPE} changes the text itself: put them"
+                " into preserve"
+            )
         return self
 
     @model_validator(mode="after")

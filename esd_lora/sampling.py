@@ -128,10 +128,14 @@ def _sweep(
 ) -> dict[float, list[list[Image]]]:
     """Generate as `sweep` does, and return the frames of everything: a picture is one."""
     base = base if isinstance(base, Base) else load_base(base, text_first=True)
+    base = base.skipping(sampling.get("clip_skip"))
+    base.warn_of_cuts(prompts)
     members = [open_eraser(eraser, base.family.name) for eraser in erasers]
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}
+    if any(member.changes_text for member in members):
+        base.place_denoiser()  # prompts are encoded with the erasers on
     size, frames = base.picture_size(sampling.get("width"), sampling.get("height")), sampling.get("frames") or 1
     negative = sampling.get("negative_prompt")
     opposite = base.encode_opposite(negative) if negative and base.destination is not None else None

@@ -59,9 +59,9 @@ class Teacher:
         self.objective = find_objective(recipe.objective, allow_code)
         self.loss = LOSSES.get(recipe.objective, mean_square)
         device = base.device
-        prompts = dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed])
-        self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        self._conditions = (encode or base.remembering(self.spec.distilled_guidance))(list(prompts))
+        self._prompts = list(dict.fromkeys(["", *(text for lesson in lessons for text in lesson[:3]), *probed]))
+        self._numbers = {prompt: number for number, prompt in enumerate(self._prompts)}
+        self._conditions = (encode or base.remembering(self.spec.distilled_guidance))(self._prompts)
         numbers = [[self._numbers[text] for text in lesson[:3]] for lesson in lessons]
         self._prompt, self._concept, self._anchor = torch.tensor([*numbers, [NULL] * 3], device=device).unbind(1)
         self.erased = [index for index, lesson in enumerate(lessons) if not lesson.preserves]
@@ -148,18 +148,17 @@ class Teacher:
             generator: Source of noise and of the random stop.
             spec: Shape of the trajectories.
         """
-        return self._walk(self.condition(lesson), shape, generator, spec)
+        return self._walk(self._prompt[lesson], shape, generator, spec)
 
     def walk_prompts(
         self, prompts: Sequence[str], shape: Sequence[int], generator: torch.Generator, spec: TrainSpec
     ) -> list[NoisySample]:
         """Return points on one trajectory for each prompt, as `walk` does for lessons; the prompts are those of a probe."""
-        return self._walk(self.encode(prompts), shape, generator, spec)
+        return self._walk(self._number(prompts), shape, generator, spec)
 
-    def _walk(
-        self, condition: Condition, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec
-    ) -> list[NoisySample]:
-        count, device = len(next(iter(condition.values()))), self.base.model.device
+    @torch.no_grad()
+    def _walk(self, numbers: Tensor, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec) -> list[NoisySample]:
+        count, device = len(numbers), self.base.model.device
         # Latents are float32 or better whatever the model's dtype: a walk adds up many small steps.
         dtype = torch.promote_types(self.base.model.dtype, torch.float32)
         noise = torch.randn(count, *shape, generator=generator).to(device, dtype)
@@ -169,8 +168,8 @@ class Teacher:
                 self.predict,
                 self.base.family.scheduler(self.base.pipe, spec.trajectory_steps, shape, device),
                 noise,
-                condition,
-                self._condition(torch.full((count,), NULL, device=device)),
+                self._condition(numbers),
+                self._condition(torch.full_like(numbers, NULL)),
                 guidance=spec.guidance,
                 stop=stop,
             )
@@ -230,15 +229,25 @@ class Teacher:
         return self.loss(prediction, points.target, points.concept, self._eta[points.lesson])
 
     def condition(self, lesson: Tensor) -> Condition:
-        """Return what the student reads in each of `lesson` [N]."""
+        """Return what the student reads in each of `lesson` [N]; with a gradient, where the adapter lies on text encoders."""
         return self._condition(self._prompt[lesson])
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Return the condition of prompts that occur in the lessons, for which no text encoder is needed any more."""
-        return self._condition(torch.tensor([self._numbers[p] for p in prompts], device=self._prompt.device))
+        """Return the condition of prompts that occur in the lessons, for which no text encoder is needed any more.
+
+        Unless the adapter lies on the text encoders: then it is the base's with the adapter off, and the student's with it on.
+        """
+        return self._condition(self._number(prompts))
+
+    def _number(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([self._numbers[prompt] for prompt in prompts], device=self._prompt.device)
 
     def _condition(self, numbers: Tensor) -> Condition:
         """Return the condition of prompts by their numbers [N], where the denoiser is."""
+        if self.recipe.adapts_text and not self._teaches:
+            once, places = numbers.unique(return_inverse=True)
+            return pick(self.base.encode_anew([self._prompts[i] for i in once.tolist()], self.spec.distilled_guidance), places)
         home = self._conditions["prompt_embeds"].device  # the CPU where all of them take much room
         return move(pick(self._conditions, numbers.to(home)), numbers.device)
 

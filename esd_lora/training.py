@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_ranks, add_adapter, dropout_enabled, read_pairs, remove_adapter, set_pairs
+from esd_lora.adapter import adapter_pairs, adapter_ranks, add_adapter, dropout_enabled, remove_adapter, set_pairs
 from esd_lora.bars import watched
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
@@ -98,14 +98,18 @@ def train(
         loaded_here = base is None
         if base is None:
             painted = out is not None and spec.preview_every > 0
-            base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=True)
+            text_first = not recipe.adapts_text
+            base = load_base(
+                recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=text_first
+            )
         base.require_bare()
+        base = base.skipping(spec.clip_skip)
         started = time.monotonic()
         cache = PredictionCache(teacher_cache) if teacher_cache is not None else None
         teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code, cache)
-        if loaded_here:
+        if loaded_here and not recipe.adapts_text:
             base.free_text_encoders()
-        parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
+        parameters = add_adapter(base, base.modules(recipe.scope), recipe.lora, spec.seed)
         try:
             if spec.gradient_checkpointing:
                 base.model.enable_gradient_checkpointing()
@@ -161,7 +165,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cache: PredictionCache | None = None) -> Prepared:
-    """Choose anchors, plan the lessons and encode every prompt, after which the text encoders are needed no more.
+    """Choose anchors, plan the lessons and encode every prompt, after which only a student that adapts text needs encoders.
 
     Args:
         base: With its text encoders.
@@ -169,7 +173,8 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
         allow_code: Every `module:attribute` that may be imported.
         cache: Of the teacher's predictions.
     """
-    recipe = recipe.for_layers(reading_text=any(map(base.family.reads_text, base.family.modules(base.model, recipe.scope))))
+    layers = base.modules(recipe.scope)
+    recipe = recipe.for_layers(reading_text=recipe.adapts_text or any(map(base.family.reads_text, layers)))
     spec = recipe.train
     encode = base.remembering(spec.distilled_guidance)
     if recipe.anchor == AUTO:
@@ -177,6 +182,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     if isinstance(recipe.guard, int):
         recipe = recipe.model_copy(update={"guard": choose_guarded(recipe, recipe.guard, base.keep, base.as_read(encode))})
     planned = plan(recipe, base.keep, find_neighbours(recipe, base.keep, base.as_read(encode)))
+    base.warn_of_cuts(text for concept in recipe.concepts for texts in concept.lessons() for text in texts)
     guard = Guard(base, recipe.guarded, encode, [lesson.prompt for lesson in planned if not lesson.preserves])
     walks = preserved_walks(spec, len(latent_shapes(base, spec)))
     kept = kept_texts(planned) if recipe.closed_form else []
@@ -357,7 +363,7 @@ def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequenc
         solved: How far that got.
     """
     base, recipe = teacher.base, teacher.recipe
-    pairs = read_pairs(base.model)
+    pairs = adapter_pairs(base)
     walked = walked_so_far(teacher, state.step, len(latent_shapes(base, teacher.spec)))
     held = [lesson.prompt for lesson in planned if lesson.preserves and solved]
     held += [teacher.lessons[i].prompt for i in sorted(walked)]

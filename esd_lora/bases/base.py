@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import re
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
-from esd_lora.errors import EsdLoraError
+from esd_lora.errors import EsdLoraError, shortened
 from esd_lora.families.family import ModelFamily
 from esd_lora.progress import advance, stage
+from esd_lora.recipe import TEXT_SCOPE
 from esd_lora.trajectory import Condition, Encode, concatenate, move, pick
 
+_CLIP_LAYER = re.compile(r"^text_encoder\w*\..*\.layers\.\d+\.(self_attn|mlp)\.")
 MOST_TEXT = 2**28
 """Bytes of encoded prompts that stay on a card; beside T5 a prompt takes megabytes."""
 
@@ -50,11 +56,41 @@ class Base:
     """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
     quantized: str | None = None
     """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
+    clip_skip: int | None = None
+    """Last layers of CLIP that prompts skip, from `skipping`."""
 
     @property
     def model(self) -> Any:
         """The denoiser: a diffusers U-Net or transformer."""
         return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """What an adapter can lie on: the denoiser, and CLIP's text encoders; as `ModelFamily.adaptable` has them."""
+        return self.family.adaptable(self.pipe)
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """Yield path and module of everything that an adapter can lie on."""
+        for place, model in self.adaptable.items():
+            for path, module in model.named_modules():
+                yield place + path, module
+
+    def modules(self, scope: str) -> Mapping[str, nn.Module]:
+        """Return the layers that a scope means, of the denoiser or of the text encoders, by path.
+
+        Raises:
+            EsdLoraError: As `ModelFamily.modules` does, or if no adapter can lie on this family's text encoders.
+        """
+        if scope != TEXT_SCOPE:
+            return self.family.modules(self.model, scope)
+        if not self.family.clip_encoders:
+            raise EsdLoraError(
+                f"scope {scope!r} is for models whose text comes from CLIP alone, Stable Diffusion and SDXL: that of base"
+                f" {self.id!r} (family {self.family.name!r}) comes from T5 or a language model, which other models share and"
+                " on which diffusers loads no LoRA. Take scope xattn."
+            )
+        # The projection behind CLIP's last layer is no part of its layers, and diffusers' loader knows it not.
+        return {path: m for path, m in self.named_modules() if _CLIP_LAYER.search(path) and isinstance(m, nn.Linear)}
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +106,24 @@ class Base:
     def prediction_type(self) -> str:
         """`epsilon`, `v_prediction` or `flow`."""
         return self.family.prediction_type(self.pipe)
+
+    def skipping(self, clip_skip: int | None) -> Base:
+        """Return the base with prompts that skip the last layers of CLIP, as its pipeline's call has them with `clip_skip`.
+
+        Args:
+            clip_skip: Number of layers; with `None` it is the base itself.
+
+        Raises:
+            EsdLoraError: If its text is not CLIP's alone, or there are fewer layers.
+        """
+        if clip_skip is None:
+            return self
+        most = self.family.most_skipped(self.pipe)
+        if not 1 <= clip_skip <= most:
+            can = f"from 1 to {most} there" if most else "none where text does not come from CLIP alone"
+            raise EsdLoraError(f"clip_skip {clip_skip}: base {self.id!r} can skip {can}. Give another, or leave it out.")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Base)}
+        return Base(**{**fields, "clip_skip": clip_skip})  # one that remembers texts knows others
 
     def latent_shape(self, size: tuple[int, int] | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return channels, height and width of one image's latents; channels, frames, height and width of one video's.
@@ -185,10 +239,22 @@ class Base:
             prompts: The empty one stands for the other side of classifier-free guidance.
             guidance: Scale that a guidance-distilled model takes as an input; other models have no such input.
         """
+        return self.encode_anew(prompts, guidance)
+
+    def encode_anew(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        """Return what `encode` does, never from memory, and with the gradients of an adapter on the text encoders."""
         condition = self._encode_by(self.family.encode, prompts)
+        if self.clip_skip and (named := [prompt for prompt in prompts if prompt]):  # what guidance is against skips nothing
+            places = torch.tensor([i for i, prompt in enumerate(prompts) if prompt], device=self.device)
+            skipped = self._encode_by(self._encode_skipping, named)
+            condition = {name: value.index_copy(0, places, skipped[name]) for name, value in condition.items()}
         if self.family.takes_guidance(self.pipe):
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.device)
         return condition
+
+    def _encode_skipping(self, pipe: Any, prompts: Sequence[str]) -> Condition:
+        assert self.clip_skip is not None
+        return self.family.encode_skipping(pipe, prompts, self.clip_skip)
 
     @torch.no_grad()
     def directions(self, texts: Sequence[str], encode: Encode | None = None) -> Tensor:
@@ -202,7 +268,8 @@ class Base:
             encode: From `remembering`, where it knows the texts already, none of them empty.
         """
         unknown = ["", *(() if encode else texts)]
-        embeds = self._encode_by(self.family.encode_text, unknown)["prompt_embeds"].float().flatten(1)
+        embeds = self._encode_by(self._encode_skipping if self.clip_skip else self.family.encode_text, unknown)
+        embeds = embeds["prompt_embeds"].float().flatten(1)
         outputs = encode(texts)["prompt_embeds"].float().flatten(1) if encode else embeds[1:]
         return torch.nn.functional.normalize(outputs - embeds[:1], dim=1)
 
@@ -210,7 +277,7 @@ class Base:
         """Return the condition of prompts by one of the family's encoders, in the denoiser's dtype."""
         parts: list[Condition] = []
         most = self.family.encoded_at_once
-        with stage("encoding text", len(prompts), "prompt"):
+        with stage("encoding text", len(prompts), "prompt"), quiet_libraries():
             for i in range(0, len(prompts), most):
                 parts.append(encode(self.pipe, prompts[i : i + most]))
                 advance(min(most, len(prompts) - i))
@@ -224,6 +291,25 @@ class Base:
                 cause = self.damaged_module() or f"they compute beyond {str(dtype)[6:]}: load the base in float32"
                 raise EsdLoraError(f"the text encoders of base {self.id!r} make NaN or infinity of prompts: {cause}.")
         return condition
+
+    def warn_of_cuts(self, prompts: Iterable[str]) -> None:
+        """Warn once of prompts of which CLIP reads the beginning alone: its pipelines cut the rest off."""
+        texts = list(dict.fromkeys(filter(None, prompts)))
+        for name in self.family.clip_encoders:
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
+            if tokenizer is None:
+                continue
+            most = tokenizer.model_max_length
+            read = {text: tokenizer(text, truncation=True, max_length=most).input_ids for text in texts}
+            cut = [text for text in texts if len(read[text]) == most != len(tokenizer(text, verbose=False).input_ids)]
+            if cut:
+                end = tokenizer.decode(read[cut[0]], skip_special_tokens=True)[-30:]
+                warnings.warn(
+                    f"{len(cut)} of {len(texts)} prompts {'has' if len(cut) == 1 else 'have'} more than the {most - 2} tokens"
+                    f" that CLIP reads, and the rest is cut off: {shortened(repr(cut[0]))} is read up to {end!r}.",
+                    stacklevel=3,
+                )
+                return
 
     def as_read(self, encode: Encode) -> Encode:
         """Return an encoder that returns what `encode` does, its text as the layers that read it get it.
@@ -283,6 +369,10 @@ class Base:
             setattr(self.pipe, name, None)
         if in_turn:
             gc.collect()  # the hooks that had them come in turn hold them in a circle
+        self.place_denoiser()
+
+    def place_denoiser(self) -> None:
+        """Place a denoiser that waits for prompts to be encoded; beside the text encoders, where they are needed for longer."""
         if self.destination is not None:
             self.model.to(self.destination)
             self.destination = None
@@ -323,14 +413,15 @@ class Base:
             vae.to(before)
 
     def require_bare(self) -> None:
-        """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.
+        """Refuse a base that carries adapters: the teacher would predict with them, and they would be taken off with ours.
 
         Raises:
             EsdLoraError: With their names.
         """
-        if carried := getattr(self.model, "peft_config", None):
+        carried = [name for model in self.adaptable.values() for name in getattr(model, "peft_config", ())]
+        if carried:
             raise EsdLoraError(
-                f"base {self.id!r} already carries adapter {', '.join(map(repr, carried))}. Unload it first"
+                f"base {self.id!r} already carries adapter {', '.join(map(repr, dict.fromkeys(carried)))}. Unload it first"
                 " (pipe.unload_lora_weights()), or merge it into a base of its own (esd-lora merge)."
             )
 
@@ -351,7 +442,7 @@ class Base:
 
     def weights(self, modules: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Yield path and base weight of every module that `modules` names; of a quantized one what it stands for."""
-        layers = dict(self.model.named_modules())
+        layers = dict(self.named_modules())
         for path in modules:
             layer = layers.get(path)
             layer = getattr(layer, "base_layer", layer)

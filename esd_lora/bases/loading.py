@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from esd_lora import ranks
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, bounded_models, check_configurations, require_weights
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.bases.quantizing import QUANTIZED, quantize, require_library
 from esd_lora.bases.single_file import model_class, open_single_file
 from esd_lora.built_in import BUILT_IN, base_files, domain, keep_prompts, no_base, require_base
@@ -275,22 +274,3 @@ def _load_text_encoders(folder: Path, dtype: torch.dtype, source: str) -> dict[s
                     " names that this version of transformers does not know. Fetch it again, or update transformers."
                 )
     return encoders
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the loaders' own bars and notices (one for each component, one for torchvision) off the terminal."""
-    import transformers.utils.logging as transformers_log
-    from diffusers.utils import logging as diffusers_log
-
-    before = transformers_log.get_verbosity(), diffusers_log.get_verbosity()
-    for log in (transformers_log, diffusers_log):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_log.set_verbosity(before[0])
-        diffusers_log.set_verbosity(before[1])
-        for log in (transformers_log, diffusers_log):
-            log.enable_progress_bar()

@@ -13,7 +13,8 @@ from torch import nn
 
 from esd_lora.bases.base import Base
 from esd_lora.bases.configurations import MAX_FILE, check_configurations
-from esd_lora.bases.loading import look_up, quiet_libraries
+from esd_lora.bases.loading import look_up
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.bases.single_file import CONFIGS, identify, model_class
 from esd_lora.built_in import BUILT_IN, base_files, keep_prompts
 from esd_lora.erasers.hub_answers import checked_answers

@@ -1,4 +1,4 @@
-"""Bases as they lie on disk: which tensor of which file is which layer of the denoiser, without loading a model."""
+"""Bases as they lie on disk: which tensor of which file is which layer, without loading a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from esd_lora.bases.configurations import MAX_FILE
 from esd_lora.bases.single_file import identify
 from esd_lora.built_in import BUILT_IN, base_files
+from esd_lora.erasers.eraser import on_text_encoder
 from esd_lora.erasers.hub_answers import checked_answers
 from esd_lora.erasers.tensor_files import DTYPES, Header, read_header, read_rows
 from esd_lora.errors import EsdLoraError
 from esd_lora.families import ModelFamily, family_of, read_pipeline
 from esd_lora.families.family import read_prediction_type
-from esd_lora.families.layer_names import OriginalLayer
+from esd_lora.families.layer_names import OriginalLayer, clip_layers
 from esd_lora.files import PICKLES
 from esd_lora.json_files import read_json
 from esd_lora.wording import HubId
@@ -31,7 +32,7 @@ EMA = "model_ema."
 
 
 class StoredFile(NamedTuple):
-    """One safetensors file with weights of the denoiser."""
+    """One safetensors file with weights of the denoiser, or of a text encoder."""
 
     path: Path
     header: Header
@@ -50,16 +51,26 @@ class Stored(NamedTuple):
     denoiser: Path | None
     """The denoiser's folder in a directory."""
     files: list[StoredFile]
-    """Files with its weights, sorted by name."""
+    """Files with its weights, sorted by name; a single file has those of the text encoders in it."""
+
+    def files_of(self, modules: Collection[str]) -> list[StoredFile]:
+        """Return the files in which some layers may stand: the denoiser's, and those of text encoders that have any of them.
+
+        Raises:
+            EsdLoraError: If one is damaged.
+        """
+        components = {module.partition(".")[0] for module in modules if on_text_encoder(module)} if self.denoiser else ()
+        folders = [self.path / component for component in self.family.clip_encoders if component in components]
+        return [*self.files, *(_text_file(file) for folder in folders for file in sorted(folder.glob("*.safetensors")))]
 
     def weights(self, modules: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield module path and weight of every linear and convolution, or of those in `modules`; each once."""
+        """Yield module path and weight of every linear and convolution of the denoiser, or of those in `modules`; each once."""
         seen: set[str] = set()
-        for file in self.files:
+        for file in self.files_of(modules or ()):
             with file.path.open("rb") as source:
                 for name, members in file.layers.items():
                     for module, place in members:
-                        wanted = modules is None or module in modules
+                        wanted = not on_text_encoder(module) if modules is None else module in modules
                         if wanted and module not in seen and not name.startswith(EMA):
                             seen.add(module)
                             yield module, read_layer(source, file.header, name, place)
@@ -69,6 +80,13 @@ def read_layer(source: BinaryIO, header: Header, name: str, place: OriginalLayer
     """Return a layer's weight in diffusers' order, out of the tensor it stands in."""
     inputs = header.tensors[name]["shape"][1]
     return place.reordered(read_rows(source, header, name, place.rows(inputs)), inputs)
+
+
+def _text_file(file: Path) -> StoredFile:
+    """Return a file of a text encoder in its folder."""
+    header = read_header(file)
+    layers = {name: clip_layers(file.parent.name, name) for name in header.tensors}
+    return only_layers(StoredFile(file, header, {name: members for name, members in layers.items() if members}))
 
 
 def find_layers(family: ModelFamily, names: Collection[str]) -> dict[str, list[tuple[str, OriginalLayer]]]:
@@ -157,6 +175,9 @@ def _open_file(file: Path) -> Stored:
     family, checkpoint = identify(file, {name: entry["shape"] for name, entry in header.tensors.items()})
     prediction_type = family.stated_prediction_type(header.metadata, header.tensors) or checkpoint.prediction_type
     layers = find_layers(family, header.tensors)
+    for component, prefix in zip(family.clip_encoders, family.clip_prefixes, strict=True):
+        texts = {name: clip_layers(component, name.removeprefix(prefix)) for name in header.tensors if name.startswith(prefix)}
+        layers |= {name: members for name, members in texts.items() if members}
     return Stored(file, family, prediction_type, None, [only_layers(StoredFile(file, header, layers))])
 
 

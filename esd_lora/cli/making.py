@@ -52,7 +52,7 @@ _TRAIN_SECTIONS = {
 }
 _GENERATE_SECTIONS = {
     "What to paint": ("prompt_file", "negative_prompt", "seed", "count", "width", "height", "frames"),
-    "How": ("base", "base_config", "steps", "guidance", "scheduler", "device", "dtype"),
+    "How": ("base", "base_config", "steps", "guidance", "scheduler", "clip_skip", "device", "dtype"),
     "Erasers": ("erasers", "strengths", "compare", "gate", "gate_threshold"),
     "What is written": ("out", "force", "dry_run"),
 }
@@ -68,7 +68,7 @@ _GENERATE_SECTIONS = {
 @click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
-@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX.")
+@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX, text-encoder.")
 @click.option("--steps", metavar="N|auto", help="Optimiser steps: short for -s train.steps=N.")
 @click.option("--rank", metavar="N", help="Rank of the update: short for -s lora.rank=N.")
 @click.option("--lr", metavar="X|auto", help="Learning rate: short for -s train.lr=X.")
@@ -304,6 +304,7 @@ def _export_kohya(eraser: Eraser, out: Path) -> Path:
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale.")
 @click.option("--scheduler", type=SCHEDULER, help="DDIM, Euler, UniPC, ... as diffusers calls them; default: the base's.")
+@click.option("--clip-skip", type=click.IntRange(min=1), metavar="N", help="Last layers of CLIP that prompts skip: 1, 2.")
 @device_options
 @out_option("Directory for the pictures", "pictures/PROMPT")
 @dry_run_option

@@ -2,7 +2,9 @@
 
 A directory holds `pytorch_lora_weights.safetensors` and `recipe.yaml`; a training leaves its log and previews beside them,
 and `formats.cards.save_with_card` the model card `README.md`. The keys are diffusers' own (`unet.<module>.lora_A.weight`),
-`alpha / rank` is folded into `lora_B`, so that `pipe.load_lora_weights(directory)` alone reproduces the trained model.
+`alpha / rank` is folded into `lora_B`, so that `pipe.load_lora_weights(directory)` alone reproduces the trained model. Layers
+of the denoiser go by their paths in it; those of a text encoder begin with its name (`text_encoder.text_model.encoder...`), so
+one eraser may have both.
 """
 
 from __future__ import annotations
@@ -35,6 +37,15 @@ RUN_FILES = (
     *(f"samples/{i}_{name}.png" for i in range(1, SAMPLES + 1) for name in ("base", "erased")),
 )
 """What a run writes into an eraser's directory, previews aside."""
+
+
+_TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
+"""How the paths of layers begin that do not lie in the denoiser."""
+
+
+def on_text_encoder(module: str) -> bool:
+    """Return whether the layer of a path lies on a text encoder, with whose name its path begins, and not in the denoiser."""
+    return module.startswith(_TEXT_ENCODERS)
 
 
 class LoraPair(NamedTuple):
@@ -106,6 +117,11 @@ class Eraser:
     header: EraserHeader
 
     @property
+    def changes_text(self) -> bool:
+        """Whether any of its layers lies on a text encoder, so that prompts are encoded otherwise with it."""
+        return any(map(on_text_encoder, self.pairs))
+
+    @property
     def names(self) -> list[str]:
         """Names of the concepts that are erased."""
         return [concept.name for concept in self.header.concepts]
@@ -114,8 +130,9 @@ class Eraser:
         """Return the tensors under diffusers' LoRA keys."""
         tensors: dict[str, Tensor] = {}
         for module, pair in self.pairs.items():
-            tensors[f"{self.header.prefix}.{module}.lora_A.weight"] = pair.down.contiguous()
-            tensors[f"{self.header.prefix}.{module}.lora_B.weight"] = pair.up.contiguous()
+            layer = _key(module, self.header.prefix)
+            tensors[f"{layer}.lora_A.weight"] = pair.down.contiguous()
+            tensors[f"{layer}.lora_B.weight"] = pair.up.contiguous()
         return tensors
 
     def metadata(self) -> dict[str, str]:
@@ -164,13 +181,19 @@ class Eraser:
         return cls(_read_pairs(read_tensors(file)[0], header.prefix, file), header)
 
 
+def _key(module: str, prefix: str) -> str:
+    """Return how a layer's tensors are called in the file: by its path, in the denoiser's component or its own."""
+    return module if on_text_encoder(module) else f"{prefix}.{module}"
+
+
 def _read_pairs(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, LoraPair]:
     """Return the pairs by module path, once the keys are seen to be those of `Eraser.state_dict` and nothing else."""
     downs = [key for key in tensors if key.endswith(".lora_A.weight")]
     pairs: dict[str, LoraPair] = {}
     for key in downs:
         module = key.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-        pairs[module] = checked_pair(tensors[key], tensors.get(f"{prefix}.{module}.lora_B.weight"), f"{file}: layer {module}")
+        up = tensors.get(f"{_key(module, prefix)}.lora_B.weight")
+        pairs[module] = checked_pair(tensors[key], up, f"{file}: layer {module}")
     if not pairs or len(tensors) != 2 * len(pairs):
         raise EsdLoraError(f"{file}: keys are not those of a diffusers LoRA under {prefix!r}. Fetch or train it again.")
     return pairs

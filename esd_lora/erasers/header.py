@@ -244,7 +244,7 @@ class EraserHeader(BaseModel):
     family: str
     """Model family the eraser was trained on, such as `sd`."""
     prefix: str
-    """Component the keys start with: `unet` or `transformer`."""
+    """Component the keys start with: `unet` or `transformer`; those of layers on a text encoder with its name."""
     prediction_type: str | None
     """`epsilon`, `v_prediction` or `flow`; `None` where it is not known."""
     base: str
@@ -324,9 +324,11 @@ class EraserHeader(BaseModel):
         return text
 
     def making(self) -> list[str]:
-        """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""
+        """Return how measured trainings ended, how a stack was fused and harmonised, and what text it is for, a line each."""
         steps = (*self.fusions, *self.distillations)
         solved = [each.describe() for each in self.solved]
+        skipping = dict.fromkeys(recipe.train.clip_skip for recipe in self.recipes if recipe.train.clip_skip)
+        solved += [f"trained on text with clip_skip {layers}: paint with the same" for layers in skipping]
         return [*solved, *(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
 
     def recipe_document(self) -> str:

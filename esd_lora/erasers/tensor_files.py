@@ -65,12 +65,15 @@ def _open(file: Path) -> Generator[Any]:
     try:
         with file.open("rb") as source:
             head = source.read(8)
-        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        length = int.from_bytes(head, "little")
+        # A header of 19,280 bytes begins as a zip archive does, too; but then the file has as many.
+        begins_otherwise = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        if begins_otherwise and length + len(head) > file.stat().st_size:
             raise EsdLoraError(
                 f"{file} is a pickle, not a safetensors file, and opening one runs whatever code was put into it. Take a"
                 " .safetensors file, or convert it on a machine you can spare."
             )
-        if (length := int.from_bytes(head, "little")) > _MAX_HEADER and len(head) == 8:
+        if length > _MAX_HEADER and len(head) == 8:
             raise EsdLoraError(
                 f"{file} is no safetensors file, or damaged: it announces a header of {length:,} bytes, more than"
                 f" {_MAX_HEADER:,}. Fetch it again."

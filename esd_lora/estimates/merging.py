@@ -25,7 +25,7 @@ class MergeEstimate(NamedTuple):
     changed: int
     """Tensors that change."""
     tensors: int
-    """Tensors of the denoiser's files."""
+    """Tensors of the files that are written anew."""
     seconds: float
     free: int
     """Bytes that are free where the result goes."""
@@ -53,16 +53,15 @@ def estimate_merging(
         EsdLoraError: As `merge` does where base or erasers cannot be read or do not fit.
     """
     stored, _, stacked = prepare_merge(erasers, base, weights)
-    changed = sum(
-        any(module in stacked.pairs for module, _ in members) for file in stored.files for members in file.layers.values()
-    )
+    files = stored.files_of(stacked.pairs)
+    changed = sum(any(module in stacked.pairs for module, _ in members) for file in files for members in file.layers.values())
     place = next(folder for folder in Path(out).absolute().parents if folder.is_dir())
-    largest = max((file.path for file in stored.files), key=lambda path: path.stat().st_size)
+    largest = max((file.path for file in files), key=lambda path: path.stat().st_size)
     size = size_of(stored)
     return MergeEstimate(
         size=size,
         changed=changed,
-        tensors=sum(len(file.header.tensors) for file in stored.files),
+        tensors=sum(len(file.header.tensors) for file in files),
         seconds=_time_copying(largest, place) * size,
         free=shutil.disk_usage(place).free,
     )

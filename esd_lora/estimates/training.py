@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from esd_lora.adapter import adapter_ranks, add_adapter, read_pairs, remove_adapter
+from esd_lora.adapter import adapter_pairs, adapter_ranks, add_adapter, remove_adapter
 from esd_lora.bases.base import Base
 from esd_lora.calibration import TRIES, Probe, last_step, prepare_rate
 from esd_lora.closed_form import solve_text
@@ -47,12 +47,13 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
     """
     require_allowed(recipe, allow_code)
     base.require_bare()
+    base = base.skipping(recipe.train.clip_skip)
     rehearsed = Rehearsed(**vars(base))
     rehearsed.known = base.encode(["a photograph"], recipe.train.distilled_guidance)
     started = time.monotonic()
     prepared = prepare_prompts(rehearsed, recipe, allow_code)
     teacher, spec = prepared.teacher, prepared.teacher.spec
-    parameters = add_adapter(base, base.family.modules(base.model, recipe.scope), recipe.lora, spec.seed)
+    parameters = add_adapter(base, base.modules(recipe.scope), recipe.lora, spec.seed)
     try:
         if form := recipe.closed_form:
             ranks = adapter_ranks(base)
@@ -62,7 +63,7 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
         least, most = (Work(rehearsed.texts).plus(part) for part in _counted(prepared, shown))
         pace = _measure_training(base, teacher, parameters, shown)
         memory = peak_memory(base)
-        eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in read_pairs(base.model).values())
+        eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in adapter_pairs(base).values())
         held = _held(teacher, rehearsed.texts)
     finally:
         remove_adapter(base)
@@ -84,7 +85,7 @@ def _counted(prepared: Prepared, shown: int) -> tuple[Work, Work]:
         work()
         return teacher.evaluations - before
 
-    solved = teacher.recipe.closed_form is not None
+    solved = teacher.recipe.closed_form is not None and not teacher.recipe.adapts_text
     probing = reading = measuring = 0
     walking = 0.0
     if (held_out := prepared.held_out) and teacher.recipe.probed:
@@ -142,12 +143,19 @@ def _measure_training(base: Base, teacher: Teacher, parameters: Sequence[torch.n
         evaluation = clock(base, lambda: base.predict(*walked), len(walked[0]))
     student = 0.0
     if spec.steps:
-        student = _time_step(base, spec, parameters, latents(spec.batch_size + spec.preserve_batch + spec.null_batch))
+        points = latents(spec.batch_size + spec.preserve_batch + spec.null_batch)
+        # A student that adapts text encodes anew what it reads: at most a prompt for each point.
+        texts = [f"a photograph {i}" for i in range(len(points[0]))] if teacher.recipe.adapts_text else []
+        student = _time_step(base, spec, parameters, points, texts)
     return Pace(text, evaluation, student, measure_painting(base, shown).picture if shown else 0.0)
 
 
 def _time_step(
-    base: Base, spec: TrainSpec, parameters: Sequence[torch.nn.Parameter], points: tuple[Tensor, Tensor, Condition]
+    base: Base,
+    spec: TrainSpec,
+    parameters: Sequence[torch.nn.Parameter],
+    points: tuple[Tensor, Tensor, Condition],
+    texts: Sequence[str],
 ) -> float:
     """Return how long an optimiser step takes for each latent; the parameters are left as they were."""
     before = [parameter.detach().clone() for parameter in parameters]
@@ -155,7 +163,8 @@ def _time_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        base.predict(*points).square().mean().backward()
+        x_t, t, condition = points
+        base.predict(x_t, t, base.encode_anew(texts) if texts else condition).square().mean().backward()
         optimizer.step()
 
     if spec.gradient_checkpointing:

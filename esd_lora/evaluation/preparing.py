@@ -70,7 +70,8 @@ def prepare_evaluation(
     suite.require_allowed(allow_code)
     members = [open_eraser(eraser, base.family.name if isinstance(base, Base) else None) for eraser in erasers]
     removed, against = erased_concepts(members, concepts), resolve_names(against)
-    painted_alone = not (against or suite.attacks)  # nothing else needs the text encoders once all prompts are encoded
+    # Else something needs the text encoders once all prompts are encoded.
+    painted_alone = not (against or suite.attacks or any(member.changes_text for member in members))
     if suite.needs_text_encoder and removed and not isinstance(base, Base):
         base = load_base(base, text_first=painted_alone)
     near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
@@ -88,6 +89,9 @@ def prepare_evaluation(
     conditions = [read_condition(text, names) for text in fail_if]
     strengths = strengths_of(members, weights)
     base = base if isinstance(base, Base) else load_base(base, text_first=painted_alone)
+    base = base.skipping(suite.clip_skip)
+    if any(member.changes_text for member in members):
+        base.place_denoiser()  # prompts are encoded with the erasers on
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
     origin = base_record(base)  # text encoders and all
     encode = base.encode_last(case.prompt for case in plan.cases) if painted_alone else None
@@ -133,6 +137,8 @@ def _attacked(suite: Suite, victim: Victim, allow_code: Collection[str]) -> list
 def suite_record(suite: Suite, plan: Plan, concepts: Sequence[str], limit: int | None) -> dict[str, Any]:
     """Return what the numbers depend on, as far as the suite goes; without paths, which differ from machine to machine."""
     fields = suite.model_dump(mode="json", exclude={"prompts": {"__all__": {"file"}}, "detectors": True, "distances": True})
+    if suite.clip_skip is None:
+        del fields["clip_skip"]  # records of old have no such line
     own = {"code": suite.code()} if suite.code() else {}  # what was allowed to run; records of old have no such line
     return {
         "suite": suite.name,

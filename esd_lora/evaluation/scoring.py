@@ -20,7 +20,7 @@ import numpy as np
 from PIL.Image import Image
 
 from esd_lora.bars import Bar
-from esd_lora.bases.loading import quiet_libraries
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.erasers.privacy import scrub
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from esd_lora.errors import EsdLoraError
 from esd_lora.families.ddim import make_ddim
 from esd_lora.families.layer_names import KOHYA_PREFIX, OriginalLayer
-from esd_lora.recipe import REGEX_SCOPE
+from esd_lora.recipe import REGEX_SCOPE, TEXT_SCOPE
 from esd_lora.trajectory import Condition, Scheduler
 
 _LONGEST_SEARCH = 1.0  # seconds
@@ -79,6 +79,15 @@ class ModelFamily(ABC):
     """`flow` where every model of the family predicts the flow; `None` where the base has to be asked."""
     even_sigmas: ClassVar[bool] = False
     """Whether the pipeline hands evenly spaced noise levels to a flow scheduler, before it shifts them."""
+    clip_encoders: ClassVar[tuple[str, ...]] = ()
+    """Components that an adapter can lie on beside the denoiser: CLIP's text encoders, where all text comes from them.
+
+    Elsewhere text comes from T5 or a language model as well, which many models share, and on which diffusers loads no LoRA.
+    """
+    clip_prefixes: ClassVar[tuple[str, ...]] = ()
+    """What the names of their tensors begin with in single-file checkpoints, in the order of `clip_encoders`."""
+    clip_in_kohya: ClassVar[tuple[str, ...]] = ()
+    """The same of the names of their layers in kohya's files."""
     text_layers: ClassVar[str | None] = None
     """A regular expression for the paths of layers that read `prompt_embeds` itself, whatever `x_t` and `t` are.
 
@@ -124,6 +133,20 @@ class ModelFamily(ABC):
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         """Return the condition of N prompts as `encode` does, but the empty one as any other prompt: a text without words."""
         return self.encode(pipe, prompts)
+
+    def most_skipped(self, pipe: Any) -> int:  # noqa: ARG002
+        """Return how many of CLIP's last layers prompts can skip (`clip_skip`); 0 where CLIP alone is not all that is read."""
+        return 0
+
+    def encode_skipping(self, pipe: Any, prompts: Sequence[str], clip_skip: int) -> Condition:  # noqa: ARG002
+        """Return the condition of N prompts, the empty one as any other, as the pipeline's call has them with `clip_skip`.
+
+        Args:
+            pipe: The pipeline.
+            prompts: N prompts.
+            clip_skip: Up to `most_skipped`.
+        """
+        return self.encode_text(pipe, prompts)
 
     def encode_opposite(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         """Return the condition of N negative prompts, none of them empty, as the pipeline puts them opposite the prompt."""
@@ -270,6 +293,15 @@ class ModelFamily(ABC):
             for module, layer in self.original_layers().items()
         }
 
+    def kohya_text_name(self, module: str) -> str:
+        """Return the name in kohya's files of a layer on a text encoder.
+
+        Args:
+            module: Its path, which begins with one of `clip_encoders`.
+        """
+        component, _, path = module.partition(".")
+        return dict(zip(self.clip_encoders, self.clip_in_kohya, strict=True))[component] + path.replace(".", "_")
+
     def published_model(self, text_width: int | None, prediction_type: str | None) -> PublishedModel | None:
         """Return the published model that an eraser fits; `None` where its layers do not tell.
 
@@ -338,12 +370,27 @@ class ModelFamily(ABC):
         euler.set_timesteps(steps, device=device, sigmas=self.sigmas(steps), mu=mu)
         return euler
 
+    def adaptable(self, pipe: Any) -> dict[str, nn.Module]:
+        """Return the models that an adapter can lie on, each by what the paths of its layers begin with.
+
+        Those of the denoiser stand alone; those of a text encoder begin with its name, as in the LoRA files of diffusers:
+        `text_encoder.text_model.encoder.layers.0.mlp.fc1`.
+        """
+        models: dict[str, nn.Module] = {"": getattr(pipe, self.denoiser)}
+        for name in self.clip_encoders:
+            if (encoder := getattr(pipe, name)) is not None:
+                # transformers 5 has CLIP's text model without the module around it that files have in their names.
+                models[f"{name}." if hasattr(encoder, "text_model") else f"{name}.text_model."] = encoder
+        return models
+
     def modules(self, model: nn.Module, scope: str) -> Mapping[str, nn.Module]:
-        """Return the layers of `model` that `scope` means, by path.
+        """Return the layers of the denoiser that `scope` means, by path.
 
         Raises:
             EsdLoraError: If the scope matches no layer of this model, or takes too long to tell.
         """
+        if scope == TEXT_SCOPE:
+            raise EsdLoraError(f"scope {scope!r} has no layer of the denoiser, and nothing else is worked on here.")
         # The update of a grouped convolution is no product of two factors, so there is no LoRA for it.
         layers = {
             path: m

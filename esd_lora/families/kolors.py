@@ -24,6 +24,7 @@ class Kolors(StableDiffusionXL):
 
     name = "kolors"
     pipelines = ("KolorsPipeline",)
+    clip_encoders = clip_prefixes = clip_in_kohya = ()
     libraries = ("kolors",)
     needs = ("sentencepiece", "kolors")
     tags = ("kolors",)
@@ -38,6 +39,9 @@ class Kolors(StableDiffusionXL):
     published = ()
     metadata_pattern = "(?i)kolors"
     checkpoints = ()
+
+    def most_skipped(self, pipe: Any) -> int:  # noqa: ARG002
+        return 0
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
         tokens, width = self.prompt_tokens(pipe), pipe.unet.config.encoder_hid_dim

@@ -7,6 +7,7 @@ be some rows of a layer there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -127,3 +128,28 @@ def _unet(levels: int, resnets: int, attending: tuple[int, ...]) -> Mapping[str,
     add_attention("mid_block.attentions.0", "middle_block.1")
     add_resnet("mid_block.resnets.1", "middle_block.2")
     return {module: OriginalLayer(original) for module, original in names.items()}
+
+
+_IN_CLIP = re.compile(r"(?:transformer\.)?(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.weight")
+_IN_OPEN_CLIP = re.compile(
+    r"model\.(transformer\.resblocks\.(\d+)\.(attn\.in_proj_|attn\.out_proj\.|mlp\.c_fc\.|mlp\.c_proj\.))weight"
+)
+_OPEN_CLIP = {"attn.out_proj.": "self_attn.out_proj", "mlp.c_fc.": "mlp.fc1", "mlp.c_proj.": "mlp.fc2"}
+
+
+def clip_layers(component: str, name: str) -> list[tuple[str, OriginalLayer]]:
+    """Return the layers of a CLIP text encoder that stand in a tensor, by module path, and their places.
+
+    Args:
+        component: Name of the text encoder in diffusers, with which the paths begin.
+        name: Of the tensor within the encoder: OpenAI's, as transformers has it too, or OpenCLIP's (mlfoundations/open_clip),
+            which joins queries, keys and values.
+    """
+    if match := _IN_CLIP.fullmatch(name):
+        return [(f"{component}.text_model.{match[1]}", OriginalLayer(match[1]))]
+    if match := _IN_OPEN_CLIP.fullmatch(name):
+        layer = f"{component}.text_model.encoder.layers.{match[2]}"
+        if match[3] in _OPEN_CLIP:
+            return [(f"{layer}.{_OPEN_CLIP[match[3]]}", OriginalLayer(match[1]))]
+        return [(f"{layer}.self_attn.{part}_proj", OriginalLayer(match[1], i, 1, 3)) for i, part in enumerate("qkv")]
+    return []

@@ -26,6 +26,9 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
+    clip_encoders = ("text_encoder",)
+    clip_prefixes = ("cond_stage_model.",)
+    clip_in_kohya = ("lora_te_",)
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     text_layers = r"\.attn2\.to_[kv]$"
     text_widths = frozenset({768, 1024})
@@ -51,6 +54,18 @@ class StableDiffusion(ModelFamily):
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         return {"prompt_embeds": pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)[0]}
+
+    def most_skipped(self, pipe: Any) -> int:
+        return pipe.text_encoder.config.num_hidden_layers
+
+    def encode_skipping(self, pipe: Any, prompts: Sequence[str], clip_skip: int) -> Condition:
+        # diffusers 0.42 looks for the last norm where transformers 5 has it no longer, so it is not the pipeline that encodes.
+        encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+        whole = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(list(prompts), **whole).to(encoder.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        layers = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return {"prompt_embeds": getattr(encoder, "text_model", encoder).final_layer_norm(layers[-1 - clip_skip])}
 
     def condition_shapes(self, pipe: Any) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (pipe.text_encoder.config.max_position_embeddings, pipe.unet.config.cross_attention_dim)}

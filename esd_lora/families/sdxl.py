@@ -21,6 +21,9 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    clip_encoders = ("text_encoder", "text_encoder_2")
+    clip_prefixes = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+    clip_in_kohya = ("lora_te1_", "lora_te2_")
     tags = ("stable-diffusion-xl",)
     text_widths = frozenset({2048})
     normalises_latents = True
@@ -31,10 +34,14 @@ class StableDiffusionXL(StableDiffusion):
     checkpoints = (_SDXL,)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> Condition:
-        text, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), device=pipe.text_encoder.device, do_classifier_free_guidance=False
-        )
-        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+        return _encoded(pipe, prompts)
+
+    def most_skipped(self, pipe: Any) -> int:
+        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        return min(encoder.config.num_hidden_layers for encoder in encoders) - 1  # counted from the last layer but one
+
+    def encode_skipping(self, pipe: Any, prompts: Sequence[str], clip_skip: int) -> Condition:
+        return _encoded(pipe, prompts, clip_skip=clip_skip)
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Condition:
         condition = self.encode_text(pipe, prompts)
@@ -67,3 +74,10 @@ class StableDiffusionXL(StableDiffusion):
         if any(name.startswith(("conditioner.", "cond_stage_model.model.")) for name in shapes):
             return CheckpointKind("the SDXL refiner or an unCLIP model, which do not draw from text alone", supported=False)
         return UNET_ALONE
+
+
+def _encoded(pipe: Any, prompts: Sequence[str], **kwargs: Any) -> Condition:
+    """Return the condition of N prompts as the pipeline encodes them, with further arguments of its method."""
+    device = pipe.text_encoder.device
+    text, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False, **kwargs)
+    return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}

@@ -143,7 +143,13 @@ class Plan(NamedTuple):
             others = {name: tuple(other for other in names if other != name) for name in names}
             fields["concepts"] = [{"name": name, "synonyms": others[name], "anchor": anchor} for name in names]
         preset = self.second if second and self.second else self.preset
-        return load_recipe(preset, request.settings, **fields)
+        recipe = load_recipe(preset, request.settings, **fields)
+        if recipe.adapts_text:
+            raise EsdLoraError(
+                "scope text-encoder has no place in a fleet: its workers keep prompts encoded once, and a release fuses erasers"
+                " of the denoiser. Train that one by itself (esd-lora train)."
+            )
+        return recipe
 
     def avoided_by(self, request: Request) -> tuple[str, ...]:
         """Return the names of others that are neither preserved nor take the place of what a request erases."""

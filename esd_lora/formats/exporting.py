@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, on_text_encoder
 from esd_lora.erasers.privacy import without_folders, without_local_paths
 from esd_lora.erasers.tensor_files import file_content, hash_tensors
 from esd_lora.errors import EsdLoraError, did_you_mean
@@ -46,6 +46,8 @@ def export(eraser: Eraser, out: str | Path, *, layout: str, force: bool = False)
     if layout not in LAYOUTS:
         raise EsdLoraError(f"unknown layout {layout!r}{did_you_mean(layout, LAYOUTS)}. Known: {', '.join(LAYOUTS)}.")
     if layout == "peft":
+        if eraser.changes_text:
+            raise EsdLoraError("peft's layout holds one model's layers, and the eraser changes the text encoder: take another.")
         tensors, config = _peft(eraser)
         with reserve_directory(out, force):
             contents = (file_content(tensors, eraser.metadata()), json.dumps(config, indent=2).encode())
@@ -79,7 +81,8 @@ def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
         EsdLoraError: If kohya's files have no name for a layer.
     """
     family = family_named(eraser.header.family)
-    names, places = family.kohya_names(), family.original_layers()
+    names, places = dict(family.kohya_names()), family.original_layers()
+    names |= {module: family.kohya_text_name(module) for module in eraser.pairs if on_text_encoder(module)}
     joined: dict[str, list[tuple[OriginalLayer, LoraPair]]] = {}
     for module, pair in eraser.pairs.items():
         if module not in names:
@@ -87,7 +90,7 @@ def kohya_tensors(eraser: Eraser) -> dict[str, Tensor]:
             raise EsdLoraError(
                 f"an eraser of family {family.name!r} cannot be written for kohya: {reason}. Use layout diffusers."
             )
-        joined.setdefault(names[module], []).append((places[module], pair))
+        joined.setdefault(names[module], []).append((places.get(module, OriginalLayer(module)), pair))
     pairs = {name: _joined(members) for name, members in joined.items()}
     alpha = max(pair.rank for pair in pairs.values())
     tensors: dict[str, Tensor] = {}
@@ -149,7 +152,9 @@ def _kohya_metadata(eraser: Eraser, tensors: dict[str, Tensor]) -> dict[str, str
         metadata["modelspec.prediction_type"] = header.prediction_type.removesuffix("_prediction")
         metadata["ss_v_parameterization"] = str(header.prediction_type == "v_prediction")
     family = family_named(header.family)
-    text_width = next((pair.shape[1] for module, pair in eraser.pairs.items() if family.reads_text(module)), None)
+    read_here = (pair.shape[1] for module, pair in eraser.pairs.items() if family.reads_text(module))
+    made_here = (pair.shape[1] for module, pair in eraser.pairs.items() if on_text_encoder(module) and "q_proj" in module)
+    text_width = next(read_here, next(made_here, None))
     if model := family.published_model(text_width, header.prediction_type):
         metadata |= {"ss_base_model_version": model.kohya, "ss_v2": str(model.v2)}
         metadata |= {"modelspec.architecture": f"{model.architecture}/lora", "modelspec.resolution": model.resolution}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, FiniteFloat
 from torch import Tensor
 
-from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair
+from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser, LoraPair, checked_pair, on_text_encoder
 from esd_lora.erasers.header import HEADER_KEY, ErasedConcept, EraserHeader, Origin, parse_header
 from esd_lora.erasers.tensor_files import DTYPES, read_tensors
 from esd_lora.errors import EsdLoraError, shortened
@@ -61,25 +61,36 @@ def import_lora(
         family: Name of the model family, where the layers' names fit several.
         concepts: Names of what it erases; the file's own name by default.
         base: Base that it was made for; by default what the file says.
-        without_text_encoder: Leave out layers of a text encoder instead of refusing the file: the eraser is then less than
-            the file was.
+        without_text_encoder: Leave out layers of text encoders, which are else taken where they are those of CLIP in a model
+            that reads no other text: the eraser is then less than the file was.
 
     Raises:
-        EsdLoraError: If it is no plain LoRA, damaged, of an unknown model, or has layers of a text encoder.
+        EsdLoraError: If it is no plain LoRA, damaged, of an unknown model, or has layers of another text encoder.
     """
     file, config = _locate(Path(path))
     tensors, metadata = read_tensors(file)
-    layers, style = _layers(tensors, file, without_text_encoder)
+    layers, texts, style = _layers(tensors, file)
+    if without_text_encoder:
+        texts = {}
+    if not layers and not texts:
+        raise EsdLoraError(f"{file} holds no layer of a LoRA on a denoiser. Expected names such as {KOHYA_PREFIX}....")
     header = parse_header(metadata[HEADER_KEY], file) if HEADER_KEY in metadata else None
     if header and (family or concepts or base):
         raise EsdLoraError(f"{file} is an eraser's, which knows its family, concepts and base: leave out what you say of them.")
-    chosen = family_named(header.family) if header else _choose_family(layers, metadata, family, file)
-    modules = _modules(chosen)
+    chosen = family_named(header.family) if header else _choose_family(layers, texts, metadata, family, file)
+    modules = dict(_modules(chosen))
+    modules |= {name: [(m, OriginalLayer(m))] for name in texts if (m := _clip_module(chosen, name))}
+    if strange := next((name for name in texts if name not in modules), None):
+        raise EsdLoraError(
+            f"{file} changes a text encoder that an eraser of family {chosen.name!r} does not hold ({shortened(strange)}):"
+            " without it its effect is another. To leave it out all the same, take esd-lora import --without-text-encoder."
+        )
     if style == "kohya" and not modules:
         raise EsdLoraError(f"{file} has kohya's names, which family {chosen.name!r} has none of. Is it of another family?")
     pairs: dict[str, LoraPair] = {}
-    scales = _Scales.read(metadata, config, file)
-    for name, parts in layers.items():
+    components = (chosen.denoiser, *chosen.clip_encoders)
+    scales = {component: _Scales.read(metadata, config, file, component) for component in components}
+    for name, parts in {**layers, **texts}.items():
         if "down" not in parts:
             raise EsdLoraError(f"{file}: layer {name} has an up factor and no down factor. Fetch it again.")
         whole = checked_pair(parts["down"], parts.get("up"), f"{file}: layer {name}")
@@ -87,7 +98,8 @@ def import_lora(
         if alpha is not None and not math.isfinite(alpha):
             raise EsdLoraError(f"{file}: alpha of layer {name} is {alpha}, expected a finite number. Fetch it again.")
         for module, place in modules.get(name, [(name, OriginalLayer(name))]):
-            scale = alpha / whole.rank if alpha is not None else scales.at(module, whole.rank)
+            component, _, path = module.partition(".") if on_text_encoder(module) else (chosen.denoiser, "", module)
+            scale = alpha / whole.rank if alpha is not None else scales[component].at(path, whole.rank)
             pair = _part(whole.scaled(scale, f"{file}: layer {name}"), place)
             if module in pairs:
                 raise EsdLoraError(f"{file} has layer {module} twice, under two names. Fetch it again.")
@@ -117,10 +129,15 @@ def _read_text(config: Path) -> str:
         return opened.read(MAX_JSON + 1)
 
 
-def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Return factors and alpha by layer, names bare of prefixes, and the layout they are in."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    style, texts = "diffusers", 0
+_Layers = dict[str, dict[str, Tensor]]
+"""Factors and alpha by the name of a layer."""
+
+
+def _layers(tensors: Mapping[str, Tensor], file: Path) -> tuple[_Layers, _Layers, str]:
+    """Return the layers of the denoiser, names bare of prefixes, those of text encoders, and the layout they are in."""
+    layers: _Layers = {}
+    texts: _Layers = {}
+    style = "diffusers"
     for key, tensor in tensors.items():
         match = _SUFFIX.search(key)
         if not match:
@@ -128,26 +145,32 @@ def _layers(tensors: Mapping[str, Tensor], file: Path, without_text: bool) -> tu
             what = f"{kind} tensors, whose update is no plain product of two factors" if kind else "no LoRA's tensors"
             raise EsdLoraError(f"{file} has {what} ({key}). Only plain LoRA files can be imported.")
         name, role = key[: match.start()], _ROLES.get(match[1], "alpha")
-        if name.startswith(_TEXT):
-            texts += 1
-            continue
-        if name.startswith(_UNDERSCORED):
+        if name.startswith((*_UNDERSCORED, "lora_te")):
             style = "kohya"
         elif name.startswith("base_model.model."):
             style = "peft"
-        for prefix in (*_UNDERSCORED, *_DOTTED):
+        of_text = name.startswith(_TEXT)
+        for prefix in () if of_text else (*_UNDERSCORED, *_DOTTED):
             name = name.removeprefix(prefix)
         if role == "alpha" and tensor.numel() != 1:
             raise EsdLoraError(f"{file}: {key} has {tensor.numel()} values, expected one. Fetch it again.")
-        layers.setdefault(name, {})[role] = tensor
-    if texts and not without_text:
-        raise EsdLoraError(
-            f"{file} changes a text encoder too ({texts} tensors), which an eraser does not hold: without them its effect is"
-            " another. To leave them out all the same, take esd-lora import --without-text-encoder."
-        )
-    if not layers:
-        raise EsdLoraError(f"{file} holds no layer of a LoRA on a denoiser. Expected names such as {KOHYA_PREFIX}....")
-    return layers, style
+        (texts if of_text else layers).setdefault(name, {})[role] = tensor
+    return layers, texts, style
+
+
+_IN_CLIP = re.compile(
+    r"(lora_te\d?_|text_encoder(?:_\d)?\.)(?:text_model[._])?encoder[._]layers[._](\d+)[._](self_attn|mlp)[._](\w+)"
+)
+
+
+def _clip_module(family: ModelFamily, name: str) -> str | None:
+    """Return the path of a layer on a text encoder by its name in a file; `None` where a family has none of that name."""
+    match = _IN_CLIP.fullmatch(name)
+    components = dict(zip(family.clip_in_kohya, family.clip_encoders, strict=True))
+    component = components.get(match[1], match[1].removesuffix(".")) if match else None
+    if not match or component not in family.clip_encoders:
+        return None
+    return f"{component}.text_model.encoder.layers.{match[2]}.{match[3]}.{match[4]}"
 
 
 @cache
@@ -165,7 +188,11 @@ def _modules(family: ModelFamily) -> Mapping[str, list[tuple[str, OriginalLayer]
 
 
 def _choose_family(
-    layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], given: str | None, file: Path
+    layers: Mapping[str, Mapping[str, Tensor]],
+    texts: Collection[str],
+    metadata: Mapping[str, str],
+    given: str | None,
+    file: Path,
 ) -> ModelFamily:
     """Return the family whose layers these are: the given one, or the only one that names, metadata and widths fit."""
     if given is not None:
@@ -175,6 +202,8 @@ def _choose_family(
             raise EsdLoraError(f"{file} has layer {strange}, which no model of family {given!r} has.")
         return family
     fitting = [family for family in FAMILIES if _modules(family) and layers.keys() <= _modules(family).keys()]
+    # Layers of text alone fit those that have them; beside a denoiser's, what has no place is refused by name.
+    fitting = [family for family in fitting if layers or all(_clip_module(family, name) for name in texts)]
     fitting = [family for family in fitting if _has_heights(family, layers)] or fitting
     base_model = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     for family in fitting:
@@ -183,10 +212,10 @@ def _choose_family(
     if len(fitting) > 1:
         fitting = [family for family in fitting if _has_widths(family, layers)] or fitting
     if len(fitting) != 1:
-        shown = ", ".join(list(layers)[:3])
+        shown = ", ".join([*layers, *texts][:3])
         names = " and ".join(family.name for family in fitting)
         remedy = f"fit {names} alike: say which with esd-lora import --family" if fitting else "are of no model known here"
-        raise EsdLoraError(f"the layers of {file} ({shown}{', ...' if len(layers) > 3 else ''}) {remedy}.")
+        raise EsdLoraError(f"the layers of {file} ({shown}{', ...' if len(layers) + len(texts) > 3 else ''}) {remedy}.")
     return fitting[0]
 
 
@@ -240,12 +269,12 @@ class _Scales(BaseModel):
     use_rslora: bool = False
 
     @classmethod
-    def read(cls, metadata: Mapping[str, str], config: str, file: Path) -> _Scales:
+    def read(cls, metadata: Mapping[str, str], config: str, file: Path, component: str) -> _Scales:
         try:
             fields: Any = parse_json(config or metadata.get("lora_adapter_metadata", "{}"))
             if not config and isinstance(fields, dict):  # diffusers' own, prefixed with the component
                 named = cast("dict[str, Any]", fields).items()
-                fields = {key.partition(".")[2]: value for key, value in named if key.startswith(("unet.", "transformer."))}
+                fields = {key.partition(".")[2]: value for key, value in named if key.startswith(f"{component}.")}
             scales = cls.model_validate(fields)
         except ValueError as error:  # pydantic's and json's are both
             raise EsdLoraError(f"{file} has a damaged configuration of its scales. Fetch it again.") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.stacking import Strength, stack, strengths_of
+from esd_lora.errors import EsdLoraError
 from esd_lora.progress import stage
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ def measure_interference(
     report = Interference(titles, reads, writes, cosine, shared)
     if base is None:
         return report
+    if changing := [member for member in members if member.changes_text]:
+        raise EsdLoraError(
+            f"eraser of {changing[0].names} changes the text encoder, and effects are measured on texts as the base reads them:"
+            " leave out the base, so that the files are compared."
+        )
     with stage("measuring what members do to each other"):
         effect, together = _effects(members, [whole] if whole else members, base, seed)
     return report._replace(effect=effect, together=together)

@@ -103,6 +103,11 @@ def arrange_members(hashed: Iterable[tuple[str, Eraser]], base: Base, keep: Sequ
     members = members_of(hashed, keep)
     if not members.erasers:
         raise EsdLoraError("every member has weight 0: there is nothing to fuse.")
+    if changing := [eraser for eraser in members.erasers if eraser.changes_text]:
+        raise EsdLoraError(
+            f"eraser of {changing[0].names} changes the text encoder, and stacks are fused by what layers of the denoiser read:"
+            " add it up with the others instead (esd-lora stack --fuse sum)."
+        )
     base.check(outline(members.erasers))
     if not members.kept:
         raise EsdLoraError(f"no prompt to keep is left: all {len(members.dropped)} name an erased concept. Give others.")

@@ -70,7 +70,7 @@ def merge(
         _check_replaced(stored, out)
         if (free := shutil.disk_usage(out.parent).free) < size:
             raise EsdLoraError(f"output {out} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there. Make room.")
-        total = sum(file.path.stat().st_size for file in stored.files)
+        total = sum(file.path.stat().st_size for file in stored.files_of(stacked.pairs))
         with Bar(total=total, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             (_write_directory if stored.denoiser else _write_file)(stored, stacked, out, entry, bar)
     return out
@@ -124,7 +124,7 @@ def _check_fit(stored: Stored, stacked: Eraser, base: str) -> None:
     """Refuse erasers of another kind of model, and layers that the base lacks or has in another shape."""
     check_kind(stacked, stored.family.name, stored.prediction_type, base)
     left = set(stacked.pairs)
-    for file in stored.files:
+    for file in stored.files_of(stacked.pairs):
         for name, members in file.layers.items():
             shape = file.header.tensors[name]["shape"]
             for module, place in members:
@@ -187,15 +187,16 @@ def _write_file(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, 
 
 
 def _write_directory(stored: Stored, stacked: Eraser, out: Path, entry: Mapping[str, Any], bar: Bar) -> None:
-    assert stored.denoiser
+    files = stored.files_of(stacked.pairs)
+    merged = {file.path.parent for file in files}
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        # Denoiser weights: merged ones are written anew, and other formats would bring the concept back.
-        return [n for n in names if Path(folder) == stored.denoiser and Path(n).suffix in WEIGHTS]
+        # Merged weights are written anew, and other formats would bring the concept back.
+        return [n for n in names if Path(folder) in merged and Path(n).suffix in WEIGHTS]
 
     with staged_directory(out, None) as folder:
         with stage("copying what is not merged"):
             shutil.copytree(stored.path, folder, dirs_exist_ok=True, ignore=left_out)
         folder.chmod(0o755)
-        for file in stored.files:
-            write_merged(file, stacked, folder / stored.denoiser.name / file.path.name, entry, bar)
+        for file in files:
+            write_merged(file, stacked, folder / file.path.parent.name / file.path.name, entry, bar)

@@ -56,11 +56,12 @@ def verify(
     """
     before, after = open_stored(base), open_stored(merged)
     stacked = stack([open_eraser(eraser, before.family.name) for eraser in erasers], weights)
-    _check_files(before, after)
+    _check_files(before, after, stacked)
     worst: list[float] = []
     untouched = 0
-    with stage("verifying", sum(map(_size, before.files)), "B"):
-        for old, new in zip(before.files, after.files, strict=True):
+    files = before.files_of(stacked.pairs)
+    with stage("verifying", sum(map(_size, files)), "B"):
+        for old, new in zip(files, after.files_of(stacked.pairs), strict=True):
             if _shapes(old.header) != _shapes(new.header):
                 raise EsdLoraError(f"{new.path} has other tensors than {old.path}. Merge again.")
             compared = _compare(old, new, stacked)
@@ -96,15 +97,17 @@ def _size(file: StoredFile) -> int:
     return sum(_span(file.header, name) for name in file.header.tensors)
 
 
-def _check_files(before: Stored, after: Stored) -> None:
-    """Refuse another layout, and differences outside of the denoiser's weights."""
+def _check_files(before: Stored, after: Stored, stacked: Eraser) -> None:
+    """Refuse another layout, and differences outside of the weights that are merged."""
     if before.denoiser and after.denoiser:
-        names = ([file.path.name for file in stored.files] for stored in (before, after))
-        left_out = ([path for path in d.iterdir() if path.suffix in WEIGHTS] for d in (before.denoiser, after.denoiser))
+        paths = [[file.path for file in stored.files_of(stacked.pairs)] for stored in (before, after)]
+        folders = [{path.parent for path in files} for files in paths]
+        left_out = ([path for d in merged for path in d.iterdir() if path.suffix in WEIGHTS] for merged in folders)
         old, new = (hash_folder(stored.path, left) for stored, left in zip((before, after), left_out, strict=True))
         strange = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        if next(names) != next(names):
-            strange = [f"what files {before.denoiser.name} has"]
+        first, second = ([(path.parent.name, path.name) for path in files] for files in paths)
+        if first != second:
+            strange = [f"what files {' and '.join(sorted({name for name, _ in {*first} ^ {*second}}))} has"]
         if strange:
             raise EsdLoraError(f"{after.path} is not {before.path} plus the erasers: {strange[0]} differs. Merge again.")
     elif before.denoiser or after.denoiser:

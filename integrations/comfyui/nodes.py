@@ -24,7 +24,7 @@ _BLOCKS = (
     " shorter one: down=0.5,down.2.attentions=1."
 )
 _MODEL = ("MODEL", {"tooltip": "The model that the eraser was made for, or a fine-tune of it."})
-_CLIP = ("CLIP", {"tooltip": "Only for LoRA files that change the text encoder too; no eraser does."})
+_CLIP = ("CLIP", {"tooltip": "Only for files that change the text encoder: styles, and erasers of scope text-encoder."})
 
 
 def _strength(what: str) -> tuple[str, dict[str, Any]]:

@@ -97,7 +97,7 @@ def text_updates_of(clip: Any, file: LoraFile, weight: float) -> tuple[Updates, 
 
     Args:
         clip: ComfyUI's `CLIP`, or `None` where there is none: then no layer fits.
-        file: No eraser has such layers; styles often do.
+        file: Erasers of scope text-encoder have such layers, and styles often do.
         weight: Strength.
     """
     layers = {name: factors for name, factors in file.layers.items() if name.startswith(TEXT_ENCODER)}

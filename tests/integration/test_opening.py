@@ -106,9 +106,9 @@ def test_members_of_manifests_are_erasers_of_ours(files: dict[str, Path]) -> Non
 
 def test_style_file_with_text_layers_says_how_to_import_it(files: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(files["stranger"])
-    tensors |= {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 4)}
+    tensors |= {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(1, 4)}  # T5's
     save_file(tensors, tmp_path / "style.safetensors")
-    with pytest.raises(EsdLoraError, match=r"changes a text encoder too .* take esd-lora import --without-text-encoder"):
+    with pytest.raises(EsdLoraError, match=r"changes a text encoder that .* take esd-lora import --without-text-encoder"):
         open_eraser(tmp_path / "style.safetensors", "sd")
 
 

@@ -73,6 +73,15 @@ def test_damaged_file_is_told_in_a_sentence(
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("begins", [b"PK", b"\x80\x02", b"\x80\x04"])
+def test_a_header_may_be_as_long_as_an_archive_or_a_pickle_begins(begins: bytes, tmp_path: Path) -> None:
+    length = int.from_bytes(begins, "little")
+    text = json.dumps({"x": ONE}).encode().ljust(length)
+    file = safetensors_file(tmp_path / "x.safetensors", text)
+    assert file.read_bytes().startswith(begins)
+    assert read_tensors(file)[0]["x"].shape == (1,)
+
+
 @pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x80\x02}q\x00", b"\x80\x04\x95"])
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_pickle_under_a_safe_name(tmp_path: Path, head: bytes, reader: object) -> None:

@@ -226,11 +226,34 @@ def test_peft_directory_with_alpha_and_rslora(tmp_path: Path) -> None:
 
 
 def test_text_encoder_is_not_dropped_in_silence(tmp_path: Path) -> None:
-    extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{k.split('.', 1)[1]}": t.clone() for k, t in one_layer().items()}
+    clip = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    extra = {f"{clip}.{k.split('.', 1)[1]}": t.clone() for k, t in one_layer().items()}
     file = save_lora({**one_layer(), **extra}, tmp_path)
-    with pytest.raises(EsdLoraError, match=r"text encoder too \(2 tensors\).*--without-text-encoder"):
+    assert list(import_lora(file).pairs) == [KEY, "text_encoder.text_model.encoder.layers.0.mlp.fc1"]
+    assert list(import_lora(file, without_text_encoder=True).pairs) == [KEY]
+    unknown = {name.replace(clip, "lora_te3_encoder_block_0_layer_0_SelfAttention_q"): t for name, t in extra.items()}
+    file = save_lora({**one_layer(), **unknown}, tmp_path)
+    with pytest.raises(
+        EsdLoraError, match=r"a text encoder that an eraser of family 'sd' does not hold.*--without-text-encoder"
+    ):
         import_lora(file)
     assert list(import_lora(file, without_text_encoder=True).pairs) == [KEY]
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_layers_in_diffusers_names(prefix: str, tmp_path: Path) -> None:
+    """With the module around CLIP's text model, or without it as in transformers 5; scales are the component's own."""
+    layer = f"{prefix}encoder.layers.1.self_attn.q_proj"
+    one = {f"text_encoder_2.{layer}.lora_A.weight": torch.ones(2, 4), f"text_encoder_2.{layer}.lora_B.weight": torch.ones(4, 2)}
+    scales = {"text_encoder_2.r": 2, "text_encoder_2.lora_alpha": 6, "unet.r": 2, "unet.lora_alpha": 2}
+    save_file(one, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(scales)})
+    imported = import_lora(tmp_path / "x.safetensors")
+    assert imported.header.family == "sdxl"
+    (pair,) = imported.pairs.values()
+    assert list(imported.pairs) == ["text_encoder_2.text_model.encoder.layers.1.self_attn.q_proj"]
+    torch.testing.assert_close(pair.delta(), torch.full((4, 4), 6.0))
+    with pytest.raises(EsdLoraError, match="fit sd and sdxl alike"):
+        import_lora(save_lora({name.replace("_2", ""): tensor for name, tensor in one.items()}, tmp_path))
 
 
 def test_family_is_told_by_what_the_file_says_and_is(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from esd_lora.bases.base import Base
-from esd_lora.bases.loading import quiet_libraries
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.stacking import Strength

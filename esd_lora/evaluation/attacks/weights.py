@@ -92,8 +92,8 @@ def fine_tune(
     @contextmanager
     def on() -> Generator[Painter]:
         latents, captions = captioned_latents(victim, pictures, files, seed)
-        conditions = base.encode(captions, victim.guidance)
         with victim.erased.on() as paint:
+            conditions = base.encode(captions, victim.guidance)
             layers = base.family.modules(base.model, "full")
             parameters = add_adapter(base, layers, LoraSpec(rank=rank, alpha=rank), seed)
             try:

@@ -303,7 +303,7 @@ def _replace_spare(table: Table, vectors: Tensor, layer: Any, args: tuple[Tensor
 
 def encode_with_gradient(base: Base, prompts: Sequence[str]) -> Condition:
     """Return the condition of prompts as `Base.encode` gives it, with a gradient."""
-    return {name: value.to(base.model.dtype) for name, value in base.family.encode(base.pipe, prompts).items()}
+    return base.encode_anew(prompts)
 
 
 def readable_words(base: Base) -> list[str]:

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from esd_lora.bases.base import Base
-from esd_lora.bases.loading import choose_device, load_base, quiet_libraries
+from esd_lora.bases.loading import choose_device, load_base
+from esd_lora.bases.notices import quiet_libraries
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError, did_you_mean
 from esd_lora.evaluation.baselines.sld import SLD_STRENGTHS, block_by_sld, concept_names

@@ -127,6 +127,8 @@ class Suite(_Frozen):
     """Denoising steps; the base's default unless given."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale; the base's default unless given, or as a prompt file says."""
+    clip_skip: int | None = Field(default=None, ge=1)
+    """Last layers of CLIP that prompts skip; all layers are read unless given."""
     _name: str = PrivateAttr("custom")
 
     def require_allowed(self, allow_code: Collection[str]) -> None:
