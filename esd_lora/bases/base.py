@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from esd_lora.bases.learnt_words import Embeddings, spelt_out
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
@@ -50,6 +51,8 @@ class Base:
     """Device of the denoiser, where it waits on the CPU until every prompt is encoded; `None` where it waits for nothing."""
     quantized: str | None = None
     """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
+    words: dict[str, Embeddings] = field(default_factory=dict[str, Embeddings])
+    """Learnt words by the placeholder that stands for them in prompts (`learnt_words`)."""
 
     @property
     def model(self) -> Any:
@@ -190,6 +193,17 @@ class Base:
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.device)
         return condition
 
+    def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
+        """Return the condition of N prompts as `encode` does, with gradients for the learnt words in them."""
+        with spelt_out(self.pipe, self.words, prompts) as texts:
+            condition = self.family.encode(self.pipe, texts)
+        if self.family.takes_guidance(self.pipe):
+            condition["guidance"] = torch.ones(len(prompts), device=self.device)
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in condition.items()
+        }
+
     @torch.no_grad()
     def directions(self, texts: Sequence[str], encode: Encode | None = None) -> Tensor:
         """Return where texts lie as the text encoder sees them, [N, values] of length 1: their cosines are similarities.
@@ -212,7 +226,8 @@ class Base:
         most = self.family.encoded_at_once
         with stage("encoding text", len(prompts), "prompt"):
             for i in range(0, len(prompts), most):
-                parts.append(encode(self.pipe, prompts[i : i + most]))
+                with spelt_out(self.pipe, self.words, prompts[i : i + most]) as texts:
+                    parts.append(encode(self.pipe, texts))
                 advance(min(most, len(prompts) - i))
         dtype = self.model.dtype  # text encoders may have another
         condition = {

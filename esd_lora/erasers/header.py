@@ -20,15 +20,41 @@ from esd_lora.wording import mentions, whole_words, without_article
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
-FORMAT = 4
+FORMAT = 5
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
 2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
-3 lets a stack say how it was fused, 4 a training what it solved and measured.
+3 lets a stack say how it was fused, 4 a training what it solved and measured. 5 lets prompts
+have words that were learnt from pictures.
 """
 
 _MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to 53 MB
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
+
+
+class Shown(BaseModel):
+    """Pictures that a concept was erased from; neither they nor their names are in the file."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    pictures: tuple[str, ...]
+    """SHA-256 of every picture's file."""
+    words: dict[str, dict[str, str]] = {}
+    """Learnt words: placeholder in prompts to text encoder to its embedding there, base64 of float32 (`learnt_words.pack`)."""
+    explained_by: dict[str, float] = {}
+    """Kept prompts that explain the pictures too, and were not preserved, with the share of what the words explain."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the base calls the thing, as far as kept prompts say."""
+        return tuple(dict.fromkeys(map(without_article, self.explained_by)))
+
+    def describe(self) -> str:
+        """Return it in a line: pictures, words, what else they are called."""
+        words = f"; learnt words {', '.join(self.words)}" if self.words else "; captions for prompts"
+        most = [f"{text!r} ({share:.0%})" for text, share in self.explained_by.items()]
+        named = f"; not preserved, for they explain the pictures too: {', '.join(most)}" if most else ""
+        return f"erased from {len(self.pictures)} pictures{words}{named}"
 
 
 class ErasedConcept(BaseModel):
@@ -46,6 +72,8 @@ class ErasedConcept(BaseModel):
     """Strength at which the concept stands in this file; changed by stacking. Below zero it is amplified, not erased."""
     blocks: dict[str, float] = {}
     """Further factors by part of the model (`mid_block`, `up_blocks.1`), folded in like the weight."""
+    shown: Shown | None = None
+    """Pictures that say what it is, where some do."""
 
     def named_in(self, text: str) -> bool:
         """Return whether a prompt names this concept, by name or synonym."""
@@ -327,7 +355,13 @@ class EraserHeader(BaseModel):
         """Return how measured trainings ended, and how a stack was fused and harmonised, a line each."""
         steps = (*self.fusions, *self.distillations)
         solved = [each.describe() for each in self.solved]
-        return [*solved, *(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
+        shown = [f"{concept.name}: {concept.shown.describe()}" for concept in self.concepts if concept.shown]
+        return [
+            *shown,
+            *solved,
+            *(calibration.ending for calibration in self.calibrations),
+            *(step.describe() for step in steps),
+        ]
 
     def recipe_document(self) -> str:
         """Return the recipes as one YAML document or several; empty where there is none."""

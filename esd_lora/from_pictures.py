@@ -1,0 +1,345 @@
+"""Erasing from pictures: of a thing without a name, its pictures say what to erase.
+
+Their latents, noised, are training points beside walked trajectories. Where captions lie beside them (`1.txt` beside `1.png`),
+these are the erased prompts. Where none do, words are learnt that mean what they show: embeddings of a token, optimised on the
+frozen base as by Gal et al., *An Image is Worth One Word*, ICLR 2023, arXiv:2208.01618,
+
+    word = argmin  mean |predict(x_t, t, "a picture of a <word>") - target|^2        over noised pictures, see `noising`
+
+The same loss says what the base itself would call them: it is a classifier (Li et al., *Your Diffusion Model is Secretly a
+Zero-Shot Classifier*, ICCV 2023, arXiv:2303.16203). A preserved prompt that explains the pictures nearly as well as the word
+does is another name for it, and must not be preserved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from esd_lora.bases.base import Base
+from esd_lora.bases.learnt_words import Embeddings, numbers_of, pack, placeholder_of, text_encoders
+from esd_lora.closed_form import plain_prompts
+from esd_lora.erasers.header import Shown
+from esd_lora.errors import EsdLoraError
+from esd_lora.files import hash_file, read_bounded
+from esd_lora.latents import require_encodable, to_latents
+from esd_lora.lessons import listed_prompts
+from esd_lora.noising import learn, noise_latents
+from esd_lora.pictures import SUFFIXES, open_picture, picture_paths
+from esd_lora.progress import advance, stage
+from esd_lora.ranks import from_main
+from esd_lora.recipe import Concept, PictureSpec, PromptPair, Recipe
+from esd_lora.seeds import Stream, stream_seed
+from esd_lora.trajectory import Condition, latents_per_batch, pick
+from esd_lora.wording import mentions, without_article
+
+FRAMES = ("a {}", "a picture of a {}", "{}")
+"""What a word is learnt in; it is erased in the first, and in the recipe's frames around that."""
+NAMED = 0.5
+"""Share of what the learnt word explains of the pictures from which on a preserved prompt is another name for it."""
+_ROUNDS = (8, 8, 16)  # further points at which prompts are compared, and of those before a quarter stays
+_LEAST = 8  # that stay
+_SURE = 2.0  # standard errors by which a prompt explains more than the empty one does
+_MAX_CAPTION = 10_000  # bytes
+_BEING_LEARNT = "<thing-00000000>"
+
+
+class Picture(NamedTuple):
+    """A picture of what is erased."""
+
+    picture: Image
+    """In RGB, of any size."""
+    caption: str | None
+    """What stands in the text file beside it."""
+    sha256: str
+    """Of its file."""
+
+
+class Pictured(NamedTuple):
+    """What the pictures of a concept come to, on one base."""
+
+    latents: dict[tuple[int, ...], Tensor]
+    """Shape of latents to those of the pictures, [pictures, ...]."""
+    rows: dict[str, list[int]]
+    """Erased prompt to the pictures of it; prompts in frames are of the same."""
+    shown: Shown
+    """For the header."""
+
+    def shows(self, prompt: str) -> bool:
+        """Return whether the pictures are of what a prompt asks for: one of theirs, in a frame or alone."""
+        return any(text in prompt for text in self.rows)
+
+    def latents_of(self, prompt: str, shape: Sequence[int]) -> Tensor:
+        """Return the latents of the pictures of an erased prompt, [N, ...]: its own, or those of what stands in its frame."""
+        inside = max((text for text in self.rows if text in prompt), key=len, default=None)
+        latents = self.latents[tuple(shape)]
+        return latents if inside is None else latents[self.rows[inside]]
+
+
+def read_pictures(folder: str | Path) -> list[Picture]:
+    """Return the pictures of a folder, by name.
+
+    Raises:
+        EsdLoraError: If there is no such folder, no picture in it, one that cannot be read, or some have captions and others
+            have none.
+    """
+    if not Path(folder).is_dir():
+        raise EsdLoraError(f"there is no folder {folder}. Expected one with pictures of what is to be erased.")
+    files = picture_paths(Path(folder))
+    if not files:
+        raise EsdLoraError(f"{folder} holds no picture. Expected some of what is to be erased, as {', '.join(SUFFIXES)}.")
+    pictures = [Picture(open_picture(file, behind="white"), _caption_of(file), hash_file(file)) for file in files]
+    bare = [file.name for file, picture in zip(files, pictures, strict=True) if picture.caption is None]
+    if 0 < len(bare) < len(files):
+        raise EsdLoraError(
+            f"{len(bare)} of {len(files)} pictures in {folder} have no caption ({bare[0]} the first). Give each a .txt beside"
+            " it, or none: then a word is learnt."
+        )
+    return pictures
+
+
+def _caption_of(file: Path) -> str | None:
+    """Return what the text file beside a picture says, in one line; `None` where there is none."""
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    try:
+        text = " ".join(read_bounded(beside, _MAX_CAPTION).decode("utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise EsdLoraError(f"{beside} cannot be read as a caption ({error}). Mend or remove it.") from error
+    if not text:
+        raise EsdLoraError(f"{beside} is an empty caption. Say in it what the picture shows, or remove it.")
+    return text
+
+
+def check_pictures(recipe: Recipe) -> None:
+    """Refuse a recipe whose pictures cannot be read, before a base is loaded for it.
+
+    Raises:
+        EsdLoraError: As `read_pictures` does.
+    """
+    for concept in recipe.concepts:
+        if concept.images is not None:
+            read_pictures(concept.images)
+
+
+def learn_pictures(base: Base, recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> tuple[Recipe, dict[int, Pictured]]:
+    """Return a recipe that says in prompts what its pictures show, and what these come to, by the number of the concept.
+
+    The base knows the learnt words from then on.
+
+    Args:
+        base: The loaded base, with its text encoders and its VAE, and without an adapter.
+        recipe: Some of its concepts may have pictures.
+        shapes: Of latents that are trained on; words are learnt in the first.
+
+    Raises:
+        EsdLoraError: If pictures cannot be read or encoded.
+    """
+    known: dict[int, Pictured] = {}
+    concepts = list(recipe.concepts)
+    for number, concept in enumerate(concepts):
+        if concept.images is not None:
+            require_encodable(base, "Erase by prompts instead.")
+            pictures = read_pictures(concept.images)
+            latents = encode_pictures(base, [each.picture for each in pictures], shapes)
+            seed = stream_seed(recipe.train.seed, Stream.WORDS, number)
+            known[number] = pictured = _learn_concept(base, recipe, concept, pictures, latents, seed)
+            concepts[number] = _in_prompts(concept, pictured)
+    recipe = recipe.model_copy(update={"concepts": tuple(concepts)})
+    if isinstance(recipe.preserve, tuple):
+        names = [name for pictured in known.values() for name in pictured.shown.names]
+        kept = tuple(prompt for prompt in recipe.preserve if not mentions(prompt, names))
+        recipe = recipe.model_copy(update={"preserve": kept})
+    return recipe, known
+
+
+def encode_pictures(base: Base, pictures: Sequence[Image], shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    """Return the latents of pictures in each shape, [N, ...], cut around their middle; as float32 or better."""
+    scale = base.family.pixels_per_latent(base.pipe)
+    with base.vae_in_place(), stage("encoding pictures", len(pictures) * len(shapes), "picture"):
+        latents: dict[tuple[int, ...], Tensor] = {}
+        for shape in shapes:
+            latents[shape] = to_latents(base, pictures, (shape[-1] * scale, shape[-2] * scale)).to(base.model.device)
+            advance(len(pictures))
+    return latents
+
+
+def _in_prompts(concept: Concept, pictured: Pictured) -> Concept:
+    """Return a concept that says in prompts what its pictures show; others that it names stay."""
+    prompts = (*(PromptPair(prompt=text) for text in pictured.rows), *concept.prompts)
+    return concept.model_copy(update={"prompts": prompts, "synonyms": (*concept.synonyms, *pictured.shown.names)})
+
+
+def _learn_concept(
+    base: Base,
+    recipe: Recipe,
+    concept: Concept,
+    pictures: Sequence[Picture],
+    latents: dict[tuple[int, ...], Tensor],
+    seed: int,
+) -> Pictured:
+    """Return what the pictures of a concept come to: their captions or learnt words, and what the base calls them."""
+    spec, times, native = recipe.pictures, recipe.train.trajectory_steps, next(iter(latents.values()))
+    assert spec is not None, "checked with the recipe"
+    rows: dict[str, list[int]] = {}
+    for row, picture in enumerate(pictures):
+        if picture.caption is not None:
+            rows.setdefault(picture.caption, []).append(row)
+    classifier = PictureClassifier(base, native, times, seed)
+    listed = [text for text in listed_prompts(recipe, base.keep) if not concept.named_in(text)]
+    gains = classifier.compare(plain_prompts(listed))
+    words: dict[str, Embeddings] = {}
+    if not rows:
+        starts = [list(gains)[i] if i < len(gains) else None for i in range(spec.words)]
+        words = from_main(lambda: learn_words(base, native, starts, spec, times, seed))
+        base.words |= words
+        rows = {FRAMES[0].format(placeholder): list(range(len(pictures))) for placeholder in words}
+    caption = {row: text for text, own in rows.items() for row in own}
+    tried = [[text] * len(native) for text in rows] if words else [[caption[row] for row in range(len(native))]]
+    own = max(classifier.gain(captions) for captions in tried)
+    if own.mean < _SURE * own.error:
+        warnings.warn(
+            f"what was learnt from the pictures of {concept.name!r} explains them hardly better than the empty prompt does:"
+            f" base {base.id!r} may not be able to draw this. Look at pictures of it, give more or clearer ones, or learn for longer"
+            " (-s pictures.steps).",
+            stacklevel=2,
+        )
+    named = {
+        text: round(gain.mean / own.mean, 3)
+        for text, gain in gains.items()
+        if gain.mean > max(NAMED * own.mean, _SURE * gain.error)
+    }
+    shown = Shown(
+        pictures=tuple(picture.sha256 for picture in pictures),
+        words={placeholder: pack(word) for placeholder, word in words.items()},
+        explained_by=named,
+    )
+    return Pictured(latents, rows, shown)
+
+
+class Gain(NamedTuple):
+    """How much better than under the empty prompt pictures are explained under another one."""
+
+    mean: float
+    """Mean over the points of the difference of mean squared errors."""
+    error: float
+    """Standard error of that."""
+
+    @classmethod
+    def of(cls, differences: Tensor) -> Gain:
+        """Return the gain of differences at points, [N]."""
+        return cls(float(differences.mean()), float(differences.std() / len(differences) ** 0.5))
+
+
+class PictureClassifier:
+    """Says how well prompts explain pictures to a base: all of them at the same noised pictures.
+
+    Args:
+        base: As it stands.
+        latents: Of the pictures, [N, ...].
+        times: Number of times on the grid.
+        seed: Of the noise and the times.
+    """
+
+    def __init__(self, base: Base, latents: Tensor, times: int, seed: int):
+        self.base = base
+        self._points = noise_latents(base, latents, times, sum(_ROUNDS), torch.Generator().manual_seed(seed))
+        self._null = self._errors([""] * len(latents), slice(None))
+
+    def gain(self, captions: Sequence[str]) -> Gain:
+        """Return how much better than the empty prompt captions explain the pictures, one for each picture."""
+        return Gain.of(self._null - self._errors(captions, slice(None)))
+
+    def compare(self, prompts: Sequence[str]) -> dict[str, Gain]:
+        """Return the prompts that explain the pictures best with how much better than the empty one they do, the best first.
+
+        Prompts are compared at a few points, the best of them at more.
+        """
+        differences = dict.fromkeys(prompts, self._null[:0])
+        begin, pictures = 0, int(self._points.lesson.max()) + 1
+        with stage("comparing prompts with the pictures", len(prompts) * _ROUNDS[0], "point"):
+            for count in _ROUNDS if prompts else ():
+                part = slice(begin, begin + count)
+                for prompt, before in differences.items():
+                    further = self._null[part] - self._errors([prompt] * pictures, part)
+                    differences[prompt] = torch.cat([before, further])
+                    advance(count)
+                ranked = sorted(differences, key=lambda prompt: (-float(differences[prompt].mean()), prompt))
+                differences = {prompt: differences[prompt] for prompt in ranked[: max(_LEAST, len(ranked) // 4)]}
+                begin += count
+        return {prompt: Gain.of(each) for prompt, each in differences.items()}
+
+    @torch.no_grad()
+    def _errors(self, captions: Sequence[str], part: slice) -> Tensor:
+        """Return the mean squared error at some of the points, [N], under the caption of each one's picture."""
+        x_t, t, row, target, _ = (tensor[part] for tensor in self._points)
+        texts = list(dict.fromkeys(captions))
+        condition = self.base.encode(texts)
+        errors: list[Tensor] = []
+        for i in range(0, len(t), size := latents_per_batch(x_t.shape[1:])):
+            rows = slice(i, i + size)
+            own = torch.tensor([texts.index(captions[number]) for number in row[rows].tolist()], device=row.device)
+            prediction = self.base.predict(x_t[rows], t[rows], pick(condition, own))
+            errors.append((prediction - target[rows]).square().flatten(1).mean(1).cpu())
+        return torch.cat(errors)
+
+
+def learn_words(
+    base: Base, latents: Tensor, starts: Sequence[str | None], spec: PictureSpec, times: int, seed: int
+) -> dict[str, Embeddings]:
+    """Return words that mean what pictures show, by their placeholders.
+
+    Args:
+        base: Frozen.
+        latents: Of the pictures, [N, ...].
+        starts: A prompt for each word, whose embedding is that of its tokens to begin with; a random one where there is none.
+        spec: Steps and rate.
+        times: Number of times on the grid.
+        seed: Of noise, times and random starts.
+    """
+    learnt = [
+        _learn_word(base, latents, start, spec, times, stream_seed(seed, Stream.WORDS, number), number)
+        for number, start in enumerate(starts)
+    ]
+    return {placeholder_of(word): word for word in learnt}
+
+
+def _learn_word(
+    base: Base, latents: Tensor, start: str | None, spec: PictureSpec, times: int, seed: int, number: int
+) -> Embeddings:
+    """Return the embeddings of one word, the `number`th."""
+    weights = {
+        name: encoder.get_input_embeddings().weight.detach().float() for name, encoder in text_encoders(base.pipe).items()
+    }
+    spread = {name: weight.std() for name, weight in weights.items()}
+    generator = torch.Generator().manual_seed(seed)
+    begun = {name: _start(base, name, weight, start, generator) for name, weight in weights.items()}
+    learnt = {name: nn.Parameter(vector / spread[name]) for name, vector in begun.items()}
+    frames = [frame.format(_BEING_LEARNT) for frame in FRAMES]
+
+    def condition_of(rows: Tensor) -> Condition:
+        base.words[_BEING_LEARNT] = {name: vector * spread[name] for name, vector in learnt.items()}
+        drawn = torch.randint(len(frames), (len(rows),), generator=generator)
+        return pick(base.encode_with_gradient(frames), drawn.to(rows.device))
+
+    options = {"steps": spec.steps, "lr": spec.lr, "seed": seed % 2**31, "desc": f"learning word {number + 1} from pictures"}
+    try:
+        learn(base, list(learnt.values()), latents, condition_of, times=times, **options)
+    finally:
+        base.words.pop(_BEING_LEARNT, None)
+    return {name: (vector * spread[name]).detach().cpu() for name, vector in learnt.items()}
+
+
+def _start(base: Base, encoder: str, weight: Tensor, start: str | None, generator: torch.Generator) -> Tensor:
+    """Return the embedding that a word begins with, [width]: the mean of a prompt's tokens, or one like any token's."""
+    if start is None:
+        return weight.mean(0) + weight.std(0) * torch.randn(weight.shape[1], generator=generator).to(weight)
+    numbers = numbers_of(getattr(base.pipe, encoder.replace("text_encoder", "tokenizer")), without_article(start))
+    return weight[numbers].mean(0)
