@@ -166,8 +166,12 @@ def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: U
     steps, guidance, frames = painting.get("steps") or base.steps, painting.get("guidance"), painting.get("frames") or 1
     guidance = base.guidance if guidance is None else guidance
     negative_prompt, encode = painting.get("negative_prompt"), painting.get("encode")
+    opposite = painting.get("opposite")
     if negative_prompt:
         base.require_negative_prompts(guidance)
+    if encode is None and base.names_words(prompts):
+        encode = base.encode
+        opposite = base.encode_opposite(negative_prompt) if negative_prompt else None
     at_once = pictures_at_once(base, painting.get("batch", _BATCH), size, frames)
     length = {"num_frames": frames} if base.family.frames_per_latent else {}
     with stage(f"painting {len(prompts)} pictures", len(prompts) * steps, "step"):
@@ -177,7 +181,7 @@ def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: U
             if negative_prompt:
                 text["negative_prompt"] = [negative_prompt] * len(part)
             if encode:
-                text = _embeds_kwargs(base, encode([*part, ""]), painting.get("opposite"))
+                text = _embeds_kwargs(base, encode([*part, ""]), opposite)
             pixels = len(part) * frames * width * height
             scheduled = base.scheduled_by(painting.get("scheduler"))
             with base.vae_in_place(), scheduled, _bounded_decoding(base.pipe.vae, pixels):

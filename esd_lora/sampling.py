@@ -129,6 +129,7 @@ def _sweep(
     """Generate as `sweep` does, and return the frames of everything: a picture is one."""
     base = base if isinstance(base, Base) else load_base(base, text_first=True)
     members = [open_eraser(eraser, base.family.name) for eraser in erasers]
+    base.know_words_of(members)
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}

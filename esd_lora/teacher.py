@@ -76,6 +76,8 @@ class Teacher:
         """Index that stands for the empty prompt, held as it is; no lesson has it."""
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
         self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
+        self.pictured = pictured
+        """What pictures of the concepts came to."""
         self._pictured = [next((each for each in pictured if each.shows(lesson.concept)), None) for lesson in lessons]
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far, on all ranks; a guided pair counts 2."""

@@ -150,7 +150,8 @@ def train(
 def inputs_of(recipe: Recipe) -> list[str]:
     """Return what a training reads, as far as it may be a path."""
     vocabulary = recipe.neighbours.vocabulary if recipe.neighbours else ""
-    return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
+    images = [concept.images for concept in recipe.concepts]
+    return [text for text in (recipe.base, recipe.base_config, vocabulary, *images) if isinstance(text, str) and text]
 
 
 class Prepared(NamedTuple):
@@ -409,8 +410,8 @@ def collect(
         cost={
             "seconds": round(state.seconds, 2),
             "steps": state.step,
-            "sample_evaluations": teacher.evaluations,
-            "student_samples": state.student_samples,
+            "sample_evaluations": teacher.evaluations + sum(each.compared for each in pictured.values()),
+            "student_samples": state.student_samples + sum(each.learnt for each in pictured.values()),
         },
         solved=(solved,) if solved else (),
         calibrations=(calibration_of(state),) if recipe.measures else (),

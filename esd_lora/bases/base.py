@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esd_lora.bases.learnt_words import Embeddings, spelt_out
+from esd_lora.bases.learnt_words import Embeddings, spelt_out, unpack
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
@@ -336,6 +336,15 @@ class Base:
             yield
         finally:
             vae.to(before)
+
+    def know_words_of(self, erasers: Iterable[Eraser]) -> None:
+        """Learn the words that erasers were made with, so that prompts may name them by their placeholders."""
+        for concept in (concept for eraser in erasers for concept in eraser.header.concepts if concept.shown):
+            self.words |= {placeholder: unpack(word) for placeholder, word in concept.shown.words.items()}
+
+    def names_words(self, prompts: Iterable[str]) -> bool:
+        """Return whether one of the prompts has a learnt word in it, which only `encode` reads."""
+        return any(placeholder in prompt for prompt in prompts for placeholder in self.words)
 
     def require_bare(self) -> None:
         """Refuse a denoiser that carries adapters: the teacher would predict with them, and they would be taken off with ours.

@@ -29,6 +29,7 @@ have words that were learnt from pictures.
 """
 
 _MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to 53 MB
+_MOST_HASHES = 8  # of pictures that are named in a line
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
 
 
@@ -54,7 +55,9 @@ class Shown(BaseModel):
         words = f"; learnt words {', '.join(self.words)}" if self.words else "; captions for prompts"
         most = [f"{text!r} ({share:.0%})" for text, share in self.explained_by.items()]
         named = f"; not preserved, for they explain the pictures too: {', '.join(most)}" if most else ""
-        return f"erased from {len(self.pictures)} pictures{words}{named}"
+        hashes = ", ".join(digest[:12] for digest in self.pictures[:_MOST_HASHES])
+        further = f" and {len(self.pictures) - _MOST_HASHES} more" if len(self.pictures) > _MOST_HASHES else ""
+        return f"erased from {len(self.pictures)} pictures (SHA-256 {hashes}{further}){words}{named}"
 
 
 class ErasedConcept(BaseModel):
@@ -75,13 +78,18 @@ class ErasedConcept(BaseModel):
     shown: Shown | None = None
     """Pictures that say what it is, where some do."""
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What it is called in prompts, most of all the first: learnt words where there are any, its name, synonyms."""
+        return (*(self.shown.words if self.shown else ()), self.name, *self.synonyms)
+
     def named_in(self, text: str) -> bool:
-        """Return whether a prompt names this concept, by name or synonym."""
-        return mentions(text, (self.name, *self.synonyms))
+        """Return whether a prompt names this concept, by name, synonym or learnt word."""
+        return mentions(text, self.called)
 
     def named_among(self, texts: Iterable[str]) -> list[str]:
         """Return those of some prompts that name this concept."""
-        pattern = whole_words(map(without_article, (self.name, *self.synonyms)))
+        pattern = whole_words(map(without_article, self.called))
         return [text for text in texts if pattern.search(text)]
 
     def describe(self) -> str:

@@ -73,6 +73,8 @@ def prepare_evaluation(
     painted_alone = not (against or suite.attacks)  # nothing else needs the text encoders once all prompts are encoded
     if suite.needs_text_encoder and removed and not isinstance(base, Base):
         base = load_base(base, text_first=painted_alone)
+    if isinstance(base, Base):
+        base.know_words_of(members)
     near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
     plan = plan_cases(suite, removed, limit, near)
     if stack and len(members) < 2:
@@ -89,6 +91,7 @@ def prepare_evaluation(
     strengths = strengths_of(members, weights)
     base = base if isinstance(base, Base) else load_base(base, text_first=painted_alone)
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
+    base.know_words_of(members)
     origin = base_record(base)  # text encoders and all
     encode = base.encode_last(case.prompt for case in plan.cases) if painted_alone else None
     variants = [bare(base, *sampler, encode)]
@@ -118,7 +121,7 @@ def prepare_evaluation(
 
 def likeness_to_erased(base: Base, concepts: Sequence[ErasedConcept], texts: Sequence[str]) -> list[float]:
     """Return how near each text lies to the nearest concept as the base's text encoder sees it: their cosine."""
-    return likeness_to([concept.name for concept in concepts], texts, base).amax(0).tolist()
+    return likeness_to([concept.called[0] for concept in concepts], texts, base).amax(0).tolist()
 
 
 def _attacked(suite: Suite, victim: Victim, allow_code: Collection[str]) -> list[Variant]:

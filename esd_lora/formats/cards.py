@@ -279,6 +279,7 @@ def _masked(header: EraserHeader, mask: Callable[[str], str]) -> EraserHeader:
                 "name": mask(concept.name),
                 "synonyms": (),
                 "pairs": tuple((mask(prompt), mask(anchor)) for prompt, anchor in concept.pairs),
+                "shown": concept.shown and concept.shown.model_copy(update={"explained_by": {}}),
             }
         )
         for concept in header.concepts

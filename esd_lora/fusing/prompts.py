@@ -104,6 +104,7 @@ def arrange_members(hashed: Iterable[tuple[str, Eraser]], base: Base, keep: Sequ
     if not members.erasers:
         raise EsdLoraError("every member has weight 0: there is nothing to fuse.")
     base.check(outline(members.erasers))
+    base.know_words_of(members.erasers)
     if not members.kept:
         raise EsdLoraError(f"no prompt to keep is left: all {len(members.dropped)} name an erased concept. Give others.")
     _warn_of_anchors(members.erasers)
