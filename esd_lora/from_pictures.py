@@ -45,6 +45,7 @@ NAMED = 0.5
 """Share of what the learnt word explains of the pictures from which on a preserved prompt is another name for it."""
 _ROUNDS = (8, 8, 16)  # further points at which prompts are compared, and of those before a quarter stays
 _LEAST = 8  # that stay
+_LEAST_TO_HALVE = 4  # pictures
 _SURE = 2.0  # standard errors by which a prompt explains more than the empty one does
 _MAX_CAPTION = 10_000  # bytes
 _BEING_LEARNT = "<thing-00000000>"
@@ -339,9 +340,9 @@ class PictureClassifier:
 def learn_words(base: Base, latents: Tensor, spec: PictureSpec, times: int, seed: int) -> dict[str, Embeddings]:
     """Return words that mean what pictures show, by their placeholders.
 
-    Each begins with a random embedding of the spread that the table has, and not with a word that is near: what is left of that
-    is kept under its own name, and stands in the way of erasing (on the built-in base, of 120 rockets 93 were left so, and none
-    otherwise).
+    A word says more than the thing: whatever else its pictures have in common. So there are several, each learnt from a half of
+    the pictures, and what erasing finds in all of them is the thing. Each begins with a random embedding of the spread that the
+    table has, and not with a word that is near, of which something would be left, to be kept under its own name.
 
     Args:
         base: Frozen.
@@ -351,8 +352,24 @@ def learn_words(base: Base, latents: Tensor, spec: PictureSpec, times: int, seed
         seed: Of noise, times and random starts.
     """
     seeds = (stream_seed(seed, Stream.WORDS, number) for number in range(spec.words))
-    learnt = [_learn_word(base, latents, spec, times, own, f"word {i + 1} of {spec.words}") for i, own in enumerate(seeds)]
+    halves = _halves(len(latents), spec.words, seed)
+    learnt = [
+        _learn_word(base, latents[half], spec, times, own, f"word {number} of {spec.words}")
+        for number, (half, own) in enumerate(zip(halves, seeds, strict=True), 1)
+    ]
     return {placeholder_of(word): word for word in learnt}
+
+
+def _halves(pictures: int, words: int, seed: int) -> list[Tensor]:
+    """Return the pictures that each word is learnt from: halves of them, two that come to all and then two others.
+
+    All of them where there is one word, or halves would be too few.
+    """
+    if words == 1 or pictures < _LEAST_TO_HALVE:
+        return [torch.arange(pictures)] * words
+    generator = torch.Generator().manual_seed(seed)
+    pairs = (torch.randperm(pictures, generator=generator).tensor_split(2) for _ in range(-(-words // 2)))
+    return [half for pair in pairs for half in pair][:words]
 
 
 def _learn_word(base: Base, latents: Tensor, spec: PictureSpec, times: int, seed: int, which: str) -> Embeddings:

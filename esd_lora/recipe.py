@@ -210,7 +210,7 @@ class PictureSpec(_Frozen):
     """How a concept is erased that pictures show (`Concept.images`); see `from_pictures`."""
 
     words: int = Field(ge=1, le=16)
-    """Words that are learnt, each from another start, where there are no captions; 1 to 4."""
+    """Words that are learnt where there are no captions, each from another half of the pictures; 2 to 4."""
     steps: int = Field(ge=1)
     """Optimiser steps for each, of 16 noised pictures; 50 for small models to 3000."""
     lr: float = Field(gt=0)
