@@ -1,6 +1,6 @@
 """Prints the table of docs/choosing.md: an object erased by eight pictures of it, its name never given.
 
-    python benchmarks/from_pictures.py [--concepts cat,rocket,pizza] [--lists all,without] [--seeds 0] [--recipe fast]
+    python benchmarks/from_pictures.py [--concepts cat,rocket,pizza] [--lists all,without] [--seeds 0] [--recipe fast] [-s pictures.words=1]
 
 The built-in base draws the pictures, three with no style named and one in each of its styles, from seeds that nothing else has;
 the eraser is trained from that folder alone, under a label that says nothing. `all` is the keep list as it is, which may name
@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
+import yaml
 from counting import SHOTS, Yardstick, spread
 from tables import add_publish, show
 
@@ -55,11 +56,11 @@ def draw(base: Base, name: str, folder: Path) -> Path:
     return folder
 
 
-def erase(base: Base, pictures: Path, out: Path, preset: str, seed: int) -> Eraser:
+def erase(base: Base, pictures: Path, out: Path, preset: str, seed: int, further: dict[str, Any]) -> Eraser:
     """Return the eraser of what a folder shows, made unless it is there."""
     if not (out / "README.md").exists():
         concepts = [{"name": "a thing in pictures", "images": str(pictures)}]
-        settings = {"train.seed": seed, "train.preview_every": 0}
+        settings = {"train.seed": seed, "train.preview_every": 0, **further}
         train(load_recipe(preset, settings, base=base.id, concepts=concepts), base=base, out=out, force=True, progress=False)
     return Eraser.load(out)
 
@@ -71,9 +72,11 @@ def main() -> None:
     parser.add_argument("--lists", default=",".join(LISTS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--recipe", default="fast")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe")
     add_publish(parser)
     options = parser.parse_args()
     base = load_base("emoji")
+    further = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in options.set)}
     yardstick = Yardstick(base, options.out / "measured")
     rows: list[list[str]] = []
     for kind in options.lists.split(","):
@@ -82,8 +85,9 @@ def main() -> None:
             pictures = draw(base, name, options.out / "pictures" / name)
             cells: list[dict[str, Any]] = []
             for seed in options.seeds.split(","):
-                place = options.out / f"{options.recipe}-{kind}-{name}-{seed}"
-                eraser = erase(dataclasses.replace(base, keep=keep, words={}), pictures, place, options.recipe, int(seed))
+                place = options.out / "-".join([options.recipe, kind, name, seed, *options.set])
+                fresh = dataclasses.replace(base, keep=keep, words={})
+                eraser = erase(fresh, pictures, place, options.recipe, int(seed), further)
                 (concept,) = eraser.header.concepts
                 assert concept.shown is not None
                 named = ", ".join(f"{text} {share:.0%}" for text, share in concept.shown.explained_by.items())

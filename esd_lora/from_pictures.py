@@ -331,7 +331,7 @@ class PictureClassifier:
         errors: list[Tensor] = []
         for i in range(0, len(t), size := latents_per_batch(x_t.shape[1:])):
             rows = slice(i, i + size)
-            own = torch.tensor([texts.index(captions[number]) for number in row[rows].tolist()], device=row.device)
+            own = torch.tensor([texts.index(captions[int(number)]) for number in row[rows].tolist()], device=row.device)
             prediction = self.base.predict(x_t[rows], t[rows], pick(condition, own))
             errors.append((prediction - target[rows]).square().flatten(1).mean(1).cpu())
         return torch.cat(errors)

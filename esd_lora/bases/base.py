@@ -339,8 +339,9 @@ class Base:
 
     def know_words_of(self, erasers: Iterable[Eraser]) -> None:
         """Learn the words that erasers were made with, so that prompts may name them by their placeholders."""
-        for concept in (concept for eraser in erasers for concept in eraser.header.concepts if concept.shown):
-            self.words |= {placeholder: unpack(word) for placeholder, word in concept.shown.words.items()}
+        for shown in (concept.shown for eraser in erasers for concept in eraser.header.concepts):
+            if shown:
+                self.words |= {placeholder: unpack(word) for placeholder, word in shown.words.items()}
 
     def names_words(self, prompts: Iterable[str]) -> bool:
         """Return whether one of the prompts has a learnt word in it, which only `encode` reads."""
