@@ -1,6 +1,6 @@
 """Prints the table of docs/choosing.md: an object erased by eight pictures of it, its name never given.
 
-    python benchmarks/from_pictures.py [--concepts cat,rocket,pizza] [--lists all,without] [--seeds 0] [--recipe fast] [-s pictures.words=1]
+    python benchmarks/from_pictures.py [--concepts cat,rocket] [--lists all,without] [--seeds 0] [-s pictures.words=1]
 
 The built-in base draws the pictures, three with no style named and one in each of its styles, from seeds that nothing else has;
 the eraser is trained from that folder alone, under a label that says nothing. `all` is the keep list as it is, which may name

@@ -59,7 +59,7 @@ class Picture(NamedTuple):
     caption: str | None
     """What stands in the text file beside it."""
     sha256: str
-    """Of its file."""
+    """SHA-256 of its file."""
 
 
 class Pictured(NamedTuple):
