@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -143,13 +143,13 @@ def _free_token(
     raise EsdLoraError(f"no token is left that could stand for {placeholder}: its tokenizers have no word that no prompt has.")
 
 
-def _candidates(tokenizer: Any) -> Iterator[str]:
-    """Yield plain words and signs of a tokenizer's vocabulary, the rarest first."""
-    vocabulary = sorted(
-        getattr(tokenizer, "tokenizer", tokenizer).get_vocab().items(), key=lambda entry: entry[1], reverse=True
-    )
-    words = (re.sub(r"</w>$|^[\u0120\u2581]", "", token) for token, _ in vocabulary)
-    return (word for word in words if word.isascii() and (word.isalpha() or (len(word) == 1 and word.isprintable())))
+@lru_cache(maxsize=4)
+def _candidates(tokenizer: Any) -> list[str]:
+    """Return plain words and signs of a tokenizer's vocabulary, the rarest first; a large one takes a while to look through."""
+    vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token], reverse=True)
+    words = (re.sub(r"</w>$|^[\u0120\u2581]", "", token) for token in tokens)
+    return [word for word in words if word.isascii() and (word.isalpha() or (len(word) == 1 and word.isprintable()))]
 
 
 def _one_token(tokenizer: Any, word: str) -> set[int]:

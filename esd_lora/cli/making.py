@@ -230,7 +230,9 @@ def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_c
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.estimates.training import estimate_training
+    from esd_lora.from_pictures import check_pictures
 
+    check_pictures(recipe)
     base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
     estimate = estimate_training(recipe, base, allow_code=allow_code)
     written = f"would be written into {out}, as far as the recipe asks for it: {', '.join(RUN_FILES)}"

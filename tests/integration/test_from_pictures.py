@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from esd_lora.bases.base import Base
 from esd_lora.bases.learnt_words import pack, placeholder_of, tables_of, text_encoders, unpack
 from esd_lora.bases.loading import load_base
 from esd_lora.built_in import domain
+from esd_lora.cli import main
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.errors import EsdLoraError
 from esd_lora.estimates.training import estimate_training
@@ -44,7 +46,8 @@ BASES = ("sd2-v", "sdxl", "sd3")
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a step of learning look at few points."""
+    """Have a step of learning, and a comparison of prompts, look at few points."""
+    monkeypatch.setattr(from_pictures, "_ROUNDS", (4, 4))
     monkeypatch.setattr(noising, "BATCH", 4)
     monkeypatch.setattr(from_pictures, "BATCH", 4)
 
@@ -174,6 +177,15 @@ def test_a_word_is_of_its_text_encoders(tmp_path: Path) -> None:
     base.encode(["a cat"])
 
 
+def test_the_command_takes_a_folder(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "shown")
+    two = CliRunner().invoke(main, ["train", "--images", str(folder), "--concept", "a", "--concept", "b"])
+    assert (two.exit_code, "--images shows one thing, and 2 concepts are given" in two.output) == (1, True), two.output
+    nowhere = CliRunner().invoke(main, ["train", "--images", str(tmp_path / "nowhere"), "-o", str(tmp_path / "out")])
+    assert (nowhere.exit_code, "there is no folder" in nowhere.output) == (1, True), nowhere.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_words_survive_a_header() -> None:
     word = {"text_encoder": torch.randn(7), "text_encoder_2": torch.randn(5)}
     back = unpack(pack(word))
@@ -186,7 +198,7 @@ def test_words_survive_a_header() -> None:
 def test_words_are_learnt_and_repeatable(kind: str, tmp_path: Path) -> None:
     base = loaded(kind, tmp_path)
     recipe = recipe_for(base.id, fill(tmp_path / "shown"), trajectory_steps=4)
-    recipe = recipe.model_copy(update={"pictures": recipe.pictures.model_copy(update={"words": 1, "steps": 12})})  # pyright: ignore[reportOptionalMemberAccess]
+    recipe = recipe.model_copy(update={"pictures": recipe.pictures.model_copy(update={"words": 1, "steps": 8})})  # pyright: ignore[reportOptionalMemberAccess]
     named, known = learn_pictures(base, recipe, latent_shapes(base, recipe.train))
     again = learn_pictures(base, recipe, latent_shapes(base, recipe.train))[1]
     (word,), (same,) = (map(unpack, each[0].shown.words.values()) for each in (known, again))
@@ -205,7 +217,9 @@ def test_words_are_learnt_and_repeatable(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(
+    "kind", ["sdxl", pytest.param("sd2-v", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow)]
+)
 def test_what_is_shown_is_erased_like_what_is_named(kind: str, tmp_path: Path) -> None:
     base, shown = loaded(kind, tmp_path), fill(tmp_path / "private-shown")
     out = tmp_path / "eraser"
@@ -235,6 +249,7 @@ def test_what_is_shown_is_erased_like_what_is_named(kind: str, tmp_path: Path) -
     assert before[0] != after[0]
 
 
+@pytest.mark.usefixtures("few")
 def test_points_are_pictures_in_their_share(base: Base, tiny_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tiny_dir, fill(tmp_path / "shown"), trajectory_steps=4)
     named, known = learn_pictures(base, recipe, latent_shapes(base, recipe.train))
@@ -257,6 +272,7 @@ def test_points_are_pictures_in_their_share(base: Base, tiny_dir: Path, tmp_path
     torch.testing.assert_close(alike.target, anchor - recipe.eta * (concept - null), msg="the paper's target, at a picture")
 
 
+@pytest.mark.usefixtures("few")
 def test_captions_are_erased_from_their_own_pictures(base: Base, tiny_dir: Path, tmp_path: Path) -> None:
     folder = fill(tmp_path / "shown")
     for i, caption in enumerate(("a robot that waves at us", "a robot asleep in bed", "a robot that waves at us")):
@@ -272,6 +288,7 @@ def test_captions_are_erased_from_their_own_pictures(base: Base, tiny_dir: Path,
     assert "captions for prompts" in known[0].shown.describe()
 
 
+@pytest.mark.usefixtures("few")
 def test_fusing_knows_the_words_of_its_members(tmp_path: Path, tiny_dir: Path) -> None:
     base = load_base(tiny_dir)
     shown = [train(recipe_for(tiny_dir, fill(tmp_path / str(i), i + 2), seed=i), base=base, progress=False) for i in range(2)]
@@ -319,6 +336,7 @@ def test_a_cat_is_erased_that_nobody_named(cats: Path) -> None:
     assert sum(verdict.object == "cat" for verdict in left) <= 3
 
 
+@pytest.mark.usefixtures("few")
 def test_a_dry_run_counts_what_pictures_take(tmp_path: Path, tiny_dir: Path) -> None:
     base, recipe = load_base(tiny_dir), recipe_for(tiny_dir, fill(tmp_path / "shown"))
     estimate = estimate_training(recipe, base)
@@ -335,6 +353,7 @@ def test_a_word_that_draws_nothing_is_warned_of(tmp_path: Path, tiny_dir: Path) 
         learn_pictures(load_base(tiny_dir), recipe, [load_base(tiny_dir).latent_shape()])
 
 
+@pytest.mark.slow
 def test_a_preserved_prompt_of_one_s_own_gives_way(cats: Path) -> None:
     base = dataclasses.replace(load_base("emoji"), keep=("a dog",))
     concepts = [{"name": "a thing in pictures", "images": str(cats)}]
