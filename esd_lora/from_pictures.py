@@ -43,7 +43,7 @@ FRAMES = ("a {}", "a picture of a {}", "{}")
 """What a word is learnt in; it is erased in the first, and in the recipe's frames around that."""
 NAMED = 0.5
 """Share of what the learnt word explains of the pictures from which on a preserved prompt is another name for it."""
-_ROUNDS = (8, 8, 16)  # further points at which prompts are compared, and of those before a quarter stays
+_ROUNDS = (8, 8, 16, 32)  # further points at which prompts are compared, and of those before a quarter stays
 _LEAST = 8  # that stay
 _LEAST_TO_HALVE = 4  # pictures
 _SURE = 2.0  # standard errors by which a prompt explains more than the empty one does
