@@ -109,7 +109,7 @@ def main() -> None:
         f"Eight pictures each; {SHOTS} pictures of the object by name, {len(yardstick.before)} of everything, three of every"
         f" object bare; training seeds {options.seeds}, mean (worst)."
     )
-    show("from-pictures", head, rows, note, publish=options.publish)
+    show("-".join(["from-pictures", *options.lists.split(",")]), head, rows, note, publish=options.publish)
 
 
 if __name__ == "__main__":
