@@ -50,6 +50,7 @@ class Gate:
             raise EsdLoraError(
                 f"gate threshold {threshold:g}: expected a similarity above 0 and up to 1, such as {THRESHOLD:g}."
             )
+        base.know_words_of(erasers)
         self.base, self.threshold = base, threshold
         self.concepts = [eraser.header.concepts for eraser in erasers]
         self._directions: dict[str, Tensor] = {}
@@ -93,7 +94,7 @@ class Gate:
 
 
 def _names(concept: ErasedConcept) -> list[str]:
-    return [without_article(name) for name in (concept.name, *concept.synonyms)]
+    return [without_article(name) for name in concept.called]
 
 
 def gated(pipe: Any, erasers: Sequence[str | Path], *, threshold: float = THRESHOLD) -> Callable[..., Any]:

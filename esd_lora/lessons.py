@@ -102,6 +102,8 @@ def first_eta(recipe: Recipe) -> float:
 def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str, str]]]:
     """Return what is erased of each concept, as `Concept.lessons` does, and in the recipe's frames where that is one prompt.
 
+    What stands for pictures is put into frames as well, but for captions, which are whole prompts.
+
     Args:
         recipe: Its concepts and frames.
         keep: The base's keep list, used by `preserve: default`.
@@ -109,8 +111,11 @@ def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str,
     listed = listed_prompts(recipe, keep)
     frames = frames_for(recipe, listed)[0] if recipe.frames else []
     return [
-        [*pool, *(in_frame(frame, pool[0]) for frame in frames if len(pool) == 1)]
-        for pool in (concept.lessons() for concept in recipe.concepts)
+        [*pool, *(in_frame(frame, texts) for texts in framed for frame in frames)]
+        for concept in recipe.concepts
+        for pool in [concept.lessons()]
+        for short in [[texts for texts in pool if concept.images and len(texts[1].split()) <= _SHORT]]
+        for framed in [pool if len(pool) == 1 else short]
     ]
 
 

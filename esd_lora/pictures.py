@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats of pictures that are opened. Each is decoded within this process; EPS, for one, would start Ghostscript."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of the names of pictures."""
 MOST_PIXELS = 2**26
 """Pixels of the largest picture that is opened; a photograph of 60 megapixels is smaller."""
 _BATCH = 32
@@ -71,12 +73,18 @@ class Painting(Sampling, total=False):
     `_DECODED` pixels together, they are denoised together and decoded one by one."""
 
 
-def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def picture_paths(folder: Path) -> list[Path]:
+    """Return the pictures that lie in a folder, by name; none where there is no folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def open_picture(file: Path, formats: tuple[str, ...] = FORMATS, *, behind: str | None = None) -> Image.Image:
     """Return a picture in RGB, turned as the camera was held; the one place where a picture of whatever origin is decoded.
 
     Args:
         file: Its content decides what it is, not its name.
         formats: What it may be.
+        behind: Colour behind what is transparent; without one that is whatever the file has there.
 
     Raises:
         EsdLoraError: If it is something else, damaged, or larger than `MOST_PIXELS`, which is seen before it is decoded.
@@ -88,7 +96,11 @@ def open_picture(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise EsdLoraError(too_large)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            if behind and turned.has_transparency_data:
+                seen = turned.convert("RGBA")
+                turned = Image.alpha_composite(Image.new("RGBA", seen.size, behind), seen)
+            return turned.convert("RGB")
     except EsdLoraError:
         raise
     except Image.DecompressionBombError as error:
@@ -160,7 +172,7 @@ def film(base: Base, prompts: Sequence[str], seeds: Sequence[int], **painting: U
     if negative_prompt:
         base.require_negative_prompts(guidance)
     base = base.skipping(painting.get("clip_skip"))
-    if base.clip_skip and not encode:
+    if encode is None and (base.clip_skip or base.names_words(prompts)):
         encode, opposite = base.encode, base.encode_opposite(negative_prompt) if negative_prompt else None
     at_once = pictures_at_once(base, painting.get("batch", _BATCH), size, frames)
     length = {"num_frames": frames} if base.family.frames_per_latent else {}

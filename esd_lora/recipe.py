@@ -117,6 +117,9 @@ class Concept(_Frozen):
     "cowboy" and a cowboy without a hat is left."""
     synonyms: tuple[str, ...] = ()
     """Other names of the concept; preserved prompts that contain one of them are dropped."""
+    images: str | None = Field(default=None, min_length=1)
+    """A folder of pictures of it, where it has no name that a base knows: the name is a label for people then. Words are learnt
+    from the pictures and erased, or their captions are, where a `.txt` lies beside each."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> Concept:
@@ -203,6 +206,19 @@ class ClosedFormSpec(_Frozen):
     """Weight of the update's own size, in units of the mean square of kept text; 0.0001 to 0.01."""
     unlisted: float = Field(default=0.0, ge=0)
     """Weight of kept text with a pseudo-word in it, which stands for what is in no list; 0.1 to 1."""
+
+
+class PictureSpec(_Frozen):
+    """How a concept is erased that pictures show (`Concept.images`); see `from_pictures`."""
+
+    words: int = Field(ge=1, le=16)
+    """Words that are learnt where there are no captions, each from another half of the pictures; 2 to 4."""
+    steps: int = Field(ge=1)
+    """Optimiser steps for each, of 16 noised pictures; 50 for small models to 3000."""
+    lr: float = Field(gt=0)
+    """Learning rate, in units of the spread of the text encoder's table; 0.02 to 0.4."""
+    share: float = Field(ge=0, le=1)
+    """Share of the concept's trajectories whose points are noised pictures; the others are walked."""
 
 
 class TrainSpec(_Frozen):
@@ -333,6 +349,8 @@ class Recipe(_Frozen):
     closed_form: ClosedFormSpec | None = None
     """Solve the layers that read text before the first step; without it, or where the scope has none, the update begins at
     zero."""
+    pictures: PictureSpec | None = None
+    """How what pictures show is erased; concepts with `images` need it."""
     train: TrainSpec
     """How the student meets the teacher."""
 
@@ -370,6 +388,12 @@ class Recipe(_Frozen):
         return self
 
     @model_validator(mode="after")
+    def _knows_how_to_learn(self) -> Recipe:
+        if self.pictures is None and any(concept.images is not None for concept in self.concepts):
+            raise ValueError("a concept has images, and nothing says how to learn from them: give pictures, or extend fast")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_probe(self) -> Recipe:
         if self.probed and not self.train.probe_every:
             raise ValueError("eta, train.steps or train.preserve_weight is auto, which a probe decides: set train.probe_every")
@@ -386,6 +410,14 @@ class Recipe(_Frozen):
         return self.model_copy(
             update={"train": self.train.model_copy(update={"x_t_from": "base" if reading_text else "student"})}
         )
+
+    def without_folders(self) -> Recipe:
+        """Return the recipe as it may travel: pictures lie in folders of whoever trained with them."""
+        concepts = tuple(
+            concept if concept.images is None else concept.model_copy(update={"images": "pictures"})
+            for concept in self.concepts
+        )
+        return self.model_copy(update={"concepts": concepts})
 
     def anchored(self, anchors: Mapping[str, str]) -> Recipe:
         """Return the recipe with anchors for the concepts that have none.

@@ -293,7 +293,7 @@ def recipe_schema() -> str:
         schema = model.model_json_schema(ref_template="#/$defs/{model}")
         parts |= schema.pop("$defs", {})
         parts[model.__name__] = schema | {"properties": {"extends": extends, **schema["properties"]}}
-    for name in ("Recipe", "TrainSpec", "LoraSpec", "FuseSpec", "HarmoniseSpec"):
+    for name in ("Recipe", "PictureSpec", "TrainSpec", "LoraSpec", "FuseSpec", "HarmoniseSpec"):
         parts[name].pop("required", None)
     for short in ("Concept", "PromptPair"):  # a plain string stands for one of these
         parts[short] = {"anyOf": [{"type": "string"}, parts[short]]}

@@ -131,6 +131,7 @@ def _sweep(
     base = base.skipping(sampling.get("clip_skip"))
     base.warn_of_cuts(prompts)
     members = [open_eraser(eraser, base.family.name) for eraser in erasers]
+    base.know_words_of(members)
     member_strengths = strengths_of(members, weights)
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     gates = {prompt: tuple(gate(prompt)) if gate else (1.0,) * len(members) for prompt in prompts}

@@ -24,6 +24,8 @@ class Stream(IntEnum):
     """Inputs of the LoRA that a step leaves out."""
     CHOICE = 5
     """Preserved prompts that are walked, where there are more than walks."""
+    WORDS = 6
+    """Noise, times and starts of words that are learnt from pictures."""
 
 
 def stream_seed(seed: int, stream: Stream, *counters: int) -> int:

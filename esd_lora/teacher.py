@@ -16,7 +16,9 @@ from torch import Tensor
 from esd_lora.adapter import adapter_disabled
 from esd_lora.bases.base import Base
 from esd_lora.errors import EsdLoraError
+from esd_lora.from_pictures import Pictured
 from esd_lora.lessons import Lesson
+from esd_lora.noising import noised_trajectory
 from esd_lora.objectives import LOSSES, Predictions, find_objective, mean_square
 from esd_lora.prediction_cache import PredictionCache, network_key, prediction_key
 from esd_lora.progress import stage
@@ -40,6 +42,7 @@ class Teacher:
         probed: Further prompts to know the conditions of, for a probe.
         encode: From prompts to their condition; the base's own `encode` unless given.
         cache: Of predictions of earlier trainings; without one all are made.
+        pictured: Pictures of what some of the lessons erase.
 
     Raises:
         EsdLoraError: If the objective is not allowed, or is none.
@@ -54,6 +57,7 @@ class Teacher:
         probed: Sequence[str] = (),
         encode: Encode | None = None,
         cache: PredictionCache | None = None,
+        pictured: Sequence[Pictured] = (),
     ):
         self.base, self.recipe, self.spec, self.lessons = base, recipe, recipe.train, lessons
         self.objective = find_objective(recipe.objective, allow_code)
@@ -72,6 +76,9 @@ class Teacher:
         """Index that stands for the empty prompt, held as it is; no lesson has it."""
         self._eta = torch.tensor([*(lesson.eta for lesson in lessons), 0.0], device=device)
         self._erases = torch.tensor([*(not lesson.preserves for lesson in lessons), False], device=device)
+        self.pictured = pictured
+        """What pictures of the concepts came to."""
+        self._pictured = [next((each for each in pictured if each.shows(lesson.concept)), None) for lesson in lessons]
         self.evaluations = 0
         """Number of latents through the denoiser without gradients so far, on all ranks; a guided pair counts 2."""
         self._cache, self._teaches = cache, False
@@ -175,6 +182,26 @@ class Teacher:
             )
         return visited if stop is None else visited[-1:]
 
+    def show(self, lesson: Tensor, shape: Sequence[int], generator: torch.Generator, spec: TrainSpec) -> list[NoisySample]:
+        """Return points as `walk` does, of pictures of what each lesson erases, noised to the times of a trajectory."""
+        latents: list[Tensor] = []
+        for number in lesson.tolist():
+            pictured = self._pictured[number]
+            assert pictured is not None, "chosen among those that have pictures"
+            own = pictured.latents_of(self.lessons[number].concept, shape)
+            latents.append(own[int(torch.randint(len(own), (), generator=generator))])
+        stop = int(torch.randint(spec.trajectory_steps, (), generator=generator)) if spec.points == "one" else None
+        visited = noised_trajectory(self.base, torch.stack(latents), spec.trajectory_steps, generator)
+        return visited if stop is None else visited[stop : stop + 1]
+
+    def _by_pictures(self, lesson: Tensor) -> Tensor:
+        """Return which of N trajectories are of noised pictures instead of walked: the recipe's share, evenly, [N]."""
+        spec = self.recipe.pictures
+        share = spec.share if spec else 0.0
+        turns = [int((i + 1) * share) > int(i * share) for i in range(len(lesson))]
+        pairs = zip(lesson.tolist(), turns, strict=True)
+        return torch.tensor([turn and self._pictured[number] is not None for number, turn in pairs], dtype=torch.bool)
+
     def fill(
         self,
         lesson: Tensor,
@@ -182,7 +209,7 @@ class Teacher:
         spec: TrainSpec | None = None,
         shape: Sequence[int] | None = None,
     ) -> Filled:
-        """Walk one trajectory for each of `lesson` [N] and set the targets on it.
+        """Walk one trajectory for each of `lesson` [N], or noise a picture of it to the same times, and set the targets on it.
 
         Args:
             lesson: Indices into the lessons; repeated ones get different noise.
@@ -195,15 +222,17 @@ class Teacher:
         taught: list[Points] = []
         held: list[Points] = []
         pushes: list[Tensor] = []
-        for part in lesson.split(spec.walk_batch):
-            for sample in self.walk(part, shape, generator, spec):
-                predictions = self._predictions(part, sample, walked_by_base=by_base)
-                target = self.aim(part, predictions)
-                taught.append(Points(sample.x_t, sample.t, part, target, self._shunned(predictions.concept)))
-                if self.recipe.eta == AUTO:
-                    pushes.append(self.aim(part, predictions, further=1.0) - target)
-                if spec.null_batch:
-                    held.append(self._held_null(sample, walked_by_base=by_base))
+        shown = self._by_pictures(lesson).to(lesson.device)
+        for chosen, visit, by_walker in ((lesson[~shown], self.walk, by_base), (lesson[shown], self.show, False)):
+            for part in chosen.split(spec.walk_batch) if len(chosen) else ():
+                for sample in visit(part, shape, generator, spec):
+                    predictions = self._predictions(part, sample, walked_by_base=by_walker)
+                    target = self.aim(part, predictions)
+                    taught.append(Points(sample.x_t, sample.t, part, target, self._shunned(predictions.concept)))
+                    if self.recipe.eta == AUTO:
+                        pushes.append(self.aim(part, predictions, further=1.0) - target)
+                    if spec.null_batch:
+                        held.append(self._held_null(sample, walked_by_base=by_walker))
         return Filled(TrajectoryBuffer(Points.join(taught), torch.cat(pushes) if pushes else None), held)
 
     def _held_null(self, sample: NoisySample, *, walked_by_base: bool) -> Points:

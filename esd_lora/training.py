@@ -34,6 +34,7 @@ from esd_lora.erasers.eraser import CURVES_NAME, LOG_NAME, RUN_FILES, Eraser, Lo
 from esd_lora.erasers.header import ErasedConcept, EraserHeader, Solved
 from esd_lora.files import reserve_directory
 from esd_lora.formats.cards import save_with_card
+from esd_lora.from_pictures import Pictured, check_pictures, learn_pictures
 from esd_lora.guarding import Guard
 from esd_lora.interrupting import Interruption, resumable
 from esd_lora.lessons import HeldOut, Lesson, find_neighbours, first_eta, hold_out, plan, pools, share_turns
@@ -93,20 +94,23 @@ def train(
     require_allowed(recipe, allow_code)
     spec, out = recipe.train, Path(out) if out is not None and is_main() else None
     track, progress = track if is_main() else (), progress and is_main()
+    check_pictures(recipe)
+    shown = any(concept.images is not None for concept in recipe.concepts)
     with watched(progress), reserve_directory(out, force or resume, inputs_of(recipe)) if out else nullcontext():
         checkpoint = Checkpoint.read(out, dump_recipe(recipe)) if out and resume else None
         loaded_here = base is None
         if base is None:
-            painted = out is not None and spec.preview_every > 0
-            text_first = not recipe.adapts_text
-            base = load_base(
-                recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=painted, text_first=text_first
-            )
+            painted = shown or (out is not None and spec.preview_every > 0)
+            # Words are learnt, and text is adapted, through text encoders and denoiser together.
+            text_first = not (shown or recipe.adapts_text)
+            options = {"device": device, "dtype": dtype, "config": recipe.base_config}
+            base = load_base(recipe.base, vae=painted, text_first=text_first, **options)
         base.require_bare()
         base = base.skipping(spec.clip_skip)
         started = time.monotonic()
         cache = PredictionCache(teacher_cache) if teacher_cache is not None else None
-        teacher, planned, held_out, guard, unlisted = prepare_prompts(base, recipe, allow_code, cache)
+        named, pictured = learn_pictures(base, recipe, latent_shapes(base, spec)) if shown else (recipe, {})
+        teacher, planned, held_out, guard, unlisted = prepare_prompts(base, named, allow_code, cache, [*pictured.values()])
         if loaded_here and not recipe.adapts_text:
             base.free_text_encoders()
         parameters = add_adapter(base, base.modules(recipe.scope), recipe.lora, spec.seed)
@@ -131,7 +135,7 @@ def train(
             if progress:
                 describe_end(teacher, state, watchers, cache)
             with resumable(teacher, state, watchers):
-                eraser = collect(teacher, state, recipe, planned, solved)
+                eraser = collect(teacher, state, recipe, planned, solved, pictured)
                 pictures = paint_samples(teacher) if out and spec.preview_every else {}
         finally:
             remove_adapter(base)
@@ -148,7 +152,8 @@ def train(
 def inputs_of(recipe: Recipe) -> list[str]:
     """Return what a training reads, as far as it may be a path."""
     vocabulary = recipe.neighbours.vocabulary if recipe.neighbours else ""
-    return [text for text in (recipe.base, recipe.base_config, vocabulary) if isinstance(text, str) and text]
+    images = [concept.images for concept in recipe.concepts]
+    return [text for text in (recipe.base, recipe.base_config, vocabulary, *images) if isinstance(text, str) and text]
 
 
 class Prepared(NamedTuple):
@@ -164,7 +169,13 @@ class Prepared(NamedTuple):
     """From `unlisted_moments`, where the closed form keeps what is in no list."""
 
 
-def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cache: PredictionCache | None = None) -> Prepared:
+def prepare_prompts(
+    base: Base,
+    recipe: Recipe,
+    allow_code: Collection[str],
+    cache: PredictionCache | None = None,
+    pictured: Sequence[Pictured] = (),
+) -> Prepared:
     """Choose anchors, plan the lessons and encode every prompt, after which only a student that adapts text needs encoders.
 
     Args:
@@ -172,6 +183,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
         recipe: What to train.
         allow_code: Every `module:attribute` that may be imported.
         cache: Of the teacher's predictions.
+        pictured: From `learn_pictures`, which put into prompts what pictures show.
     """
     layers = base.modules(recipe.scope)
     recipe = recipe.for_layers(reading_text=recipe.adapts_text or any(map(base.family.reads_text, layers)))
@@ -190,7 +202,7 @@ def prepare_prompts(base: Base, recipe: Recipe, allow_code: Collection[str], cac
     lessons = share_turns(planned, walks, ranked_by, spec.seed) if spec.steps else planned
     held_out = hold_out(recipe, planned, base.keep, ranked_by) if spec.steps and spec.probe_every else None
     further = [*(held_out.prompts() if held_out else ()), *kept]
-    teacher = Teacher(base, recipe, lessons, allow_code, further, encode, cache)
+    teacher = Teacher(base, recipe, lessons, allow_code, further, encode, cache, pictured)
     unlisted = unlisted_moments(base, kept) if recipe.closed_form and recipe.closed_form.unlisted else None
     return Prepared(teacher, planned, held_out, guard, unlisted)
 
@@ -221,7 +233,10 @@ def start(
     set_pairs(teacher.base, pairs)
     reading = probe.read(0) if probe and pairs else None
     anchored = all(teacher.lessons[i].replaces for i in teacher.erased)
-    content = spec.steps == AUTO and reading is not None and is_content(reading, anchored=anchored)
+    # Learnt words stand for a name that nobody said: what the closed form does to them it does to that name as well, and what
+    # steps do to them they do to the words alone, at that name's cost (benchmarks/from_pictures.py).
+    stand_ins = any(each.shown.words for each in teacher.pictured)
+    content = spec.steps == AUTO and reading is not None and (stand_ins or is_content(reading, anchored=anchored))
     if spec.lr != AUTO:
         lr = spec.lr
     elif content or not spec.steps:
@@ -352,7 +367,14 @@ def learning_rate(spec: TrainSpec, step: int, lr: float, cooling: int = 0) -> fl
     return lr * (0.1 + 0.9 * left)
 
 
-def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequence[Lesson], solved: Solved | None) -> Eraser:
+def collect(
+    teacher: Teacher,
+    state: TrainState,
+    given: Recipe,
+    planned: Sequence[Lesson],
+    solved: Solved | None,
+    pictured: Mapping[int, Pictured],
+) -> Eraser:
     """Return the eraser as it stands on the denoiser, with the header that says how it came about.
 
     Args:
@@ -361,6 +383,7 @@ def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequenc
         given: The recipe, in which anchors need not have been chosen.
         planned: All lessons; the closed form keeps the text of every preserved one.
         solved: How far that got.
+        pictured: Number of a concept to what its pictures came to.
     """
     base, recipe = teacher.base, teacher.recipe
     pairs = adapter_pairs(base)
@@ -376,22 +399,26 @@ def collect(teacher: Teacher, state: TrainState, given: Recipe, planned: Sequenc
         base_hashes=base.hashes(pairs),
         concepts=tuple(
             ErasedConcept(
-                name=concept.name, synonyms=concept.synonyms, pairs=tuple((p, anchor) for p, _, anchor in pool), eta=state.eta
+                name=concept.name,
+                synonyms=concept.synonyms,
+                pairs=tuple((p, anchor) for p, _, anchor in pool),
+                eta=state.eta,
+                shown=pictured[number].shown if number in pictured else None,
             )
-            for concept, pool in zip(recipe.concepts, pools(recipe, base.keep), strict=True)
+            for number, (concept, pool) in enumerate(zip(recipe.concepts, pools(recipe, base.keep), strict=True))
         ),
         preserve=tuple(dict.fromkeys(held)),
         guard=recipe.guarded,
         objective=recipe.objective,
         scope=recipe.scope,
-        recipes=(given,),
+        recipes=(given.without_folders(),),
         versions={name: version(name) for name in ("esd-lora", "torch", "diffusers", "peft")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         cost={
             "seconds": round(state.seconds, 2),
             "steps": state.step,
-            "sample_evaluations": teacher.evaluations,
-            "student_samples": state.student_samples,
+            "sample_evaluations": teacher.evaluations + sum(each.compared for each in pictured.values()),
+            "student_samples": state.student_samples + sum(each.learnt for each in pictured.values()),
         },
         solved=(solved,) if solved else (),
         calibrations=(calibration_of(state),) if recipe.measures else (),

@@ -69,10 +69,12 @@ Watcher: TypeAlias = Callable[[StepReport], bool | None]
 
 
 def describe_start(teacher: Teacher, solved: Solved | None) -> None:
-    """Print a line about the base, one of what is guarded, and one of how far the closed form got, if there was any."""
+    """Print a line about the base; about pictures, what is guarded and how far the closed form got, if there are any."""
     base = teacher.base
     place = f"on {base.model.device} in {base.held_in}"
     tqdm.write(printable(f"base {base.id}: family {base.family.name}, {place}"), file=sys.stderr)
+    for pictured in teacher.pictured:
+        tqdm.write(printable(pictured.shown.describe()), file=sys.stderr)
     if guarded := teacher.recipe.guarded:
         tqdm.write(printable(f"guarded: {', '.join(map(repr, guarded))}"), file=sys.stderr)
     if solved:

@@ -8,13 +8,14 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esd_lora.bases.learnt_words import Embeddings, spelt_out, unpack
 from esd_lora.bases.notices import quiet_libraries
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
@@ -58,6 +59,8 @@ class Base:
     """Kind of `quantizing.QUANTIZED` that the denoiser is held in; `None` where it is whole."""
     clip_skip: int | None = None
     """Last layers of CLIP that prompts skip, from `skipping`."""
+    words: dict[str, Embeddings] = field(default_factory=dict[str, Embeddings])
+    """Learnt words by the placeholder that stands for them in prompts (`learnt_words`)."""
 
     @property
     def model(self) -> Any:
@@ -279,7 +282,8 @@ class Base:
         most = self.family.encoded_at_once
         with stage("encoding text", len(prompts), "prompt"), quiet_libraries():
             for i in range(0, len(prompts), most):
-                parts.append(encode(self.pipe, prompts[i : i + most]))
+                with spelt_out(self.pipe, self.words, prompts[i : i + most]) as texts:
+                    parts.append(encode(self.pipe, texts))
                 advance(min(most, len(prompts) - i))
         dtype = self.model.dtype  # text encoders may have another
         condition = {
@@ -411,6 +415,16 @@ class Base:
             yield
         finally:
             vae.to(before)
+
+    def know_words_of(self, erasers: Iterable[Eraser]) -> None:
+        """Learn the words that erasers were made with, so that prompts may name them by their placeholders."""
+        for shown in (concept.shown for eraser in erasers for concept in eraser.header.concepts):
+            if shown:
+                self.words |= {placeholder: unpack(word) for placeholder, word in shown.words.items()}
+
+    def names_words(self, prompts: Iterable[str]) -> bool:
+        """Return whether one of the prompts has a learnt word in it, which only `encode` reads."""
+        return any(placeholder in prompt for prompt in prompts for placeholder in self.words)
 
     def require_bare(self) -> None:
         """Refuse a base that carries adapters: the teacher would predict with them, and they would be taken off with ours.

@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 
 _SHORT = {"steps": "train.steps", "rank": "lora.rank", "lr": "train.lr", "seed": "train.seed"}
 """Options of `train` that stand for a field of the recipe."""
+_UNNAMED = "a thing in pictures"
+"""Label of what pictures show, where --concept gives none."""
 _TRAIN_SECTIONS = {
-    "What to erase": ("concepts", "literal", "anchor", "erase_from", "avoid", "guard"),
+    "What to erase": ("concepts", "images", "literal", "anchor", "erase_from", "avoid", "guard"),
     "From what, and how": ("base", "base_config", "scope", "steps", "rank", "lr", "seed", "negative_guidance", "settings"),
     "Where it runs": ("device", "dtype", "fit", "teacher_cache", "track"),
     "What is written": ("out", "kohya", "resume", "force", "dry_run"),
@@ -61,6 +63,7 @@ _GENERATE_SECTIONS = {
 @click.command(cls=HeavyCommand, sections=_TRAIN_SECTIONS)
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...", shell_complete=complete_recipes)
 @concept_option("What to erase; may be given several times.")
+@click.option("--images", metavar="FOLDER", help="Pictures of it, where it has no name; --concept is a label then.")
 @click.option("--avoid", metavar="TEXT", multiple=True, help="What others of a stack erase, so no anchor; repeatable.")
 @click.option(
     "--guard", metavar="TEXT|N", multiple=True, help="Prompt that must not change at all; repeatable. N: those most at risk."
@@ -95,6 +98,7 @@ _GENERATE_SECTIONS = {
 def train(
     recipes: tuple[str, ...],
     concepts: tuple[str, ...],
+    images: str | None,
     avoid: tuple[str, ...],
     guard: tuple[str, ...],
     anchor: str | None,
@@ -128,12 +132,13 @@ def train(
     esd-lora train --concept "a cat" -o no-cat
     esd-lora train emoji-twemoji --steps 300 -o no-twemoji
     esd-lora train sdxl/fast concepts/van-gogh -o no-van-gogh
+    esd-lora train --images pictures-of-it --concept "our mascot" -o no-mascot
     torchrun --nproc_per_node 2 -m esd_lora train --concept "a cat" -o no-cat    # shared by two devices
     """
-    _require_concept(concepts, recipes, anchor, erase_from)
+    concepts = _require_concept(concepts, recipes, anchor, erase_from, images)
     base = _base_for(recipes, base)
     names = given(base=base or None, base_config=base_config or None, scope=scope or None)
-    fields = {**names, **_concepts(concepts, anchor, erase_from), **given(guard=_guard(guard), avoid=avoid or None)}
+    fields = {**names, **_concepts(concepts, anchor, erase_from, images), **given(guard=_guard(guard), avoid=avoid or None)}
     values = _settings(settings, steps=steps, rank=rank, lr=lr, seed=seed)
     recipe = _loaded(_with_preset(recipes, base), values, allow_code, fields, negative_guidance)
     out = choose_out(out, "erasers", " ".join(concept.name for concept in recipe.concepts), again=resume or force)
@@ -195,10 +200,10 @@ def _settings(settings: tuple[str, ...], **short: str | None) -> dict[str, objec
     return values
 
 
-def _concepts(concepts: tuple[str, ...], anchor: str | None, erase_from: str | None) -> dict[str, object]:
+def _concepts(concepts: tuple[str, ...], anchor: str | None, erase_from: str | None, images: str | None) -> dict[str, object]:
     """Return the concepts that options say as a field of the recipe."""
     instead = "" if anchor == "none" else anchor
-    named = [{"name": name, "anchor": instead, "erase_from": erase_from} for name in concepts]
+    named = [{"name": name, "anchor": instead, "erase_from": erase_from, "images": images} for name in concepts]
     return {"concepts": named} if named else {}
 
 
@@ -225,7 +230,9 @@ def _rehearse(recipe: Recipe, out: Path, device: str, dtype: str | None, allow_c
     from esd_lora.bases.loading import load_base
     from esd_lora.erasers.eraser import RUN_FILES
     from esd_lora.estimates.training import estimate_training
+    from esd_lora.from_pictures import check_pictures
 
+    check_pictures(recipe)
     base = load_base(recipe.base, device=device, dtype=dtype, config=recipe.base_config, vae=recipe.train.preview_every > 0)
     estimate = estimate_training(recipe, base, allow_code=allow_code)
     written = f"would be written into {out}, as far as the recipe asks for it: {', '.join(RUN_FILES)}"
@@ -246,10 +253,21 @@ def _guard(guard: tuple[str, ...]) -> int | tuple[str, ...] | None:
     return int(guard[0]) if len(guard) == 1 and guard[0].isdecimal() else guard or None
 
 
-def _require_concept(concepts: tuple[str, ...], recipes: tuple[str, ...], anchor: str | None, erase_from: str | None) -> None:
-    """Refuse a training without anything to erase, and options that only go with a concept."""
+def _require_concept(
+    concepts: tuple[str, ...], recipes: tuple[str, ...], anchor: str | None, erase_from: str | None, images: str | None
+) -> tuple[str, ...]:
+    """Return the concepts, or a label for what pictures show.
+
+    Raises:
+        EsdLoraError: If nothing is to be erased, options only go with a concept, or pictures are to show several.
+    """
+    if images is not None:
+        if len(concepts) > 1:
+            raise EsdLoraError(f"--images shows one thing, and {len(concepts)} concepts are given. Train an eraser for each.")
+        return concepts or (_UNNAMED,)
     if not concepts and (not recipes or anchor is not None or erase_from is not None):
         raise EsdLoraError("nothing to erase: give a RECIPE or --concept TEXT; --anchor and --erase-from go with --concept.")
+    return concepts
 
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:

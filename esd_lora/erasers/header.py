@@ -20,15 +20,44 @@ from esd_lora.wording import mentions, whole_words, without_article
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which the header stands, as JSON."""
-FORMAT = 4
+FORMAT = 5
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
 2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
-3 lets a stack say how it was fused, 4 a training what it solved and measured.
+3 lets a stack say how it was fused, 4 a training what it solved and measured. 5 lets prompts
+have words that were learnt from pictures.
 """
 
 _MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to 53 MB
+_MOST_HASHES = 8  # of pictures that are named in a line
 _SPANNED = 0.5  # of the way left after a closed form says that kept text is in the way
+
+
+class Shown(BaseModel):
+    """Pictures that a concept was erased from; neither they nor their names are in the file."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    pictures: tuple[str, ...]
+    """SHA-256 of every picture's file."""
+    words: dict[str, dict[str, str]] = {}
+    """Learnt words: placeholder in prompts to text encoder to its embedding there, base64 of float32 (`learnt_words.pack`)."""
+    explained_by: dict[str, float] = {}
+    """Kept prompts that explain the pictures too, and were not preserved, with the share of what the words explain."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the base calls the thing, as far as kept prompts say."""
+        return tuple(dict.fromkeys(map(without_article, self.explained_by)))
+
+    def describe(self) -> str:
+        """Return it in a line: pictures, words, what else they are called."""
+        words = f"; learnt words {', '.join(self.words)}" if self.words else "; captions for prompts"
+        most = [f"{text!r} ({share:.0%})" for text, share in self.explained_by.items()]
+        named = f"; not preserved, for they explain the pictures too: {', '.join(most)}" if most else ""
+        hashes = ", ".join(digest[:12] for digest in self.pictures[:_MOST_HASHES])
+        further = f" and {len(self.pictures) - _MOST_HASHES} more" if len(self.pictures) > _MOST_HASHES else ""
+        return f"erased from {len(self.pictures)} pictures (SHA-256 {hashes}{further}){words}{named}"
 
 
 class ErasedConcept(BaseModel):
@@ -46,14 +75,21 @@ class ErasedConcept(BaseModel):
     """Strength at which the concept stands in this file; changed by stacking. Below zero it is amplified, not erased."""
     blocks: dict[str, float] = {}
     """Further factors by part of the model (`mid_block`, `up_blocks.1`), folded in like the weight."""
+    shown: Shown | None = None
+    """Pictures that say what it is, where some do."""
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What it is called in prompts, most of all the first: learnt words where there are any, its name, synonyms."""
+        return (*(self.shown.words if self.shown else ()), self.name, *self.synonyms)
 
     def named_in(self, text: str) -> bool:
-        """Return whether a prompt names this concept, by name or synonym."""
-        return mentions(text, (self.name, *self.synonyms))
+        """Return whether a prompt names this concept, by name, synonym or learnt word."""
+        return mentions(text, self.called)
 
     def named_among(self, texts: Iterable[str]) -> list[str]:
         """Return those of some prompts that name this concept."""
-        pattern = whole_words(map(without_article, (self.name, *self.synonyms)))
+        pattern = whole_words(map(without_article, self.called))
         return [text for text in texts if pattern.search(text)]
 
     def describe(self) -> str:
@@ -327,9 +363,11 @@ class EraserHeader(BaseModel):
         """Return how measured trainings ended, how a stack was fused and harmonised, and what text it is for, a line each."""
         steps = (*self.fusions, *self.distillations)
         solved = [each.describe() for each in self.solved]
+        shown = [f"{concept.name}: {concept.shown.describe()}" for concept in self.concepts if concept.shown]
         skipping = dict.fromkeys(recipe.train.clip_skip for recipe in self.recipes if recipe.train.clip_skip)
         solved += [f"trained on text with clip_skip {layers}: paint with the same" for layers in skipping]
-        return [*solved, *(calibration.ending for calibration in self.calibrations), *(step.describe() for step in steps)]
+        endings = [calibration.ending for calibration in self.calibrations]
+        return [*shown, *solved, *endings, *(step.describe() for step in steps)]
 
     def recipe_document(self) -> str:
         """Return the recipes as one YAML document or several; empty where there is none."""

@@ -22,6 +22,7 @@ from esd_lora.closed_form import solve_text
 from esd_lora.estimates.estimate import Estimate, Pace, Work, clock, peak_memory, time_text
 from esd_lora.estimates.pictures import measure_painting
 from esd_lora.estimates.rehearsal import Rehearsed
+from esd_lora.from_pictures import rehearse_pictures
 from esd_lora.objectives import mean_square
 from esd_lora.optimizers import make_optimizer
 from esd_lora.recipe import AUTO, Recipe, TrainSpec, require_allowed
@@ -51,7 +52,8 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
     rehearsed = Rehearsed(**vars(base))
     rehearsed.known = base.encode(["a photograph"], recipe.train.distilled_guidance)
     started = time.monotonic()
-    prepared = prepare_prompts(rehearsed, recipe, allow_code)
+    named, pictured = rehearse_pictures(rehearsed, recipe, latent_shapes(base, recipe.train))
+    prepared = prepare_prompts(rehearsed, named, allow_code, pictured=[*pictured.values()])
     teacher, spec = prepared.teacher, prepared.teacher.spec
     parameters = add_adapter(base, base.modules(recipe.scope), recipe.lora, spec.seed)
     try:
@@ -60,7 +62,11 @@ def estimate_training(recipe: Recipe, base: Base, *, written: bool = True, allow
             solve_text(rehearsed, teacher.encode, prepared.planned, ranks, form, prepared.guard, prepared.unlisted)
         around = time.monotonic() - started
         shown = len(shown_prompts(teacher)) if written and spec.preview_every else 0
-        least, most = (Work(rehearsed.texts).plus(part) for part in _counted(prepared, shown))
+        compared, learnt = (
+            sum(each) for each in zip((0, 0), *((p.compared, p.learnt) for p in pictured.values()), strict=True)
+        )
+        before = Work(rehearsed.texts, compared, learnt)
+        least, most = (before.plus(part) for part in _counted(prepared, shown))
         pace = _measure_training(base, teacher, parameters, shown)
         memory = peak_memory(base)
         eraser = sum(4 * (pair.down.numel() + pair.up.numel()) for pair in adapter_pairs(base).values())

@@ -10,16 +10,8 @@ from PIL import Image
 from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.files import hash_file
-from esd_lora.pictures import open_picture
+from esd_lora.pictures import SUFFIXES, open_picture, picture_paths
 from esd_lora.wording import printable
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Endings of the names of pictures."""
-
-
-def picture_paths(folder: Path) -> list[Path]:
-    """Return the pictures that lie in a folder, by name; none where there is no folder."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def open_pictures(folder: Path) -> dict[Path, Image.Image]:

@@ -119,7 +119,7 @@ def _cases_of_templates(
     if prompts.nearest:
         fill = {word: tuple(_nearest(prompts, words, concepts, likeness)) for word, words in fill.items()}
     if "{concept}" in text:
-        fill["concept"] = tuple(without_article(concept.name) for concept in concepts)
+        fill["concept"] = tuple(without_article(concept.called[0]) for concept in concepts)
     used = [word for word in fill if word in {field for _, field in template_parts(text)}]
     _check_count(name, math.prod(len(fill[word]) for word in used) * (prompts.count or len(prompts.templates)))
     number = 0

@@ -74,6 +74,8 @@ def prepare_evaluation(
     painted_alone = not (against or suite.attacks or any(member.changes_text for member in members))
     if suite.needs_text_encoder and removed and not isinstance(base, Base):
         base = load_base(base, text_first=painted_alone)
+    if isinstance(base, Base):
+        base.know_words_of(members)
     near = partial(likeness_to_erased, base, removed) if isinstance(base, Base) else None
     plan = plan_cases(suite, removed, limit, near)
     if stack and len(members) < 2:
@@ -93,6 +95,7 @@ def prepare_evaluation(
     if any(member.changes_text for member in members):
         base.place_denoiser()  # prompts are encoded with the erasers on
     sampler = suite.steps or base.steps, base.guidance if suite.guidance is None else suite.guidance
+    base.know_words_of(members)
     origin = base_record(base)  # text encoders and all
     encode = base.encode_last(case.prompt for case in plan.cases) if painted_alone else None
     variants = [bare(base, *sampler, encode)]
@@ -122,7 +125,7 @@ def prepare_evaluation(
 
 def likeness_to_erased(base: Base, concepts: Sequence[ErasedConcept], texts: Sequence[str]) -> list[float]:
     """Return how near each text lies to the nearest concept as the base's text encoder sees it: their cosine."""
-    return likeness_to([concept.name for concept in concepts], texts, base).amax(0).tolist()
+    return likeness_to([concept.called[0] for concept in concepts], texts, base).amax(0).tolist()
 
 
 def _attacked(suite: Suite, victim: Victim, allow_code: Collection[str]) -> list[Variant]:

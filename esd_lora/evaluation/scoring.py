@@ -26,13 +26,13 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.detectors.detector import Detector, Features, NotRun, Picture, Score
 from esd_lora.evaluation.detectors.frechet import frechet_distance
-from esd_lora.evaluation.picture_files import open_painted, painted_file, picture_paths
+from esd_lora.evaluation.picture_files import open_painted, painted_file
 from esd_lora.evaluation.registries import DETECTORS, FEATURES, build
 from esd_lora.evaluation.report.report import Distance
 from esd_lora.evaluation.suites.suite_files import Suite
 from esd_lora.evaluation.variants import Variant
 from esd_lora.files import hash_file, reporting_write_errors, write_atomically
-from esd_lora.pictures import even_batches, open_picture, png
+from esd_lora.pictures import even_batches, open_picture, picture_paths, png
 from esd_lora.ranks import count, from_main, is_main, merge, share
 from esd_lora.wording import printable
 

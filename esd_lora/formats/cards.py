@@ -125,7 +125,7 @@ def render_card(eraser: Eraser, publication: Publication | None = None) -> str:
         origin="".join(
             f"\n- {o.how.capitalize()} from {', '.join(map(_code, o.files))}: provenance unknown" for o in header.origins
         ),
-        making="".join(f"\n- {line.capitalize()}" for line in header.making()),
+        making="".join(f"\n- {line[:1].upper()}{line[1:]}" for line in header.making()),
         versions=", ".join(f"{markdown_cell(name)} {markdown_cell(version)}" for name, version in header.versions.items()),
         measured=mask(_measured(header.evaluation)),
         license=_license(header.base, publication),
@@ -279,6 +279,7 @@ def _masked(header: EraserHeader, mask: Callable[[str], str]) -> EraserHeader:
                 "name": mask(concept.name),
                 "synonyms": (),
                 "pairs": tuple((mask(prompt), mask(anchor)) for prompt, anchor in concept.pairs),
+                "shown": concept.shown and concept.shown.model_copy(update={"explained_by": {}}),
             }
         )
         for concept in header.concepts

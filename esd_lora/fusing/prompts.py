@@ -109,6 +109,7 @@ def arrange_members(hashed: Iterable[tuple[str, Eraser]], base: Base, keep: Sequ
             " add it up with the others instead (esd-lora stack --fuse sum)."
         )
     base.check(outline(members.erasers))
+    base.know_words_of(members.erasers)
     if not members.kept:
         raise EsdLoraError(f"no prompt to keep is left: all {len(members.dropped)} name an erased concept. Give others.")
     _warn_of_anchors(members.erasers)

@@ -18,7 +18,7 @@ from .errors import EraserError
 
 HEADER_KEY = "esd_lora"
 """Key of the safetensors metadata under which esd-lora writes what an eraser removes, in every layout."""
-FORMAT = 4
+FORMAT = 5
 """Highest number of the eraser file format that is read here."""
 TEXT_ENCODER = ("lora_te", "text_encoder", "te_")
 """How names of a text encoder's layers begin."""

@@ -13,18 +13,16 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from esd_lora import load_recipe, train
+from esd_lora import load_recipe, noising, train
 from esd_lora.bases.base import Base
 from esd_lora.bases.loading import load_base
 from esd_lora.erasers.eraser import Eraser
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.erasers.stacking import Strength
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks import learning, words
-from esd_lora.evaluation.attacks.learning import noise_latents
-from esd_lora.evaluation.attacks.victim import Victim, captioned_latents, to_latents, to_pictures
+from esd_lora.evaluation.attacks import words
+from esd_lora.evaluation.attacks.victim import Victim, captioned_latents
 from esd_lora.evaluation.attacks.words import (
-    encode_with_gradient,
     readable_words,
     replace_names,
     search_prefix,
@@ -36,12 +34,14 @@ from esd_lora.evaluation.cases import Case, object_cases
 from esd_lora.evaluation.detectors.judge import Judge
 from esd_lora.evaluation.registries import ATTACKS
 from esd_lora.evaluation.variants import Variant, bare, erased
+from esd_lora.latents import to_latents, to_pictures
+from esd_lora.noising import noise_latents
 from esd_lora.seeds import text_seed
 from esd_lora.trajectory import pick
 from random_erasers import eraser_on
 from toys import load_toy, save_toy
 
-_BATCH = learning.BATCH
+_BATCH = noising.BATCH
 
 CAT = ErasedConcept(name="a cat", synonyms=("kitten",), pairs=(), eta=1.0)
 CASES = [Case(f"t-{i}", "target", prompt, i, "cat") for i, prompt in enumerate(("a cat", "a cat, noto style", "two kittens"))]
@@ -58,7 +58,7 @@ STEPS, GUIDANCE = 3, 4.0
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "BATCH", 4)
+    monkeypatch.setattr(noising, "BATCH", 4)
     monkeypatch.setattr(words, "SEARCHED", 4)
 
 
@@ -168,9 +168,8 @@ def test_eraser_at_minus_one_is_the_base(each: Base) -> None:
 @pytest.mark.parametrize("kind", ["emoji", "sd2-v", "sdxl", "sd3"])
 def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> None:
     base = load(kind, tmp_path)
-    victim = victim_of(base)
     latents = torch.randn(3, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
-    points = noise_latents(victim, latents, 8, torch.Generator().manual_seed(1))
+    points = noise_latents(base, latents, STEPS, 8, torch.Generator().manual_seed(1))
     scheduler: Any = base.family.scheduler(base.pipe, STEPS, base.latent_shape())
     assert set(points.t.tolist()) <= set(scheduler.timesteps.tolist())
     assert sorted(points.lesson.tolist()[:6]) != points.lesson.tolist()[:6]
@@ -181,7 +180,7 @@ def test_target_is_what_leads_back_to_the_picture(kind: str, tmp_path: Path) -> 
         else:
             x_0 = scheduler.step(target[None], int(t), x_t[None]).pred_original_sample[0]
         assert torch.allclose(x_0, latents[lesson], atol=1e-3), i
-    early = noise_latents(victim, latents, 8, torch.Generator().manual_seed(1), share=0.3)
+    early = noise_latents(base, latents, STEPS, 8, torch.Generator().manual_seed(1), share=0.3)
     assert early.t.unique().tolist() == [scheduler.timesteps.max().item()]
 
 
@@ -231,7 +230,7 @@ def test_what_learns_lowers_its_loss(name: str, kind: str, tmp_path: Path) -> No
     base = load(kind, tmp_path)
     victim = victim_of(base)
     latents, captions = captioned_latents(victim, 2, [], 0)
-    points = noise_latents(victim, latents, 32, torch.Generator().manual_seed(99))
+    points = noise_latents(base, latents, victim.steps, 32, torch.Generator().manual_seed(99))
     named = [(CAT, spare_words(victim, 1))]
     prompts = captions if name == "fine-tune" else [replace_names(caption, named) for caption in captions]
 
@@ -272,7 +271,7 @@ def test_words_are_given_another_meaning_in_every_encoder(each: Base) -> None:
     own = [table.embeddings(["b", "c"]).requires_grad_() for table in tables]
     with spare_words_meaning(tables, own):
         found = each.encode(["a q z", "z on a q"])
-        condition = encode_with_gradient(each, ["a q z"])
+        condition = each.encode_anew(["a q z"])
         torch.stack([value.sum() for value in condition.values()]).sum().backward()
     plain = each.encode(["a b c", "c on a b"])
     assert all(torch.allclose(found[name], plain[name], atol=1e-5) for name in plain)
@@ -439,7 +438,7 @@ def test_attacks_that_a_family_cannot_serve(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_erased_cat_is_brought_back(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "BATCH", _BATCH)
+    monkeypatch.setattr(noising, "BATCH", _BATCH)
     concepts = [{"name": "cat", "prompts": ["a cat"], "anchor": "a house"}]
     recipe = load_recipe("instant", {"train.preview_every": 0}, concepts=concepts)
     eraser = train(recipe, base=emoji, progress=False)

@@ -25,6 +25,7 @@ from esd_lora.built_in import keep_prompts
 from esd_lora.cli import main, stacks
 from esd_lora.cli.commands import HeavyCommand
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
+from esd_lora.erasers.header import FORMAT
 from esd_lora.formats.exporting import kohya_tensors
 from esd_lora.recipe_files import (
     load_fuse_spec,
@@ -568,7 +569,7 @@ def test_inspect(tiny_dir: Path, cat_dir: Path) -> None:
         "epsilon",
         "xattn: 16 layers, rank 4",
         "steps 4",
-        "format 4",
+        f"format {FORMAT}",
         "█",
     ):
         assert fact in said

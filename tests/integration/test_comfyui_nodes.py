@@ -183,7 +183,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a damaged header": ({"header": "{"}, "damaged header"),
     "a header of depth": ({"header": "[" * 10_000}, "damaged header"),
     "no concepts": ({"header": {**HEADER, "concepts": None}}, "damaged header"),
-    "a newer format": ({"header": {**HEADER, "format": 5}}, "has format 5, and these nodes read up to 4"),
+    "a newer format": ({"header": {**HEADER, "format": 6}}, "has format 6, and these nodes read up to 5"),
     "another kind of LoRA": ({"tensors": {f"{LAYER}.hada_w1_a": torch.ones(2, 2)}}, "no tensor of a plain LoRA"),
     "half a pair": ({"tensors": {f"{LAYER}.lora_up.weight": torch.ones(4, 2)}}, "has one factor and lacks the other"),
     "factors of other ranks": ({"tensors": {**PAIR, f"{LAYER}.lora_up.weight": torch.ones(4, 3)}}, "do not fit each other"),

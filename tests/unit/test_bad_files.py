@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from esd_lora.bases.learnt_words import placeholder_of, unpack
 from esd_lora.erasers.eraser import WEIGHTS_NAME, Eraser
 from esd_lora.erasers.header import HEADER_KEY
 from esd_lora.erasers.tensor_files import read_header, read_rows, read_tensors
@@ -317,3 +318,18 @@ def test_format_4_is_read() -> None:
     assert [reading.step for reading in calibration.readings] == [15, 30]
     assert header.concepts[0].eta == calibration.etas[-1][1]
     assert calibration.ending.startswith("ended after 135 steps")
+
+
+def test_format_5_is_read() -> None:
+    """An eraser made from pictures, with the word that was learnt from them."""
+    header = Eraser.load(GOLDEN / "format_5.safetensors").header
+    (concept,) = header.concepts
+    assert concept.shown is not None
+    assert (header.format, concept.name, header.recipes[0].concepts[0].images) == (5, "our mascot", "pictures")
+    assert [digest[:8] for digest in concept.shown.pictures] == ["a0437212", "b090fc26"]
+    ((placeholder, word),) = concept.shown.words.items()
+    assert concept.pairs == ((f"a {placeholder}", "a dog"),)
+    vectors = unpack(word)
+    assert {name: vector.shape[0] for name, vector in vectors.items()} == {"text_encoder": 16}
+    assert placeholder_of(vectors) == placeholder, "it is named by its bytes"
+    assert concept.shown.explained_by == {"a hat": 0.75}

@@ -12,16 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks.victim import (
-    Victim,
-    concept_pictures,
-    require_stable_diffusion,
-    to_latents,
-    to_pictures,
-)
+from esd_lora.evaluation.attacks.victim import Victim, concept_pictures, require_stable_diffusion
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Variant, make_painter
+from esd_lora.latents import to_latents, to_pictures
 from esd_lora.pictures import open_picture
 from esd_lora.seeds import text_seed
 from esd_lora.trajectory import concatenate, latents_per_batch

@@ -10,16 +10,16 @@ from pathlib import Path
 from esd_lora.adapter import add_adapter, load_adapter, remove_adapter
 from esd_lora.erasers.stacking import stack
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks.learning import BATCH, learn
 from esd_lora.evaluation.attacks.victim import (
     Victim,
     captioned_latents,
     concept_pictures,
     require_at_least,
-    require_encodable,
 )
 from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Painter, Variant
+from esd_lora.latents import require_encodable
+from esd_lora.noising import BATCH, learn
 from esd_lora.recipe import LoraSpec
 from esd_lora.trajectory import pick
 
@@ -86,7 +86,7 @@ def fine_tune(
         EsdLoraError: If a setting is too small, there are no pictures, or the base's VAE is of another kind.
     """
     require_at_least(1, pictures=pictures, steps=steps, rank=rank)
-    require_encodable(victim.base)
+    require_encodable(victim.base, "Leave attacks that learn from pictures out of the suite.")
     base, files = victim.base, concept_pictures(folder, victim, pictures)
 
     @contextmanager
@@ -98,7 +98,8 @@ def fine_tune(
             parameters = add_adapter(base, layers, LoraSpec(rank=rank, alpha=rank), seed)
             try:
                 condition_of = partial(pick, conditions)
-                learn(victim, parameters, latents, condition_of, steps=steps, lr=lr, seed=seed, desc="fine-tuning")
+                options = {"times": victim.steps, "steps": steps, "lr": lr, "seed": seed, "desc": "fine-tuning"}
+                learn(base, parameters, latents, condition_of, **options)
                 yield paint
             finally:
                 remove_adapter(base)

@@ -24,7 +24,6 @@ from transformers import CLIPTokenizer
 from esd_lora.bases.base import Base
 from esd_lora.erasers.header import ErasedConcept
 from esd_lora.errors import EsdLoraError
-from esd_lora.evaluation.attacks.learning import BATCH, DELAY, learn, noise_latents
 from esd_lora.evaluation.attacks.victim import (
     Victim,
     captioned_latents,
@@ -35,9 +34,12 @@ from esd_lora.evaluation.attacks.victim import (
 from esd_lora.evaluation.cases import Case
 from esd_lora.evaluation.picture_files import hash_by_name
 from esd_lora.evaluation.variants import Painter, Variant
+from esd_lora.noising import BATCH, learn, noise_latents
 from esd_lora.trajectory import Condition, latents_per_batch
 from esd_lora.wording import printable, whole_words, without_article
 
+DELAY = 2.0
+"""Seconds before a progress bar shows."""
 SEARCHED = 32
 """Noised pictures that prefixes are compared on."""
 NOISIEST = 0.5
@@ -125,10 +127,11 @@ def textual_inversion(
         ]
 
         def condition_of(rows: Tensor) -> Condition:
-            return encode_with_gradient(base, [prompts[i] for i in rows.tolist()])
+            return base.encode_anew([prompts[i] for i in rows.tolist()])
 
         with victim.erased.on() as paint, spare_words_meaning(tables, learnt):
-            learn(victim, learnt, latents, condition_of, steps=steps, lr=lr, seed=seed, desc="textual inversion")
+            options = {"times": victim.steps, "steps": steps, "lr": lr, "seed": seed, "desc": "textual inversion"}
+            learn(base, learnt, latents, condition_of, **options)
             yield lambda cases: paint([case._replace(prompt=replace_names(case.prompt, named)) for case in cases])
 
     record = {"pictures": pictures, "files": hash_by_name(files) or None, "steps": steps, "vectors": vectors, "lr": lr}
@@ -208,7 +211,7 @@ def search_prefix(
     known = [table.embeddings(words) for table in tables]
     prompts = [" ".join([*spare, caption]) for caption in captions]
     generator = torch.Generator().manual_seed(seed)
-    points = noise_latents(victim, latents, SEARCHED, generator, NOISIEST)
+    points = noise_latents(base, latents, victim.steps, SEARCHED, generator, NOISIEST)
 
     def measure(prefix: Sequence[int], gradient: bool = False) -> tuple[float, list[Tensor]]:
         """Return the squared error of a latent under a prefix of numbered words, and its gradients at their embeddings."""
@@ -216,7 +219,7 @@ def search_prefix(
         total = 0.0
         with spare_words_meaning(tables, own), torch.set_grad_enabled(gradient):
             for part in points.split(latents_per_batch(base.latent_shape())):
-                condition = encode_with_gradient(base, [prompts[i] for i in part.lesson.tolist()])
+                condition = base.encode_anew([prompts[i] for i in part.lesson.tolist()])
                 loss = (base.predict(part.x_t, part.t, condition) - part.target).square().sum() / len(points.t)
                 total += loss.item()
                 if gradient:
@@ -299,11 +302,6 @@ def _replace_spare(table: Table, vectors: Tensor, layer: Any, args: tuple[Tensor
     """Return the embeddings [N, tokens, width] with those of the spare words replaced."""
     same = args[0][..., None] == table.spare
     return torch.where(same.any(-1, keepdim=True), same.to(out.dtype) @ (vectors * table.spread).to(out.dtype), out)
-
-
-def encode_with_gradient(base: Base, prompts: Sequence[str]) -> Condition:
-    """Return the condition of prompts as `Base.encode` gives it, with a gradient."""
-    return base.encode_anew(prompts)
 
 
 def readable_words(base: Base) -> list[str]:
