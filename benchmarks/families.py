@@ -6,20 +6,20 @@ prints it twice: whole for docs/families.md, and with a row a family for README.
 
 Layers are those of the published configurations (`tests/published_denoisers.py`, where a test counts every scope). kohya's
 names are of the layers of scope `full` that have one. Memory is what the smallest setting of `--fit` plans at native size, by
-dtype of the frozen denoiser. *Trained* is what `benchmarks/real_size.py` keeps: steps at published size with random weights.
+dtype of the frozen denoiser. *Trained* are models of docs/families.md's table of `benchmarks/real_size.py`: steps
+at published size with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tables import RESULTS, add_publish, show
+from tables import ROOT, add_publish, show
 
 from esd_lora.bases.outlines import outline_published
 from esd_lora.families import family_named
@@ -66,9 +66,9 @@ ROWS = {
 
 
 def trained() -> set[str]:
-    """Return the models that were trained at published size."""
-    path = RESULTS / "real-size.json"
-    return {row[0] for row in json.loads(path.read_text("utf-8"))["rows"]} if path.exists() else set()
+    """Return the models that were trained at published size: those of the table that `benchmarks/real_size.py` printed."""
+    page = (ROOT / "docs" / "families.md").read_text("utf-8")
+    return {model for model in ROWS if f"| {model} | {DENOISERS[model][0]}, " in page}
 
 
 def memory(outline: str | None) -> str:

@@ -15,7 +15,7 @@ from esd_lora.cli import main
 from esd_lora.errors import EsdLoraError
 
 NOT_RUN: dict[str, dict[str, int]] = {
-    "README.md": {"needs the network": 1, "needs the weights of a published model": 3},
+    "README.md": {"needs the network": 1, "needs the weights of a published model": 2},
     "docs/choosing.md": {"a benchmark, which takes minutes to hours": 1, "needs pictures of one's own": 1},
     "docs/comfyui.md": {"needs ComfyUI": 2},
     "docs/configuration.md": {"is for the start-up files of a shell": 1},
