@@ -1,4 +1,4 @@
-"""Fixtures of the browser tests: one server of the page, and a real browser that looks at it."""
+"""Fixtures of the browser tests: a server of the page, and a real browser that looks at it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests, on the built-in base; its workplace holds an eraser, `no-cat`."""
+    """A server for the tests of a file, on the built-in base; its workplace holds an eraser, `no-cat`.
+
+    It ends with them: one that waits takes a tenth of a core.
+    """
     folder = tmp_path_factory.mktemp("workplace")
     recipe = load_recipe("instant", {"train.preview_every": 0}, base="emoji", concepts=["a cat"])
     train(recipe, out=folder / "no-cat", progress=False)
@@ -70,7 +73,7 @@ def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]
         context.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_erasers(server: Server) -> list[str]:
     """Names of two erasers in the workplace."""
     recipe = load_recipe("instant", {"train.preview_every": 0}, base="emoji", concepts=["a pizza"])

@@ -57,7 +57,7 @@ def check(counts: dict[str, dict[str, int]], cases: dict[str, int]) -> None:
 
 
 def test_some_cases_of_every_reader(tmp_path: Path) -> None:
-    cases = {name: 2 if name in BASES else 15 for name in READERS}
+    cases = {name: 4 if name in BASES else 15 for name in READERS}
     check(run(tmp_path, cases), cases)
 
 

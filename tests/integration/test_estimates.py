@@ -65,7 +65,10 @@ def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return encoded
 
 
-@pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name == "aspects")) for name, each in RECIPES.items()],
+)
 def test_what_is_counted_is_what_is_done(base: Base, settings: dict[str, Any]) -> None:
     recipe = tiny_recipe(base.id, **settings)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
@@ -123,6 +126,7 @@ def test_pictures(base: Base) -> None:
     assert all(seconds >= 0 for seconds in estimate.pace)
 
 
+@pytest.mark.slow
 def test_an_evaluation(tmp_path: Path) -> None:
     """On the built-in base, whose judge is there; every picture of every model is counted, and nothing is written."""
     base, eraser = load_base("emoji"), tmp_path / "no-cat"
@@ -145,7 +149,11 @@ def members(base: Base) -> list[Eraser]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"keep": KEPT, "rank": 3}, {"lam": 0.0, "guidance": 1.0, "keep": KEPT}], ids=["kept", "nothing kept"]
+    "fields",
+    [
+        pytest.param({"keep": KEPT, "rank": 3}, id="kept", marks=pytest.mark.slow),
+        pytest.param({"lam": 0.0, "guidance": 1.0, "keep": KEPT}, id="nothing kept"),
+    ],
 )
 def test_fusing(base: Base, members: list[Eraser], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 2**20)  # so that there is more than one pass

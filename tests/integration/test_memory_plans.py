@@ -45,8 +45,9 @@ PARAMETERS = {
     "Wan 2.2 5B": {"transformer": 4_999_787_712, "text_encoder": 5_680_910_336},
     "Wan 2.1 14B": {"transformer": 14_288_491_584, "text_encoder": 5_680_910_336},
 }
-CARDS = [("SD 1.5", 6, "bfloat16"), ("Flux.1 dev", 16, "nf4")]
+CARDS = [("SD 1.5", 6, "bfloat16")]
 MORE_CARDS = [
+    ("Flux.1 dev", 16, "nf4"),
     ("SDXL", 10, "bfloat16"),
     ("SD 3.5 medium", 12, "bfloat16"),
     ("PixArt-Sigma", 12, "bfloat16"),
