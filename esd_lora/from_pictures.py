@@ -244,7 +244,13 @@ def _learn_concept(
     gains = classifier.compare(candidates)
     words: dict[str, Embeddings] = {}
     if not rows:
-        words = from_main(lambda: learn_words(base, native, spec, times, seed))
+        if recipe.train.gradient_checkpointing:
+            base.model.enable_gradient_checkpointing()
+        try:
+            words = from_main(lambda: learn_words(base, native, spec, times, seed))
+        finally:
+            if recipe.train.gradient_checkpointing:
+                base.model.disable_gradient_checkpointing()
         base.words |= words
         rows = {FRAMES[0].format(placeholder): list(range(len(pictures))) for placeholder in words}
     own = max(classifier.gain(each) for each in ([captions] if captions else [[text] * len(native) for text in rows]))

@@ -212,6 +212,10 @@ def test_words_are_learnt_and_repeatable(kind: str, tmp_path: Path) -> None:
     start = next(iter(classifier.compare(["a dog"]).values()))
     assert classifier.gain([prompt] * 3).mean > start.mean, "it explains the pictures better than what it began with"
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 5})})
+    saving = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": True})})
+    (less,) = map(unpack, learn_pictures(base, saving, latent_shapes(base, recipe.train))[1][0].shown.words.values())
+    torch.testing.assert_close(word, less)
+    assert not base.model.is_gradient_checkpointing
     (third,) = map(unpack, learn_pictures(base, other, latent_shapes(base, recipe.train))[1][0].shown.words.values())
     assert not torch.allclose(third["text_encoder"], word["text_encoder"])
 
