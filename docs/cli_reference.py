@@ -22,7 +22,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def reference(command: click.Command, parent: click.Context | None = None) -> Iterator[str]:
     """Yield a command and those below it as lines of Markdown: a heading, the usage, what it does, arguments and options."""
-    context = click.Context(command, info_name=command.name if parent else "esd-lora", parent=parent, max_content_width=110)
+    name = command.name if parent else "esd-lora"
+    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
     usage = command.get_usage(context).partition(": ")[2].split()
     yield from ("", f"## {context.command_path}", "", "```text", " ".join(usage), "```", "")
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
