@@ -22,7 +22,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
-from counting import SHOTS, Yardstick, object_of, score, spread
+from counting import SHOTS, Yardstick, columns, object_of, score
 from tables import add_publish, show
 
 from esd_lora.adapter import applied
@@ -128,10 +128,7 @@ def main() -> None:
             rows += [(base_name, scope, kind, of) for kind, of in cells.items()]
     table: list[list[str]] = []
     for base_name, scope, kind, of in rows:
-        shown: list[str] = []
-        for measure in MEASURES:
-            values = [v for cell in of for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
-            shown.append(spread(values, left=measure.startswith("left")))
+        shown = columns(of, MEASURES)
         costs = [f"{statistics.mean(cell[key] for cell in of):.0f}" for key in ("steps", "seconds")]
         table.append([base_name, f"`{scope}`", kind, *shown, *costs, str(len(of))])
     head = ["base", "scope", "erased", *MEASURES.values(), "steps", "seconds", "runs"]

@@ -243,6 +243,15 @@ class Yardstick:
         return score(self.base, self.judge, cases)
 
 
+def columns(cells: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
+    """Return a row's text for each measure, of the shares that its cells have: a share each, or several."""
+    texts: list[str] = []
+    for measure in measures:
+        shares = [share for cell in cells for share in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
+        texts.append(spread(shares, left="left" in measure))
+    return texts
+
+
 def spread(cells: Iterable[float], *, left: bool) -> str:
     """Return the mean of shares and, in brackets, the worst one; an empty text for none.
 

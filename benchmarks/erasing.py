@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
-from counting import SHOTS, Yardstick, count, spread
+from counting import SHOTS, Yardstick, columns, count
 from tables import add_publish, show
 
 from esd_lora.adapter import applied
@@ -187,11 +187,7 @@ def main() -> None:
     ]
     table = [head]
     for label, rows in results.items():
-        cells = [label]
-        for name in MEASURES:
-            cell = [row[name] for row in rows]
-            values = [v for shares in cell for v in (shares if isinstance(shares, list) else [shares])]
-            cells.append(spread(values, left="left" in name))
+        cells = [label, *columns(rows, MEASURES)]
         mean = {
             name: sum(row[name] for row in rows) / len(rows)
             for name in ("steps", "seconds", "sample_evaluations", "student_samples", "size")

@@ -1,8 +1,9 @@
 """Prints the table of docs/choosing.md: an object erased by eight pictures of it, its name never given.
 
-    python benchmarks/from_pictures.py [--concepts cat,rocket] [--lists all,without] [--seeds 0] [-s pictures.words=1]
+    python benchmarks/from_pictures.py [--concepts cat,rocket] [--lists all,without] [--seeds 0] [--plain] [-s pictures.words=1]
 
-The built-in base draws the pictures, three with no style named and one in each of its styles, from seeds that nothing else has;
+The built-in base draws the pictures, three with no style named and one in each of its styles (with `--plain` all eight with no
+style named), from seeds that nothing else has;
 the eraser is trained from that folder alone, under a label that says nothing. `all` is the keep list as it is, which may name
 the object; `without` is the same without the prompts that do, so that its name is in no list at all. The judge looks at
 pictures of prompts with the object's real name, none of which the eraser was made with. Settings were chosen on cat and rocket
@@ -20,7 +21,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 import yaml
-from counting import SHOTS, Yardstick, spread
+from counting import SHOTS, Yardstick, columns
 from tables import add_publish, show
 
 from esd_lora.bases.base import Base
@@ -45,11 +46,12 @@ MEASURES = {
 _FIRST_SEED = 5000  # of the pictures that are shown; the judge's prompts have those from 0 on
 
 
-def draw(base: Base, name: str, folder: Path) -> Path:
-    """Write eight pictures of an object, and return their folder."""
+def draw(base: Base, name: str, folder: Path, *, plain: bool) -> Path:
+    """Write eight pictures of an object, all with no style named where they are to be plain, and return their folder."""
     if not folder.exists():
-        styles = domain("emoji")["styles"]
-        prompts = [fill_template("{a}", name)] * 3 + [fill_template("{a} in {style} style", name, style) for style in styles]
+        styles = () if plain else domain("emoji")["styles"]
+        prompts = [fill_template("{a} in {style} style", name, style) for style in styles]
+        prompts = [fill_template("{a}", name)] * (8 - len(prompts)) + prompts
         folder.mkdir(parents=True)
         for i, picture in enumerate(paint(base, prompts, range(_FIRST_SEED, _FIRST_SEED + len(prompts)))):
             picture.save(folder / f"{i}.png")
@@ -73,19 +75,21 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe")
+    parser.add_argument("--plain", action="store_true", help="show no picture in a style")
     add_publish(parser)
     options = parser.parse_args()
     base = load_base("emoji")
     further = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in options.set)}
     yardstick = Yardstick(base, options.out / "measured")
+    variant = "plain-pictures" if options.plain else "pictures"
     rows: list[list[str]] = []
     for kind in options.lists.split(","):
         for name in options.concepts.split(","):
             keep = base.keep if kind == "all" else tuple(prompt for prompt in base.keep if not mentions(prompt, [name]))
-            pictures = draw(base, name, options.out / "pictures" / name)
+            pictures = draw(base, name, options.out / variant / name, plain=options.plain)
             cells: list[dict[str, Any]] = []
             for seed in options.seeds.split(","):
-                place = options.out / "-".join([options.recipe, kind, name, seed, *options.set])
+                place = options.out / "-".join([options.recipe, variant, kind, name, seed, *options.set])
                 fresh = dataclasses.replace(base, keep=keep, words={})
                 eraser = erase(fresh, pictures, place, options.recipe, int(seed), further)
                 (concept,) = eraser.header.concepts
@@ -97,10 +101,7 @@ def main() -> None:
                     f"{kind}, {name}, seed {seed}: " + str({key: cells[-1][key] for key in (*MEASURES, "lost_bare")}),
                     flush=True,
                 )
-            shown: list[str] = []
-            for measure in MEASURES:
-                values = [v for cell in cells for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
-                shown.append(spread(values, left="left" in measure))
+            shown = columns(cells, MEASURES)
             costs = [f"{sum(cell[key] for cell in cells) / len(cells):.0f}" for key in ("steps", "seconds")]
             texts = ["; ".join(dict.fromkeys(cell[key] for cell in cells)) for key in ("anchor", "named")]
             rows.append([name, LISTS[kind], *shown, *texts, *costs])
@@ -109,7 +110,7 @@ def main() -> None:
         f"Eight pictures each; {SHOTS} pictures of the object by name, {len(yardstick.before)} of everything, three of every"
         f" object bare; training seeds {options.seeds}, mean (worst)."
     )
-    show("-".join(["from-pictures", *options.lists.split(",")]), head, rows, note, publish=options.publish)
+    show("-".join([f"from-{variant}", *options.lists.split(",")]), head, rows, note, publish=options.publish)
 
 
 if __name__ == "__main__":

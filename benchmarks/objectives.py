@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration import MEASURES, concept_of, playground_base
-from counting import Yardstick, spread
+from counting import Yardstick, columns
 from tables import add_publish, show
 
 from esd_lora.bases.base import Base
@@ -71,10 +71,7 @@ def main() -> None:
                     print(
                         options.base, key, {measure: measured[measure] for measure in MEASURES}, eraser.header.cost, flush=True
                     )
-            shown: list[str] = []
-            for measure in MEASURES:
-                values = [v for cell in cells for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
-                shown.append(spread(values, left=measure.startswith("left")))
+            shown = columns(cells, MEASURES)
             costs = [f"{statistics.mean(cell[key] for cell in cells):.0f}" for key in ("steps", "seconds")]
             table.append([way, f"`{scope}`", *shown, *costs, str(len(cells))])
     head = ["objective", "scope", *MEASURES.values(), "steps", "seconds", "runs"]

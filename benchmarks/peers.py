@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import yaml
-from counting import Yardstick, spread
+from counting import Yardstick, columns
 from safetensors.torch import load_file
 from tables import add_publish, show
 
@@ -340,10 +340,7 @@ def main() -> None:
             for seed in map(int, options.seeds.split(",")):
                 measure = partial(row, yardstick, options.out, label, checkout, name, seed)
                 cells.append(measure(anchor_of(options.out, name, seed) if peer != "ours" else ""))
-        shown = [
-            spread([v for cell in cells for v in (cell[m] if isinstance(cell[m], list) else [cell[m]])], left="left" in m)
-            for m in MEASURES
-        ]
+        shown = columns(cells, MEASURES)
         mean = {key: sum(cell[key] for cell in cells) / len(cells) for key in ("seconds", "latents", "memory", "size")}
         costs = [f"{mean['seconds']:.1f}", f"{mean['latents']:.0f}", f"{mean['memory']:.2f}", f"{mean['size'] / 1000:.0f}"]
         table.append([label, *shown, *costs])

@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as esd-lora sets it
 
 import torch
-from counting import SHOTS, Yardstick, spread
+from counting import SHOTS, Yardstick, columns
 from tables import add_publish, show
 
 from esd_lora.bases.base import Base
@@ -82,10 +82,7 @@ def main() -> None:
                         train(load_recipe("fast", fixed, concepts=concepts), base=base, out=out, force=True)
                     eraser = Eraser.load(out)
                     cells.append({**yardstick.measure([eraser], [concept], []), **eraser.header.cost})
-            shown = [
-                spread([v for cell in cells for v in (cell[m] if isinstance(cell[m], list) else [cell[m]])], left="left" in m)
-                for m in MEASURES
-            ]
+            shown = columns(cells, MEASURES)
             rows.append([name, change, *shown, f"{sum(cell['steps'] for cell in cells) / len(cells):.0f}"])
     head = ["recipe", "base", "left", "kept", "kept, in no list", "kept, no style named", "steps"]
     note = f"{options.concepts}; training seeds {options.seeds}; {SHOTS} pictures of what is erased; mean (worst)."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration import MEASURES, concept_of, playground_base
-from counting import Yardstick, spread
+from counting import Yardstick, columns
 from tables import add_publish, show
 
 from esd_lora.bases.base import Base
@@ -62,10 +62,7 @@ def main() -> None:
                 print(options.base, key, {measure: measured[measure] for measure in MEASURES}, eraser.header.cost, flush=True)
     table: list[list[str]] = []
     for way, of in cells.items():
-        shown: list[str] = []
-        for measure in MEASURES:
-            values = [v for cell in of for v in (cell[measure] if isinstance(cell[measure], list) else [cell[measure]])]
-            shown.append(spread(values, left=measure.startswith("left")))
+        shown = columns(of, MEASURES)
         costs = [f"{statistics.mean(cell[key] for cell in of):.0f}" for key in ("steps", "seconds", "size")]
         table.append([way, *shown, *costs, str(len(of))])
     head = ["scope", *MEASURES.values(), "steps", "seconds", "kB", "runs"]

@@ -62,8 +62,8 @@ def _by_model(base: Base, layers: Iterable[str]) -> Iterator[tuple[torch.nn.Modu
     """Yield each model that layers lie in, with their paths in the base to those within the model."""
     models = base.adaptable
     for place, model in models.items():
-        # The denoiser stands first, and its paths begin with nothing: it gets what fits no other.
-        inside = [path for path in layers if place == next(each for each in reversed(models) if path.startswith(each))]
+        # The denoiser's paths begin with nothing, so it has what lies in no other.
+        inside = [path for path in layers if place == max(filter(path.startswith, models), key=len)]
         if inside:
             yield model, {path: path.removeprefix(place) for path in inside}
 

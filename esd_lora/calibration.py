@@ -337,12 +337,13 @@ def in_words(reading: Reading, *, anchored: bool) -> str:
     return f"{gone}, kept prompts moved {100 * reading.drift:.1f} %" if reading.drift else gone
 
 
-def verdict(reading: Reading, *, anchored: bool) -> str:
+def verdict(reading: Reading, *, anchored: bool, by_words: bool = False) -> str:
     """Return in a sentence what a training came to, and what to do if it is short.
 
     Args:
         reading: The last one.
         anchored: As for `is_gone`.
+        by_words: Whether words that were learnt from pictures stand for the concept, which no further step helps.
     """
     left, worst = (f"{100 * x:.0f} %" if x > 0 else "nothing" for x in (reading.residual, reading.residual_worst))
     measured = f"of the push towards it {left} is left on prompts that no step trained on, {worst} in their worst quarter"
@@ -350,10 +351,10 @@ def verdict(reading: Reading, *, anchored: bool) -> str:
         gone = f"gone at the guidance that pictures are sampled with ({measured})"
     else:
         most = " and ".join(f"{100 * x:.0f} %" for x in gone_at(anchored=anchored))
-        gone = (
-            f"short: not gone ({measured}; gone is up to {most}): train longer (-s train.steps=400), at a higher rank"
-            " (-s lora.rank=8) or in more layers (--scope full)"
-        )
+        remedy = "train longer (-s train.steps=400), at a higher rank (-s lora.rank=8) or in more layers (--scope full)"
+        if by_words:
+            remedy = "give more pictures, some in every style and place that it may be drawn in"
+        gone = f"short: not gone ({measured}; gone is up to {most}): {remedy}"
     if not reading.drift:  # to the last bit: no prompt is kept
         return gone
     kept = f"kept prompts moved {100 * reading.drift:.1f} %"

@@ -184,7 +184,7 @@ def rehearse_pictures(base: Base, recipe: Recipe, shapes: Sequence[tuple[int, ..
 
 
 def _work(candidates: int, words: int, spec: PictureSpec) -> tuple[int, int]:
-    """Return the latents through the denoiser without and with gradients that pictures take.
+    """Return the latents through the denoiser without and with gradients that pictures will take.
 
     Args:
         candidates: Prompts that are compared with them.
@@ -268,7 +268,7 @@ def _learn_concept(
         words={placeholder: pack(word) for placeholder, word in words.items()},
         explained_by=named,
     )
-    return Pictured(latents, rows, shown, *_work(len(candidates), len(words), spec))
+    return Pictured(latents, rows, shown, classifier.evaluations, len(words) * spec.steps * BATCH)
 
 
 class Gain(NamedTuple):
@@ -302,6 +302,8 @@ class PictureClassifier:
 
     def __init__(self, base: Base, latents: Tensor, times: int, seed: int):
         self.base = base
+        self.evaluations = 0
+        """Number of latents through the denoiser so far."""
         self._points = noise_latents(base, latents, times, sum(_ROUNDS), torch.Generator().manual_seed(seed))
         self._null = self._errors([""] * len(latents), slice(None))
 
@@ -339,6 +341,7 @@ class PictureClassifier:
             rows = slice(i, i + size)
             own = torch.tensor([texts.index(captions[int(number)]) for number in row[rows].tolist()], device=row.device)
             prediction = self.base.predict(x_t[rows], t[rows], pick(condition, own))
+            self.evaluations += len(own)
             errors.append((prediction - target[rows]).square().flatten(1).mean(1).cpu())
         return torch.cat(errors)
 
@@ -395,7 +398,7 @@ def _learn_word(base: Base, latents: Tensor, spec: PictureSpec, times: int, seed
     def condition_of(rows: Tensor) -> Condition:
         base.words[_BEING_LEARNT] = {name: vector * spread[name] for name, vector in learnt.items()}
         drawn = torch.randint(len(frames), (len(rows),), generator=generator)
-        return pick(base.encode_anew(frames), drawn.to(rows.device))
+        return pick(base.encode_with_gradient(frames), drawn.to(rows.device))
 
     options = {"steps": spec.steps, "lr": spec.lr, "seed": seed % 2**31, "desc": f"learning from pictures, {which}"}
     try:

@@ -110,13 +110,13 @@ def pools(recipe: Recipe, keep: Sequence[str] = ()) -> list[list[tuple[str, str,
     """
     listed = listed_prompts(recipe, keep)
     frames = frames_for(recipe, listed)[0] if recipe.frames else []
-    return [
-        [*pool, *(in_frame(frame, texts) for texts in framed for frame in frames)]
-        for concept in recipe.concepts
-        for pool in [concept.lessons()]
-        for short in [[texts for texts in pool if concept.images and len(texts[1].split()) <= _SHORT]]
-        for framed in [pool if len(pool) == 1 else short]
-    ]
+    erased: list[list[tuple[str, str, str]]] = []
+    for concept in recipe.concepts:
+        pool = framed = concept.lessons()
+        if len(pool) > 1:
+            framed = [texts for texts in pool if concept.images and len(texts[1].split()) <= _SHORT]
+        erased.append([*pool, *(in_frame(frame, texts) for texts in framed for frame in frames)])
+    return erased
 
 
 def in_frame(frame: str, texts: tuple[str, str, str]) -> tuple[str, str, str]:

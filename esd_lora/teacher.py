@@ -276,7 +276,9 @@ class Teacher:
         """Return the condition of prompts by their numbers [N], where the denoiser is."""
         if self.recipe.adapts_text and not self._teaches:
             once, places = numbers.unique(return_inverse=True)
-            return pick(self.base.encode_anew([self._prompts[i] for i in once.tolist()], self.spec.distilled_guidance), places)
+            return pick(
+                self.base.encode_with_gradient([self._prompts[i] for i in once.tolist()], self.spec.distilled_guidance), places
+            )
         home = self._conditions["prompt_embeds"].device  # the CPU where all of them take much room
         return move(pick(self._conditions, numbers.to(home)), numbers.device)
 

@@ -233,8 +233,8 @@ def start(
     set_pairs(teacher.base, pairs)
     reading = probe.read(0) if probe and pairs else None
     anchored = all(teacher.lessons[i].replaces for i in teacher.erased)
-    # Learnt words stand for a name that nobody said: what the closed form does to them it does to that name as well, and what
-    # steps do to them they do to the words alone, at that name's cost (benchmarks/from_pictures.py).
+    # Learnt words stand for a name that is not known. What the closed form does to them it does to that name as well; what
+    # steps do, they do to the words alone, and bring back what the name draws (benchmarks/from_pictures.py).
     stand_ins = any(each.shown.words for each in teacher.pictured)
     content = spec.steps == AUTO and reading is not None and (stand_ins or is_content(reading, anchored=anchored))
     if spec.lr != AUTO:

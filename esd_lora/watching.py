@@ -87,7 +87,9 @@ def describe_end(teacher: Teacher, state: TrainState, watchers: Sequence[Watcher
     readings += [watch.reading for watch in watchers if isinstance(watch, ProgressBar) and watch.reading]
     if readings:
         names = ", ".join(concept.name for concept in teacher.recipe.concepts)
-        tqdm.write(printable(f"{names}: {verdict(readings[0], anchored=state.anchored)}"), file=sys.stderr)
+        by_words = any(pictured.shown.words for pictured in teacher.pictured)
+        outcome = verdict(readings[0], anchored=state.anchored, by_words=by_words)
+        tqdm.write(printable(f"{names}: {outcome}"), file=sys.stderr)
     if cache:
         tqdm.write(printable(f"teacher's cache: {cache.hits} batches found, {cache.misses} made"), file=sys.stderr)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from esd_lora.bases.learnt_words import Embeddings, spelt_out, unpack
-from esd_lora.bases.notices import quiet_libraries
+from esd_lora.bases.notices import quiet_libraries, warn_of_cuts
 from esd_lora.bases.quantizing import dequantized
 from esd_lora.bases.schedulers import make_scheduler
 from esd_lora.bases.stored import open_stored
 from esd_lora.erasers.eraser import Eraser, hash_weight
 from esd_lora.erasers.fitting import check_kind, compare_weights
 from esd_lora.erasers.tensor_files import all_finite
-from esd_lora.errors import EsdLoraError, shortened
+from esd_lora.errors import EsdLoraError
 from esd_lora.families.family import ModelFamily
 from esd_lora.progress import advance, stage
 from esd_lora.recipe import TEXT_SCOPE
@@ -242,15 +241,17 @@ class Base:
             prompts: The empty one stands for the other side of classifier-free guidance.
             guidance: Scale that a guidance-distilled model takes as an input; other models have no such input.
         """
-        return self.encode_anew(prompts, guidance)
+        return self.encode_with_gradient(prompts, guidance)
 
-    def encode_anew(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
-        """Return what `encode` does, never from memory, and with the gradients of an adapter on the text encoders."""
-        condition = self._encode_by(self.family.encode, prompts)
-        if self.clip_skip and (named := [prompt for prompt in prompts if prompt]):  # what guidance is against skips nothing
-            places = torch.tensor([i for i, prompt in enumerate(prompts) if prompt], device=self.device)
-            skipped = self._encode_by(self._encode_skipping, named)
-            condition = {name: value.index_copy(0, places, skipped[name]) for name, value in condition.items()}
+    def encode_with_gradient(self, prompts: Sequence[str], guidance: float = 1.0) -> Condition:
+        """Return what `encode` does, with the gradients of learnt words and of an adapter on the text encoders."""
+        rows = {self.family.encode: list(range(len(prompts)))}
+        if self.clip_skip:  # what guidance is against skips nothing
+            rows = {self._encode_skipping: [i for i, prompt in enumerate(prompts) if prompt]}
+            rows[self.family.encode] = [i for i, prompt in enumerate(prompts) if not prompt]
+        parts = [self._encode_by(encode, [prompts[i] for i in own]) for encode, own in rows.items() if own]
+        order = torch.tensor([i for own in rows.values() for i in own], device=self.device).argsort()
+        condition = concatenate(*parts) if len(parts) == 1 else pick(concatenate(*parts), order)
         if self.family.takes_guidance(self.pipe):
             condition["guidance"] = torch.full((len(prompts),), guidance, device=self.device)
         return condition
@@ -297,23 +298,9 @@ class Base:
         return condition
 
     def warn_of_cuts(self, prompts: Iterable[str]) -> None:
-        """Warn once of prompts of which CLIP reads the beginning alone: its pipelines cut the rest off."""
-        texts = list(dict.fromkeys(filter(None, prompts)))
-        for name in self.family.clip_encoders:
-            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
-            if tokenizer is None:
-                continue
-            most = tokenizer.model_max_length
-            read = {text: tokenizer(text, truncation=True, max_length=most).input_ids for text in texts}
-            cut = [text for text in texts if len(read[text]) == most != len(tokenizer(text, verbose=False).input_ids)]
-            if cut:
-                end = tokenizer.decode(read[cut[0]], skip_special_tokens=True)[-30:]
-                warnings.warn(
-                    f"{len(cut)} of {len(texts)} prompts {'has' if len(cut) == 1 else 'have'} more than the {most - 2} tokens"
-                    f" that CLIP reads, and the rest is cut off: {shortened(repr(cut[0]))} is read up to {end!r}.",
-                    stacklevel=3,
-                )
-                return
+        """Warn of prompts that are too long for CLIP, where text comes from it, as `notices.warn_of_cuts` does."""
+        names = (name.replace("text_encoder", "tokenizer") for name in self.family.clip_encoders)
+        warn_of_cuts([tokenizer for name in names if (tokenizer := getattr(self.pipe, name))], prompts)
 
     def as_read(self, encode: Encode) -> Encode:
         """Return an encoder that returns what `encode` does, its text as the layers that read it get it.

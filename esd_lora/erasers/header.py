@@ -24,8 +24,8 @@ FORMAT = 5
 """Number of the file format, apart from the package's version. A reader accepts this and every older one.
 
 2 lets a file say that things are not known (an import, an extraction), where it came from, and weights by block.
-3 lets a stack say how it was fused, 4 a training what it solved and measured. 5 lets prompts
-have words that were learnt from pictures.
+3 lets a stack say how it was fused, 4 a training what it solved and measured. 5 lets prompts have words that were learnt from
+pictures.
 """
 
 _MAX_TEXT = 64 * 2**20  # ten thousand members of a stack come to 53 MB

@@ -170,7 +170,7 @@ def _time_step(
     def step() -> None:
         optimizer.zero_grad()
         x_t, t, condition = points
-        base.predict(x_t, t, base.encode_anew(texts) if texts else condition).square().mean().backward()
+        base.predict(x_t, t, base.encode_with_gradient(texts) if texts else condition).square().mean().backward()
         optimizer.step()
 
     if spec.gradient_checkpointing:

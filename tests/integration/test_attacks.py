@@ -271,7 +271,7 @@ def test_words_are_given_another_meaning_in_every_encoder(each: Base) -> None:
     own = [table.embeddings(["b", "c"]).requires_grad_() for table in tables]
     with spare_words_meaning(tables, own):
         found = each.encode(["a q z", "z on a q"])
-        condition = each.encode_anew(["a q z"])
+        condition = each.encode_with_gradient(["a q z"])
         torch.stack([value.sum() for value in condition.values()]).sum().backward()
     plain = each.encode(["a b c", "c on a b"])
     assert all(torch.allclose(found[name], plain[name], atol=1e-5) for name in plain)

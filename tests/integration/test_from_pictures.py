@@ -143,12 +143,12 @@ def test_pictures_are_noised_to_the_times_of_a_trajectory(kind: str, tmp_path: P
 
 def token(base: Base, letter: str) -> dict[str, Tensor]:
     """Return the embedding of a letter behind another in every text encoder, whose toy tokenizers have one token for it."""
-    found: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     for name, encoder in text_encoders(base.pipe).items():
         tokenizer = getattr(base.pipe, name.replace("text_encoder", "tokenizer"))
         number = getattr(tokenizer, "tokenizer", tokenizer)(f"a {letter}", add_special_tokens=False).input_ids
-        found[name] = encoder.get_input_embeddings().weight[number[-1]].detach().float().clone()
-    return found
+        embeddings[name] = encoder.get_input_embeddings().weight[number[-1]].detach().float().clone()
+    return embeddings
 
 
 @pytest.mark.parametrize("kind", ["sd2-v", "sdxl", "sd3", "flux-dev", "qwen-image", "z-image"])

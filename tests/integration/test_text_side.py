@@ -141,8 +141,8 @@ def test_diffusers_paints_with_the_file_what_we_paint(toy: Path, eraser_dir: Pat
 
     def paint() -> list[np.ndarray]:
         size = base.picture_size()
-        asked = {"width": size[0], "height": size[1], "num_inference_steps": 4, "guidance_scale": 3.0}
-        return pictures(plain(["a cat"], generator=[torch.Generator().manual_seed(3)], **asked).images)
+        options = {"width": size[0], "height": size[1], "num_inference_steps": 4, "guidance_scale": 3.0}
+        return pictures(plain(["a cat"], generator=[torch.Generator().manual_seed(3)], **options).images)
 
     before = paint()
     plain.load_lora_weights(eraser_dir)
@@ -218,9 +218,9 @@ def test_clip_skip_is_that_of_the_pipeline(base: Base, prompt: str, with_text_mo
 @torch.no_grad()
 def test_pictures_with_clip_skip_are_the_pipelines(base: Base, with_text_model: None) -> None:  # noqa: ARG001
     width, height = base.picture_size()
-    asked = {"width": width, "height": height, "num_inference_steps": 3, "guidance_scale": 3.0, "clip_skip": 1}
+    options = {"width": width, "height": height, "num_inference_steps": 3, "guidance_scale": 3.0, "clip_skip": 1}
     for negative in (None, "a dog"):
-        plain = base.pipe("a cat", negative_prompt=negative, generator=[torch.Generator().manual_seed(3)], **asked).images
+        plain = base.pipe("a cat", negative_prompt=negative, generator=[torch.Generator().manual_seed(3)], **options).images
         options = {"seeds": [3], "steps": 3, "guidance": 3.0, "negative_prompt": negative}
         ours = generate(base, ["a cat"], clip_skip=1, **options)
         assert abs(pictures(ours)[0] - pictures(plain)[0]).max() <= 1
@@ -258,11 +258,11 @@ def test_words_that_are_cut_off_are_told_once(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             verb()
-        (told,) = (str(warning.message) for warning in caught if warning.category is UserWarning)
-        assert re.match(cut, told)
-    said = caplog.text + "".join(capfd.readouterr())
-    assert "truncated" not in said
-    assert "longer than the specified maximum" not in said
+        (message,) = (str(warning.message) for warning in caught if warning.category is UserWarning)
+        assert re.match(cut, message)
+    output = caplog.text + "".join(capfd.readouterr())
+    assert "truncated" not in output
+    assert "longer than the specified maximum" not in output
     with torch.no_grad():
         text = base.pipe.encode_prompt(LONG, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(base.encode([LONG])["prompt_embeds"], text)

@@ -42,6 +42,7 @@ def test_short_training_says_what_is_short_and_what_to_do() -> None:
     text = verdict(reading(0.41, 0.6, 0.35), anchored=True)
     assert "short: not gone (of the push towards it 41 % is left" in text
     assert "gone is up to 10 % and 20 %): train longer (-s train.steps=400)" in text
+    assert "gone is up to 10 % and 20 %): give more pictures" in verdict(reading(0.41, 0.6, 0.35), anchored=True, by_words=True)
     assert "short: kept prompts moved 35.0 %, beyond 30 % they may draw something else: --guard those" in text
 
 

@@ -127,7 +127,7 @@ def textual_inversion(
         ]
 
         def condition_of(rows: Tensor) -> Condition:
-            return base.encode_anew([prompts[i] for i in rows.tolist()])
+            return base.encode_with_gradient([prompts[i] for i in rows.tolist()])
 
         with victim.erased.on() as paint, spare_words_meaning(tables, learnt):
             options = {"times": victim.steps, "steps": steps, "lr": lr, "seed": seed, "desc": "textual inversion"}
@@ -219,7 +219,7 @@ def search_prefix(
         total = 0.0
         with spare_words_meaning(tables, own), torch.set_grad_enabled(gradient):
             for part in points.split(latents_per_batch(base.latent_shape())):
-                condition = base.encode_anew([prompts[i] for i in part.lesson.tolist()])
+                condition = base.encode_with_gradient([prompts[i] for i in part.lesson.tolist()])
                 loss = (base.predict(part.x_t, part.t, condition) - part.target).square().sum() / len(points.t)
                 total += loss.item()
                 if gradient:
