@@ -81,7 +81,8 @@ class Base:
         """Return the layers that a scope means, of the denoiser or of the text encoders, by path.
 
         Raises:
-            EsdLoraError: As `ModelFamily.modules` does, or if no adapter can lie on this family's text encoders.
+            EsdLoraError: As `ModelFamily.modules` does, if no adapter can lie on this family's text encoders, or if prompts
+                skip all of their layers.
         """
         if scope != TEXT_SCOPE:
             return self.family.modules(self.model, scope)
@@ -90,6 +91,12 @@ class Base:
                 f"scope {scope!r} is for models whose text comes from CLIP alone, Stable Diffusion and SDXL: that of base"
                 f" {self.id!r} (family {self.family.name!r}) comes from T5 or a language model, which other models share and"
                 " on which diffusers loads no LoRA. Take scope xattn."
+            )
+        reads_last_layer = "pooled_prompt_embeds" in self.family.condition_shapes(self.pipe)
+        if self.clip_skip == self.family.most_skipped(self.pipe) and not reads_last_layer:
+            raise EsdLoraError(
+                f"clip_skip {self.clip_skip} skips every layer of the text encoder of base {self.id!r}, so that nothing of"
+                f" scope {scope!r} is read. Skip fewer."
             )
         # The projection behind CLIP's last layer is no part of its layers, and diffusers' loader knows it not.
         return {path: m for path, m in self.named_modules() if _CLIP_LAYER.search(path) and isinstance(m, nn.Linear)}

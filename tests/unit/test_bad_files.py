@@ -83,6 +83,12 @@ def test_a_header_may_be_as_long_as_an_archive_or_a_pickle_begins(begins: bytes,
     assert read_tensors(file)[0]["x"].shape == (1,)
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    file = safetensors_file(tmp_path / "x.safetensors", {"__metadata__": None, "x": ONE})
+    assert read_header(file).metadata == {}
+    assert read_header(file).tensors.keys() == read_tensors(file)[0].keys() == {"x"}
+
+
 @pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x80\x02}q\x00", b"\x80\x04\x95"])
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_pickle_under_a_safe_name(tmp_path: Path, head: bytes, reader: object) -> None:
