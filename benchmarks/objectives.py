@@ -31,14 +31,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "hinge, eta 1": {"objective": "hinge", "eta": 1.0},
     "hinge, eta 0.5": {"objective": "hinge", "eta": 0.5},
 }
-SCOPES = {"joint-qk": r"re:^transformer_blocks\.\d+\.attn\.(to_[qk]|add_[qk]_proj)$"}
 CLOSED_FORM = "closed form (`instant`)"
 
 
 def erase(base: Base, out: Path, way: str, scope: str, name: str, seed: int) -> Eraser:
     """Return the eraser of a cell, made unless it is there."""
     if not (out / "README.md").exists():
-        settings = {"scope": SCOPES.get(scope, scope), "train.seed": seed, "train.preview_every": 0}
+        settings = {"scope": scope, "train.seed": seed, "train.preview_every": 0}
         fields: dict[str, Any] = {} if way == CLOSED_FORM else {**WAYS[way], "closed_form": None}
         preset = "instant" if way == CLOSED_FORM else "fast"
         train(load_recipe(preset, settings, base=base.id, **{**concept_of(name), **fields}), base=base, out=out, force=True)

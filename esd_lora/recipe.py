@@ -21,6 +21,8 @@ from esd_lora.yaml_files import allowed_code
 
 SCOPES = ("xattn", "xattn-kv", "selfattn", "noxattn", "full")
 """Which layers get an adapter, by the literature's names: ESD-x, UCE and MACE's K/V, self-attention, ESD-u, ESD-all."""
+JOINT_SCOPE = "joint-qk"
+"""Queries and keys of blocks in which text and image tokens meet in one attention: the layers that GEM trains."""
 TEXT_SCOPE = "text-encoder"
 """Layers of the text encoders that stand before the denoiser, and none of its own."""
 REGEX_SCOPE = "re:"
@@ -71,7 +73,7 @@ def _scope(value: str) -> str:
             re.compile(value.removeprefix(REGEX_SCOPE))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression ({error})") from error
-    elif value not in (known := (*SCOPES, TEXT_SCOPE)):
+    elif value not in (known := (*SCOPES, JOINT_SCOPE, TEXT_SCOPE)):
         raise ValueError(
             f"unknown scope{did_you_mean(value, known)}; known: {', '.join(known)}, or {REGEX_SCOPE} and a regular expression"
         )
@@ -321,8 +323,9 @@ class Recipe(_Frozen):
     concepts: tuple[Annotated[Concept, BeforeValidator(_concept)], ...] = Field(min_length=1)
     """What to erase, one or several."""
     scope: Scope
-    """Layers that get an adapter: of the denoiser `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, or `re:` and a regular
-    expression; or `text-encoder`, those of CLIP itself (Stable Diffusion, SDXL)."""
+    """Layers that get an adapter: of the denoiser `xattn`, `xattn-kv`, `selfattn`, `noxattn`, `full`, `joint-qk` (where text
+    and image meet in one attention: SD 3, Flux, Qwen-Image), or `re:` and a regular expression; or `text-encoder`, those of
+    CLIP itself (Stable Diffusion, SDXL)."""
     objective: Annotated[str, _named(OBJECTIVES)]
     """From the teacher's predictions to the student's target: `esd`, `contrast`, or your own `module:function`, which runs with
     --allow-code."""

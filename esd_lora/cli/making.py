@@ -71,7 +71,9 @@ _GENERATE_SECTIONS = {
 @click.option("--anchor", metavar="TEXT", help="What should appear instead; none: the empty prompt. Chosen unless given.")
 @click.option("--erase-from", metavar="TEXT", help="Prompt to erase the concept from: a hat from 'cowboy'.")
 @base_option()
-@click.option("--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, re:REGEX, text-encoder.")
+@click.option(
+    "--scope", help="Layers that get an adapter: xattn, xattn-kv, selfattn, noxattn, full, joint-qk, re:REGEX, text-encoder."
+)
 @click.option("--steps", metavar="N|auto", help="Optimiser steps: short for -s train.steps=N.")
 @click.option("--rank", metavar="N", help="Rank of the update: short for -s lora.rank=N.")
 @click.option("--lr", metavar="X|auto", help="Learning rate: short for -s train.lr=X.")

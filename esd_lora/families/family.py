@@ -66,7 +66,8 @@ class ModelFamily(ABC):
     denoiser: ClassVar[str]
     """Component that gets the adapter, and prefix of its LoRA keys: `unet` or `transformer`."""
     scopes: ClassVar[Mapping[str, str]]
-    """Scope to a regular expression searched for in the path of every linear and convolution."""
+    """Scope to a regular expression searched for in the path of every linear and convolution: all of `recipe.SCOPES`, and
+    `recipe.JOINT_SCOPE` where text and image tokens have layers of their own in one attention."""
 
     libraries: ClassVar[tuple[str, ...]] = ()
     """Modules of `diffusers.pipelines` that hold components of its pipelines, as an index names them beside diffusers and
@@ -397,7 +398,12 @@ class ModelFamily(ABC):
             for path, m in model.named_modules()
             if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
         }
-        rule = scope.removeprefix(REGEX_SCOPE) if scope.startswith(REGEX_SCOPE) else self.scopes[scope]
+        rule = scope.removeprefix(REGEX_SCOPE) if scope.startswith(REGEX_SCOPE) else self.scopes.get(scope)
+        if rule is None:
+            raise EsdLoraError(
+                f"scope {scope!r} is for models in whose blocks text and image tokens meet in one attention, Stable Diffusion"
+                f" 3, Flux and Qwen-Image: family {self.name!r} has {', '.join(self.scopes)}. Take xattn."
+            )
         chosen = {path: m for path, m in layers.items() if _matches(rule, path, scope)}
         if not chosen:
             usable = [name for name, rule in self.scopes.items() if any(re.search(rule, path) for path in layers)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esd_lora.families.family import CheckpointKind, ModelFamily, PublishedModel
 from esd_lora.families.layer_names import OriginalLayer, bare_shapes
+from esd_lora.recipe import JOINT_SCOPE
 from esd_lora.trajectory import Condition
 
 TEXT_STREAM = r"\.(add_[qkv]_proj|to_add_out)$"
@@ -26,6 +27,8 @@ MM_DIT_SCOPES: Mapping[str, str] = {
     "selfattn": r"\.attn2?\.to_(q|k|v|out\.0)$",
     "noxattn": rf"^(single_)?transformer_blocks\.(?!.*{TEXT_STREAM})",
     "full": rf"^(single_)?transformer_blocks\.|{TEXT_LAYERS}|{POOLED_LAYERS}",
+    # multimodal-ai-lab/GEM: LoRA on queries and keys of both streams, and on nothing else
+    JOINT_SCOPE: r"^transformer_blocks\.\d+\.attn\.(to|add)_[qk](_proj)?$",
 }
 """The other embedders and the last projection, outside the blocks, stay as they are."""
 MM_DIT_BLOCKS = 64

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 BASES = ("denoiser", "text encoder", "vae", "whole index", "whole schedule")
 SLOW = {**dict.fromkeys(BASES, 150), "checkpoint": 600, "pt": 1200}
 """Readers of which a case takes longer, and their number of cases in the whole run."""
-CASES = {name: SLOW.get(name, 1600) for name in READERS}
+CASES = {name: SLOW.get(name, 1000) for name in READERS}
 GUIDED = {name: number // 4 for name, number in CASES.items()}
 STAND_IN = """
 import sys, types

@@ -130,7 +130,7 @@ def test_prediction_is_the_one_the_pipeline_makes(base: Base) -> None:
 
 def test_scopes(base: Base) -> None:
     paths = {scope: base.family.modules(base.model, scope).keys() for scope in SCOPES}
-    assert tuple(base.family.scopes) == SCOPES
+    assert tuple(base.family.scopes)[: len(SCOPES)] == SCOPES
     assert not paths["xattn"] & paths["noxattn"]
     assert paths["xattn"] | paths["noxattn"] == paths["full"]
     assert paths["xattn-kv"] < paths["xattn"]

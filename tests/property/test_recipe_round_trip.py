@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd_lora.recipe import SCOPES, Concept, LoraSpec, Neighbours, PromptPair, Recipe, TrainSpec
+from esd_lora.recipe import JOINT_SCOPE, SCOPES, Concept, LoraSpec, Neighbours, PromptPair, Recipe, TrainSpec
 from esd_lora.recipe_files import dump_recipe, load_recipe
 
 # Line breaks of other alphabets, what YAML reads as something else, and a byte order mark, beside whatever turns up.
@@ -84,7 +84,7 @@ recipes = st.builds(
     Recipe,
     base=texts.filter(bool),
     concepts=st.lists(concepts, min_size=1, max_size=2).map(tuple),
-    scope=st.sampled_from([*SCOPES, r"re:to_[kv]$"]),
+    scope=st.sampled_from([*SCOPES, JOINT_SCOPE, r"re:to_[kv]$"]),
     objective=st.sampled_from(["esd", "my_module:mine"]),
     eta=numbers,
     preserve=st.just("default") | tuples(texts),

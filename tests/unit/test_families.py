@@ -30,7 +30,7 @@ from esd_lora.errors import EsdLoraError
 from esd_lora.families import FAMILIES, family_named
 from esd_lora.families.family import ModelFamily
 from esd_lora.families.sd import StableDiffusion
-from esd_lora.recipe import SCOPES
+from esd_lora.recipe import JOINT_SCOPE, SCOPES
 from esd_lora.weights.merging import merge
 from original_checkpoints import save_checkpoint
 from published_denoisers import DENOISERS, SCOPE_COUNTS, denoiser
@@ -120,7 +120,33 @@ def test_layers_that_no_loader_knows_are_in_no_scope(name: str) -> None:
 
 def test_every_scope_is_known_to_every_family() -> None:
     for each in FAMILIES:
-        assert tuple(each.scopes) == SCOPES
+        assert tuple(each.scopes) in (SCOPES, (*SCOPES, JOINT_SCOPE))
+
+
+JOINT = {
+    "sd3": 96,
+    "sd35-medium": 96,
+    "flux": 76,
+    "flux2-dev": 32,
+    "flux2-klein-4b": 20,
+    "flux2-klein-9b": 32,
+    "qwen-image": 240,
+}
+"""Queries and keys of both streams in every joint block, four a block."""
+
+
+def test_queries_and_keys_of_joint_blocks(published: tuple[str, nn.Module]) -> None:
+    name, model = published
+    if name not in JOINT:
+        with pytest.raises(
+            EsdLoraError, match=rf"meet in one attention.* family '{family(name).name}' has xattn, .* Take xattn\."
+        ):
+            family(name).modules(model, JOINT_SCOPE)
+        return
+    chosen = family(name).modules(model, JOINT_SCOPE)
+    assert len(chosen) == JOINT[name]
+    assert chosen.keys() < family(name).modules(model, "full").keys()
+    assert {path.rsplit(".", 1)[1] for path in chosen} == {"to_q", "to_k", "add_q_proj", "add_k_proj"}
 
 
 def test_pipelines_load_loras_as_their_families_say() -> None:
