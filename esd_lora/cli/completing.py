@@ -10,7 +10,6 @@ import click
 
 from esd_lora.bases.schedulers import SCHEDULERS
 from esd_lora.built_in import BUILT_IN
-from esd_lora.recipe_files import recipe_names
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -27,6 +26,8 @@ def complete_bases(_ctx: click.Context, _param: click.Parameter, incomplete: str
 
 def complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the recipes that ship, YAML files, and whatever the shell makes of a path."""
+    from esd_lora.recipe_files import recipe_names
+
     return _items([*recipe_names(), *Path().glob("*.yaml")], incomplete)
 
 

@@ -16,11 +16,10 @@ from esd_lora.cli.options import base_option, device_options, dry_run_option, ov
 from esd_lora.cli.printing import going_on_in, say
 from esd_lora.cli.results import Estimated, FleetRun, Released
 from esd_lora.errors import EsdLoraError
-from esd_lora.fleet.registry import Registry
-from esd_lora.fleet.requests import read_requests
 
 if TYPE_CHECKING:
     from esd_lora.fleet.jobs import Plan, Settings
+    from esd_lora.fleet.registry import Registry
     from esd_lora.fleet.request import Request
     from esd_lora.fleet.running import MakeEngine
     from esd_lora.fleet.status import Status
@@ -147,6 +146,7 @@ def release(
 def _plan(requests: Path, options: dict[str, Any]) -> tuple[tuple[Request, ...], Plan]:
     """Return the requests of a file or a registry, and what their jobs have in common."""
     from esd_lora.fleet.jobs import Plan
+    from esd_lora.fleet.requests import read_requests
 
     registry = _registry(requests)
     listed = registry.requests() if registry else read_requests(requests)
@@ -155,6 +155,8 @@ def _plan(requests: Path, options: dict[str, Any]) -> tuple[tuple[Request, ...],
 
 def _registry(requests: Path) -> Registry | None:
     """Return the registry of a folder; of a file there is none."""
+    from esd_lora.fleet.registry import Registry
+
     return Registry.open(requests, who="esd-lora release") if requests.is_dir() else None
 
 

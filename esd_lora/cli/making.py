@@ -32,15 +32,13 @@ from esd_lora.cli.options import (
 from esd_lora.cli.printing import estimated, say
 from esd_lora.cli.results import Demonstrated, Estimated, Painted, Picture, Trained
 from esd_lora.errors import EsdLoraError
-from esd_lora.negative_guidance import with_negative_guidance
 from esd_lora.preflight import check, check_inputs, check_output, check_strengths
 from esd_lora.ranks import is_main
-from esd_lora.recipe import Recipe
-from esd_lora.recipe_files import DEFAULT_PRESET, dump_recipe, load_recipe, recipe_kind, recipe_title
 
 if TYPE_CHECKING:
     from esd_lora.bases.base import Base
     from esd_lora.erasers.eraser import Eraser
+    from esd_lora.recipe import Recipe
 
 _SHORT = {"steps": "train.steps", "rank": "lora.rank", "lr": "train.lr", "seed": "train.seed"}
 """Options of `train` that stand for a field of the recipe."""
@@ -161,6 +159,7 @@ def train(
 
 def _how_to_go_on(out: Path, recipe: Recipe) -> str:
     """Return what to do after a training was interrupted."""
+    from esd_lora.recipe_files import dump_recipe
     from esd_lora.train_state import how_to_go_on
 
     return how_to_go_on(out, dump_recipe(recipe))
@@ -211,6 +210,8 @@ def _concepts(concepts: tuple[str, ...], anchor: str | None, erase_from: str | N
 
 def _base_for(recipes: tuple[str, ...], base: str | None) -> str | None:
     """Return the base; one that the environment or the configuration gives yields to that of a complete recipe."""
+    from esd_lora.recipe_files import recipe_kind
+
     complete = any(recipe_kind(name) == "recipe" for name in recipes)
     return None if base and complete and is_configured("base") else base
 
@@ -223,6 +224,8 @@ def _loaded(
     negative_guidance: float | None,
 ) -> Recipe:
     """Return the recipe, with the eta of a negative guidance if there is one."""
+    from esd_lora.recipe_files import load_recipe
+
     recipe = load_recipe(recipes, values, allow_code=allow_code, **fields, **given(eta=negative_guidance))
     return recipe if negative_guidance is None else _guided(recipe, negative_guidance)
 
@@ -274,6 +277,8 @@ def _require_concept(
 
 def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
     """Return the recipes, over the preset that fits the base if none of them says how to train; which one is printed."""
+    from esd_lora.recipe_files import DEFAULT_PRESET, recipe_kind, recipe_title
+
     check_inputs(base)
     if recipes and not base:
         return list(recipes)  # a concept without a preset and a base lacks both, and is told so
@@ -292,6 +297,8 @@ def _with_preset(recipes: tuple[str, ...], base: str | None) -> list[str]:
 
 def _guided(recipe: Recipe, guidance: float) -> Recipe:
     """Return a recipe with the eta of a negative guidance, and print it."""
+    from esd_lora.negative_guidance import with_negative_guidance
+
     recipe = with_negative_guidance(recipe, guidance)
     start = "the concept" if recipe.eta != guidance else "the prompt it is erased from"
     say(f"negative guidance {guidance:g}, measured from {start}, is eta {recipe.eta:g}")

@@ -14,18 +14,6 @@ from esd_lora.cli.options import allow_code_option, force_option, overrides
 from esd_lora.cli.printing import say
 from esd_lora.cli.results import RecipeChecked, RecipeCopied, RecipeLine, Recipes, RecipesChecked, RecipeText
 from esd_lora.files import reserve_file, write_atomically
-from esd_lora.recipe_files import (
-    dump_recipe,
-    load_fuse_spec,
-    load_harmonise_spec,
-    load_recipe,
-    recipe_bases,
-    recipe_kind,
-    recipe_schema,
-    recipe_text,
-    recipe_title,
-    recipes_by_kind,
-)
 
 _HEADINGS = {
     "preset": "presets: how to train; give one a --concept, or a concept after it",
@@ -44,6 +32,8 @@ def recipes() -> None:
 @recipes.command("list")
 def recipes_list() -> Recipes:
     """List the built-in recipes: presets, concepts, complete recipes, and how stacks are made."""
+    from esd_lora.recipe_files import recipe_bases, recipe_title, recipes_by_kind
+
     lines: list[RecipeLine] = []
     for kind, names in recipes_by_kind().items():
         titles = {name: recipe_title(name) for name in names}
@@ -60,6 +50,8 @@ def recipes_list() -> Recipes:
 @click.argument("name", shell_complete=complete_recipes)
 def recipes_show(name: str) -> RecipeText:
     """Print a recipe as it stands in its file."""
+    from esd_lora.recipe_files import recipe_text
+
     text = recipe_text(name)
     say(*text.rstrip("\n").split("\n"))
     return {"name": name, "text": text}
@@ -71,6 +63,8 @@ def recipes_show(name: str) -> RecipeText:
 @force_option
 def recipes_copy(name: str, out: Path | None, force: bool) -> RecipeCopied:
     """Copy a built-in recipe to a file of your own."""
+    from esd_lora.recipe_files import recipe_text
+
     text = recipe_text(name)
     out = out or Path(f"{Path(name).stem}.yaml")
     with reserve_file(out, force, [name]):
@@ -88,6 +82,8 @@ def recipes_check(
     names: tuple[str, ...], settings: tuple[str, ...], allow_code: tuple[str, ...], resolved: bool
 ) -> RecipesChecked:
     """Check recipes and report every fault with its line."""
+    from esd_lora.recipe_files import dump_recipe, load_fuse_spec, load_harmonise_spec, load_recipe, recipe_kind
+
     checked: list[RecipeChecked] = []
     for name in names:
         kind, over = recipe_kind(name), overrides(settings)
@@ -113,6 +109,8 @@ def recipes_check(
 @recipes.command("schema")
 def recipes_schema() -> dict[str, Any]:
     """Print the JSON schema of recipe files, for editors that check YAML; with --json or without, it is the same."""
+    from esd_lora.recipe_files import recipe_schema
+
     schema = recipe_schema()
     say(*schema.rstrip("\n").split("\n"))
     return json.loads(schema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +13,13 @@ from esd_lora.cli.commands import Commands, Failed
 from esd_lora.cli.printing import say
 from esd_lora.cli.results import Requests, RequestsAdded
 from esd_lora.errors import EsdLoraError
-from esd_lora.fleet.registry import Decision, Registry
-from esd_lora.fleet.request import Request, Status
-from esd_lora.fleet.requests import read_requests
 
+if TYPE_CHECKING:
+    from esd_lora.fleet.registry import Decision, Registry
+    from esd_lora.fleet.request import Request
+
+STATUSES = ("open", "ambiguous", "refused", "done", "withdrawn")
+"""All of `fleet.request.Status`, which takes pydantic to import: --help shows them."""
 registry_option = click.option(
     "-r", "--registry", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the registry."
 )
@@ -36,8 +39,10 @@ def requests() -> None:
 @who_option
 def requests_add(file: Path, registry: Path, who: str) -> RequestsAdded:
     """Add the requests of FILE, a CSV or JSON Lines; all of them or, if anything is wrong with one, none."""
+    from esd_lora.fleet.requests import read_requests
+
     read = read_requests(file)
-    new = Registry.open(registry, who, new=True).add(read, file)
+    new = _open(registry, who, new=True).add(read, file)
     old = len(read) - len(new)
     say(f"added: {len(new)}; there already: {old}; registry: {registry}")
     return {"added": len(new), "there_already": old, "registry": str(registry)}
@@ -45,10 +50,10 @@ def requests_add(file: Path, registry: Path, who: str) -> RequestsAdded:
 
 @requests.command("list")
 @registry_option
-@click.option("--status", "statuses", type=click.Choice(get_args(Status)), multiple=True, help="Only these; repeatable.")
+@click.option("--status", "statuses", type=click.Choice(STATUSES), multiple=True, help="Only these; repeatable.")
 def requests_list(registry: Path, statuses: tuple[str, ...]) -> Requests:
     """List requests as they stand."""
-    everyone = Registry.open(registry).requests()
+    everyone = _open(registry).requests()
     return _show([request for request in everyone if not statuses or request.status in statuses])
 
 
@@ -68,7 +73,7 @@ def requests_decide(
     """Decide on an ambiguous or open request: what exactly is meant, or that it is refused."""
     if decision is None:
         raise EsdLoraError("nothing is decided: give --open or --refuse.")
-    return _show([Registry.open(registry, who).decide(id, decision, reason, synonyms=synonyms or None, **names)])
+    return _show([_open(registry, who).decide(id, decision, reason, synonyms=synonyms or None, **names)])
 
 
 @requests.command("withdraw")
@@ -78,7 +83,7 @@ def requests_decide(
 @who_option
 def requests_withdraw(id: str, registry: Path, reason: str, who: str) -> Requests:
     """Withdraw a request. It stays in the log."""
-    return _show([Registry.open(registry, who).withdraw(id, reason)])
+    return _show([_open(registry, who).withdraw(id, reason)])
 
 
 @requests.command("overdue")
@@ -90,13 +95,20 @@ def requests_withdraw(id: str, registry: Path, reason: str, who: str) -> Request
 def requests_overdue(registry: Path, on: datetime | None, fail: bool) -> Requests:
     """List open and ambiguous requests whose day has passed, the longest overdue first."""
     today = on.date() if on else datetime.now(UTC).date()
-    late = Registry.open(registry).overdue(today)
+    late = _open(registry).overdue(today)
     listed = _show(late)
     if not late:
         say(f"nothing is overdue on {today}")
     if late and fail:
         raise Failed(listed)
     return listed
+
+
+def _open(registry: Path, who: str = "unknown", *, new: bool = False) -> Registry:
+    """Return the registry of a folder, where `new` one need not be there."""
+    from esd_lora.fleet.registry import Registry
+
+    return Registry.open(registry, who, new=new)
 
 
 def _show(requests: Sequence[Request]) -> Requests:

@@ -29,7 +29,6 @@ from esd_lora.cli.printing import estimated, say
 from esd_lora.cli.results import Estimated, Stacked
 from esd_lora.errors import EsdLoraError
 from esd_lora.preflight import check
-from esd_lora.recipe_files import load_harmonise_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +43,8 @@ class HarmoniseSteps(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of steps."""
+        from esd_lora.recipe_files import load_harmonise_spec
+
         return load_harmonise_spec().steps if value == "recipe" else super().convert(value, param, ctx)
 
 

@@ -78,6 +78,14 @@ def bad_sentence(*args: object) -> str:
     return message
 
 
+def test_help_imports_little() -> None:
+    """The models of recipes and requests take as long to import as all of the rest."""
+    script = "import sys; from esd_lora.cli import main; print(*sys.modules)"
+    modules = set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+    assert "esd_lora.cli.making" in modules
+    assert not modules & {"torch", "numpy", "esd_lora.recipe", "esd_lora.fleet.request"}
+
+
 def test_train(tiny_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "no-cat"
     said = good(

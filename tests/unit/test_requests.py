@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
+from esd_lora.cli.requests import STATUSES
 from esd_lora.errors import EsdLoraError
 from esd_lora.fleet import requests
 from esd_lora.fleet.request import COLUMNS, Request, Status, setting_fault, setting_names
@@ -19,6 +20,10 @@ from esd_lora.recipe_files import load_recipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "requests.md"
 HEAD = "id,concept,synonyms,kind,keep,status"
+
+
+def test_the_command_line_shows_every_status() -> None:
+    assert get_args(Status) == STATUSES
 
 
 def listed(folder: Path, *rows: str, head: str = HEAD) -> Path:
