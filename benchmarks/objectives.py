@@ -2,10 +2,11 @@
 
     python benchmarks/objectives.py [--base emoji-flow] [--concepts cat,rocket] [--seeds 0,1,2] [--scopes xattn,joint-qk,full]
 
-Every eraser is `fast` from zero, without the closed form's start, so that the objectives alone differ; a row of `instant`, the
-closed form alone, stands beside them. The anchor is the one that `fast` chooses. `joint-qk` are the queries and keys of the
-joint blocks, the layers that GEM trains (multimodal-ai-lab/GEM). Judged as `benchmarks/calibration.py` judges; runs that stand
-in `--out` already are not repeated.
+Every eraser is `fast` from zero, without the closed form's start, so that the objectives alone differ, and of as many steps, so
+that none is better for more work (`--steps auto`: as many as the probe asks for); a row of `instant`, the closed form alone,
+stands beside them. The anchor is the one that `fast` chooses. `joint-qk` are the queries and keys of the joint blocks, the layers
+that GEM trains (multimodal-ai-lab/GEM). Judged as `benchmarks/calibration.py` judges; runs that stand in `--out` already are not
+repeated.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ WAYS: dict[str, dict[str, Any]] = {
 CLOSED_FORM = "closed form (`instant`)"
 
 
-def erase(base: Base, out: Path, way: str, scope: str, name: str, seed: int) -> Eraser:
+def erase(base: Base, out: Path, way: str, scope: str, name: str, seed: int, steps: str) -> Eraser:
     """Return the eraser of a cell, made unless it is there."""
     if not (out / "README.md").exists():
         settings = {"scope": scope, "train.seed": seed, "train.preview_every": 0}
-        fields: dict[str, Any] = {} if way == CLOSED_FORM else {**WAYS[way], "closed_form": None}
+        fields: dict[str, Any] = {}
+        if way != CLOSED_FORM:
+            fields = {**WAYS[way], "closed_form": None}
+            settings["train.steps"] = steps if steps == "auto" else int(steps)
         preset = "instant" if way == CLOSED_FORM else "fast"
         train(load_recipe(preset, settings, base=base.id, **{**concept_of(name), **fields}), base=base, out=out, force=True)
     return Eraser.load(out)
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--scopes", default="xattn,joint-qk,full")
     parser.add_argument("--ways", default=";".join([*WAYS, CLOSED_FORM]), help="separated by semicolons")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", default="120", help="of training; auto for as many as the probe asks for")
     add_publish(parser)
     options = parser.parse_args()
     base = playground_base(options.base)
@@ -62,8 +67,10 @@ def main() -> None:
             cells: list[dict[str, Any]] = []
             for name in options.concepts.split(","):
                 for seed in map(int, options.seeds.split(",")):
-                    key = "-".join("".join(c if c.isalnum() else " " for c in f"{way} {scope} {name} {seed}").split())
-                    eraser = erase(base, options.out / f"{options.base}-{key}", way, scope, name, seed)
+                    key = "-".join(
+                        "".join(c if c.isalnum() else " " for c in f"{way} {scope} {name} {seed} {options.steps}").split()
+                    )
+                    eraser = erase(base, options.out / f"{options.base}-{key}", way, scope, name, seed, options.steps)
                     measured = yardstick.measure([eraser], (name,), ())
                     measured |= {"left": measured["object_left"], "left_high": measured["object_left_high"]}
                     cells.append({**measured, **eraser.header.cost})

@@ -53,9 +53,8 @@ def read_header(file: Path) -> Header:
     (name, count), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
     if count > 1:
         raise EsdLoraError(f"{file} is damaged: it names {name!r} twice. Fetch it again.")
-    entries: dict[str, dict[str, Any]] = {
-        name: dict(entry or ()) for name, entry in pairs
-    }  # the reader takes null for no metadata
+    # The reader takes null for no metadata.
+    entries: dict[str, dict[str, Any]] = {name: dict(entry or ()) for name, entry in pairs}
     return Header({n: e for n, e in entries.items() if n != "__metadata__"}, entries.get("__metadata__", {}), 8 + length)
 
 
