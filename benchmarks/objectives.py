@@ -4,9 +4,9 @@
 
 Every eraser is `fast` from zero, without the closed form's start, so that the objectives alone differ, and of as many steps, so
 that none is better for more work (`--steps auto`: as many as the probe asks for); a row of `instant`, the closed form alone,
-stands beside them. The anchor is the one that `fast` chooses. `joint-qk` are the queries and keys of the joint blocks, the layers
-that GEM trains (multimodal-ai-lab/GEM). Judged as `benchmarks/calibration.py` judges; runs that stand in `--out` already are not
-repeated.
+stands beside them. The anchor is the one that `fast` chooses. `joint-qk` are the queries and keys of the joint blocks, the
+layers that GEM trains (multimodal-ai-lab/GEM). Judged as `benchmarks/calibration.py` judges; runs that stand in `--out` already
+are not repeated.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def main() -> None:
             cells: list[dict[str, Any]] = []
             for name in options.concepts.split(","):
                 for seed in map(int, options.seeds.split(",")):
-                    key = "-".join(
-                        "".join(c if c.isalnum() else " " for c in f"{way} {scope} {name} {seed} {options.steps}").split()
-                    )
+                    words = f"{way} {scope} {name} {seed} {options.steps}"
+                    key = "-".join("".join(c if c.isalnum() else " " for c in words).split())
                     eraser = erase(base, options.out / f"{options.base}-{key}", way, scope, name, seed, options.steps)
                     measured = yardstick.measure([eraser], (name,), ())
                     measured |= {"left": measured["object_left"], "left_high": measured["object_left_high"]}
