@@ -353,8 +353,8 @@ def learn_words(base: Base, latents: Tensor, spec: PictureSpec, times: int, seed
     """Return words that mean what pictures show, by their placeholders.
 
     A word says more than the thing: whatever else its pictures have in common. So there are several, each learnt from a half of
-    the pictures, and what erasing finds in all of them is the thing. Each begins near the mean of the table, and not with a word
-    that is near, of which something would be left, to be kept under its own name.
+    the pictures, and what erasing finds in all of them is the thing. Each begins near the mean of the table, and not with a
+    word that is near, of which something would be left, to be kept under its own name.
 
     Args:
         base: Frozen.
