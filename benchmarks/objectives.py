@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--scopes", default="xattn,joint-qk,full")
     parser.add_argument("--ways", default=";".join([*WAYS, CLOSED_FORM]), help="separated by semicolons")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", default="120", help="of training; auto for as many as the probe asks for")
+    parser.add_argument("--steps", default="60", help="of training; auto for as many as the probe asks for")
     add_publish(parser)
     options = parser.parse_args()
     base = playground_base(options.base)
