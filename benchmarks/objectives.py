@@ -12,12 +12,13 @@ are not repeated.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
 
 from calibration import MEASURES, concept_of, playground_base
-from counting import Yardstick, columns
+from counting import Yardstick, columns, count
 from tables import add_publish, show
 
 from esd_lora.bases.base import Base
@@ -32,6 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "hinge, eta 1": {"objective": "hinge", "eta": 1.0},
     "hinge, eta 0.5": {"objective": "hinge", "eta": 0.5},
 }
+STEPS = 20
+"""Of painting: a flow needs no more, and the judge is right of as many pictures."""
 CLOSED_FORM = "closed form (`instant`)"
 
 
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", default="60", help="of training; auto for as many as the probe asks for")
     add_publish(parser)
     options = parser.parse_args()
-    base = playground_base(options.base)
+    base = dataclasses.replace(playground_base(options.base), steps=STEPS)
     yardstick = Yardstick(base, options.out / "measured")
     table: list[list[str]] = []
     for way in options.ways.split(";"):
@@ -80,7 +83,11 @@ def main() -> None:
             costs = [f"{statistics.mean(cell[key] for cell in cells):.0f}" for key in ("steps", "seconds")]
             table.append([way, f"`{scope}`", *shown, *costs, str(len(cells))])
     head = ["objective", "scope", *MEASURES.values(), "steps", "seconds", "runs"]
-    note = f"Base {options.base}; concepts {options.concepts}; training seeds {options.seeds}; mean (worst)."
+    right = count(each.right for each in yardstick.before)
+    note = (
+        f"Base {options.base}, painting in {STEPS} steps: {right.hits} of {right.of} pairs right; concepts {options.concepts};"
+        f" training seeds {options.seeds}; mean (worst)."
+    )
     show(f"objectives-{options.base}", head, table, note, publish=options.publish)
 
 
