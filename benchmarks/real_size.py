@@ -45,11 +45,12 @@ SETTINGS = {
     "train.resolution": 256,
     "train.preview_every": 0,
     "train.checkpoint_every": 0,
+    "train.probe_every": 0,
     "train.lr": 1e-3,
     "train.preserve_weight": 1.0,
     "eta": 0.0,
 }
-"""Nothing is left to be measured: on random weights there is nothing to measure."""
+"""Nothing is left to be measured, nor probed for the bar: on random weights there is nothing to measure."""
 
 
 def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
