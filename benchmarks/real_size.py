@@ -61,7 +61,7 @@ def fill(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if parameter.dim() > 1:
             parameter.data.normal_(0, (1 / parameter[0].numel()) ** 0.5, generator=generator)
         else:
-            parameter.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)  # a weight of one dimension is a norm's
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1])[None])
